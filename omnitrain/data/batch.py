@@ -1,0 +1,155 @@
+"""What a training step reads: one encoded sample, and many of them packed end to end. Nothing is padded anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that predicts nothing."""
+
+TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
+"""Values of `token_types`: what stands at a position. Encoder outputs are scattered to IMAGE/VIDEO/AUDIO positions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSample:
+    """One sample as numbers (NumPy, so that it crosses worker processes cheaply).
+
+    Attributes:
+        input_ids: int64 [n]
+        labels: int64 [n], *already shifted*: `labels[i]` is the token that position i must predict, or IGNORE.
+        token_types: uint8 [n], TEXT / IMAGE / VIDEO / AUDIO
+        position_ids: int64 [3, n], TM-RoPE ids (t, h, w) that start at 0
+        mel: float32 frames [F, n_mels] per audio, in order of appearance (sound tracks of videos included)
+        patches: float32 [P, C * temporal_patch * patch * patch] per image or video, in order of appearance
+        grid_thw: int64 [M, 3], patches in time, height, width per image or video
+        target_bytes: UTF-8 bytes of the target text (for bits per byte)
+    """
+
+    id: str
+    source: str
+    task: str
+    modality: str
+    languages: tuple[str, ...]
+    input_ids: np.ndarray
+    labels: np.ndarray
+    token_types: np.ndarray
+    position_ids: np.ndarray
+    mel: tuple[np.ndarray, ...] = ()
+    patches: tuple[np.ndarray, ...] = ()
+    grid_thw: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    target_bytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def mel_frames(self) -> int:
+        return sum(len(m) for m in self.mel)
+
+    @property
+    def n_patches(self) -> int:
+        return sum(len(p) for p in self.patches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Several samples end to end.
+
+    Attributes:
+        input_ids: int64 [N];  labels: int64 [N] (already shifted, IGNORE = -100);  token_types: uint8 [N]
+        position_ids: int64 [3, N], each sample's ids as it would have them alone
+        cu_seqlens: int32 [B + 1], sample b spans cu_seqlens[b] : cu_seqlens[b + 1]
+        mel: float32 [F, n_mels], all audio end to end, or None;  mel_lengths: int64 [A], frames per audio
+        patches: float32 [P, C * temporal_patch * patch * patch], or None;  grid_thw: int64 [M, 3] per image or video
+        sample_ids, sources, tasks, modalities, languages: one per sample, so that a loss spike leads back to its rows
+        target_bytes: int64 [B]
+        stream_state: the data stream's state *after* this batch; saved once the batch has been trained on, so that a
+            loader may fetch ahead without being late on resume
+        skipped: samples skipped on the way to this batch, count by reason (cumulative for the stream)
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    token_types: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    mel: Tensor | None = None
+    mel_lengths: Tensor | None = None
+    patches: Tensor | None = None
+    grid_thw: Tensor | None = None
+    sample_ids: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    modalities: tuple[str, ...] = ()
+    languages: tuple[tuple[str, ...], ...] = ()
+    target_bytes: Tensor | None = None
+    stream_state: dict[str, Any] | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.sample_ids)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    def model_inputs(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of `OmniModel.forward`."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "cu_seqlens": self.cu_seqlens,
+            "token_types": self.token_types,
+            "mel": self.mel,
+            "mel_lengths": self.mel_lengths,
+            "patches": self.patches,
+            "grid_thw": self.grid_thw,
+        }
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch with its tensors on `device` (Lightning calls this)."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    @staticmethod
+    def pack(samples: list[EncodedSample], **extra: Any) -> PackedBatch:
+        """Lay `samples` end to end. `extra` sets `stream_state` and `skipped`.
+
+        Raises:
+            ValueError: if `samples` is empty.
+        """
+        if not samples:
+            raise ValueError("PackedBatch.pack needs at least one sample")
+        lengths = [len(s) for s in samples]
+        mels = [m for s in samples for m in s.mel]
+        patches = [p for s in samples for p in s.patches]
+        grids = [s.grid_thw for s in samples if len(s.grid_thw)]
+        return PackedBatch(
+            input_ids=torch.from_numpy(np.concatenate([s.input_ids for s in samples])),
+            labels=torch.from_numpy(np.concatenate([s.labels for s in samples])),
+            token_types=torch.from_numpy(np.concatenate([s.token_types for s in samples])),
+            position_ids=torch.from_numpy(np.concatenate([s.position_ids for s in samples], axis=1)),
+            cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+            mel=torch.from_numpy(np.concatenate(mels)) if mels else None,
+            mel_lengths=torch.tensor([len(m) for m in mels], dtype=torch.int64) if mels else None,
+            patches=torch.from_numpy(np.concatenate(patches)) if patches else None,
+            grid_thw=torch.from_numpy(np.concatenate(grids)) if grids else None,
+            sample_ids=tuple(s.id for s in samples),
+            sources=tuple(s.source for s in samples),
+            tasks=tuple(s.task for s in samples),
+            modalities=tuple(s.modality for s in samples),
+            languages=tuple(s.languages for s in samples),
+            target_bytes=torch.tensor([s.target_bytes for s in samples], dtype=torch.int64),
+            **extra,
+        )

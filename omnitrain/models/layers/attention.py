@@ -1,0 +1,98 @@
+"""Attention over packed documents: `[N, heads, head_dim]` and `cu_seqlens`, nothing padded.
+
+On CUDA one `torch.nn.attention.varlen` kernel serves the whole pack. On CPU each document is one call of
+`scaled_dot_product_attention`; documents of equal length (the windows of the audio encoder, the frames of the vision
+encoder) share a call.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool,
+    cu_seqlens_key: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale) v inside each document, grouped-query where key/value have fewer heads.
+
+    Args:
+        query: [N, H, D].  key, value: [M, H_kv, D], H a multiple of H_kv.
+        cu_seqlens: int32 [B + 1], document borders in `query`.
+        causal: position i sees positions <= i; where a document has more keys than queries (decoding with a cache),
+            the last query sees the last key.
+        cu_seqlens_key: int32 [B + 1], borders in `key`/`value` if they differ from those of `query`.
+        scale: default 1 / sqrt(D).
+
+    Returns:
+        [N, H, D]
+    """
+    cu_seqlens_key = cu_seqlens if cu_seqlens_key is None else cu_seqlens_key
+    if query.is_cuda:
+        # Flash kernels read 16-bit floats only; fp32 on CUDA (parity runs) takes the per-document path below.
+        if query.dtype in (torch.bfloat16, torch.float16):
+            from torch.nn.attention.varlen import varlen_attn
+
+            return varlen_attn(
+                query,
+                key,
+                value,
+                cu_seqlens,
+                cu_seqlens_key,
+                int(cu_seqlens.diff().max()),
+                int(cu_seqlens_key.diff().max()),
+                scale=scale,
+                window_size=(-1, 0) if causal else (-1, -1),
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+    return _sdpa_per_document(query, key, value, cu_seqlens, cu_seqlens_key, causal=causal, scale=scale)
+
+
+def _sdpa_per_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_key: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    borders_q, borders_k = cu_seqlens.tolist(), cu_seqlens_key.tolist()
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for b in range(len(borders_q) - 1):
+        groups[(borders_q[b + 1] - borders_q[b], borders_k[b + 1] - borders_k[b])].append(b)
+    gqa = query.shape[1] != key.shape[1]
+
+    q_parts = query.split([b - a for a, b in zip(borders_q, borders_q[1:], strict=False)])
+    same = borders_q == borders_k
+    k_parts = key.split([b - a for a, b in zip(borders_k, borders_k[1:], strict=False)])
+    v_parts = value.split([b - a for a, b in zip(borders_k, borders_k[1:], strict=False)])
+    outputs: list[Tensor | None] = [None] * len(q_parts)
+    for (n_q, n_k), documents in groups.items():
+        if n_q == 0:
+            for b in documents:
+                outputs[b] = q_parts[b]
+            continue
+        q = torch.stack([q_parts[b] for b in documents]).transpose(1, 2)  # [docs, H, n_q, D]
+        k = torch.stack([k_parts[b] for b in documents]).transpose(1, 2)
+        v = torch.stack([v_parts[b] for b in documents]).transpose(1, 2)
+        mask = None
+        if causal and not same and 1 < n_q < n_k:  # chunked prefill behind a cache
+            mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and n_q == n_k and n_q > 1, scale=scale, enable_gqa=gqa
+        )
+        for b, o in zip(documents, out.transpose(1, 2), strict=True):
+            outputs[b] = o
+    return torch.cat([o for o in outputs if o is not None])
