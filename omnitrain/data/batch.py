@@ -24,7 +24,7 @@ class EncodedSample:
         input_ids: int64 [n]
         labels: int64 [n], *already shifted*: `labels[i]` is the token that position i must predict, or IGNORE.
         token_types: uint8 [n], TEXT / IMAGE / VIDEO / AUDIO
-        position_ids: int64 [3, n], TM-RoPE ids (t, h, w) that start at 0
+        position_ids: float32 [3, n], TM-RoPE ids (t, h, w) that start at 0 (fractions occur, see `positions.py`)
         mel: float32 frames [F, n_mels] per audio, in order of appearance (sound tracks of videos included)
         patches: float32 [P, C * temporal_patch * patch * patch] per image or video, in order of appearance
         grid_thw: int64 [M, 3], patches in time, height, width per image or video
@@ -63,7 +63,7 @@ class PackedBatch:
 
     Attributes:
         input_ids: int64 [N];  labels: int64 [N] (already shifted, IGNORE = -100);  token_types: uint8 [N]
-        position_ids: int64 [3, N], each sample's ids as it would have them alone
+        position_ids: float32 [3, N], each sample's ids as it would have them alone
         cu_seqlens: int32 [B + 1], sample b spans cu_seqlens[b] : cu_seqlens[b + 1]
         mel: float32 [F, n_mels], all audio end to end, or None;  mel_lengths: int64 [A], frames per audio
         patches: float32 [P, C * temporal_patch * patch * patch], or None;  grid_thw: int64 [M, 3] per image or video
@@ -139,7 +139,7 @@ class PackedBatch:
             input_ids=torch.from_numpy(np.concatenate([s.input_ids for s in samples])),
             labels=torch.from_numpy(np.concatenate([s.labels for s in samples])),
             token_types=torch.from_numpy(np.concatenate([s.token_types for s in samples])),
-            position_ids=torch.from_numpy(np.concatenate([s.position_ids for s in samples], axis=1)),
+            position_ids=torch.from_numpy(np.concatenate([s.position_ids for s in samples], axis=1).astype(np.float32)),
             cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
             mel=torch.from_numpy(np.concatenate(mels)) if mels else None,
             mel_lengths=torch.tensor([len(m) for m in mels], dtype=torch.int64) if mels else None,
