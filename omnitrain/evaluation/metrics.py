@@ -1,0 +1,165 @@
+"""Scores of generated text and of losses, and how sure one can be of them.
+
+Text scores are the field's own: chrF (Popović 2015, via sacrebleu), word and character error rate (edit distance over
+the reference's length, via jiwer), exact match. Losses are summed in nats and told in bits per byte, which does not
+depend on the tokenizer. Intervals are percentile bootstraps, resampled over samples or over groups of samples.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import jiwer
+import numpy as np
+from numpy.typing import ArrayLike
+from sacrebleu.metrics import CHRF
+
+_CHRF = CHRF()  # chrF2: characters up to 6-grams, no word n-grams, recall weighted twice
+
+
+def normalise(text: str) -> str:
+    """Unicode NFKC, lower case, single spaces, without punctuation at the end: what exact match and WER compare."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    while text and unicodedata.category(text[-1]).startswith("P"):
+        text = text[:-1].rstrip()
+    return text
+
+
+def _paired(predictions: Sequence[str], references: Sequence[str]) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions against {len(references)} references: give one for each")
+    if not references:
+        raise ValueError("no predictions to score")
+
+
+def chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus chrF2, 0 to 100, one reference each."""
+    _paired(predictions, references)
+    return float(_CHRF.corpus_score(list(predictions), [list(references)]).score)
+
+
+def sentence_chrf(prediction: str, reference: str) -> float:
+    """chrF2 of one sentence, 0 to 100."""
+    return float(_CHRF.sentence_score(prediction, [reference]).score)
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Share of predictions equal to their reference after `normalise`, 0 to 1."""
+    _paired(predictions, references)
+    return sum(normalise(p) == normalise(r) for p, r in zip(predictions, references, strict=True)) / len(references)
+
+
+def _scorable(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
+    _paired(predictions, references)
+    pairs = [(normalise(p), normalise(r)) for p, r in zip(predictions, references, strict=True)]
+    if not all(r for _, r in pairs):
+        raise ValueError("an error rate needs a reference with at least one word in every pair")
+    return [p for p, _ in pairs], [r for _, r in pairs]
+
+
+def wer(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Word error rate of the corpus: (substitutions + deletions + insertions) / words of the references. Above 1 when a
+    model says more than was there. Texts are compared after `normalise`.
+
+    Raises:
+        ValueError: if a reference is empty.
+    """
+    hypotheses, truths = _scorable(predictions, references)
+    return float(jiwer.wer(truths, hypotheses))
+
+
+def cer(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Character error rate of the corpus; for scripts written without spaces. Conventions as `wer`."""
+    hypotheses, truths = _scorable(predictions, references)
+    return float(jiwer.cer(truths, hypotheses))
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Total loss in nats over `n_bytes` UTF-8 bytes of target text, as bits per byte."""
+    if n_bytes <= 0:
+        raise ValueError(f"bits per byte needs target text, got {n_bytes} bytes")
+    return nats / (math.log(2) * n_bytes)
+
+
+class UnigramBaseline:
+    """The model that knows only how often each token occurs: p(v) = (count_v + 1) / (total + V).
+
+    A trained model that is not better than this has learned nothing from context.
+
+    Args:
+        vocab_size: V, so that a token never seen in training still has a probability.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.counts = np.zeros(vocab_size, dtype=np.int64)
+
+    def update(self, targets: np.ndarray) -> None:
+        """Count training targets, int64 [n]; negative entries (no target) are left out."""
+        self.counts += np.bincount(targets[targets >= 0], minlength=len(self.counts))
+
+    def nats(self, targets: np.ndarray) -> float:
+        """Total negative log-likelihood of `targets`, int64 [n], in nats; negative entries are left out."""
+        log_total = math.log(int(self.counts.sum()) + len(self.counts))
+        return float((log_total - np.log(self.counts[targets[targets >= 0]] + 1)).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean with its bootstrap interval. `n` samples in `groups` independently drawn groups."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    groups: int
+    level: float = 0.95
+
+    @property
+    def above_zero(self) -> bool:
+        return self.low > 0
+
+    def to_dict(self) -> dict[str, float | int | bool]:
+        return {**asdict(self), "above_zero": self.above_zero}
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    *,
+    groups: Iterable[str] | None = None,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of a mean (Efron 1979).
+
+    Args:
+        values: float [n], one per sample.
+        groups: one name per sample, e.g. its concept. Samples of one group are not independent, so whole groups are
+            resampled (the mean stays the mean over samples); without it every sample is its own group.
+        resamples: how often the data are redrawn.
+        seed: of the redrawing; the same values and seed give the same interval.
+
+    Raises:
+        ValueError: if there are no values, or not one group per value.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or not len(data):
+        raise ValueError(f"an interval needs at least one value in one dimension, got shape {data.shape}")
+    if groups is None:
+        sums, sizes = data, np.ones(len(data))
+    else:
+        names, member = np.unique(np.asarray(list(groups), dtype=str), return_inverse=True)
+        if len(member) != len(data):
+            raise ValueError(f"{len(data)} values but {len(member)} groups: give one group per value")
+        sums = np.bincount(member, weights=data, minlength=len(names))
+        sizes = np.bincount(member, minlength=len(names)).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)  # [resamples, groups]
+    means = (drawn @ sums) / (drawn @ sizes)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(
+        mean=float(data.mean()), low=float(low), high=float(high), n=len(data), groups=len(sums), level=level
+    )
