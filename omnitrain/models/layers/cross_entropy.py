@@ -1,0 +1,107 @@
+"""Cross-entropy of a large vocabulary without the logits of the whole batch.
+
+One chunk of positions at a time: logits, log-sum-exp, and, when a gradient is wanted, at once the gradients too. So a
+chunk's logits [chunk, V] are the most that ever exists, and they are computed once (compare Wijmans et al. 2024, "Cut
+your losses", arXiv 2411.09009, which recomputes them).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = 1024, ignore_index: int = -100
+) -> Tensor:
+    """-log softmax(hidden @ weight.T)[label] per position, in fp32.
+
+    Positions without a label are dropped before the product with `weight`, so they cost nothing.
+
+    Args:
+        hidden: [N, D].  weight: [V, D].  labels: int64 [N], `ignore_index` where nothing is predicted.
+        chunk: positions per product; memory is chunk * V * 4 bytes.
+
+    Returns:
+        fp32 [N], in nats; 0 where there is no label. Differentiable in `hidden` and `weight`. The gradients are ready
+        after the forward pass if every position counts alike in the loss (`nll.sum() * c`); other weightings per
+        position are exact too, at the price of computing the logits again.
+
+    Raises:
+        ValueError: if a label lies outside [0, V).
+    """
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    targets = labels[rows]
+    if len(rows) and not (int(targets.min()) >= 0 and int(targets.max()) < weight.shape[0]):
+        raise ValueError(
+            f"labels must lie in [0, {weight.shape[0]}) (the rows of weight) or be {ignore_index}, "
+            f"found {int(targets.min())} to {int(targets.max())}"
+        )
+    nll = _ChunkedCrossEntropy.apply(hidden[rows], weight, targets, chunk)
+    return torch.zeros(len(labels), dtype=torch.float32, device=hidden.device).index_copy(0, rows, nll)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        need = ctx.needs_input_grad[:2]
+        ctx.chunk = chunk
+        d_hidden, d_weight = _passes(hidden, weight, targets, chunk, nll, None, need)
+        ctx.save_for_backward(hidden, weight, targets, d_hidden, d_weight)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, targets, d_hidden, d_weight = ctx.saved_tensors
+        grad = grads[0]
+        if len(grad) and not bool((grad == grad[0]).all()):
+            d_hidden, d_weight = _passes(hidden, weight, targets, ctx.chunk, None, grad, ctx.needs_input_grad[:2])
+        else:
+            # Not in place: the saved tensors must survive a second backward pass.
+            scale = grad[0] if len(grad) else grad.new_zeros(())
+            d_hidden = None if d_hidden is None else (d_hidden * scale)
+            d_weight = None if d_weight is None else (d_weight * scale)
+        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None
+
+
+def _passes(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int,
+    nll: Tensor | None,
+    scale: Tensor | None,
+    need: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill `nll` if given; return the gradients of sum(scale * nll) in `hidden` and `weight` as far as needed."""
+    d_hidden = torch.empty_like(hidden) if need[0] else None
+    d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need[1] else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = weight.to(hidden.dtype)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            h, target = hidden[part], targets[part].unsqueeze(1)
+            logits = (h @ head.T).float()  # [chunk, V]
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            if nll is not None:
+                nll[part] = (normaliser - logits.gather(1, target)).squeeze(1)
+            if not any(need):
+                continue
+            d_logits = logits.sub_(normaliser).exp_()  # softmax; then minus the one-hot label
+            d_logits.scatter_add_(1, target, torch.full_like(normaliser, -1.0))
+            if scale is not None:
+                d_logits.mul_(scale[part].unsqueeze(1))
+            d_logits = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, head, out=d_hidden[part])
+            if d_weight is not None:
+                if d_weight.dtype == d_logits.dtype:
+                    d_weight.addmm_(d_logits.T, h)
+                else:  # accumulate 16-bit products in fp32
+                    d_weight.add_(d_logits.T @ h)
+    return d_hidden, d_weight

@@ -1,0 +1,99 @@
+"""TM-RoPE: rotary positions with three ids (time, height, width) per token (report section 2.3).
+
+A head's D/2 frequencies are dealt out to the three axes in turn, t h w t h w ..., so that every axis owns high and low
+frequencies; what remains once h and w have their share belongs to t. Which ids a token has is data
+(`data/positions.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnitrain.models.layers.norms import inverse_rms
+
+
+def axis_of_frequency(sections: tuple[int, int, int]) -> list[int]:
+    """Axis (0 t, 1 h, 2 w) of each of the sum(sections) frequencies, from the highest to the lowest.
+
+    Raises:
+        ValueError: if the interleaving cannot give h and w their share.
+    """
+    half = sum(sections)
+    axes = [i % 3 if i % 3 and i < 3 * sections[i % 3] else 0 for i in range(half)]
+    if tuple(axes.count(a) for a in range(3)) != tuple(sections):
+        raise ValueError(f"mrope_sections {sections}: t must have at least as many frequencies as h and w")
+    return axes
+
+
+def tm_rope(position_ids: Tensor, sections: tuple[int, int, int], theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotation angles, fp32 [N, D/2], for position_ids [3, N]; D/2 = sum(sections)."""
+    half = sum(sections)
+    exponent = torch.arange(0, 2 * half, 2, dtype=torch.float32, device=position_ids.device) / (2 * half)
+    frequency = 1.0 / (theta**exponent)  # [D/2]
+    axes = torch.tensor(axis_of_frequency(sections), device=position_ids.device)
+    angle = position_ids.float().index_select(0, axes).T * frequency  # [N, D/2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + D/2}) of x [N, H, D] by the angles whose cos and sin are [N, D/2]."""
+    return _rotate_into(torch.empty_like(x, memory_format=torch.contiguous_format), x, cos, sin, 1.0)
+
+
+def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-direction)
+    torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin, value=direction)
+    return out
+
+
+class NormRotate(torch.autograd.Function):
+    """`rotate(rms_norm(x) * weight)` for the query and key heads, in one node that keeps x alone.
+
+    x [N, H, D] are the projections of queries and keys side by side; the first `n_query` heads take `weight_q`, the
+    others `weight_k` (the q/k norm of Qwen3). Returns [N, H, D]. Computed in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_q: Tensor,
+        weight_k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        n_query: int,
+        eps: float,
+    ) -> Tensor:
+        r = inverse_rms(x.float(), eps)
+        ctx.save_for_backward(x, weight_q, weight_k, cos, sin, r)
+        ctx.n_query = n_query
+        normed = (x.float() * r).mul_(_per_head(weight_q, weight_k, n_query, x.shape[1]))
+        return _rotate_into(torch.empty_like(normed), normed, cos, sin, 1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_q, weight_k, cos, sin, r = ctx.saved_tensors
+        n_query, dim = ctx.n_query, x.shape[-1]
+        weight = _per_head(weight_q, weight_k, n_query, x.shape[1])
+        dy = grads[0].float()
+        dy = _rotate_into(torch.empty_like(dy, memory_format=torch.contiguous_format), dy, cos, sin, -1.0)
+        normed = x.float() * r
+        product = normed * dy
+        d_weight = product.sum(0)  # [H, D]
+        dx = dy.mul_(weight)
+        mean = torch.mul(normed, dx, out=product).sum(-1, keepdim=True).div_(dim)
+        dx = dx.addcmul_(normed, mean, value=-1.0).mul_(r)
+        d_q = d_weight[:n_query].sum(0).to(weight_q.dtype)
+        d_k = d_weight[n_query:].sum(0).to(weight_k.dtype)
+        return dx.to(x.dtype), d_q, d_k, None, None, None, None
+
+
+def _per_head(weight_q: Tensor, weight_k: Tensor, n_query: int, heads: int) -> Tensor:
+    """The norm's weight of every head, fp32 [H, D]."""
+    return torch.cat([weight_q.expand(n_query, -1), weight_k.expand(heads - n_query, -1)]).float()
