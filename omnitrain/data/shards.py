@@ -1,0 +1,661 @@
+"""Parquet shards of the one schema: written once, then read row by row in any order.
+
+A shard holds one row per :class:`~omnitrain.data.sample.Sample`:
+
+| column | type | |
+|---|---|---|
+| id, source, split, task, licence, concept | string | as in `Sample` |
+| languages | list<string> | input languages, then the output language |
+| modality | string | derived from the messages, so that a filter need not read them |
+| meta | string | a JSON object of strings |
+| messages | list<struct<role, segments: list<struct<type, text, media, path, with_audio>>>> | `media` is binary |
+
+Rows are written in small row groups (a quarter of a megabyte), because one row is read by decoding its row group: this
+keeps random access at about a millisecond without a second copy of the data on disk.
+`datasets.load_dataset("parquet", data_files=...)` reads the same files.
+
+A *media table* beside the shards (columns `name`, `bytes`) keeps a blob once that many samples show: a segment names it
+by the path ``"media.parquet#NAME"``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from omnitrain.data.sample import ROLES, SEGMENT_TYPES, BadSample, Message, Sample, Segment
+
+_SEGMENT = pa.struct(
+    [
+        ("type", pa.string()),
+        ("text", pa.string()),
+        ("media", pa.binary()),
+        ("path", pa.string()),
+        ("with_audio", pa.bool_()),
+    ]
+)
+_MESSAGE = pa.struct([("role", pa.string()), ("segments", pa.list_(_SEGMENT))])
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("split", pa.string()),
+        ("task", pa.string()),
+        ("licence", pa.string()),
+        ("languages", pa.list_(pa.string())),
+        ("concept", pa.string()),
+        ("modality", pa.string()),
+        ("meta", pa.string()),
+        ("messages", pa.list_(_MESSAGE)),
+    ]
+)
+"""The Arrow schema of a shard."""
+
+MEDIA_TABLE_SCHEMA = pa.schema([("name", pa.string()), ("bytes", pa.binary())])
+LIGHT_COLUMNS = ("id", "source", "split", "task", "languages", "concept", "modality")
+FILTERS = ("source", "split", "task", "languages", "concept", "modality")
+
+_ROW_GROUP_BYTES, _ROW_GROUP_ROWS = 1 << 18, 256
+_CACHE_BYTES = 64 << 20  # decoded row groups kept per reader: a small data set lies in memory after the first epoch
+_OF = re.compile(r"^(?P<name>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.parquet$")
+_MEDIA_LEAF = "messages.list.element.segments.list.element.media"
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the stream reads samples from: random access, picklable, opened lazily in each worker process."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+    def locate(self, index: int) -> tuple[str, int]:
+        """The file and the row (from 0) behind sample `index`, for messages that a person can follow."""
+        ...
+
+    def media_bytes(self, segment: Segment) -> bytes:
+        """The encoded bytes of a segment's medium."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def _columns(sample: Sample) -> dict[str, Any]:
+    """One row. Raises ValueError that names the sample and the field when the sample does not fit the schema."""
+    for message in sample.messages:
+        if message.role not in ROLES:
+            raise ValueError(f"sample {sample.id!r}: role {message.role!r} is unknown; use one of {', '.join(ROLES)}")
+        for segment in message.segments:
+            if segment.type not in SEGMENT_TYPES:
+                raise ValueError(
+                    f"sample {sample.id!r}: segment type {segment.type!r} is unknown; use one of {SEGMENT_TYPES}"
+                )
+    if not sample.id or not sample.messages:
+        raise ValueError(f"sample {sample.id!r} of source {sample.source!r} needs an id and at least one message")
+    if wrong := [key for key, value in sample.meta.items() if not isinstance(value, str)]:
+        raise ValueError(f"sample {sample.id!r}: meta values must be strings; mend {wrong}")
+    return {
+        "id": sample.id,
+        "source": sample.source,
+        "split": sample.split,
+        "task": sample.task,
+        "licence": sample.licence,
+        "languages": list(sample.languages),
+        "concept": sample.concept,
+        "modality": sample.modality,
+        "meta": json.dumps(sample.meta, ensure_ascii=False, sort_keys=True),
+        "messages": [
+            {
+                "role": message.role,
+                "segments": [
+                    {
+                        "type": segment.type,
+                        "text": segment.text,
+                        "media": segment.media,
+                        "path": segment.path,
+                        "with_audio": segment.with_audio,
+                    }
+                    for segment in message.segments
+                ],
+            }
+            for message in sample.messages
+        ],
+    }
+
+
+def _payload(sample: Sample) -> int:
+    return 64 + sum(
+        len(segment.text or "") + len(segment.media or b"")
+        for message in sample.messages
+        for segment in message.segments
+    )
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    names = [leaf.path for leaf in pq.ParquetFile(_empty(schema)).schema]
+    return pq.ParquetWriter(
+        path,
+        schema,
+        # media are compressed already
+        compression={name: "NONE" if name in (_MEDIA_LEAF, "bytes") else "ZSTD" for name in names},
+        use_dictionary=[name for name in names if name not in (_MEDIA_LEAF, "bytes", "meta")],
+        write_statistics=[name for name in names if name in LIGHT_COLUMNS or name == "name"],
+    )
+
+
+def _empty(schema: pa.Schema) -> pa.BufferReader:
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    return pa.BufferReader(sink.getvalue())
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    folder: str | Path,
+    name: str,
+    rows_per_shard: int = 10_000,
+    shard_bytes: int = 512 << 20,
+    progress: bool = True,
+) -> list[Path]:
+    """Write `samples` as ``NAME-00000-of-00003.parquet`` and so on, in order.
+
+    Shards get their names only once all are complete, so an interrupted run leaves none that looks whole; shards of an
+    earlier run under the same `name` are replaced. The same samples give the same bytes.
+
+    Args:
+        folder: made when missing.
+        rows_per_shard, shard_bytes: a shard ends at whichever comes first (bytes of text and media).
+        progress: show a progress bar.
+
+    Returns:
+        The shards' paths; one empty shard for no samples.
+
+    Raises:
+        ValueError: a sample that does not fit the schema; the message names it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial: list[Path] = []
+    rows: list[dict[str, Any]] = []
+    group_bytes = in_shard = bytes_in_shard = 0
+    writer: pq.ParquetWriter | None = None
+
+    def flush() -> None:
+        nonlocal group_bytes
+        if writer is not None and rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
+        rows.clear()
+        group_bytes = 0
+
+    def open_shard() -> pq.ParquetWriter:
+        partial.append(folder / f".{name}-{len(partial):05d}.parquet.partial")
+        return _writer(partial[-1], SCHEMA)
+
+    try:
+        for sample in _tracked(samples, f"writing {name}", progress):
+            if writer is None or in_shard >= rows_per_shard or bytes_in_shard >= shard_bytes:
+                flush()
+                if writer is not None:
+                    writer.close()
+                writer, in_shard, bytes_in_shard = open_shard(), 0, 0
+            rows.append(_columns(sample))
+            size = _payload(sample)
+            group_bytes, bytes_in_shard, in_shard = group_bytes + size, bytes_in_shard + size, in_shard + 1
+            if group_bytes >= _ROW_GROUP_BYTES or len(rows) >= _ROW_GROUP_ROWS:
+                flush()
+        if writer is None:
+            writer = open_shard()
+        flush()
+        writer.close()
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        for path in partial:
+            path.unlink(missing_ok=True)
+        raise
+    for path in folder.glob("*.parquet"):
+        if (match := _OF.match(path.name)) and match["name"] == name:
+            path.unlink()
+    final = [folder / f"{name}-{i:05d}-of-{len(partial):05d}.parquet" for i in range(len(partial))]
+    for source, target in zip(partial, final, strict=True):
+        source.replace(target)
+    return final
+
+
+def write_media_table(items: Iterable[tuple[str, bytes]], path: str | Path) -> Path:
+    """Write blobs under unique names to one Parquet file (columns `name`, `bytes`), for paths ``"FILE.parquet#NAME"``.
+
+    Raises:
+        ValueError: a name occurs twice, is empty, or has no bytes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    names: set[str] = set()
+    group: list[tuple[str, bytes]] = []
+
+    def flush(writer: pq.ParquetWriter) -> None:
+        if group:
+            table = pa.Table.from_pylist([{"name": n, "bytes": b} for n, b in group], schema=MEDIA_TABLE_SCHEMA)
+            writer.write_table(table, row_group_size=len(group))
+            group.clear()
+
+    with _writer(partial, MEDIA_TABLE_SCHEMA) as writer:
+        for name, blob in items:
+            if not name or not blob or name in names:
+                problem = "occurs twice" if name in names else "needs a name and bytes"
+                raise ValueError(f"{path.name}: medium {name!r} {problem}")
+            names.add(name)
+            group.append((name, blob))
+            if sum(len(b) for _, b in group) >= _ROW_GROUP_BYTES:
+                flush(writer)
+        flush(writer)
+    partial.replace(path)
+    return path
+
+
+def _tracked(samples: Iterable[Sample], title: str, progress: bool) -> Iterator[Sample]:
+    if not progress:
+        yield from samples
+        return
+    from rich.progress import track
+
+    total = len(samples) if isinstance(samples, Sequence) else None
+    yield from track(samples, description=title, total=total)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class _RowGroups:
+    """Parquet files of one reader, opened when first needed, with their latest row groups kept decoded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._open: dict[Path, tuple[pq.ParquetFile, np.ndarray]] = {}
+        self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+        self._bytes = 0
+
+    def __reduce__(self) -> tuple[type[_RowGroups], tuple[()]]:  # a worker opens its own files
+        return (type(self), ())
+
+    def row(self, path: Path, row: int) -> pa.Table:
+        """Row `row` of the file as a table of one row."""
+        with self._lock:
+            if path not in self._open:
+                file = _open_parquet(path)
+                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                self._open[path] = (file, np.cumsum([0, *sizes]))
+            file, starts = self._open[path]
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            key = (path, group)
+            if key in self._groups:
+                self._groups.move_to_end(key)
+            else:
+                try:
+                    table = file.read_row_group(group, use_threads=False)
+                except (pa.ArrowException, OSError) as error:
+                    raise ValueError(
+                        f"{path}: row group {group} (rows {starts[group]} to {starts[group + 1] - 1}) is damaged "
+                        f"({error}); fetch or write this shard again"
+                    ) from error
+                self._groups[key] = table
+                self._bytes += table.nbytes
+                while self._bytes > _CACHE_BYTES and len(self._groups) > 1:
+                    self._bytes -= self._groups.popitem(last=False)[1].nbytes
+            return self._groups[key].slice(row - int(starts[group]), 1)
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; fetch or write it again, or mend the path in the configuration")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no whole Parquet file ({error}); fetch or write it again") from error
+
+
+class MediaReader:
+    """Encoded bytes of segments whose media lie in, or below, one folder. Paths that lead out of it are refused."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tables: dict[str, dict[str, int]] = {}
+        self._groups = _RowGroups()
+
+    def __call__(self, segment: Segment) -> bytes:
+        """The bytes of `segment`'s medium.
+
+        Raises:
+            BadSample: ``media_missing`` (no bytes and no path, or nothing there), ``media_outside`` (an absolute path
+                or one with ``..``).
+            FileNotFoundError: a media table is missing altogether.
+        """
+        if segment.media is not None:
+            return segment.media
+        if not segment.path:
+            raise BadSample("media_missing", f"a segment of type {segment.type!r} has neither media bytes nor a path")
+        if segment.path.partition("#")[0].endswith(".parquet") and "#" in segment.path:
+            table, _, name = segment.path.partition("#")
+            self._inside(table)
+            return self._from_table(table, name)
+        path = self._inside(segment.path)
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise BadSample("media_missing", f"{segment.path} is not a file in {self.folder}") from error
+
+    def _inside(self, relative: str) -> Path:
+        pure, windows = PurePosixPath(relative), PureWindowsPath(relative)
+        if pure.is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\0" in relative:
+            raise BadSample(
+                "media_outside", f"path {relative!r} leads out of {self.folder}; paths must be relative to it"
+            )
+        return self.folder / relative
+
+    def _from_table(self, table: str, name: str) -> bytes:
+        path = self.folder / table
+        if table not in self._tables:
+            file = _open_parquet(path)
+            if missing := {"name", "bytes"} - set(file.schema_arrow.names):
+                raise ValueError(
+                    f"{path}: a media table needs the columns name and bytes; {sorted(missing)} is missing"
+                )
+            self._tables[table] = {key: row for row, key in enumerate(file.read(columns=["name"])["name"].to_pylist())}
+        if name not in self._tables[table]:
+            raise BadSample("media_missing", f"{table} holds no medium named {name!r}")
+        return self._groups.row(path, self._tables[table][name])["bytes"][0].as_py()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "_tables": {}, "_groups": _RowGroups()}
+
+
+class SampleSource:
+    """The samples of one or more shards in one folder, by index.
+
+    Opening reads the light columns alone. Reading a row decodes its row group (latest groups stay in memory). Pickled
+    for a worker process, it carries its row numbers and opens the files there.
+
+    Args:
+        path: a folder (all its ``*.parquet`` that are not media tables), one file, a glob, or a list of files of one
+            folder. Media paths are relative to that folder.
+        split: keep the rows of this split; the same as ``where={"split": [split]}``.
+        where: which rows to keep: each key one of `FILTERS`, each value a list (or one string). A row stays when it
+            agrees with every key. ``languages`` keeps rows whose languages all stand in the list; an entry such as
+            ``"en>fr"`` names an exact sequence.
+        name: for logs and counters; default: the folder's or file's name.
+
+    Raises:
+        FileNotFoundError: no shard there, or one of a numbered series is missing.
+        ValueError: a column or nested field is missing, unknown or of another type; an unknown filter; no row left.
+            The message names file, field and fix.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        split: str | None = None,
+        where: Mapping[str, str | Sequence[str]] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.files = shard_files(path)
+        self.folder = self.files[0].parent
+        if other := [file for file in self.files if file.parent != self.folder]:
+            raise ValueError(f"shards of one source lie in one folder; {other[0]} is not in {self.folder}")
+        shown = Path(path) if isinstance(path, (str, Path)) else self.folder
+        self.name = name or (shown.stem if shown.suffix == ".parquet" and "*" not in shown.name else self.folder.name)
+        conditions = {key: [value] if isinstance(value, str) else list(value) for key, value in (where or {}).items()}
+        if split is not None:
+            conditions["split"] = [split]
+        for key in conditions:
+            if key not in FILTERS:
+                raise ValueError(
+                    f"where: {key!r} is not a filter; use one of {', '.join(FILTERS)}{_nearest(key, FILTERS)}"
+                )
+        kept_files, kept_rows = [], []
+        for number, file in enumerate(self.files):
+            rows = _matching_rows(_open_shard(file), conditions)
+            kept_files.append(np.full(len(rows), number, dtype=np.int32))
+            kept_rows.append(rows)
+        self._file, self._row = np.concatenate(kept_files), np.concatenate(kept_rows)
+        if conditions and not len(self._row):
+            raise ValueError(
+                f"{self.name}: no row of {self.folder} has {conditions}; it holds {self._values(conditions)}"
+            )
+        self._groups = _RowGroups()
+        self._media = MediaReader(self.folder)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, media not decoded.
+
+        Raises:
+            BadSample: ``text_not_utf8``, ``row_invalid``.
+            IndexError: outside ``0 .. len - 1``.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
+        return row_to_sample(self._groups.row(self.files[self._file[index]], int(self._row[index])))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """The shard's path and the row in it (from 0)."""
+        return str(self.files[self._file[index]]), int(self._row[index])
+
+    def media_bytes(self, segment: Segment) -> bytes:
+        """The encoded bytes of a segment's medium; see `MediaReader`."""
+        return self._media(segment)
+
+    def light(self) -> pa.Table:
+        """The light columns (`LIGHT_COLUMNS`) of this source's rows, in order."""
+        parts = []
+        for number, file in enumerate(self.files):
+            table = _open_parquet(file).read(columns=list(LIGHT_COLUMNS), use_threads=False)
+            parts.append(table.take(self._row[self._file == number]))
+        return pa.concat_tables(parts)
+
+    def _values(self, keys: Iterable[str]) -> str:
+        texts = []
+        for key in keys:
+            columns = [_open_parquet(file).read(columns=[key])[key] for file in self.files]
+            values = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
+            if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                values = pc.call_function("list_flatten", [values])
+            seen = sorted(str(value) for value in values.unique().to_pylist())
+            texts.append(f"{key} {', '.join(seen[:20])}{', ...' if len(seen) > 20 else ''}")
+        return "; ".join(texts)
+
+
+def shard_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The shards that `path` (folder, file, glob or list) names, sorted by name; media tables are left out.
+
+    Raises:
+        FileNotFoundError: none there, or one of a numbered series (``-00001-of-00003``) is missing.
+    """
+    if isinstance(path, (str, Path)):
+        given = Path(path).expanduser()
+        if given.is_dir():
+            files = sorted(file for file in given.glob("*.parquet") if not _is_media_table(file))
+            if not files:
+                raise FileNotFoundError(
+                    f"{given} holds no Parquet shard; write one with `omnitrain data import` or data_prep"
+                )
+        elif "*" in given.name or "?" in given.name:
+            files = sorted(file for file in given.parent.glob(given.name) if not _is_media_table(file))
+            if not files:
+                raise FileNotFoundError(f"no file matches {given}")
+        else:
+            files = [given]
+    else:
+        files = [Path(file).expanduser() for file in path]
+        if not files:
+            raise FileNotFoundError("an empty list of shards")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"shard {file} is missing; fetch or write it again, or mend the path")
+    if isinstance(path, (str, Path)) and Path(path).suffix != ".parquet":
+        for file in files:  # a folder must hold every shard of a numbered series
+            if match := _OF.match(file.name):
+                for index in range(int(match["count"])):
+                    sibling = file.with_name(f"{match['name']}-{index:05d}-of-{match['count']}.parquet")
+                    if not sibling.is_file():
+                        raise FileNotFoundError(f"shard {sibling} of {match['count']} is missing; fetch it again")
+    return files
+
+
+def _is_media_table(path: Path) -> bool:
+    return set(_open_parquet(path).schema_arrow.names) == set(MEDIA_TABLE_SCHEMA.names)
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _open_shard(path: Path) -> pq.ParquetFile:
+    """The shard, once its columns are what `SCHEMA` says."""
+    file = _open_parquet(path)
+    _check_fields(path, "column", file.schema_arrow, SCHEMA)
+    return file
+
+
+def _check_fields(
+    path: Path, what: str, found: Iterable[pa.Field], wanted: Iterable[pa.Field], prefix: str = ""
+) -> None:
+    have, want = {field.name: field.type for field in found}, {field.name: field.type for field in wanted}
+    fix = "write the shard with write_shards or `omnitrain data import`"
+    for name in want:
+        if name not in have:
+            raise ValueError(f"{path}: {what} {prefix + name!r} is missing; {fix}")
+    for name in have:
+        if name not in want:
+            raise ValueError(
+                f"{path}: {what} {prefix + name!r} is unknown{_nearest(name, want)}; "
+                f"rename it, move it into meta, or {fix}"
+            )
+    for name, kind in want.items():
+        given = have[name]
+        while _is_list(kind) and _is_list(given):
+            kind, given = kind.value_type, given.value_type
+        if pa.types.is_struct(kind) and pa.types.is_struct(given):
+            _check_fields(path, "field", given, kind, f"{prefix}{name}.")
+        elif _family(kind) != _family(given) and not pa.types.is_null(given):
+            raise ValueError(f"{path}: {what} {prefix + name!r} is {given}, not {kind}; {fix}")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _family(kind: pa.DataType) -> str:
+    if pa.types.is_dictionary(kind):
+        return _family(kind.value_type)
+    return str(kind).removeprefix("large_")
+
+
+def _matching_rows(file: pq.ParquetFile, conditions: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """Row numbers (int64) of `file` that agree with every condition; text is compared as bytes and never decoded."""
+    keep = np.ones(file.metadata.num_rows, dtype=bool)
+    if not conditions:
+        return np.flatnonzero(keep)
+    table = file.read(columns=list(conditions), use_threads=False)
+    for key, allowed in conditions.items():
+        column = table[key].combine_chunks()
+        if isinstance(column, pa.ChunkedArray):  # a table without rows
+            continue
+        if key == "languages":
+            plain = pa.array([value for value in allowed if ">" not in value], pa.string())
+            exact = pa.array([value for value in allowed if ">" in value], pa.string())
+            offsets = column.offsets.to_numpy()
+            other = ~_is_in(column.values, plain)
+            before = np.concatenate([[0], np.cumsum(other)])
+            joined = _is_in(pc.call_function("binary_join", [column, ">"]), exact)
+            keep &= ((before[offsets[1:]] == before[offsets[:-1]]) & (len(plain) > 0)) | joined
+        else:
+            keep &= _is_in(column, pa.array(allowed, pa.string()))
+    return np.flatnonzero(keep)
+
+
+def _is_in(values: pa.Array, allowed: pa.Array) -> np.ndarray:
+    found = pc.call_function("is_in", [values], pc.SetLookupOptions(allowed))
+    return found.to_numpy(zero_copy_only=False)
+
+
+def row_to_sample(row: pa.Table) -> Sample:
+    """The sample in a table of one row of `SCHEMA`.
+
+    Raises:
+        BadSample: ``text_not_utf8``, or ``row_invalid`` (unknown role or segment type, missing value, broken meta).
+    """
+    try:
+        values = row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise BadSample("text_not_utf8", f"column {_undecodable(row)!r} holds {error.object[:40]!r}") from error
+    name = f"sample {values['id']!r}"
+    try:
+        meta = json.loads(values["meta"] or "{}")
+    except json.JSONDecodeError as error:
+        raise BadSample("row_invalid", f"{name}: column 'meta' is no JSON object ({error})") from error
+    if not isinstance(meta, dict):
+        raise BadSample("row_invalid", f"{name}: column 'meta' is no JSON object but {type(meta).__name__}")
+    messages = []
+    for message in values["messages"] or ():
+        if message is None or message["role"] not in ROLES:
+            raise BadSample(
+                "row_invalid", f"{name}: role {message and message['role']!r} is none of {', '.join(ROLES)}"
+            )
+        for segment in message["segments"] or ():
+            if segment is None or segment["type"] not in SEGMENT_TYPES:
+                kind = segment and segment["type"]
+                raise BadSample("row_invalid", f"{name}: segment type {kind!r} is none of {', '.join(SEGMENT_TYPES)}")
+            if segment["type"] == "text" and segment["text"] is None:
+                raise BadSample("row_invalid", f"{name}: a text segment has no text")
+        segments = tuple(
+            Segment(
+                type=segment["type"],
+                text=segment["text"],
+                media=segment["media"],
+                path=segment["path"],
+                with_audio=bool(segment["with_audio"]),
+            )
+            for segment in message["segments"] or ()
+        )
+        messages.append(Message(role=message["role"], segments=segments))
+    if not values["id"] or not messages:
+        raise BadSample("row_invalid", f"{name}: id and messages may not be empty")
+    return Sample(
+        id=values["id"],
+        source=values["source"] or "",
+        messages=tuple(messages),
+        split=values["split"] or "train",
+        task=values["task"] or "text",
+        licence=values["licence"] or "",
+        languages=tuple(values["languages"] or ()),
+        concept=values["concept"] or "",
+        meta={key: str(value) for key, value in meta.items()},
+    )
+
+
+def _undecodable(row: pa.Table) -> str:
+    for name in row.column_names:
+        try:
+            row[name].to_pylist()
+        except UnicodeDecodeError:
+            return name
+    return "?"
