@@ -106,11 +106,11 @@ class AuTEncoder(nn.Module):
        same weights serve streaming; training draws the window's length (report: 1 to 8 s).
     4. LayerNorm and a two-layer projection to the Thinker's width.
 
-    A recording gives the same features alone and among others; no recordings give [0, out_dim]. The columns at the end
-    of a short last chunk see zeros in the place of the missing frames; in a recording of less than 1 s, whose only chunk
-    is short, they see the convolutions' own zero padding, as in the reference when it encodes that recording alone. (The
-    reference pads to the longest chunk of its *batch*, so there the last column of such a recording depends on its
-    neighbours.)
+    A recording gives the same features alone and among others; no recordings give [0, out_dim]. The columns at the
+    end of a short last chunk see zeros in the place of the missing frames; in a recording of less than 1 s, whose only
+    chunk is short, they see the convolutions' own zero padding, as in the reference when it encodes that recording
+    alone. (The reference pads to the longest chunk of its *batch*, so there the last column of such a recording depends
+    on its neighbours.)
     """
 
     def __init__(self, config: AuTConfig) -> None:
