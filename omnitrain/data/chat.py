@@ -16,16 +16,23 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, TEXT, VIDEO
+from omnitrain.data.positions import (
+    AudioSpan,
+    AudioVideoSpan,
+    ImageSpan,
+    Span,
+    TextSpan,
+    VideoSpan,
+    audio_video_order,
+    vision_tokens,
+)
 from omnitrain.data.sample import BadSample, Message
-
-if TYPE_CHECKING:
-    from omnitrain.data.positions import Span
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",
@@ -191,7 +198,11 @@ class ChatTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``; `from_file` and `transformers.PreTrainedTokenizerFast` read it."""
-        Path(path).write_text(self._full.to_str(pretty=False), encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The content of its ``tokenizer.json``."""
+        return self._full.to_str(pretty=False)
 
     # --- text ----------------------------------------------------------------------------------------------------
 
@@ -313,8 +324,7 @@ class ChatTokenizer:
         if for_generation and is_chat:
             build.special("<|im_start|>")
             build.text("assistant\n")
-        left = sum(1 for _ in spans)
-        if left and not for_generation:
+        if left := sum(1 for _ in spans):
             raise ValueError(f"{left} media spans more than image, audio and video segments")
         return build.finish()
 
@@ -382,14 +392,10 @@ class _Builder:
 
     def _close_text(self) -> None:
         if self._text_tokens:
-            from omnitrain.data.positions import TextSpan
-
             self.spans.append(TextSpan(self._text_tokens))
             self._text_tokens = 0
 
     def media(self, span: Span) -> None:
-        from omnitrain.data.positions import AudioSpan, AudioVideoSpan, ImageSpan, VideoSpan, audio_video_order
-
         pads: Callable[[str, int, int], None] = lambda name, kind, n: self._extend(  # noqa: E731
             [self.tokenizer.special_ids[name]] * n, kind, False
         )
@@ -406,9 +412,9 @@ class _Builder:
             case AudioSpan():
                 pads("<|audio_pad|>", AUDIO, span.n)
             case ImageSpan():
-                pads("<|image_pad|>", IMAGE, int(np.prod(span.grid_thw)) // self.merge**2)
+                pads("<|image_pad|>", IMAGE, vision_tokens(span.grid_thw, self.merge))
             case VideoSpan():
-                pads("<|video_pad|>", VIDEO, int(np.prod(span.grid_thw)) // self.merge**2)
+                pads("<|video_pad|>", VIDEO, vision_tokens(span.grid_thw, self.merge))
             case AudioVideoSpan():
                 is_video = audio_video_order(
                     span.grid_thw,
