@@ -1,0 +1,99 @@
+"""Floating-point operations of a training step, counted, and the rate that the device can reach.
+
+Counted are the multiply-adds (2 operations each) of matrix products, convolutions and attention that the model's equations
+ask for; recomputation under activation checkpointing is not (so the quotient is the *model* FLOPs utilisation, MFU,
+Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.models.omni import OmniModel
+
+# Dense bf16 peaks as stated by the manufacturer, in operations per second.
+STATED_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def _matrices(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters() if p.ndim >= 2)
+
+
+def forward_flops(model: OmniModel, batch: PackedBatch) -> dict[str, float]:
+    """Operations of one forward pass over `batch`, by part: `thinker`, `aut`, `visual`."""
+    thinker, config = model.thinker, model.config.thinker
+    lengths = batch.cu_seqlens.diff().double()
+    dense = sum(_matrices(layer.attention) for layer in thinker.layers)
+    for layer in thinker.layers:
+        experts = getattr(layer.mlp, "experts", None)
+        if experts is None:
+            dense += _matrices(layer.mlp)
+        else:
+            dense += _matrices(experts) * config.top_k / config.n_experts + _matrices(layer.mlp.router)
+    targets = int((batch.labels != IGNORE).sum())
+    # Causal attention: half of n^2 pairs, two products (scores, values).
+    pairs = float((lengths * (lengths + 1) / 2).sum())
+    flops = {
+        "thinker": 2.0 * batch.n_tokens * dense
+        + 2.0 * targets * _matrices(thinker.lm_head)
+        + 4.0 * pairs * config.heads * config.head_dim * len(thinker.layers)
+    }
+    if batch.mel_lengths is not None:
+        aut, c, mels = model.aut, model.config.aut.conv_hidden, model.config.aut.n_mels
+        frames = float(batch.mel_lengths.sum())
+        # Each convolution halves time and frequency: positions out x 3 x 3 x channels in x channels out.
+        convolutions = 2 * 9 * frames * mels * c * (1 / 4 + c / 16 + c / 64)
+        outputs = aut.output_lengths(batch.mel_lengths).double()
+        per_window = aut.output_lengths(torch.tensor([model.config.aut.window_frames])).item()
+        whole, rest = outputs // per_window, outputs % per_window
+        pairs = float((whole * per_window**2 + rest**2).sum())
+        linear = _matrices(aut.conv_out, aut.layers, aut.proj1, aut.proj2)
+        width = model.config.aut.d_model * len(aut.layers)
+        flops["aut"] = convolutions + 2.0 * float(outputs.sum()) * linear + 4.0 * pairs * width
+    if batch.grid_thw is not None:
+        visual, grid = model.visual, batch.grid_thw.double()
+        patches = float(grid.prod(1).sum())
+        pairs = float((grid[:, 0] * (grid[:, 1] * grid[:, 2]) ** 2).sum())  # attention within each frame
+        merged = patches / model.config.vision.merge**2
+        flops["visual"] = (
+            2.0 * patches * _matrices(visual.patch_embed, visual.blocks)
+            + 2.0 * merged * _matrices(visual.merger, visual.merger_list)
+            + 4.0 * pairs * model.config.vision.d_model * len(visual.blocks)
+        )
+    return flops
+
+
+def training_flops(model: OmniModel, batch: PackedBatch) -> float:
+    """Operations of forward and backward pass. The backward pass of a part costs twice its forward pass if its weights
+    learn, once if gradients only pass through it to a part below, and nothing otherwise."""
+    encoders_learn = any(p.requires_grad for m in (model.aut, model.visual) for p in m.parameters())
+    total = 0.0
+    for part, flops in forward_flops(model, batch).items():
+        learns = any(p.requires_grad for p in getattr(model, part).parameters())
+        passes_through = part == "thinker" and encoders_learn
+        total += flops * (3 if learns else 2 if passes_through else 1)
+    return total
+
+
+def peak_flops(device: torch.device, seconds: float = 0.3) -> tuple[float, str]:
+    """Operations per second that `device` can reach, and where the number is from: ``"stated"`` (manufacturer, dense
+    bf16) for known GPUs, else ``"measured"``: the best of several fp32 products of 1024 x 1024 matrices."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, peak in STATED_PEAKS.items():
+            if key in name:
+                return peak, "stated"
+    n = 1024
+    a = torch.ones(n, n, device=device)
+    best, deadline = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best, "measured"

@@ -1,0 +1,138 @@
+"""What is minimised, and the sums it is reported from.
+
+Over one *global batch* (every rank, every accumulation step) the loss is
+
+    L = sum_i w_i nll_i / sum_i w_i  +  c * balance,
+
+where i runs over the target tokens, w_i is the weight of the token's modality (1 unless configured), and `balance` is
+the mixture-of-experts load-balancing loss. Numerator and denominator are summed apart, so neither packing nor the
+number of devices or of accumulation steps changes the gradient of the first term.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from omnitrain.data.batch import IGNORE, PackedBatch
+
+T = TypeVar("T")
+
+MODALITIES = ("text", "image", "audio", "video", "audio_video")
+"""Groups that losses are reported and weighted by (`Sample.modality`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """
+    Attributes:
+        balance_coefficient: c above; 0.001 is the public Thinker's value. 0 turns the term off.
+        balance_pools_layers: True sums counts and probabilities over layers before multiplying them, as the public
+            reference implementation does; False (default) balances each layer by itself.
+        modality_weights: weight of a target token by modality; modalities not named weigh 1.
+        chunk: positions per cross-entropy product; memory is chunk * vocabulary * 4 bytes.
+    """
+
+    balance_coefficient: float = 0.001
+    balance_pools_layers: bool = False
+    modality_weights: Mapping[str, float] = field(default_factory=dict)
+    chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, weight in self.modality_weights.items():
+            if name not in MODALITIES:
+                raise ValueError(f"loss.modality_weights.{name}: no such modality; use one of {', '.join(MODALITIES)}")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"loss.modality_weights.{name}={weight}: must be a finite number >= 0")
+
+
+def distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """`tensor` summed over all ranks; unchanged (and no communication) in a single process."""
+    if distributed():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: T) -> list[T]:
+    """`value` of every rank, in rank order; `[value]` in a single process. Values are small and picklable."""
+    if not distributed():
+        return [value]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def balance_loss(share: Tensor, probability: Tensor, *, pool_layers: bool = False) -> Tensor:
+    """Load-balancing loss of a mixture of experts (Switch Transformer, arXiv 2101.03961, eq. 4).
+
+        E / L * sum_{l,e} f[l,e] P[l,e]
+
+    With `share` of the *global* batch, experts may specialise within a micro-batch as long as the whole is balanced
+    (Qiu et al. 2025, "Demons in the detail", arXiv 2501.11873). Its value is top_k when every expert gets its share.
+
+    Args:
+        share: f [L, E], how often each expert of each layer was chosen, per position (no gradient); rows sum to top_k.
+        probability: P [L, E], router probability of each expert, mean over positions (with gradient); rows sum to 1.
+        pool_layers: average both over layers before multiplying, as the public reference implementation does.
+    """
+    n_layers, n_experts = probability.shape
+    if pool_layers:
+        return n_experts * (share.mean(0) * probability.mean(0)).sum()
+    return n_experts / n_layers * (share * probability).sum()
+
+
+def sample_of_token(batch: PackedBatch) -> Tensor:
+    """[N]: index of the sample that each position belongs to."""
+    lengths = batch.cu_seqlens.diff().long()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+
+def token_weights(batch: PackedBatch, modality_weights: Mapping[str, float]) -> Tensor:
+    """[N] fp32: weight of each position in the loss; 0 where there is no label."""
+    targets = (batch.labels != IGNORE).float()
+    if not modality_weights:
+        return targets
+    per_sample = torch.tensor([modality_weights.get(m, 1.0) for m in batch.modalities], device=targets.device)
+    return targets * per_sample[sample_of_token(batch)]
+
+
+@dataclass(frozen=True)
+class SampleSums:
+    """Loss of each sample in a batch, un-normalised (no gradient).
+
+    Attributes:
+        nll: fp64 [B], nats.  tokens: int64 [B], target tokens.  target_bytes: int64 [B], UTF-8 bytes of the targets.
+    """
+
+    nll: Tensor
+    tokens: Tensor
+    target_bytes: Tensor
+
+    @staticmethod
+    def of(batch: PackedBatch, nll: Tensor) -> SampleSums:
+        """Sum `nll` [N] over each sample of `batch`."""
+        owner = sample_of_token(batch)
+        n = batch.cu_seqlens.shape[0] - 1
+        tokens = torch.zeros(n, dtype=torch.int64, device=nll.device)
+        tokens.index_add_(0, owner, (batch.labels != IGNORE).long())
+        # Summed on the CPU in double precision and in order: exact to the last bit from run to run.
+        sums = torch.zeros(n, dtype=torch.float64).index_add_(0, owner.cpu(), nll.detach().double().cpu())
+        target_bytes = torch.zeros(n, dtype=torch.int64) if batch.target_bytes is None else batch.target_bytes
+        return SampleSums(sums, tokens.cpu(), target_bytes.cpu())
+
+
+def bits_per_byte(nll: float, target_bytes: float) -> float:
+    """Nats over `target_bytes` bytes of text, in bits per byte; comparable between tokenizers. NaN without bytes."""
+    return nll / (math.log(2) * target_bytes) if target_bytes else math.nan

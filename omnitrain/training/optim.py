@@ -1,0 +1,142 @@
+"""AdamW over named parts of the model, and the learning rate by step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+PARTS: dict[str, str] = {
+    "aut_adapter": r"^aut\.(ln_post|proj)",
+    "aut": r"^aut\.",
+    "visual_adapter": r"^visual\.merger",
+    "visual": r"^visual\.",
+    "embeddings": r"^thinker\.embed_tokens\.",
+    "head": r"^thinker\.lm_head\.",
+    "router": r"^thinker\..*\.router\.",
+    "thinker": r"^thinker\.",
+}
+"""Part -> pattern of the `OmniModel` parameter names in it; the first match wins. The adapters are what stands between
+an encoder and the Thinker (report, section 3: stage S1 trains them before the encoders). `train` and `lr_scale` use
+these names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """
+    Attributes:
+        lr: peak learning rate.
+        lr_scale: factor on `lr` by part (see `PARTS`); parts not named have 1.
+        weight_decay: decoupled; matrices only: norms, biases and other vectors are never decayed.
+        schedule: "wsd" (warm-up, stable, linear decay over the last `decay_fraction` of the steps), "cosine" or
+            "constant" (each after the warm-up).
+        warmup_steps: optimizer steps of linear warm-up.
+        min_lr_ratio: final learning rate over the peak.
+        total_steps: length of the schedule in optimizer steps; None: `trainer.max_steps`.
+        fused: one kernel for all parameters.
+    """
+
+    lr: float = 3e-4
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    min_lr_ratio: float = 0.05
+    total_steps: int | None = None
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("wsd", "cosine", "constant"):
+            raise ValueError(f"optim.schedule={self.schedule!r}: use wsd, cosine or constant")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"optim.decay_fraction={self.decay_fraction}: must lie in [0, 1]")
+        check_parts(self.lr_scale, "optim.lr_scale")
+
+
+def check_parts(names: Iterable[str], field_name: str) -> None:
+    """Raise ValueError, naming `field_name`, if one of `names` is no part."""
+    for name in names:
+        if name not in PARTS:
+            raise ValueError(f"{field_name}: no part {name!r}; the parts are {', '.join(PARTS)}")
+
+
+def part_of(name: str) -> str:
+    """The part that the parameter called `name` in an `OmniModel` belongs to.
+
+    Raises:
+        ValueError: if no pattern of `PARTS` matches.
+    """
+    for part, pattern in PARTS.items():
+        if re.search(pattern, name):
+            return part
+    raise ValueError(f"parameter {name!r} belongs to no part; add its pattern to omnitrain/training/optim.py: PARTS")
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """Trained parameters grouped by part and by whether they are decayed. Each group has `name`, `lr`, `weight_decay`.
+
+    Raises:
+        ValueError: if nothing is trained.
+    """
+    groups: dict[tuple[str, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decay = part_of(name), parameter.ndim >= 2
+        group = groups.setdefault(
+            (part, decay),
+            {
+                "name": part if decay else f"{part}.no_decay",
+                "params": [],
+                "lr": config.lr * config.lr_scale.get(part, 1.0),
+                "weight_decay": config.weight_decay if decay else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("module.train: no parameter is trained; name at least one part of the model")
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over `parameter_groups`."""
+    groups = parameter_groups(model, config)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=config.fused)
+
+
+def schedule_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """Learning rate over its peak, as a function of the number of optimizer steps already taken.
+
+    WSD: Hu et al. 2024, arXiv 2404.06395 (a constant rate can be continued or decayed at any time). Cosine: Loshchilov
+    & Hutter 2017, arXiv 1608.03983.
+
+    Raises:
+        ValueError: if a decaying schedule has no positive `total_steps`.
+    """
+    if config.schedule != "constant" and total_steps <= 0:
+        raise ValueError(
+            f"optim.schedule={config.schedule} needs its length: set trainer.max_steps or optim.total_steps"
+        )
+    floor = config.min_lr_ratio
+    decay_steps = max(1, round(total_steps * config.decay_fraction))
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        if config.schedule == "constant":
+            return 1.0
+        if config.schedule == "wsd":
+            left = (total_steps - step) / decay_steps
+            return floor + (1 - floor) * min(1.0, max(0.0, left))
+        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor

@@ -1,0 +1,94 @@
+"""Counters behind the logged numbers: exact under any number of ranks, and part of the checkpoint.
+
+Everything is a sum; a quotient is taken only when a row is written. So a mean over ranks, batches or steps is the mean
+over tokens, and a resumed run writes the row that an uninterrupted one would have written.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnitrain.data.batch import PackedBatch
+from omnitrain.training.losses import SampleSums, bits_per_byte
+
+
+class LossSums:
+    """Un-normalised loss by (modality, task): nats, target tokens, target bytes, samples."""
+
+    def __init__(self) -> None:
+        self.groups: dict[tuple[str, str], list[float]] = {}
+
+    def add_batch(self, batch: PackedBatch, sums: SampleSums) -> None:
+        """Count every sample of `batch`."""
+        rows = zip(batch.modalities, batch.tasks, *(x.tolist() for x in vars(sums).values()), strict=True)
+        for modality, task, nll, tokens, target_bytes in rows:
+            self._add((modality, task), (nll, tokens, target_bytes, 1.0))
+
+    def _add(self, key: tuple[str, str], values: Any) -> None:
+        group = self.groups.setdefault(key, [0.0, 0.0, 0.0, 0.0])
+        for i, value in enumerate(values):
+            group[i] += value
+
+    def merge(self, other: LossSums) -> None:
+        """Add the sums of `other`."""
+        for key, values in other.groups.items():
+            self._add(key, values)
+
+    def total(self, *, modality: str | None = None, task: str | None = None) -> tuple[float, float, float, float]:
+        """(nats, target tokens, target bytes, samples) of all groups, or of those of one modality or task."""
+        picked = [
+            values
+            for key, values in self.groups.items()
+            if (modality is None or key[0] == modality) and (task is None or key[1] == task)
+        ]
+        if not picked:
+            return 0.0, 0.0, 0.0, 0.0
+        nll, tokens, target_bytes, samples = (math.fsum(column) for column in zip(*picked, strict=True))
+        return nll, tokens, target_bytes, samples
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """`PREFIX/loss`, `PREFIX/loss/MODALITY`, `PREFIX/loss_by_task/TASK` (nats per target token) and
+        `PREFIX/bits_per_byte/MODALITY`."""
+        out: dict[str, float] = {}
+        for name, selection in [
+            ("loss", {}),
+            *((f"loss/{m}", {"modality": m}) for m in sorted({key[0] for key in self.groups})),
+            *((f"loss_by_task/{t}", {"task": t}) for t in sorted({key[1] for key in self.groups})),
+        ]:
+            nll, tokens, target_bytes, _ = self.total(**selection)
+            if tokens:
+                out[f"{prefix}/{name}"] = nll / tokens
+            if target_bytes and not name.startswith("loss_by_task"):
+                out[f"{prefix}/{name.replace('loss', 'bits_per_byte', 1)}"] = bits_per_byte(nll, target_bytes)
+        return out
+
+    def state_dict(self) -> dict[tuple[str, str], list[float]]:
+        return {key: list(values) for key, values in self.groups.items()}
+
+    def load_state_dict(self, state: dict[tuple[str, str], list[float]]) -> None:
+        self.groups.clear()
+        for key, values in state.items():
+            self._add(tuple(key), values)
+
+
+def expert_load(counts: Tensor) -> dict[str, float]:
+    """How evenly the experts were used: `experts/entropy` (mean over layers of the normalised entropy, 1 is even),
+    `experts/entropy_min` (the worst layer) and `experts/max_over_mean` (the busiest expert of any layer; 1 is even).
+
+    Args:
+        counts: [L, E]
+    """
+    counts = counts.double()
+    if counts.numel() == 0 or not bool((counts.sum(1) > 0).all()):
+        return {}
+    share = counts / counts.sum(1, keepdim=True)
+    entropy = torch.special.entr(share).sum(1) / math.log(counts.shape[1]) if counts.shape[1] > 1 else share.sum(1)
+    return {
+        "experts/entropy": float(entropy.mean()),
+        "experts/entropy_min": float(entropy.min()),
+        "experts/max_over_mean": float((share * counts.shape[1]).max()),
+    }
