@@ -1,0 +1,36 @@
+# Thin: every target only prepares .venv and calls one command that also works in an environment of your own.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART_DIR := runs/quickstart
+
+.PHONY: quickstart test lint notebooks clean
+
+quickstart: $(VENV)/.installed  ## install, train the quickstart recipe, write and name its report
+	$(BIN)/python -m omnitrain fit +recipe=quickstart paths.run_dir=$(QUICKSTART_DIR) ckpt_path=last
+
+test: $(VENV)/.installed-dev lint  ## everything that CI checks: linters, tests, then the slow tests as one job
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check omnitrain
+	$(BIN)/lint-imports
+
+# uv finds a torch, torchvision and torchaudio that fit each other; plain pip may not (README, "Installation").
+$(VENV)/bin/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade uv
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/uv
+	$(BIN)/uv pip install --python $(BIN)/python --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/uv
+	$(BIN)/uv pip install --python $(BIN)/python --editable ".[dev,sweeps,prep]"
+	touch $@ $(VENV)/.installed
+
+clean:  ## remove the environment and caches (runs stay)
+	rm -rf $(VENV) .pytest_cache .ruff_cache dist
