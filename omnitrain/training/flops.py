@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, counted, and the rate that the device can reach.
 
-Counted are the multiply-adds (2 operations each) of matrix products, convolutions and attention that the model's equations
-ask for; recomputation under activation checkpointing is not (so the quotient is the *model* FLOPs utilisation, MFU,
-Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+Counted are the multiply-adds (2 operations each) of matrix products, convolutions and attention that the model's
+equations ask for; recomputation under activation checkpointing is not (so the quotient is the *model* FLOPs
+utilisation, MFU, Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ target tokens of all ranks and all accumulation steps. Clipping, the spike guard
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,7 @@ class ThinkerModule(L.LightningModule):
         self.skipped_steps = 0
         self.gradient_norm = 0.0
         self._part_norms: dict[str, float] = {}
+        self.last_loss = math.nan
         self._evaluation: dict[int, LossSums] = {}
         self.evaluation_sums: dict[str, LossSums] = {}
         """Sums of the last evaluation by the name of its loader, over all ranks; for tables and reports."""
@@ -179,7 +181,7 @@ class ThinkerModule(L.LightningModule):
             self._row_sums.merge(self._window_sums)
             counts = self._window_counts
             self._row_counts = counts if self._row_counts is None or counts is None else self._row_counts + counts
-            self.log("train/loss", self.step_loss, prog_bar=True, logger=False)
+            self.last_loss = self.step_loss
         step = self.global_step + 1  # Lightning counts this step after the hook
         if step % self.trainer.log_every_n_steps == 0 or step == self.trainer.max_steps:
             self._log_row(step)
