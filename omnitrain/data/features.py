@@ -1,0 +1,214 @@
+"""Arrays to what the encoders read: log-mel frames and vision patches.
+
+Both equal the public processors number for number (see ``tests/data/test_features.py``): mel within 1e-4 of the Whisper
+extractor with 128 bins and no padding, patches within 1e-6 of the Qwen vision processors where no resizing is needed,
+and within one grey level after it (both resize bytes with torchvision's antialiased bicubic kernel).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torchvision.transforms.v2 import functional as image_ops
+
+from omnitrain.data.sample import BadSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioGeometry:
+    """How a waveform becomes mel frames (Qwen3-Omni report, section 2.2: 128 mels, 25 ms window, 10 ms hop at 16 kHz).
+
+    `chunk_frames` is the length of the encoder's convolution chunks, which decides how many tokens an audio takes.
+    """
+
+    sample_rate: int = 16_000
+    n_fft: int = 400
+    hop: int = 160
+    n_mels: int = 128
+    chunk_frames: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionGeometry:
+    """How pictures and frames become patches.
+
+    A picture is resized so that both sides are multiples of ``patch * merge`` and its area lies within `min_pixels` and
+    `max_pixels`. A video is sampled at `fps`; its frames keep to `video_min_pixels` .. `video_max_pixels` each, and all
+    frames together to about ``video_total_pixels * temporal_patch``.
+    """
+
+    patch: int = 16
+    temporal_patch: int = 2
+    merge: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 1280 * 32 * 32
+    video_min_pixels: int = 128 * 32 * 32
+    video_max_pixels: int = 768 * 32 * 32
+    video_total_pixels: int = 115_200 * 32 * 32
+    fps: float = 2.0
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch: channels x time x height x width."""
+        return 3 * self.temporal_patch * self.patch * self.patch
+
+
+# ------------------------------------------------------------------------------------------------------------- audio
+
+
+def _hertz(mel: np.ndarray) -> np.ndarray:
+    """Slaney's mel scale: linear to 1 kHz (15 mel), then 27 mel for every factor of 6.4."""
+    return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
+
+
+@lru_cache(maxsize=4)
+def _mel_filters(geometry: AudioGeometry) -> tuple[Tensor, Tensor]:
+    """Hann window [n_fft] and mel filters of unit area [n_fft // 2 + 1, n_mels].
+
+    In float64, because torchaudio's float32 filter edges alone shift quiet mels by 1e-4.
+    """
+    highest = geometry.sample_rate / 2
+    top = highest * 3 / 200 if highest < 1000 else 15 + 27 * math.log(highest / 1000, 6.4)
+    edges = _hertz(np.linspace(0, top, geometry.n_mels + 2))
+    bins = np.linspace(0, highest, geometry.n_fft // 2 + 1)[:, None]
+    rising = (bins - edges[:-2]) / np.diff(edges)[:-1]
+    falling = (edges[2:] - bins) / np.diff(edges)[1:]
+    filters = np.maximum(0, np.minimum(rising, falling)) * 2 / (edges[2:] - edges[:-2])
+    return torch.hann_window(geometry.n_fft), torch.from_numpy(filters).to(torch.float32)
+
+
+_BLOCK_FRAMES = 6000  # one minute: spectra of a 40-minute recording need not lie in memory at once
+
+
+def log_mel(wave: np.ndarray, geometry: AudioGeometry = AudioGeometry()) -> np.ndarray:
+    """Log-mel frames of a waveform with Whisper's scaling (Radford et al. 2022): log10 of the mel power, at most 8
+    below the recording's maximum, then ``(x + 4) / 4``.
+
+    Args:
+        wave: float32 [T] in [-1, 1] at `geometry.sample_rate`; one shorter than a window is filled up with silence.
+
+    Returns:
+        float32 [T // hop, n_mels]
+
+    Raises:
+        ValueError: `wave` is not one-dimensional or has no sample.
+    """
+    if wave.ndim != 1 or not wave.size:
+        raise ValueError(f"log_mel needs samples [T], T > 0, not {wave.shape}")
+    signal = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
+    if len(signal) < geometry.n_fft:
+        signal = torch.nn.functional.pad(signal, (0, geometry.n_fft - len(signal)))
+    window, filters = _mel_filters(geometry)
+    frames = len(signal) // geometry.hop
+    half = geometry.n_fft // 2
+    signal = torch.nn.functional.pad(signal[None], (half, half), mode="reflect")[0]
+    blocks = []
+    for start in range(0, frames, _BLOCK_FRAMES):
+        count = min(_BLOCK_FRAMES, frames - start)
+        begin = start * geometry.hop
+        piece = signal[begin : begin + (count - 1) * geometry.hop + geometry.n_fft]
+        spectrum = torch.stft(
+            piece, geometry.n_fft, geometry.hop, window=window, center=False, return_complex=True
+        )  # [n_fft / 2 + 1, count]
+        power = spectrum.real.square() + spectrum.imag.square()
+        blocks.append(power.T @ filters)
+    mel = torch.cat(blocks).clamp_(min=1e-10).log10_()
+    mel = torch.maximum(mel, mel.max() - 8.0)
+    return ((mel + 4.0) / 4.0).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------ vision
+
+
+def fit_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size near ``height x width`` whose sides are multiples of `multiple` and whose area lies within the bounds,
+    at nearly the same aspect ratio (the Qwen vision processors' rule)."""
+    rows, columns = round(height / multiple) * multiple, round(width / multiple) * multiple
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(multiple, math.floor(height / shrink / multiple) * multiple)
+        columns = max(multiple, math.floor(width / shrink / multiple) * multiple)
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / multiple) * multiple
+        columns = math.ceil(width * grow / multiple) * multiple
+    # a side shorter than half a patch block would vanish where min_pixels is small
+    return max(rows, multiple), max(columns, multiple)
+
+
+def _patches(frames: Tensor, size: tuple[int, int], geometry: VisionGeometry) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [T, 3, H, W] -> patches [P, D] in blocks of merge x merge, and the grid (t, h, w) in patches."""
+    if tuple(frames.shape[-2:]) != size:
+        frames = image_ops.resize(frames, list(size), image_ops.InterpolationMode.BICUBIC, antialias=True)
+    if missing := -len(frames) % geometry.temporal_patch:  # an odd last frame is repeated
+        frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+    values = frames.to(torch.float32).sub_(127.5).div_(127.5)  # mean and deviation 0.5
+    p, m = geometry.patch, geometry.merge
+    patches = rearrange(
+        values,
+        "(t tp) c (h mh ph) (w mw pw) -> (t h w mh mw) (c tp ph pw)",
+        tp=geometry.temporal_patch,
+        mh=m,
+        mw=m,
+        ph=p,
+        pw=p,
+    )
+    grid = np.array([len(frames) // geometry.temporal_patch, size[0] // p, size[1] // p], dtype=np.int64)
+    return patches.contiguous().numpy(), grid
+
+
+def _check(height: int, width: int, reason: str) -> None:
+    if not height or not width or max(height, width) > 200 * min(height, width):
+        raise BadSample(reason, f"{width} x {height} pixels: sides may differ by a factor of 200 at most")
+
+
+def image_patches(
+    image: np.ndarray,
+    geometry: VisionGeometry = VisionGeometry(),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patches of a picture; it fills all `temporal_patch` time steps of its patches.
+
+    Args:
+        image: uint8 [H, W, 3]
+
+    Returns:
+        patches float32 [P, patch_dim] and the grid int64 [3] = (1, H' / patch, W' / patch), P its product.
+
+    Raises:
+        BadSample: ``image_aspect_ratio``, sides that differ by more than 200.
+    """
+    height, width = image.shape[:2]
+    _check(height, width, "image_aspect_ratio")
+    size = fit_size(height, width, geometry.patch * geometry.merge, geometry.min_pixels, geometry.max_pixels)
+    return _patches(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None], size, geometry)
+
+
+def video_patches(
+    frames: np.ndarray,
+    geometry: VisionGeometry = VisionGeometry(),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patches of a video; the last frame is repeated where T is no multiple of `temporal_patch`.
+
+    Args:
+        frames: uint8 [T, H, W, 3]
+
+    Returns:
+        patches float32 [P, patch_dim] and the grid int64 [3] = (ceil(T / temporal_patch), H' / patch, W' / patch).
+
+    Raises:
+        BadSample: ``video_no_frames``, ``video_aspect_ratio``.
+    """
+    if not len(frames):
+        raise BadSample("video_no_frames", "the video has no frame")
+    count, height, width = frames.shape[:3]
+    _check(height, width, "video_aspect_ratio")
+    share = geometry.video_total_pixels * geometry.temporal_patch // count
+    most = max(min(geometry.video_max_pixels, share), int(geometry.video_min_pixels * 1.05))
+    size = fit_size(height, width, geometry.patch * geometry.merge, geometry.video_min_pixels, most)
+    return _patches(torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2), size, geometry)
