@@ -1,0 +1,157 @@
+"""The parts wired together: encoders' features take the places that were left for them among the word embeddings.
+
+The only file of `models/` that knows all of the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from omnitrain.models.aut import AuTConfig, AuTEncoder
+from omnitrain.models.thinker import KVCache, Thinker, ThinkerConfig, ThinkerOutput
+from omnitrain.models.vision import VisionConfig, VisionEncoder
+
+IMAGE, VIDEO, AUDIO = 1, 2, 3
+"""Values of `token_types` where an encoder's feature stands (the same numbers as in `data/batch.py`; 0 is a word)."""
+
+OmniOutput = ThinkerOutput
+"""hidden [N, D], accept_hidden [N, D], router_counts [L, E], router_prob_sums [L, E]."""
+
+PUBLIC_SPECIAL_TOKENS: Mapping[str, int] = {
+    "<|im_start|>": 151644,
+    "<|im_end|>": 151645,
+    "<|vision_start|>": 151652,
+    "<|vision_end|>": 151653,
+    "<|image_pad|>": 151655,
+    "<|video_pad|>": 151656,
+    "<|audio_start|>": 151669,
+    "<|audio_end|>": 151670,
+    "<tts_pad>": 151671,
+    "<tts_text_bos>": 151672,
+    "<tts_text_eod>": 151673,
+    "<|audio_pad|>": 151675,
+    "system": 8948,
+    "user": 872,
+    "assistant": 77091,
+}
+"""Ids of the public tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniConfig:
+    """
+    Attributes:
+        thinker, aut, vision: sizes of the parts
+        special_tokens: id of each special token by its name in the tokenizer. The model does not read them (what stands
+            where is data, `token_types`); they leave with its weights, so that other programs can.
+        position_id_per_seconds: TM-RoPE ids per second of sound or video
+    """
+
+    thinker: ThinkerConfig
+    aut: AuTConfig
+    vision: VisionConfig
+    special_tokens: Mapping[str, int] = field(default_factory=lambda: dict(PUBLIC_SPECIAL_TOKENS))
+    position_id_per_seconds: int = 13
+
+    def __post_init__(self) -> None:
+        for part, width in (("aut", self.aut.out_dim), ("vision", self.vision.out_dim)):
+            if width != self.thinker.d_model:
+                raise ValueError(f"{part}.out_dim ({width}) must equal thinker.d_model ({self.thinker.d_model})")
+        if len(self.vision.deepstack_layers) > self.thinker.layers:
+            raise ValueError(
+                f"vision.deepstack_layers has {len(self.vision.deepstack_layers)} levels for "
+                f"{self.thinker.layers} decoder layers"
+            )
+
+
+class OmniModel(nn.Module):
+    """Audio encoder, vision encoder and Thinker (report figure 2, without the Talker's side)."""
+
+    def __init__(self, config: OmniConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.aut = AuTEncoder(config.aut)
+        self.visual = VisionEncoder(config.vision)
+        self.thinker = Thinker(config.thinker)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Keep only each layer's input for the backward pass and compute the layer again there: memory of one layer
+        instead of all, for a third more time."""
+        for part in (self.aut, self.visual, self.thinker):
+            part.activation_checkpointing = enabled
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_types: Tensor,
+        mel: Tensor | None = None,
+        mel_lengths: Tensor | None = None,
+        patches: Tensor | None = None,
+        grid_thw: Tensor | None = None,
+        *,
+        aut_window_frames: int | None = None,
+        cache: KVCache | None = None,
+    ) -> OmniOutput:
+        """Hidden states of packed documents; the arguments are `PackedBatch.model_inputs()`.
+
+        Args:
+            input_ids: int64 [N].  position_ids: [3, N].  cu_seqlens: int32 [B + 1].  token_types: [N].
+            mel: [F, n_mels].  mel_lengths: int64 [A].  patches: [P, patch_dim].  grid_thw: int64 [M, 3].
+            aut_window_frames: attention window of the audio encoder (1 to 8 s), default the configuration's.
+            cache: keys and values of earlier calls; the inputs are then the new positions only.
+
+        Raises:
+            ValueError: if the encoders make more or fewer features than `token_types` has places for.
+        """
+        x, visual_mask, deepstack = self.embed(
+            input_ids, token_types, mel, mel_lengths, patches, grid_thw, aut_window_frames=aut_window_frames
+        )
+        return self.thinker(x, position_ids, cu_seqlens, visual_mask, deepstack, cache)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        token_types: Tensor,
+        mel: Tensor | None = None,
+        mel_lengths: Tensor | None = None,
+        patches: Tensor | None = None,
+        grid_thw: Tensor | None = None,
+        *,
+        aut_window_frames: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
+        """What the Thinker reads, before its first layer; arguments and errors as in `forward`.
+
+        Returns:
+            inputs_embeds [N, D], and if there are pictures or videos: visual_mask bool [N], deepstack features per
+            level [visual_mask.sum(), D]; else None, None.
+        """
+        x = self.thinker.embed_tokens(input_ids)
+        visual_mask, deepstack = None, None
+        if mel is not None and mel_lengths is not None:
+            features = self.aut(mel, mel_lengths, aut_window_frames)
+            x = _place(x, features, token_types == AUDIO, "audio", f"{mel_lengths.numel()} recordings")
+        elif bool((token_types == AUDIO).any()):
+            raise ValueError("token_types has audio positions, but mel and mel_lengths were not given")
+        if patches is not None and grid_thw is not None:
+            features, deepstack = self.visual(patches, grid_thw)
+            visual_mask = (token_types == IMAGE) | (token_types == VIDEO)
+            x = _place(x, features, visual_mask, "image and video", f"{len(grid_thw)} pictures and videos")
+        elif bool(((token_types == IMAGE) | (token_types == VIDEO)).any()):
+            raise ValueError("token_types has image or video positions, but patches and grid_thw were not given")
+        return x, visual_mask, deepstack
+
+
+def _place(x: Tensor, features: Tensor, mask: Tensor, kind: str, media: str) -> Tensor:
+    """x [N, D] with `features` [n, D] in order at the n positions of `mask` [N]."""
+    rows = mask.nonzero().squeeze(1)
+    if len(rows) != len(features):
+        raise ValueError(
+            f"token_types has {len(rows)} {kind} positions, but the encoder made {len(features)} features of {media}: "
+            "placeholders and media of a sample do not belong together"
+        )
+    return x.index_copy(0, rows, features.to(x.dtype))
