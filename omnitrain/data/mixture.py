@@ -1,0 +1,370 @@
+"""Which sample comes next: order within a source, weights between sources, ranks, worker processes.
+
+1. Each source is shuffled anew every epoch (Grain's index shuffle: a permutation computed, not stored, from seed and
+   epoch). Rank r of R takes places r, r + R, r + 2R, ... of that endless order, so ranks never share a sample within
+   an epoch.
+2. Sources are interleaved by Tijdeman's solution of the chairman assignment problem ("The chairman assignment problem",
+   Discrete Mathematics 32, 1980): with n sources of shares w_i, after any k samples source i has given c_i with
+   |c_i - k w_i| <= 1 - 1 / (2n - 2) < 1, hence less than 2 off in any window. Integers only, no randomness.
+3. Both are functions of counts. A position in the stream is therefore the number of samples drawn per source, and
+   resuming is counting on.
+4. Decoding and encoding run in Grain's worker processes, which take turns: worker j of N encodes draws j, j + N, ...
+   The order is that of zero workers, so their number may change between runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omnitrain.data.batch import EncodedSample
+from omnitrain.data.sample import BadSample, Sample, Segment
+from omnitrain.data.shards import SampleSource, Source
+
+if TYPE_CHECKING:
+    from omnitrain.data.encode import SampleEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of the mixture.
+
+    Attributes:
+        name: unique; weights, counters and logs use it.
+        path, split, where: see `SampleSource`.
+        weight: share of the samples, relative to the other sources' weights. Default: its number of samples, which
+            passes over all sources equally often.
+        limit: use only so many samples, evenly spaced over the source (for quick validation).
+        samples: a ready `Source` instead of `path`.
+    """
+
+    name: str
+    path: str | Path | Sequence[str | Path] | None = None
+    split: str | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
+    weight: float | None = None
+    limit: int | None = None
+    samples: Source | None = None
+
+    def open(self) -> Source:
+        """The samples, shards opened.
+
+        Raises:
+            ValueError, FileNotFoundError: nothing there, or nothing left by `split` and `where`.
+        """
+        source = self.samples
+        if source is None:
+            if self.path is None:
+                raise ValueError(f"data source {self.name!r} needs a path (a folder of shards) or samples")
+            where = {key: value if isinstance(value, str) else list(value) for key, value in self.where.items()}
+            source = SampleSource(self.path, split=self.split, where=where, name=self.name)
+        if len(source) == 0:
+            raise ValueError(f"data source {self.name!r} ({self.path}) holds no samples")
+        return source if self.limit is None or self.limit >= len(source) else _Spaced(source, self.limit)
+
+
+class _Spaced:
+    """`count` samples of `source`, evenly spaced."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"data source {source.name!r}: limit {count} must be at least 1")
+        self.name, self._source, self._count = source.name, source, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _index(self, index: int) -> int:
+        return index * len(self._source) // self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._source[self._index(index)]
+
+    def locate(self, index: int) -> tuple[str, int]:
+        return self._source.locate(self._index(index))
+
+    def media_bytes(self, segment: Segment) -> bytes:
+        return self._source.media_bytes(segment)
+
+
+class Schedule(Iterator[int]):
+    """Which source gives the next sample, for ever.
+
+    After any k draws, |drawn[i] - k * share[i]| < 1 for every source i; in any window of draws, < 2 (module docstring).
+
+    Args:
+        weights: relative, >= 0 and not all 0. They are read as the decimals they are written as, so 0.1 is a tenth.
+        drawn: how often each source was drawn so far under these weights.
+    """
+
+    def __init__(self, weights: Sequence[float], drawn: Sequence[int] | None = None) -> None:
+        fractions = [Fraction(str(weight)) for weight in weights]
+        if not any(fractions) or min(fractions) < 0:
+            raise ValueError(f"weights must be >= 0 and not all 0, not {list(weights)}")
+        scale = math.lcm(*(fraction.denominator for fraction in fractions))
+        self._weights = [int(fraction * scale) for fraction in fractions]
+        self._total = sum(self._weights)
+        self._active = [i for i, weight in enumerate(self._weights) if weight]
+        self.drawn = list(drawn) if drawn is not None else [0] * len(self._weights)
+        self._step = sum(self.drawn)
+
+    @property
+    def shares(self) -> list[float]:
+        return [weight / self._total for weight in self._weights]
+
+    def __next__(self) -> int:
+        self._step += 1
+        margin = 2 * len(self._active) - 2
+        chosen, chosen_slack = self._active[0], 0
+        if margin:
+            # lag_i = k w_i - c_i in units of 1 / total. Among those that may be drawn (lag >= 1 / margin), take the one
+            # whose lag would first reach the bound: the least (1 - 1 / margin - lag_i) / w_i.
+            best = False
+            for i in self._active:
+                lag = self._step * self._weights[i] - self.drawn[i] * self._total
+                if margin * lag < self._total:
+                    continue
+                slack = (margin - 1) * self._total - margin * lag
+                if not best or slack * self._weights[chosen] < chosen_slack * self._weights[i]:
+                    best, chosen, chosen_slack = True, i, slack
+        self.drawn[chosen] += 1
+        return chosen
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Place `position` in the endless shuffled order of source number `source`, which is its sample `index`."""
+
+    source: int
+    position: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """A pick, fetched: an encoded sample, or why there is none (`bad`: shard, row, id, reason, detail)."""
+
+    pick: Pick
+    sample: EncodedSample | None
+    bad: dict[str, Any] | None = None
+
+
+class Mixture:
+    """The endless stream of draws of one rank.
+
+    Args:
+        sources: opened sources with unique names.
+        encode: turns a sample into numbers (`SampleEncoder`, or its `encode_prompt`).
+        seed: of the shuffles.
+        rank, world_size: this process of how many.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        encode: SampleEncoder | Callable[[Sample, Callable[[Segment], bytes]], EncodedSample],
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not sources:
+            raise ValueError("a mixture needs at least one data source")
+        self.names = list(sources)
+        self.sizes = [len(source) for source in sources.values()]
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self._order = _Order(self.names, self.sizes, seed)
+        self._fetch = _Fetch(tuple(sources.values()), encode)
+
+    def draws(
+        self,
+        weights: Sequence[float],
+        drawn: Sequence[int],
+        before: Sequence[int],
+        num_workers: int = 0,
+        ahead: int = 4,
+    ) -> Iterator[Draw]:
+        """Draws from here on. Call `.close()` on the iterator when done with it: it ends the workers.
+
+        Args:
+            weights: one per source.
+            drawn: samples drawn per source so far under these weights.
+            before: samples drawn per source before these weights came into force.
+            num_workers: processes that decode and encode; 0: this one.
+            ahead: samples that each worker keeps ready.
+        """
+        picks = _Picks(self._order, tuple(weights), tuple(drawn), tuple(before), self.rank, self.world_size)
+        grain = _grain()
+        dataset = grain.MapDataset.source(picks).map(self._fetch)
+        stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        if num_workers:
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=ahead),
+                worker_init_fn=_start_worker,
+            )
+        return iter(stream)
+
+    def source(self, source: int) -> Source:
+        """Source number `source`."""
+        return self._fetch.sources[source]
+
+    def index(self, source: int, position: int) -> int:
+        """The sample at place `position` of the source's endless shuffled order."""
+        return self._order(source, position)
+
+    def fetch(self, source: int, position: int) -> Draw:
+        """One draw again, in this process."""
+        return self._fetch(Pick(source, position, self._order(source, position)))
+
+    def once(self) -> Iterator[Draw]:
+        """This rank's share of all samples, once, source after source, not shuffled."""
+        everything = ((source, index) for source, size in enumerate(self.sizes) for index in range(size))
+        for number, (source, index) in enumerate(everything):
+            if number % self.world_size == self.rank:
+                yield self._fetch(Pick(source, index, index))
+
+
+class _Order:
+    """Sample index at place `position` of a source's endless shuffled order."""
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], seed: int) -> None:
+        self.names, self.sizes, self.seed = tuple(names), tuple(sizes), seed
+        self._orders: dict[int, Any] = {}
+
+    def __call__(self, source: int, position: int) -> int:
+        if source not in self._orders:
+            seed = zlib.crc32(f"{self.seed}:{self.names[source]}".encode())  # sources of equal size differ in order
+            self._orders[source] = _grain().MapDataset.range(self.sizes[source]).seed(seed).shuffle().repeat(None)
+        return int(self._orders[source][position])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.names, self.sizes, self.seed))
+
+
+class _Picks:
+    """Random access to the picks of one rank, for Grain. Access is cheap in rising order, as readers do."""
+
+    def __init__(
+        self,
+        order: _Order,
+        weights: tuple[float, ...],
+        drawn: tuple[int, ...],
+        before: tuple[int, ...],
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._order, self._weights, self._drawn, self._before = order, weights, drawn, before
+        self._rank, self._world_size = rank, world_size
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._schedule, self._next = Schedule(self._weights, self._drawn), 0
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Pick:
+        if index < self._next:
+            self._rewind()
+        while True:
+            source = next(self._schedule)
+            self._next += 1
+            if self._next > index:
+                break
+        count = self._before[source] + self._schedule.drawn[source] - 1  # samples of this source drawn before this one
+        position = self._rank + self._world_size * count
+        return Pick(source, position, self._order(source, position))
+
+    def __repr__(self) -> str:
+        return f"omnitrain.Picks({', '.join(self._order.names)})"
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    sources: tuple[Source, ...]
+    encode: Callable[[Sample, Callable[[Segment], bytes]], EncodedSample]
+
+    def __call__(self, pick: Pick) -> Draw:
+        source = self.sources[pick.source]
+        sample_id = ""
+        try:
+            sample = source[pick.index]
+            sample_id = sample.id
+            with _one_thread():
+                return Draw(pick=pick, sample=self.encode(sample, source.media_bytes))
+        except BadSample as error:
+            shard, row = source.locate(pick.index)
+            bad = {"source": source.name, "shard": shard, "row": row, "id": sample_id}
+            return Draw(pick=pick, sample=None, bad=bad | {"reason": error.reason, "detail": error.detail})
+        except Exception as error:
+            shard, row = source.locate(pick.index)
+            error.add_note(f"while encoding sample {sample_id!r}, row {row} of {shard}")
+            raise
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrix products may round differently on another number of threads; samples must come out the same, bit for bit,
+    from a worker and from the main process (which fetches waiting samples again on resume)."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Manners of a worker process: one thread, no signals of its own, gone when its parent is."""
+    import torch
+
+    torch.set_num_threads(1)
+    # The run decides what Ctrl-C and SIGTERM (a scheduler's warning, sent to every process) mean: it still needs data
+    # to finish its step and save.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(60, os._exit, (0,)).start())
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # after kill -9 of the run nobody would end this process
+
+        def follow(sentinel: int) -> None:
+            wait([sentinel])
+            os._exit(1)
+
+        threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
+
+
+@contextmanager
+def _quiet_absl() -> Iterator[None]:
+    # Grain warns at import that the JAX profiler is absent; nothing here uses JAX.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _grain() -> Any:
+    with _quiet_absl():
+        import grain
+
+    return grain

@@ -1,0 +1,170 @@
+"""Whole samples into packs, end to end, within budgets of tokens, mel frames and patches at once.
+
+First-fit over a small window of open packs: a sample goes into the oldest open pack that has room for all it brings.
+If none has and the window is full, the fullest pack is closed and handed out. Nothing is padded, cut or reordered
+inside a pack; what is too long for an empty pack is the caller's decision (`PackedStream`: text documents are split,
+anything else is skipped and counted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from omnitrain.data.batch import IGNORE, TEXT, EncodedSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The most that one pack holds. None: no bound. `mel_frames` are 10 ms each; `patches` are counted before the
+    merge, so four of them become one token."""
+
+    tokens: int
+    mel_frames: int | None = None
+    patches: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"pack budget {name} is {value}; it must be at least 1")
+
+    def filling(self, tokens: int, mel_frames: int, patches: int) -> float:
+        """How full a pack is: the share of the budget that is nearest to its end. Above 1: does not fit."""
+        pairs = ((tokens, self.tokens), (mel_frames, self.mel_frames), (patches, self.patches))
+        return max(used / most for used, most in pairs if most is not None)
+
+    def fits(self, sample: EncodedSample) -> bool:
+        return self.filling(len(sample), sample.mel_frames, sample.n_patches) <= 1
+
+    def excess(self, sample: EncodedSample) -> str:
+        """Which budget `sample` breaks, in words."""
+        return ", ".join(
+            f"{used} {name} > {most}"
+            for name, used, most in (
+                ("tokens", len(sample), self.tokens),
+                ("mel frames", sample.mel_frames, self.mel_frames),
+                ("patches", sample.n_patches, self.patches),
+            )
+            if most is not None and used > most
+        )
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tokens `start` to `end` (excluded) of the sample at `position` in the order of source number `source`. The three
+    numbers and the source are all that the stream's state keeps of it."""
+
+    source: int
+    position: int
+    start: int
+    end: int
+    sample: EncodedSample
+
+    def key(self) -> list[int]:
+        return [self.source, self.position, self.start, self.end]
+
+
+class _Pack:
+    def __init__(self, budget: Budget) -> None:
+        self.items: list[Item] = []
+        self._budget = budget
+        self._used = (0, 0, 0)
+
+    def _with(self, sample: EncodedSample) -> tuple[int, int, int]:
+        tokens, mel_frames, patches = self._used
+        return tokens + len(sample), mel_frames + sample.mel_frames, patches + sample.n_patches
+
+    def has_room(self, sample: EncodedSample) -> bool:
+        return self._budget.filling(*self._with(sample)) <= 1
+
+    def add(self, item: Item) -> None:
+        self._used = self._with(item.sample)
+        self.items.append(item)
+
+    @property
+    def filling(self) -> float:
+        return self._budget.filling(*self._used)
+
+
+class FirstFit:
+    """Packs of `budget`, at most `window` of them open."""
+
+    def __init__(self, budget: Budget, window: int) -> None:
+        if window < 1:
+            raise ValueError(f"the packing window is {window}; at least one pack must be open")
+        self.budget, self.window = budget, window
+        self._open: list[_Pack] = []
+
+    def add(self, item: Item) -> list[Item] | None:
+        """Place `item`; a pack that had to be closed for it is returned.
+
+        Raises:
+            ValueError: it does not fit an empty pack.
+        """
+        if not self.budget.fits(item.sample):
+            raise ValueError(f"sample {item.sample.id!r} fits no pack: {self.budget.excess(item.sample)}")
+        for pack in self._open:
+            if pack.has_room(item.sample):
+                pack.add(item)
+                return None
+        closed = self.close_fullest() if len(self._open) == self.window else None
+        pack = _Pack(self.budget)
+        pack.add(item)
+        self._open.append(pack)
+        return closed
+
+    def close_fullest(self) -> list[Item] | None:
+        """Hand out the fullest open pack (the oldest of equals); None when none is open."""
+        if not self._open:
+            return None
+        fullest = max(range(len(self._open)), key=lambda i: self._open[i].filling)
+        return self._open.pop(fullest).items
+
+    def waiting(self) -> list[list[Item]]:
+        """What lies in the open packs, oldest pack first."""
+        return [list(pack.items) for pack in self._open]
+
+    def restore(self, packs: list[list[Item]]) -> None:
+        """Open packs with these contents."""
+        self._open = []
+        for items in packs:
+            pack = _Pack(self.budget)
+            for item in items:
+                pack.add(item)
+            self._open.append(pack)
+
+
+def is_document(sample: EncodedSample) -> bool:
+    """Text alone, and every token after the first is a target: such a sample may be cut anywhere."""
+    return bool((sample.token_types == TEXT).all() and (sample.labels[:-1] != IGNORE).all())
+
+
+def cut(sample: EncodedSample, start: int, end: int, n_bytes: Callable[[np.ndarray], int]) -> EncodedSample:
+    """Tokens `start` to `end` of a document as a sample of its own, with positions from 0.
+
+    The last token of a piece still predicts the first of the next, so that cutting loses no target.
+
+    Args:
+        n_bytes: UTF-8 bytes that given token ids stand for.
+    """
+    if (start, end) == (0, len(sample)):
+        return sample
+    labels = sample.labels[start:end]
+    return replace(
+        sample,
+        id=f"{sample.id}@{start}:{end}",
+        input_ids=sample.input_ids[start:end],
+        labels=labels,
+        token_types=sample.token_types[start:end],
+        position_ids=sample.position_ids[:, : end - start],  # text alone: the three ids count up from 0
+        target_bytes=n_bytes(labels[labels != IGNORE]),
+    )
+
+
+def pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    """Borders of the pieces, at most `most` tokens each, of tokens `start` to `end` of a document. A last piece of one
+    token is left out: the piece before it predicts that token, and it predicts nothing itself."""
+    borders = [(a, min(a + most, end)) for a in range(start, end, most)]
+    return borders if len(borders) == 1 or borders[-1][1] - borders[-1][0] > 1 else borders[:-1]

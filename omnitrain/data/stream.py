@@ -1,0 +1,413 @@
+"""The stream of packed batches and its state.
+
+The state is integers: how many samples were drawn from each source, which places of the shuffled order wait in open
+packs, and counters. Restoring fetches the waiting samples again and counts on; no sample's content is ever saved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omnitrain.data.batch import EncodedSample, PackedBatch
+from omnitrain.data.mixture import Draw, Mixture, Schedule
+from omnitrain.data.packing import Budget, FirstFit, Item, cut, is_document, pieces
+
+STATE_VERSION = 1
+MIN_SAMPLES_TO_JUDGE = 100
+"""The share of bad samples is judged once so many were drawn: one bad row among the first ten says little."""
+MAX_WITHOUT_BATCH = 1000
+"""So many draws in a row of which none could be used end the run."""
+
+
+class TooManyBadSamples(RuntimeError):
+    """More samples cannot be read than the run tolerates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of training with its own mixture and lengths.
+
+    Attributes:
+        until_tokens: the stage ends once the run (all ranks) has emitted so many tokens; None: never (last stage only).
+        weights: by source name; sources left out are not drawn. None: the sources' own weights.
+        max_tokens, max_mel_frames, max_patches: budgets of a pack. None: the data module's own.
+    """
+
+    until_tokens: int | None = None
+    weights: Mapping[str, float] | None = None
+    max_tokens: int | None = None
+    max_mel_frames: int | None = None
+    max_patches: int | None = None
+
+
+@dataclass
+class Tally:
+    """Samples and tokens handed out, by group."""
+
+    samples: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def add(self, group: str, samples: int, tokens: int) -> None:
+        self.samples[group] = self.samples.get(group, 0) + samples
+        self.tokens[group] = self.tokens.get(group, 0) + tokens
+
+
+class BadSampleLog:
+    """One JSON object a line for every skipped sample: source, shard, row, id, reason, detail.
+
+    Args:
+        path: the file; None writes nothing.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = Path(path) if path is not None else None
+
+    def keep(self, lines: int) -> None:
+        """Drop what was written after the state that a run resumes from, and a line that a kill left half-written."""
+        if self.path is None or not self.path.is_file():
+            return
+        kept = self.path.read_bytes().splitlines(keepends=True)[:lines]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_bytes(b"".join(kept))
+        partial.replace(self.path)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class PackedStream(Iterator[PackedBatch]):
+    """Endless packed batches of one rank; each carries the state after it.
+
+    Args:
+        mixture: gives the samples.
+        weights: by source name, for stages without weights of their own.
+        budget: of a pack, for stages without budgets of their own.
+        stages: in order; only the last may lack `until_tokens`, and it must.
+        window: packs kept open.
+        n_bytes: UTF-8 bytes that token ids stand for (`ChatTokenizer.n_bytes`).
+        max_bad_fraction: the run stops when more than this share of the drawn samples is bad. Samples that are too long
+            count as skipped but not as bad.
+        num_workers, ahead: processes that decode and encode, and how many samples each keeps ready.
+        log: where skipped samples are written.
+        state: continue after this state (of a batch of an equal stream).
+
+    Raises (from `next`):
+        TooManyBadSamples. RuntimeError: nothing of `MAX_WITHOUT_BATCH` draws in a row could be used.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        weights: Mapping[str, float],
+        budget: Budget,
+        stages: Sequence[Stage] = (),
+        window: int = 8,
+        n_bytes: Callable[[np.ndarray], int],
+        max_bad_fraction: float = 0.01,
+        num_workers: int = 0,
+        ahead: int = 4,
+        log: BadSampleLog | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._mixture = mixture
+        self._stages = check_stages(stages, mixture.names)
+        self._weights, self._budget, self._window = dict(weights), budget, window
+        self._n_bytes, self._max_bad_fraction = n_bytes, max_bad_fraction
+        self._num_workers, self._ahead = num_workers, ahead
+        self._log = log or BadSampleLog(None)
+        self._draws: Any = None
+        self._unused = 0  # draws in a row that gave nothing
+        nothing = [0] * len(mixture.names)
+        self._pending: list[Item] = []
+        self._stage, self._drawn, self._before = 0, list(nothing), list(nothing)
+        self._read, self._batches, self._tokens, self._filling = 0, 0, 0, 0.0
+        self._skipped: dict[str, int] = {}
+        self._seen = {"source": Tally(), "modality": Tally(), "languages": Tally()}
+        self._packer = FirstFit(self._stage_budget(), window)
+        if state is not None:
+            self._restore(state)
+        self._log.keep(sum(self._skipped.values()))
+
+    # --- batches -------------------------------------------------------------------------------------------------
+
+    def __next__(self) -> PackedBatch:
+        while True:
+            while self._pending:
+                closed = self._packer.add(self._pending.pop(0))
+                if closed:
+                    return self._emit(closed)
+            if self._draws is None:
+                self._draws = self._mixture.draws(
+                    self._stage_weights(), self._drawn, self._before, self._num_workers, self._ahead
+                )
+            self._take(next(self._draws))
+
+    def close(self) -> None:
+        """End the worker processes. The stream may be continued; it starts them again."""
+        if self._draws is not None:
+            self._draws.close()
+            self._draws = None
+
+    def _take(self, draw: Draw) -> None:
+        self._drawn[draw.pick.source] += 1
+        self._read += 1
+        if draw.sample is None:
+            assert draw.bad is not None
+            self._skip(draw.bad)
+            self._judge()
+        else:
+            self._admit(draw.pick.source, draw.pick.position, 0, len(draw.sample), draw.sample)
+        self._unused = 0 if self._pending else self._unused + 1
+        if self._unused >= MAX_WITHOUT_BATCH:
+            raise RuntimeError(
+                f"none of the last {self._unused} samples could be used; skipped so far: {self._skipped}. Raise the "
+                "budgets (max_tokens, max_mel_frames, max_patches), or see the log of bad samples"
+            )
+
+    def _admit(self, source: int, position: int, start: int, end: int, whole: EncodedSample) -> None:
+        """Queue tokens start..end of a sample for packing, in pieces if it is a document too long for a pack."""
+        budget = self._packer.budget
+        part = cut(whole, start, end, self._n_bytes)
+        if budget.fits(part):
+            self._pending.append(Item(source, position, start, end, part))
+        elif is_document(whole):
+            for a, b in pieces(start, end, budget.tokens):
+                self._pending.append(Item(source, position, a, b, cut(whole, a, b, self._n_bytes)))
+        else:
+            opened = self._mixture.source(source)
+            shard, row = opened.locate(self._mixture.index(source, position))
+            self._skip(
+                {
+                    "source": opened.name,
+                    "shard": shard,
+                    "row": row,
+                    "id": whole.id,
+                    "reason": "too_long",
+                    "detail": budget.excess(part),
+                }
+            )
+
+    def _skip(self, record: dict[str, Any]) -> None:
+        self._skipped[record["reason"]] = self._skipped.get(record["reason"], 0) + 1
+        self._log.write(record)
+
+    def _judge(self) -> None:
+        check_bad_fraction(self._skipped, self._read, self._max_bad_fraction, self._log.path)
+
+    def _emit(self, items: list[Item]) -> PackedBatch:
+        batch = PackedBatch.pack([item.sample for item in items])
+        for item in items:
+            first = int(item.start == 0)  # pieces of one document are one sample
+            for kind, group in (
+                ("source", self._mixture.names[item.source]),
+                ("modality", item.sample.modality),
+                ("languages", ">".join(item.sample.languages) or "und"),
+            ):
+                self._seen[kind].add(group, first, len(item.sample))
+        self._batches += 1
+        self._tokens += batch.n_tokens
+        self._filling += self._packer.budget.filling(
+            batch.n_tokens,
+            sum(item.sample.mel_frames for item in items),
+            sum(item.sample.n_patches for item in items),
+        )
+        until = self._stages[self._stage].until_tokens
+        while until is not None and self._tokens * self._mixture.world_size >= until:
+            self._enter(self._stage + 1)
+            until = self._stages[self._stage].until_tokens
+        return replace(batch, stream_state=self.state_dict(), skipped=dict(self._skipped))
+
+    # --- stages --------------------------------------------------------------------------------------------------
+
+    def _stage_weights(self) -> list[float]:
+        weights = self._stages[self._stage].weights or self._weights
+        return [weights.get(name, 0) for name in self._mixture.names]
+
+    def _stage_budget(self) -> Budget:
+        stage = self._stages[self._stage]
+        return Budget(
+            tokens=stage.max_tokens or self._budget.tokens,
+            mel_frames=stage.max_mel_frames or self._budget.mel_frames,
+            patches=stage.max_patches or self._budget.patches,
+        )
+
+    def _enter(self, stage: int) -> None:
+        """Change mixture and budgets. Samples that wait in open packs are packed anew, first; what worker processes
+        have fetched ahead under the old weights is dropped and drawn again when its turn comes."""
+        self.close()
+        self._stage = stage
+        self._before = [a + b for a, b in zip(self._before, self._drawn, strict=True)]
+        self._drawn = [0] * len(self._drawn)
+        waiting = [*(item for pack in self._packer.waiting() for item in pack), *self._pending]
+        self._packer = FirstFit(self._stage_budget(), self._window)
+        self._pending = []
+        for item in waiting:
+            if self._packer.budget.fits(item.sample):
+                self._pending.append(item)
+            else:
+                self._admit(item.source, item.position, item.start, item.end, self._whole(item.source, item.position))
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain integers, strings, lists and dicts, independent of the number of workers."""
+        return {
+            "version": STATE_VERSION,
+            "rank": self._mixture.rank,
+            "stage": self._stage,
+            "drawn": list(self._drawn),
+            "before": list(self._before),
+            "waiting": [[item.key() for item in pack] for pack in self._packer.waiting()],
+            "pending": [item.key() for item in self._pending],
+            "read": self._read,
+            "batches": self._batches,
+            "tokens": self._tokens,
+            "filling": self._filling,
+            "skipped": dict(self._skipped),
+            "seen": {
+                kind: {"samples": dict(tally.samples), "tokens": dict(tally.tokens)}
+                for kind, tally in self._seen.items()
+            },
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"stream state has version {state['version']}, this omnitrain reads {STATE_VERSION}")
+        if state["rank"] != self._mixture.rank:
+            raise ValueError(f"stream state of rank {state['rank']} given to rank {self._mixture.rank}")
+        state = deepcopy(dict(state))
+        self._stage, self._drawn, self._before = state["stage"], state["drawn"], state["before"]
+        self._read, self._batches, self._tokens = state["read"], state["batches"], state["tokens"]
+        self._filling, self._skipped = state["filling"], state["skipped"]
+        self._seen = {kind: Tally(**tally) for kind, tally in state["seen"].items()}
+        fetched: dict[tuple[int, int], EncodedSample] = {}
+
+        def item(source: int, position: int, start: int, end: int) -> Item:
+            if (source, position) not in fetched:
+                fetched[source, position] = self._whole(source, position)
+            return Item(source, position, start, end, cut(fetched[source, position], start, end, self._n_bytes))
+
+        self._packer = FirstFit(self._stage_budget(), self._window)
+        self._packer.restore([[item(*key) for key in pack] for pack in state["waiting"]])
+        self._pending = [item(*key) for key in state["pending"]]
+
+    def _whole(self, source: int, position: int) -> EncodedSample:
+        draw = self._mixture.fetch(source, position)
+        if draw.sample is None:
+            raise RuntimeError(
+                f"a sample that could be read before the stop no longer can: {draw.bad}; were the shards changed?"
+            )
+        return draw.sample
+
+
+def planned_mixture(stages: Sequence[Stage], weights: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Per stage: `until_tokens`, and each source's share of the samples drawn.
+
+    Args:
+        weights: by source name, for stages without weights of their own.
+    """
+    plan = []
+    for stage in check_stages(stages, list(weights)):
+        shares = Schedule([(stage.weights or weights).get(name, 0) for name in weights]).shares
+        plan.append({"until_tokens": stage.until_tokens, "shares": dict(zip(weights, shares, strict=True))})
+    return plan
+
+
+def check_stages(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
+    """`stages`, or one endless stage if there is none.
+
+    Raises:
+        ValueError: ends that do not rise, an end on the last stage or none on another, weights for unknown sources.
+    """
+    stages = list(stages) or [Stage()]
+    ends = [stage.until_tokens for stage in stages]
+    if ends[-1] is not None:
+        raise ValueError(
+            f"the last data stage has until_tokens {ends[-1]}; leave it out, the trainer's max_steps ends a run"
+        )
+    given = [end for end in ends if end is not None]
+    if len(given) < len(ends) - 1 or sorted(set(given)) != given:
+        raise ValueError(f"until_tokens of the data stages must be given and rise, except the last; they are {ends}")
+    for number, stage in enumerate(stages):
+        if unknown := sorted(set(stage.weights or ()) - set(names)):
+            raise ValueError(f"data stage {number} has weights for {unknown}; the sources are {list(names)}")
+    return stages
+
+
+def check_bad_fraction(skipped: Mapping[str, int], read: int, most: float, log: Path | None) -> None:
+    """Raise TooManyBadSamples when more than `most` of `read` samples are bad, once enough were read."""
+    bad = sum(count for reason, count in skipped.items() if reason != "too_long")
+    if read >= MIN_SAMPLES_TO_JUDGE and bad > most * read:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items(), key=lambda x: -x[1]))
+        raise TooManyBadSamples(
+            f"{bad} of {read} samples are bad ({bad / read:.1%}, data.max_bad_fraction allows {most:.1%}); {reasons}. "
+            + (f"Each is named in {log}. " if log else "")
+            + "Mend or remove them (`omnitrain data verify` lists them), or raise data.max_bad_fraction"
+        )
+
+
+class FinitePacks(Iterable[PackedBatch]):
+    """All samples of some sources once, in order, packed in order: the same packs at every pass (validation).
+
+    A sample too long for a pack is skipped and counted; documents are split. Rank r of R takes samples r, r + R, ....
+
+    Args and errors as `PackedStream`. `encode` may be `SampleEncoder.encode_prompt`.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        budget: Budget,
+        n_bytes: Callable[[np.ndarray], int],
+        window: int = 1,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self._mixture, self._budget, self._window = mixture, budget, window
+        self._n_bytes, self._max_bad_fraction = n_bytes, max_bad_fraction
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        packer = FirstFit(self._budget, self._window)
+        skipped: dict[str, int] = {}
+        read = packs = 0
+
+        def pack(items: list[Item]) -> PackedBatch:
+            return PackedBatch.pack([item.sample for item in items], skipped=dict(skipped))
+
+        for draw in self._mixture.once():
+            read += 1
+            if draw.sample is None:
+                assert draw.bad is not None
+                skipped[draw.bad["reason"]] = skipped.get(draw.bad["reason"], 0) + 1
+                check_bad_fraction(skipped, read, self._max_bad_fraction, None)
+                continue
+            whole = draw.sample
+            parts = [(0, len(whole))]
+            if not self._budget.fits(whole):
+                if not is_document(whole):
+                    skipped["too_long"] = skipped.get("too_long", 0) + 1
+                    continue
+                parts = pieces(0, len(whole), self._budget.tokens)
+            for start, end in parts:
+                part = cut(whole, start, end, self._n_bytes)
+                closed = packer.add(Item(draw.pick.source, draw.pick.index, start, end, part))
+                if closed:
+                    packs += 1
+                    yield pack(closed)
+        while closed := packer.close_fullest():
+            packs += 1
+            yield pack(closed)
+        if not packs and read:
+            raise TooManyBadSamples(f"none of the {read} samples of {self._mixture.names} can be used: {skipped}")
