@@ -1,0 +1,176 @@
+"""Text generation: several prompts at once, packed, with a key/value cache.
+
+    batch of prompts -> encoders -> prefill (in one piece or several) -> one token per document and step
+
+A document that is done leaves the batch; nothing is padded, so a document's tokens do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from omnitrain.data.batch import PackedBatch
+from omnitrain.generation.cache import PackedKVCache
+from omnitrain.generation.sampling import Sampling
+from omnitrain.models.omni import OmniModel
+
+OnToken = Callable[[int, int], None]
+"""Called as on_token(document, token) as soon as a token is chosen."""
+
+
+@torch.no_grad()
+def generate(
+    model: OmniModel,
+    batch: PackedBatch,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    stop_ids: Iterable[int] = (),
+    on_token: OnToken | None = None,
+    prefill_chunk: int | None = None,
+    aut_window_frames: int | None = None,
+) -> list[list[int]]:
+    """Continue every document of `batch`; with temperature 0 equal to the greedy `generate` of transformers.
+
+    Args:
+        model: text is generated on the model's device, in its precision.
+        batch: prompts (`SampleEncoder.encode_prompt`) packed end to end.
+        max_new_tokens: at most this many tokens per document.
+        temperature, top_p, top_k, repetition_penalty: see `Sampling`. Temperature 0 takes the most probable token.
+        seed: document i draws from its own generator, seeded with `seed` + i, or `seed[i]`.
+        stop_ids: a document ends after one of these.
+        on_token: called as on_token(document, token) at once.
+        prefill_chunk: prompts are read at most so many tokens per document at a time, which bounds the memory of
+            long ones; default: in one piece. The result is the same.
+        aut_window_frames: attention window of the audio encoder, default: the model's.
+
+    Returns:
+        The new tokens of every document, a stop token included.
+
+    Raises:
+        ValueError: for a nonsensical option or an empty prompt, naming it.
+    """
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    documents = len(batch.cu_seqlens) - 1
+    seeds = [seed + i for i in range(documents)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != documents:
+        raise ValueError(f"{len(seeds)} seeds for {documents} prompts; give one number, or one per prompt")
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    stop = frozenset(stop_ids)
+
+    device = model.thinker.embed_tokens.weight.device
+    batch = batch.to(device)
+    cache = PackedKVCache()
+    hidden = prefill(model, batch, cache, chunk=prefill_chunk, aut_window_frames=aut_window_frames)  # [B, D]
+    position = next_positions(batch)  # [B]
+    occurred = _occurred(batch, model.config.thinker.vocab_size) if repetition_penalty != 1 else None
+
+    new: list[list[int]] = [[] for _ in range(documents)]
+    alive = list(range(documents))
+    while alive:
+        token = sampling.choose(model.thinker.logits(hidden), occurred, [generators[b] for b in alive])  # [B]
+        for document, index in zip(alive, token.tolist(), strict=True):
+            new[document].append(index)
+            if on_token is not None:
+                on_token(document, index)
+        going = [i for i, b in enumerate(alive) if new[b][-1] not in stop and len(new[b]) < max_new_tokens]
+        if occurred is not None:
+            occurred.scatter_(1, token[:, None], True)
+        if len(going) < len(alive):
+            alive = [alive[i] for i in going]
+            if not alive:
+                break
+            cache.keep(going)
+            token, position = token[going], position[going]
+            occurred = None if occurred is None else occurred[going]
+        hidden = step(model, token, position, cache)
+        position = position + 1
+    return new
+
+
+@torch.no_grad()
+def prefill(
+    model: OmniModel,
+    batch: PackedBatch,
+    cache: PackedKVCache,
+    *,
+    chunk: int | None = None,
+    aut_window_frames: int | None = None,
+) -> Tensor:
+    """Read the prompts into `cache`, at most `chunk` tokens of each document per pass.
+
+    Returns:
+        [B, D], the hidden state of each document's last token (times the head = logits of its next one).
+
+    Raises:
+        ValueError: if a document has no tokens, or `chunk` is not positive.
+    """
+    lengths = batch.cu_seqlens.diff().tolist()
+    if 0 in lengths:
+        raise ValueError(f"document {lengths.index(0)} has no tokens; a prompt needs at least one")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"prefill_chunk is {chunk}; it must be positive, or None for one piece")
+    position_ids, cu_seqlens = batch.position_ids, batch.cu_seqlens
+    x, visual_mask, deepstack = model.embed(
+        batch.input_ids,
+        batch.token_types,
+        batch.mel,
+        batch.mel_lengths,
+        batch.patches,
+        batch.grid_thw,
+        aut_window_frames=aut_window_frames,
+    )
+    if chunk is None or max(lengths) <= chunk:
+        hidden = model.thinker(x, position_ids, cu_seqlens, visual_mask, deepstack, cache).hidden
+        return hidden[cu_seqlens[1:].long() - 1]
+
+    last: list[Tensor | None] = [None] * len(lengths)
+    visual_index = None if visual_mask is None else visual_mask.long().cumsum(0) - 1  # row in the deepstack features
+    starts = cu_seqlens[:-1].tolist()
+    for done in range(0, max(lengths), chunk):
+        sizes = [max(min(chunk, n - done), 0) for n in lengths]
+        rows = torch.cat([torch.arange(s + done, s + done + n) for s, n in zip(starts, sizes, strict=True)]).to(
+            x.device
+        )
+        borders = torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32).to(x.device)
+        mask, levels = None, None
+        if visual_mask is not None and visual_index is not None and deepstack is not None:
+            mask = visual_mask[rows]
+            levels = [level[visual_index[rows[mask]]] for level in deepstack]
+        hidden = model.thinker(x[rows], position_ids[:, rows], borders, mask, levels, cache).hidden
+        for b, (end, n) in enumerate(zip(borders[1:].tolist(), sizes, strict=True)):
+            if n and done + n == lengths[b]:
+                last[b] = hidden[end - 1]
+    return torch.stack([h for h in last if h is not None])
+
+
+@torch.no_grad()
+def step(model: OmniModel, token: Tensor, position: Tensor, cache: PackedKVCache) -> Tensor:
+    """One more token per document: token int64 [B], position [B] (the three ids of text are equal) -> hidden [B, D]."""
+    borders = torch.arange(len(token) + 1, dtype=torch.int32, device=token.device)
+    x = model.thinker.embed_tokens(token)
+    return model.thinker(x, position.expand(3, -1), borders, cache=cache).hidden
+
+
+def next_positions(batch: PackedBatch) -> Tensor:
+    """The id of each document's next token, [B]: one after its largest so far."""
+    parts = batch.position_ids.split(batch.cu_seqlens.diff().tolist(), dim=1)
+    return torch.stack([part.max() + 1 for part in parts])
+
+
+def _occurred(batch: PackedBatch, vocab_size: int) -> Tensor:
+    """bool [B, V], tokens of each prompt."""
+    lengths = batch.cu_seqlens.diff().long()
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    occurred = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=batch.input_ids.device)
+    occurred[document, batch.input_ids] = True
+    return occurred
