@@ -169,8 +169,8 @@ class SpikeGuard(Callback):
     """Skips an optimizer step whose loss or gradient is not finite, or whose gradient norm jumps.
 
     The bound is `factor` times the median norm of the last `window` accepted steps; it holds from the `min_steps`-th
-    accepted step on. A skipped step leaves weights and moments alone and writes one line to `skipped_steps.jsonl`: step,
-    reason, loss, norm, bound and the ids of the samples of the global batch. The schedule and the data go on.
+    accepted step on. A skipped step leaves weights and moments alone and writes one line to `skipped_steps.jsonl`:
+    step, reason, loss, norm, bound and the ids of the samples of the global batch. The schedule and the data go on.
 
     Args:
         run_dir: the run folder.
@@ -253,8 +253,8 @@ class SpikeGuard(Callback):
             )
             raise TrainingDiverged(
                 f"{self.in_a_row} optimizer steps in a row were skipped, the last (step {step}) because its {reason} "
-                f"(loss {loss:.4g}, norm {norm:.4g}); {good}. The samples are listed in {self.path}. Lower optim.lr, or "
-                "remove the samples"
+                f"(loss {loss:.4g}, norm {norm:.4g}); {good}. The samples are listed in {self.path}. Lower "
+                "optim.lr, or remove the samples"
             )
 
 

@@ -1,0 +1,221 @@
+"""The training step against a plain loop, checkpoints, guards and logs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toy_training import Toy, step_samples, toy_model, train
+
+from omnitrain.data.batch import PackedBatch
+from omnitrain.training.callbacks import TrainingDiverged
+from omnitrain.training.losses import LossConfig, balance_loss, token_weights
+from omnitrain.training.optim import OptimConfig, build_optimizer, schedule_factor
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        if atol == 0:
+            assert torch.equal(a[name], b[name]), name
+        else:
+            torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def plain_training(steps: int, accumulate: int, balance: float) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The same training, written down without Lightning, without chunks and without running sums."""
+    model = toy_model()
+    config = OptimConfig(lr=3e-3, warmup_steps=2, total_steps=20, eps=1e-4)
+    optimizer = build_optimizer(model, config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(config, 20))
+    losses = []
+    for step in range(steps):
+        samples = step_samples(step)
+        size = len(samples) // accumulate
+        micro = [PackedBatch.pack(samples[i : i + size]) for i in range(0, len(samples), size)]
+        n_targets = sum(int((b.labels >= 0).sum()) for b in micro)
+        nll, aux, counts, positions = torch.zeros(()), torch.zeros(()), 0.0, 0
+        from random import Random
+
+        window = 100 * Random(f"0/{step}").randint(1, 8)
+        for batch in micro:
+            out = model(**batch.model_inputs(), aut_window_frames=window)
+            logits = out.hidden @ model.thinker.lm_head.weight.T
+            nll = nll + F.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="sum")
+            counts = counts + out.router_counts
+            positions += batch.n_tokens
+            share = (counts / positions).float()
+            here = 4 * (share * out.router_prob_sums / batch.n_tokens).sum() / share.shape[0]
+            aux = aux + here * (batch.labels >= 0).sum() / n_targets
+        losses.append(nll.item() / n_targets)
+        optimizer.zero_grad()
+        (nll / n_targets + balance * aux).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.state_dict(), losses
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_equals_a_plain_loop(tmp_path: Path, accumulate: int) -> None:
+    train(Toy(out=str(tmp_path), steps=5, accumulate=accumulate))
+    weights, losses = plain_training(5, accumulate, 0.01)
+    assert_same(torch.load(tmp_path / "final.pt"), weights, atol=2e-6)
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert [float(r["train/loss"]) for r in rows] == pytest.approx(losses, abs=1e-5)
+
+
+def test_accumulation_does_not_change_the_loss_gradient(tmp_path: Path) -> None:
+    for accumulate in (1, 4):
+        train(Toy(out=str(tmp_path / str(accumulate)), steps=4, accumulate=accumulate, balance=0.0))
+    assert_same(torch.load(tmp_path / "1/final.pt"), torch.load(tmp_path / "4/final.pt"), atol=2e-6)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_resume_is_exact(tmp_path: Path, ema: bool) -> None:
+    """Stopped and continued five times, with accumulation and with a validation due at some of the checkpoints."""
+    common = {"val_every": 3, "accumulate": 2, "ema": ema}
+    train(Toy(out=str(tmp_path / "whole"), steps=8, **common))
+    for steps in (2, 3, 5, 6, 8):
+        train(Toy(out=str(tmp_path / "pieces"), steps=steps, **common))
+    assert_same(torch.load(tmp_path / "whole/final.pt"), torch.load(tmp_path / "pieces/final.pt"))
+    assert (tmp_path / "whole/metrics.csv").read_text() == (tmp_path / "pieces/metrics.csv").read_text()
+
+
+def test_checkpoint_holds_only_plain_values(tmp_path: Path) -> None:
+    train(Toy(out=str(tmp_path), steps=3, val_every=2))
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    assert checkpoint["ToyData"] == {"position": 3}  # trained, not fetched
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_logged_rows(tmp_path: Path) -> None:
+    _, module, _ = train(Toy(out=str(tmp_path), steps=4, val_every=2))
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert [(int(r["step"]), bool(r["train/loss"])) for r in rows] == [
+        (1, True), (2, True), (2, False), (3, True), (4, True), (4, False),
+    ]  # fmt: skip
+    first = rows[0]
+    for name in (
+        "train/loss/audio", "train/loss/image", "train/loss/text", "train/loss_by_task/asr", "train/bits_per_byte",
+        "gradient_norm", "gradient_norm/aut", "gradient_norm/aut_adapter", "gradient_norm/visual_adapter",
+        "gradient_norm/router", "lr/thinker", "experts/entropy", "experts/max_over_mean", "packing/efficiency",
+        "seen/tokens", "skipped_steps",
+    ):  # fmt: skip
+        assert math.isfinite(float(first[name])), name
+    assert rows[3]["train/loss/audio"] == ""  # step 3 has no audio
+    assert rows[-1]["skipped_samples/too_long"] == ""
+    assert rows[-2]["skipped_samples/too_long"] == "1"
+    by_modality = module.evaluation_sums["validation"]
+    total = by_modality.total()
+    assert float(rows[-1]["validation/loss"]) == pytest.approx(total[0] / total[1])
+    assert float(rows[-1]["validation/bits_per_byte/text"]) > 0
+    timing = read_csv(tmp_path / "throughput.csv")
+    assert 0 < float(timing[-1]["mfu"]) < 100
+    assert float(timing[-1]["tokens_per_second"]) > 0
+    assert 0 <= float(timing[-1]["data_wait"]) < 1
+    data = json.loads((tmp_path / "data.json").read_text())
+    assert data["planned"][0]["shares"] == {"toy": 1.0}
+    assert data["seen"]["source"]["samples"] == {"toy": 32}
+    assert json.loads((tmp_path / "environment.json").read_text())["packages"]["torch"]
+
+
+def test_a_bad_step_is_skipped_and_named(tmp_path: Path) -> None:
+    trainer, module, _ = train(Toy(out=str(tmp_path), steps=6, poison=(4,)))
+    assert module.skipped_steps == 1
+    assert trainer.global_step == 6
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+    record = json.loads((tmp_path / "skipped_steps.jsonl").read_text())
+    assert record["step"] == 5
+    assert record["reason"] == "loss is not finite"
+    assert record["samples"] == [s.id for s in step_samples(4)]
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert rows[4]["train/loss"] == ""
+    assert rows[4]["skipped_steps"] == "1"
+    assert math.isfinite(float(rows[5]["train/loss"]))
+
+
+def test_too_many_bad_steps_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDiverged, match=r"2 optimizer steps in a row.*last\.ckpt \(step 3\)"):
+        train(Toy(out=str(tmp_path), steps=9, poison=(4, 5, 6), max_in_a_row=2, checkpoint_every=3))
+
+
+def test_a_gradient_spike_is_skipped(tmp_path: Path) -> None:
+    from omnitrain.training.callbacks import SpikeGuard
+
+    guard = SpikeGuard(tmp_path, factor=3.0, window=4, min_steps=3)
+    guard.load_state_dict({"norms": [1.0, 2.0], "in_a_row": 0})
+    assert guard.bound == math.inf
+    guard.load_state_dict({"norms": [3.0], "in_a_row": 0})
+    assert guard.bound == 6.0
+
+
+def test_frozen_parts_stay(tmp_path: Path) -> None:
+    _, module, _ = train(Toy(out=str(tmp_path), steps=2, train=("aut_adapter", "visual_adapter")))
+    fresh = toy_model().state_dict()
+    changed = {name for name, value in module.model.state_dict().items() if not torch.equal(value, fresh[name])}
+    assert changed
+    assert all(n.startswith(("aut.ln_post", "aut.proj", "visual.merger")) for n in changed)
+
+
+def test_balance_loss_is_top_k_when_even() -> None:
+    even = torch.full((3, 8), 2 / 8)
+    probability = torch.full((3, 8), 1 / 8)
+    assert balance_loss(even, probability).item() == pytest.approx(2.0)
+    assert balance_loss(even, probability, pool_layers=True).item() == pytest.approx(2.0)
+    collapsed = torch.zeros(3, 8)
+    collapsed[:, :2] = 1.0
+    assert balance_loss(collapsed, collapsed / 2).item() == pytest.approx(8.0)
+
+
+def test_modality_weights() -> None:
+    batch = PackedBatch.pack(step_samples(0))
+    weights = token_weights(batch, {"image": 3.0, "text": 0.0})
+    bounds = batch.cu_seqlens.tolist()
+    for i, modality in enumerate(batch.modalities):
+        part = slice(bounds[i], bounds[i + 1])
+        expected = {"image": 3.0, "text": 0.0, "audio": 1.0}[modality] * (batch.labels[part] >= 0)
+        assert torch.equal(weights[part], expected.float())
+
+
+def test_misspelt_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss\.modality_weights\.pictures.*image"):
+        LossConfig(modality_weights={"pictures": 1.0})
+    with pytest.raises(ValueError, match=r"optim\.lr_scale.*no part 'vision'.*visual_adapter"):
+        OptimConfig(lr_scale={"vision": 1.0})
+
+
+def test_schedules() -> None:
+    wsd = schedule_factor(OptimConfig(schedule="wsd", warmup_steps=4, decay_fraction=0.5, min_lr_ratio=0.1), 20)
+    assert [wsd(s) for s in (0, 3, 4, 10)] == [0.25, 1.0, 1.0, 1.0]
+    assert wsd(15) == pytest.approx(0.55)
+    assert wsd(20) == pytest.approx(0.1)
+    cosine = schedule_factor(OptimConfig(schedule="cosine", warmup_steps=0, min_lr_ratio=0.0), 10)
+    assert cosine(0) == 1.0
+    assert cosine(5) == pytest.approx(0.5)
+    assert cosine(10) == pytest.approx(0.0)
+    with pytest.raises(ValueError, match="max_steps"):
+        schedule_factor(OptimConfig(), -1)
+
+
+def test_parameter_groups() -> None:
+    model = toy_model()
+    optimizer = build_optimizer(model, OptimConfig(lr=1.0, lr_scale={"aut": 0.5}))
+    groups = {g["name"]: g for g in optimizer.param_groups}
+    assert groups["aut"]["lr"] == 0.5
+    assert groups["aut_adapter"]["lr"] == 1.0
+    assert groups["aut.no_decay"]["weight_decay"] == 0
+    assert groups["aut"]["weight_decay"] > 0
+    assert all(p.ndim < 2 for n, g in groups.items() if n.endswith("no_decay") for p in g["params"])
+    assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))

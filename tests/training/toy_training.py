@@ -1,0 +1,263 @@
+"""A whole training run in a second: a tiny OmniModel on synthetic samples of every modality, in any number of ranks.
+
+`python toy_training.py '{"out": DIR, ...}'` runs `train` and writes the final weights to DIR/final.pt; tests run it as
+a process of its own, to start several ranks or to be killed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, TEXT, EncodedSample, PackedBatch
+from omnitrain.data.positions import AudioSpan, ImageSpan, TextSpan, audio_tokens, tm_rope_positions
+from omnitrain.models.aut import AuTConfig
+from omnitrain.models.omni import OmniConfig, OmniModel
+from omnitrain.models.presets import init_weights
+from omnitrain.models.thinker import ThinkerConfig
+from omnitrain.models.vision import VisionConfig
+from omnitrain.training.callbacks import AtomicCheckpoint, RunRecord, SpikeGuard, Throughput
+from omnitrain.training.logging import ExactCsvLogger
+from omnitrain.training.losses import LossConfig
+from omnitrain.training.optim import OptimConfig
+from omnitrain.training.thinker import ThinkerModule
+
+VOCAB = 64
+# What the samples of each step are; the halves of a step go to different ranks. Steps 1 and 2 leave one rank without
+# audio or without pictures, step 3 all of them.
+STEPS = [
+    ("audio", "text", "image", "text", "audio", "image", "text", "text"),
+    ("audio", "text", "audio", "text", "text", "text", "text", "text"),
+    ("text", "text", "text", "text", "image", "text", "image", "text"),
+    ("text",) * 8,
+]
+
+
+def toy_model(seed: int = 0) -> OmniModel:
+    model = OmniModel(
+        OmniConfig(
+            thinker=ThinkerConfig(
+                vocab_size=VOCAB, d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=32, n_experts=4, top_k=2,
+                expert_width=16, mrope_sections=(2, 1, 1), accept_hidden_layer=1,
+            ),
+            aut=AuTConfig(d_model=16, layers=1, heads=2, ffn=32, out_dim=32, conv_hidden=4, n_mels=16),
+            vision=VisionConfig(
+                d_model=16, layers=1, heads=2, ffn=32, out_dim=32, patch=4, grid_side=4, deepstack_layers=(0,)
+            ),
+        )
+    )  # fmt: skip
+    init_weights(model, seed)
+    return model
+
+
+def toy_sample(kind: str, number: int) -> EncodedSample:
+    rng = np.random.default_rng(number)
+    n_text = int(rng.integers(4, 12))
+    spans: list[Any] = [TextSpan(2)]
+    types = [TEXT] * 2
+    mel: tuple[np.ndarray, ...] = ()
+    patches: tuple[np.ndarray, ...] = ()
+    grid = np.zeros((0, 3), dtype=np.int64)
+    if kind == "audio":
+        frames = int(rng.integers(80, 260))
+        mel = (rng.standard_normal((frames, 16)).astype(np.float32),)
+        spans.append(AudioSpan(audio_tokens(frames)))
+        types += [AUDIO] * audio_tokens(frames)
+    elif kind == "image":
+        grid = np.array([[1, 4, 6]])
+        patches = (rng.standard_normal((24, 3 * 2 * 4 * 4)).astype(np.float32),)
+        spans.append(ImageSpan((1, 4, 6)))
+        types += [IMAGE] * 6
+    spans.append(TextSpan(n_text))
+    types += [TEXT] * n_text
+    n = len(types)
+    labels = np.full(n, IGNORE, dtype=np.int64)
+    labels[-n_text:-1] = rng.integers(0, VOCAB, n_text - 1)
+    return EncodedSample(
+        id=f"{kind}-{number}",
+        source="toy",
+        task={"audio": "asr", "image": "caption", "text": "text"}[kind],
+        modality=kind,
+        languages=("en",),
+        input_ids=rng.integers(0, VOCAB, n),
+        labels=labels,
+        token_types=np.array(types, dtype=np.uint8),
+        position_ids=tm_rope_positions(spans),
+        mel=mel,
+        patches=patches,
+        grid_thw=grid,
+        target_bytes=2 * (n_text - 1),
+    )
+
+
+def step_samples(step: int) -> list[EncodedSample]:
+    kinds = STEPS[step % len(STEPS)]
+    return [toy_sample(kind, 100 * step + i) for i, kind in enumerate(kinds)]
+
+
+class ToyData(L.LightningDataModule):
+    """Step g's eight samples, dealt to micro-batches and ranks in order; reads ahead like the real one and keeps the
+    position of the last trained batch."""
+
+    def __init__(self, poison: tuple[int, ...] = (), delay: float = 0.0) -> None:
+        super().__init__()
+        self.position = 0
+        self.poison, self.delay = poison, delay
+
+    def train_dataloader(self) -> Any:
+        return _Endless(self)
+
+    def batches(self) -> Iterator[PackedBatch]:
+        trainer = self.trainer
+        assert trainer is not None
+        accumulate, world, rank = trainer.accumulate_grad_batches, trainer.world_size, trainer.global_rank
+        size = 8 // (accumulate * world)
+        position = self.position
+        while True:
+            step, micro = divmod(position, accumulate)
+            start = (micro * world + rank) * size
+            batch = PackedBatch.pack(
+                step_samples(step)[start : start + size],
+                stream_state={"position": position + 1, "filling": 0.5 * (position + 1), "batches": position + 1},
+                skipped={"too_long": position // 3},
+            )
+            if step in self.poison:
+                if batch.mel is not None:
+                    batch.mel.fill_(float("nan"))
+                elif batch.patches is not None:
+                    batch.patches.fill_(float("nan"))
+            position += 1
+            time.sleep(self.delay)
+            yield batch
+
+    def val_dataloader(self) -> Any:
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        return _Fixed([PackedBatch.pack(step_samples(s)[rank::world]) for s in (1000, 1002)])
+
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
+
+    def mark_trained(self, batch: PackedBatch) -> None:
+        assert batch.stream_state is not None
+        self.position = batch.stream_state["position"]
+
+    def planned_mixture(self) -> list[dict[str, Any]]:
+        return [{"until_tokens": None, "shares": {"toy": 1.0}}]
+
+    def seen_mixture(self) -> dict[str, Any]:
+        return {"seen": {"source": {"samples": {"toy": self.position * 8}}}, "stage": 0, "packing_efficiency": 0.5}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.position = state_dict["position"]
+
+
+class _Fixed:
+    def __init__(self, batches: list[PackedBatch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Endless:
+    def __init__(self, data: ToyData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return self.data.batches()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """Arguments of a toy run."""
+
+    out: str
+    steps: int = 6
+    devices: int = 1
+    accumulate: int = 1
+    val_every: int = 0
+    checkpoint_every: int = 1000
+    log_every: int = 1
+    max_steps_of_schedule: int = 20
+    balance: float = 0.01
+    clip: float | None = 1.0
+    poison: tuple[int, ...] = ()
+    max_in_a_row: int = 5
+    ema: bool = False
+    delay: float = 0.0
+    resume: bool = True
+    train: tuple[str, ...] | None = None
+
+
+def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
+    """Run (or continue, where `out` holds a checkpoint) a toy training."""
+    torch.set_num_threads(1)
+    out = Path(toy.out)
+    parts = {} if toy.train is None else {"train": toy.train}
+    module = ThinkerModule(
+        toy_model(),
+        # eps well above rounding: AdamW would turn a gradient that is only rounding noise into a full step.
+        OptimConfig(lr=3e-3, warmup_steps=2, total_steps=toy.max_steps_of_schedule, eps=1e-4),
+        LossConfig(balance_coefficient=toy.balance, chunk=16),
+        **parts,
+    )
+    data = ToyData(poison=tuple(toy.poison), delay=toy.delay)
+    callbacks: list[L.Callback] = [
+        AtomicCheckpoint(out / "checkpoints", every_n_steps=toy.checkpoint_every),
+        SpikeGuard(out, min_steps=4, max_in_a_row=toy.max_in_a_row),
+        Throughput(peak_tflops=0.1),
+        RunRecord(out),
+    ]
+    if toy.ema:
+        from lightning.pytorch.callbacks import EMAWeightAveraging
+
+        callbacks.append(EMAWeightAveraging(decay=0.9))
+    strategy = "auto"
+    if toy.devices > 1:
+        strategy = L.pytorch.strategies.DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=toy.devices,
+        strategy=strategy,
+        max_steps=toy.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=toy.accumulate,
+        log_every_n_steps=toy.log_every,
+        val_check_interval=toy.val_every * toy.accumulate or None,
+        limit_val_batches=1.0 if toy.val_every else 0,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        gradient_clip_val=toy.clip,
+        default_root_dir=out,
+        callbacks=callbacks,
+        logger=ExactCsvLogger(out),
+    )
+    last = out / "checkpoints" / "last.ckpt"
+    ckpt = last if toy.resume and last.exists() else None
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    if trainer.is_global_zero:
+        torch.save(module.model.state_dict(), out / "final.pt")
+    return trainer, module, data
+
+
+if __name__ == "__main__":
+    train(Toy(**json.loads(sys.argv[1])))
