@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from omnitrain.cli.locations import CONF, PACK, RECIPES
-from omnitrain.cli.targets import EXTRA_VARIABLE, ForbiddenTarget, check_origins, check_targets
+from omnitrain.cli.targets import EXTRA_VARIABLE, ForbiddenTarget, MissingTarget, check_origins, check_targets
 
 OmegaConf.register_new_resolver("omnitrain.pack", lambda: str(PACK), replace=True)
 
@@ -46,13 +46,17 @@ class ConfigError(ValueError):
     """A configuration or command line that cannot work; the message says what to change."""
 
 
-def register_recipes(folder: Path = RECIPES) -> None:
-    """Make every YAML file below `folder` an option of the group `recipe`. A user's `--config-dir` is searched before
-    it, so that ``--config-dir mine`` with ``mine/recipe/NAME.yaml`` adds to these recipes or replaces one."""
-    for path in sorted(folder.rglob("*.yaml")):
-        name = path.relative_to(folder).with_suffix("")
-        group = "/".join(["recipe", *name.parts[:-1]])
-        ConfigStore.instance().store(group=group, name=name.name, node=OmegaConf.load(path), package="_global_")
+def register_recipes(arguments: list[str]) -> None:
+    """Make every YAML file below `recipes/` an option of the group `recipe`, except those that the folder named by
+    ``--config-dir`` in `arguments` replaces with a ``recipe/NAME.yaml`` of its own."""
+    own = get_args_parser().parse_args(arguments).config_dir
+    store = ConfigStore.instance()
+    store.repo.pop("recipe", None)
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        name = path.relative_to(RECIPES)
+        if own is None or not (Path(own) / "recipe" / name).exists():
+            group = "/".join(["recipe", *name.parts[:-1]])
+            store.store(group=group, name=name.stem, node=OmegaConf.load(path), package="_global_")
 
 
 def run_verb(verb: str, arguments: list[str]) -> int:
@@ -61,9 +65,9 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     `arguments` are Hydra's; a first argument that is a run folder stands for the configuration saved in it, with
     ``ckpt_path=last``.
     """
-    register_recipes()
     try:
         run_dir, hydra_arguments = _split_run_dir(arguments)
+        register_recipes(hydra_arguments)
         check_command_line(hydra_arguments, "config" if run_dir is None else _register_run(run_dir))
     except (ConfigError, ForbiddenTarget) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,7 +84,7 @@ def run_hydra(
     run_dir: Path | None = None,
 ) -> int:
     """Hand `arguments` to Hydra, which calls :class:`Job`. Returns the exit status."""
-    register_recipes()
+    register_recipes(arguments)
     before = sys.argv
     sys.argv = [program or before[0], *arguments]
     try:
@@ -106,11 +110,11 @@ class Job:
             cfg.paths.run_dir = str(_run_dir(job))
             resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             check_origins(check_targets(resolved))
-        except (ConfigError, ForbiddenTarget, ImportError, OmegaConfBaseException) as error:
+            sys.argv = self._child_command(job, cfg.paths.run_dir)
+            return importlib.import_module(f"omnitrain.cli.{self.verb}").run(OmegaConf.create(resolved))
+        except (ConfigError, ForbiddenTarget, MissingTarget, OmegaConfBaseException) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error
-        sys.argv = self._child_command(job, cfg.paths.run_dir)
-        return importlib.import_module(f"omnitrain.cli.{self.verb}").run(OmegaConf.create(resolved))
 
     def _child_command(self, job: DictConfig, run_dir: str) -> list[str]:
         """The command line of this one job. Lightning starts further processes of a distributed run with it; all of

@@ -1,4 +1,4 @@
-"""Where the configuration, the recipes and the embedded data lie: in a clone beside the package, in a wheel inside it."""
+"""Where configuration, recipes and embedded data lie: beside the package in a clone, inside it in a wheel."""
 
 from __future__ import annotations
 

@@ -36,11 +36,15 @@ LOGGING_ALLOWED = ("logging.", "colorlog.")
 """Classes of Python's logging configuration (keys `()` and `class` below `hydra`), called before any job starts."""
 
 EXTRA_VARIABLE = "OMNITRAIN_TARGETS"
-"""Environment variable with further packages, comma-separated. The person who runs omnitrain sets it; a recipe cannot."""
+"""Environment variable with further packages, comma-separated. Who runs omnitrain sets it; a recipe cannot."""
 
 
 class ForbiddenTarget(ValueError):
     """A configuration names code outside the allowed packages."""
+
+
+class MissingTarget(ImportError):
+    """A configuration names code that does not exist or cannot be imported."""
 
 
 def allowed_prefixes() -> tuple[str, ...]:
@@ -87,7 +91,7 @@ def check_origins(targets: dict[str, str]) -> None:
 
     Raises:
         ForbiddenTarget: names the target and where it really comes from.
-        ImportError: there is no such target.
+        MissingTarget: there is no such target.
     """
     from hydra._internal.utils import _locate
 
@@ -95,7 +99,7 @@ def check_origins(targets: dict[str, str]) -> None:
         try:
             thing = _locate(target)
         except ImportError as error:
-            raise ImportError(f"{where}: _target_ '{target}' cannot be imported: {error}") from error
+            raise MissingTarget(f"{where}: _target_ '{target}' cannot be imported: {error}") from error
         origin = f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', '')}"
         if not callable(thing) or not _allowed(origin, allowed_prefixes()):
             raise ForbiddenTarget(f"{where}: _target_ '{target}' is not allowed: it is '{origin}', defined elsewhere")

@@ -1,4 +1,4 @@
-"""What ``fit --help`` prints: groups, recipes and the commonest lines, read from file names alone (no Hydra, no torch)."""
+"""What ``fit --help`` prints: groups, recipes and common lines, read from file names alone (no Hydra, no torch)."""
 
 from __future__ import annotations
 
