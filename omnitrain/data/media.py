@@ -1,0 +1,545 @@
+"""Encoded media to arrays, within limits, and back.
+
+What a file is decides its content, never its name. Everything that is wrong with it is a :class:`BadSample` with one of
+these reasons:
+
+| reason | |
+|---|---|
+| wrong_type | another kind of medium, or none that is known |
+| image_corrupt, audio_corrupt, video_corrupt | damaged or cut off |
+| image_too_large, video_too_large | more pixels than allowed (read from the header, before anything is decoded) |
+| image_aspect_ratio | sides too different |
+| audio_empty, video_no_frames | nothing in it |
+| audio_too_long, video_too_long | more seconds (or frames) than allowed |
+
+Pictures are read by Pillow, WAV, FLAC, Ogg and MP3 by libsndfile, all else by FFmpeg (PyAV). FFmpeg is told the format
+that the first bytes show, so that a playlist in disguise can make it open nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import av
+import av.error
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from omnitrain.data.sample import BadSample
+
+SOUND_TRACK_RATE = 16_000
+"""Sample rate of a decoded video's sound track in Hz."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaLimits:
+    """What is accepted. Pixels count height x width; of a video, `max_video_pixels` counts all sampled frames.
+
+    A video that would give more than `max_video_frames` is sampled more sparsely, over its whole length.
+    """
+
+    max_pixels: int = 64 << 20
+    max_aspect_ratio: float = 200.0
+    max_audio_seconds: float = 40 * 60
+    max_video_seconds: float = 60 * 60
+    max_video_frames: int = 768
+    max_video_pixels: int = 512 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """Sampled frames: frame k is what the video shows k / fps seconds after its first frame.
+
+    Attributes:
+        frames: uint8 [T, H, W, 3]
+        fps: sampled frames per second (as asked, or less where `MediaLimits.max_video_frames` binds)
+        audio: float32 [S] at 16 kHz, mono, sample 0 at the first frame; None without a sound track
+    """
+
+    frames: np.ndarray
+    fps: float
+    audio: np.ndarray | None = None
+
+
+# --------------------------------------------------------------------------------------------- what kind of file it is
+
+Kind = Literal["image", "audio", "video"]
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+
+def sniff(data: bytes) -> tuple[str, frozenset[Kind]]:
+    """The format that the first bytes of a file show, and the media it may hold (empty for an unknown format).
+
+    >>> sniff(b"\\x89PNG\\r\\n\\x1a\\n")[0]
+    'png'
+    """
+    head = data[:16]
+    image: frozenset[Kind] = frozenset({"image"})
+    audio: frozenset[Kind] = frozenset({"audio"})
+    both: frozenset[Kind] = frozenset({"audio", "video"})
+    none: frozenset[Kind] = frozenset()
+    if head[4:8] == b"ftyp":
+        if head[8:12] in (b"avif", b"avis"):
+            return "avif", image
+        if head[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
+            return "heic", none
+        return "mp4", both
+    if head[4:8] in (b"moov", b"mdat", b"wide", b"free"):
+        return "mp4", both
+    if head[:4] == b"RIFF":
+        known: dict[bytes, tuple[str, frozenset[Kind]]] = {
+            b"WAVE": ("wav", audio),
+            b"WEBP": ("webp", image),
+            b"AVI ": ("avi", both),
+        }
+        return known.get(head[8:12], ("unknown", none))
+    table: tuple[tuple[bytes, str, frozenset[Kind]], ...] = (
+        (b"\x89PNG\r\n\x1a\n", "png", image),
+        (b"\xff\xd8\xff", "jpeg", image),
+        (b"GIF8", "gif", frozenset({"image", "video"})),
+        (b"BM", "bmp", image),
+        (b"II*\0", "tiff", image),
+        (b"MM\0*", "tiff", image),
+        (b"OggS", "ogg", both),
+        (b"fLaC", "flac", audio),
+        (b"ID3", "mp3", audio),
+        (b"FORM", "aiff", audio),
+        (b".snd", "au", audio),
+        (b"\x1aE\xdf\xa3", "matroska", both),
+        (b"FLV", "flv", both),
+        (b"\0\0\x01\xba", "mpeg", both),
+        (b"\0\0\x01\xb3", "mpegvideo", frozenset({"video"})),
+    )
+    for magic, name, kinds in table:
+        if head.startswith(magic):
+            return name, kinds
+    if len(head) > 1 and head[0] == 0xFF:
+        if head[1] & 0xF6 == 0xF0:
+            return "aac", audio
+        if head[1] & 0xE0 == 0xE0:
+            return "mp3", audio
+    if head[:1] == b"G" and data[188:189] in (b"G", b""):
+        return "mpegts", both
+    return "unknown", none
+
+
+def _require(data: bytes, kind: Kind) -> str:
+    name, kinds = sniff(data)
+    if kind not in kinds:
+        what = f"a {name} file" if kinds else ("an empty file" if not data else f"no known format ({name})")
+        raise BadSample("wrong_type", f"the {kind} is {what}; it begins with {bytes(data[:12])!r}")
+    return name
+
+
+@contextmanager
+def _damage_is(reason: str) -> Generator[None]:
+    """Whatever a decoder raises about the file becomes `BadSample(reason)`."""
+    try:
+        yield
+    except BadSample:
+        raise
+    except (av.error.FFmpegError, soundfile.SoundFileError, OSError, EOFError, ValueError, SyntaxError) as error:
+        raise BadSample(reason, f"{type(error).__name__}: {error}") from error
+    except (struct.error, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise BadSample(reason, f"{type(error).__name__}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def decode_image(data: bytes, limits: MediaLimits = MediaLimits()) -> np.ndarray:
+    """A picture as uint8 [H, W, 3], upright (EXIF), transparent parts on white; of an animation, the first frame.
+
+    Raises:
+        BadSample: ``wrong_type``, ``image_corrupt``, ``image_too_large``, ``image_aspect_ratio``.
+    """
+    _require(data, "image")
+    with _damage_is("image_corrupt"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd metadata
+        try:
+            image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        except UnidentifiedImageError as error:
+            raise BadSample("image_corrupt", "its header cannot be read") from error
+        except Image.DecompressionBombError as error:
+            raise BadSample("image_too_large", f"{error}; at most {limits.max_pixels} pixels are allowed") from error
+        width, height = image.size
+        if width * height > limits.max_pixels:
+            raise BadSample(
+                "image_too_large", f"{width} x {height} pixels; at most {limits.max_pixels} are allowed (max_pixels)"
+            )
+        if not width or not height or max(width, height) > limits.max_aspect_ratio * min(width, height):
+            raise BadSample(
+                "image_aspect_ratio",
+                f"{width} x {height} pixels; sides may differ by a factor of {limits.max_aspect_ratio:g}",
+            )
+        image.load()
+        return np.asarray(_upright_rgb(image))
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits per pixel
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def encode_image(image: np.ndarray, format: Literal["png", "jpeg", "webp"] = "png", quality: int = 90) -> bytes:
+    """uint8 [H, W, 3] (or [H, W, 4]) to a file's bytes."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"optimize": True} if format == "png" else {"quality": quality}
+    Image.fromarray(image).save(buffer, format=format.upper(), **options)
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------- sound
+
+# ITU-R BS.775: both fronts whole, the centre at -3 dB into each, a surround at -3 dB into its side; no LFE.
+_TO_MONO = {"FL": 0.5, "FR": 0.5, "FC": math.sqrt(0.5), "LFE": 0.0}
+_SURROUND = math.sqrt(0.5) / 2
+_USUAL_LAYOUT = {3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # where a file does not name its channels
+
+
+def _mono(samples: np.ndarray, channels: list[str]) -> np.ndarray:
+    """float32 [C, T] -> [T]; two channels are averaged, surround sound is mixed by `_TO_MONO`."""
+    if len(samples) <= 2:
+        return samples.mean(axis=0, dtype=np.float32)
+    if "NONE" in channels and len(channels) in _USUAL_LAYOUT:
+        channels = [channel.name for channel in av.AudioLayout(_USUAL_LAYOUT[len(channels)]).channels]
+    weights = np.array([_TO_MONO.get(channel, _SURROUND) for channel in channels], dtype=np.float32)
+    if not weights.sum():
+        weights[:] = 1
+    return (weights / weights.sum()) @ samples
+
+
+def _resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
+    if rate == target or not len(wave):
+        return np.ascontiguousarray(wave, dtype=np.float32)
+    return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(wave)), rate, target).numpy()
+
+
+def decode_audio(
+    data: bytes,
+    sample_rate: int = 16_000,
+    limits: MediaLimits = MediaLimits(),
+) -> np.ndarray:
+    """A recording as float32 [T], mono, at `sample_rate` Hz. The sound track of a video file is read too.
+
+    Raises:
+        BadSample: ``wrong_type``, ``audio_corrupt``, ``audio_empty``, ``audio_too_long``.
+    """
+    name = _require(data, "audio")
+    with _damage_is("audio_corrupt"):
+        wave = rate = None
+        if name in ("wav", "flac", "ogg", "mp3", "aiff", "au"):
+            _check_whole(data, name)
+            wave, rate = _libsndfile(data, name, limits) or (None, None)
+        if wave is None or rate is None:
+            wave, rate = _ffmpeg_audio(data, name, limits)
+        if not len(wave):
+            raise BadSample("audio_empty", "the recording has no samples")
+        if not np.isfinite(wave).all():
+            raise BadSample("audio_corrupt", "samples are not finite numbers")
+        return _resample(wave, rate, sample_rate)
+
+
+def _too_long(seconds: float, limits: MediaLimits) -> None:
+    if seconds > limits.max_audio_seconds:
+        raise BadSample(
+            "audio_too_long", f"{seconds:.1f} s; at most {limits.max_audio_seconds:g} s are allowed (max_audio_seconds)"
+        )
+
+
+def _check_whole(data: bytes, name: str) -> None:
+    """A WAV or Ogg file that is cut off: decoders read what is left and say nothing."""
+    if name == "wav":
+        at = 12
+        while at + 8 <= len(data):
+            chunk, size = struct.unpack_from("<4sI", data, at)
+            if chunk == b"data":  # 0 and the largest number mark a stream of unknown length
+                if 0 < size < 0xFFFFFF00 and at + 8 + size > len(data):
+                    raise BadSample(
+                        "audio_corrupt", f"cut off: {len(data) - at - 8} bytes of sound, the header says {size}"
+                    )
+                return
+            at += 8 + size + size % 2
+        raise BadSample("audio_corrupt", "cut off before the sound begins")
+    if name == "ogg":
+        at = 0
+        while at < len(data):
+            if data[at : at + 4] != b"OggS":
+                raise BadSample("audio_corrupt", f"no Ogg page at byte {at}")
+            segments = data[at + 26] if at + 27 <= len(data) else 0
+            end = at + 27 + segments + sum(data[at + 27 : at + 27 + segments])
+            if at + 27 > len(data) or end > len(data):
+                raise BadSample("audio_corrupt", f"cut off: the Ogg page at byte {at} is incomplete")
+            at = end
+
+
+def _libsndfile(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, int] | None:
+    """Mono samples and their rate, or None where libsndfile does not know the codec or surround layout."""
+    try:
+        file = soundfile.SoundFile(io.BytesIO(data))
+    except soundfile.SoundFileError:
+        return None
+    with file:
+        if file.channels > 2:
+            return None
+        _too_long(file.frames / file.samplerate, limits)
+        samples = file.read(dtype="float32", always_2d=True)
+        if len(samples) < file.frames and name != "mp3":  # an MP3's length is an estimate
+            raise BadSample("audio_corrupt", f"{len(samples)} samples, the header says {file.frames}")
+        return _mono(samples.T, []), file.samplerate
+
+
+def _open(data: bytes, name: str) -> Any:
+    return av.open(io.BytesIO(data), format=name)
+
+
+class _Track:
+    """Decoded frames of a sound track, mixed to mono as they come."""
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self.limits = limits
+        self.resampler = av.AudioResampler(format="fltp")  # keeps rate and layout
+        self.pieces: list[np.ndarray] = []
+        self.rate = 0
+        self.samples = 0
+        self.start: float | None = None
+
+    def add(self, frame: Any) -> None:
+        if self.start is None:
+            self.start = float(frame.time) if frame.time is not None else 0.0
+            self.rate = frame.sample_rate
+        for plain in self.resampler.resample(frame):
+            piece = _mono(plain.to_ndarray(), [channel.name for channel in plain.layout.channels])
+            self.pieces.append(piece)
+            self.samples += len(piece)
+        _too_long(self.samples / self.rate, self.limits)
+
+    def wave(self) -> np.ndarray:
+        return np.concatenate(self.pieces) if self.pieces else np.zeros(0, np.float32)
+
+
+def _ffmpeg_audio(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, int]:
+    with _open(data, name) as container:
+        if not container.streams.audio:
+            kind = "video" if container.streams.video else "file"
+            raise BadSample("audio_empty", f"the {name} {kind} has no sound track")
+        stream = container.streams.audio[0]
+        stream.codec_context.thread_count = 1
+        if stream.duration and stream.time_base:
+            _too_long(float(stream.duration * stream.time_base), limits)
+        track = _Track(limits)
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise BadSample("audio_corrupt", f"a damaged frame at {frame.time} s")
+            track.add(frame)
+        if stream.duration and stream.time_base and track.rate:
+            expected = float(stream.duration * stream.time_base)
+            if track.samples / track.rate < expected - max(0.2, 0.02 * expected):
+                raise BadSample(
+                    "audio_corrupt", f"{track.samples / track.rate:.2f} s, the header says {expected:.2f} s"
+                )
+        return track.wave(), track.rate or 1
+
+
+def encode_audio(
+    wave: np.ndarray,
+    sample_rate: int,
+    format: Literal["wav", "flac", "opus", "vorbis", "mp3"] = "opus",
+    bit_rate: int = 32_000,
+) -> bytes:
+    """float32 [T] in [-1, 1] to a file's bytes: 16-bit WAV, FLAC, Ogg/Opus (8, 12, 16, 24, 48 kHz), Ogg/Vorbis or MP3.
+
+    `bit_rate` (bits/s) holds for Opus and MP3. The same samples give the same bytes (but for Vorbis, whose stream
+    number is random)."""
+    if wave.ndim != 1:
+        raise ValueError(f"encode_audio needs samples [T], not {wave.shape}")
+    buffer = io.BytesIO()
+    if format in ("wav", "flac", "vorbis"):
+        subtype = "VORBIS" if format == "vorbis" else "PCM_16"
+        container = "OGG" if format == "vorbis" else format.upper()
+        soundfile.write(buffer, wave, sample_rate, format=container, subtype=subtype)
+        return buffer.getvalue()
+    codec, container_name = {"opus": ("libopus", "ogg"), "mp3": ("libmp3lame", "mp3")}[format]
+    with av.open(buffer, "w", format=container_name, options={"fflags": "+bitexact"}) as container:
+        _mux_audio(container, _audio_stream(container, sample_rate, codec, bit_rate), wave, sample_rate)
+    return buffer.getvalue()
+
+
+def _audio_stream(container: Any, sample_rate: int, codec: str, bit_rate: int) -> Any:
+    stream = container.add_stream(codec, rate=sample_rate, layout="mono")
+    stream.bit_rate = bit_rate
+    return stream
+
+
+def _mux_audio(container: Any, stream: Any, wave: np.ndarray, sample_rate: int) -> None:
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[None], dtype=np.float32), format="fltp", layout="mono")
+    frame.sample_rate = sample_rate
+    frame.time_base = Fraction(1, sample_rate)
+    frame.pts = 0
+    for packet in (*stream.encode(frame), *stream.encode(None)):
+        container.mux(packet)
+
+
+# --------------------------------------------------------------------------------------------------------------- video
+
+
+def decode_video(
+    data: bytes,
+    fps: float = 2.0,
+    limits: MediaLimits = MediaLimits(),
+) -> Video:
+    """Frames sampled every 1 / fps seconds by their time stamps (a variable frame rate is read rightly), and the sound
+    track from the moment of the first frame on.
+
+    Raises:
+        BadSample: ``wrong_type``, ``video_corrupt``, ``video_no_frames``, ``video_too_large``, ``video_too_long``,
+            ``audio_too_long``.
+    """
+    name = _require(data, "video")
+    with _damage_is("video_corrupt"), _open(data, name) as container:
+        streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition)]
+        if not streams:
+            raise BadSample("video_no_frames", f"the {name} file has no picture track with frames in it")
+        return _decode_video(container, streams[0], fps, limits)
+
+
+def _decode_video(container: Any, stream: Any, fps: float, limits: MediaLimits) -> Video:
+    stream.codec_context.thread_count = 1
+    pixels = stream.codec_context.width * stream.codec_context.height
+    if pixels > limits.max_pixels:
+        raise BadSample(
+            "video_too_large",
+            f"{stream.codec_context.width} x {stream.codec_context.height} pixels; at most {limits.max_pixels} are "
+            "allowed (max_pixels)",
+        )
+    declared = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+    if declared > limits.max_video_seconds:
+        raise BadSample(
+            "video_too_long",
+            f"{declared:.1f} s; at most {limits.max_video_seconds:g} s are allowed (max_video_seconds)",
+        )
+    if declared * fps > limits.max_video_frames:
+        fps = limits.max_video_frames / declared
+    if min(max(declared * fps, 1), limits.max_video_frames) * pixels > limits.max_video_pixels:
+        raise BadSample(
+            "video_too_large",
+            f"{declared * fps:.0f} frames of {pixels} pixels; at most {limits.max_video_pixels} are allowed in all "
+            "(max_video_pixels): lower fps or scale the video down",
+        )
+    sound = container.streams.audio[0] if container.streams.audio else None
+    track = _Track(limits)
+    sampler = _FrameSampler(fps, float(1 / (stream.average_rate or stream.guessed_rate or 25)), limits)
+    for packet in container.demux([s for s in (stream, sound) if s is not None]):
+        if packet.is_corrupt:
+            raise BadSample("video_corrupt", f"a damaged packet at byte {packet.pos}")
+        for frame in packet.decode():
+            if packet.stream is sound:
+                track.add(frame)
+            else:
+                sampler.add(frame)
+    frames = sampler.finish()
+    if stream.frames and sampler.seen < stream.frames - 1:
+        raise BadSample("video_corrupt", f"cut off: {sampler.seen} frames, the header says {stream.frames}")
+    if not len(frames):
+        raise BadSample("video_no_frames", "the video has no frame")
+    audio = None
+    if sound is not None and track.samples:
+        wave = track.wave()
+        late = round(((track.start or 0.0) - sampler.start) * track.rate)  # samples after the first frame
+        wave = np.concatenate([np.zeros(late, np.float32), wave]) if late > 0 else wave[-late:]
+        audio = _resample(wave, track.rate, SOUND_TRACK_RATE) if len(wave) else None
+    return Video(frames=frames, fps=fps, audio=audio)
+
+
+class _FrameSampler:
+    """Keeps, for each time k / fps, the frame that is on screen then."""
+
+    def __init__(self, fps: float, frame_seconds: float, limits: MediaLimits) -> None:
+        self.fps, self.frame_seconds, self.limits = fps, frame_seconds, limits
+        self.kept: list[np.ndarray] = []
+        self.current: Any = None
+        self.start = self.time = 0.0
+        self.seen = 0
+
+    def add(self, frame: Any) -> None:
+        if frame.is_corrupt:
+            raise BadSample("video_corrupt", f"a damaged frame at {frame.time} s")
+        time = float(frame.time) if frame.time is not None else self.seen * self.frame_seconds
+        if self.current is None:
+            self.start = time
+        self.seen += 1
+        self._show_until(time - self.start)
+        self.current, self.time = frame, time - self.start
+        if self.time > self.limits.max_video_seconds:
+            raise BadSample("video_too_long", f"more than {self.limits.max_video_seconds:g} s (max_video_seconds)")
+
+    def finish(self) -> np.ndarray:
+        if self.current is not None:
+            last = self.current
+            seconds = float(last.duration * last.time_base) if last.duration else self.frame_seconds
+            self._show_until(self.time + seconds)
+        return np.stack(self.kept) if self.kept else np.zeros((0, 0, 0, 3), np.uint8)
+
+    def _show_until(self, time: float) -> None:
+        picture: np.ndarray | None = None
+        while self.current is not None and len(self.kept) / self.fps < time - 1e-4:
+            if len(self.kept) >= self.limits.max_video_frames:
+                return
+            if picture is None:
+                picture = self.current.to_ndarray(format="rgb24")
+                if self.current.rotation:
+                    picture = np.rot90(picture, k=round(self.current.rotation / 90) % 4)
+                if self.kept and picture.shape != self.kept[0].shape:
+                    raise BadSample("video_corrupt", f"frames change size to {picture.shape[1]} x {picture.shape[0]}")
+            self.kept.append(picture)
+
+
+def encode_video(
+    frames: np.ndarray,
+    fps: float,
+    audio: np.ndarray | None = None,
+    sample_rate: int = 16_000,
+    crf: int = 23,
+    preset: str = "medium",
+    audio_bit_rate: int = 48_000,
+) -> bytes:
+    """uint8 [T, H, W, 3] (even sides) and float32 [S] to an MP4 file's bytes: H.264 with AAC.
+
+    The same frames and samples give the same bytes."""
+    count, height, width = frames.shape[:3]
+    if not count or height % 2 or width % 2:
+        raise ValueError(f"encode_video needs frames with even sides, not {frames.shape}")
+    buffer = io.BytesIO()
+    rate = Fraction(fps).limit_denominator(1001)
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": preset})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1
+        sound = None if audio is None else _audio_stream(container, sample_rate, "aac", audio_bit_rate)
+        for index, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = index, 1 / rate
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode(None):
+            container.mux(packet)
+        if audio is not None:
+            _mux_audio(container, sound, audio, sample_rate)
+    return buffer.getvalue()

@@ -1,0 +1,243 @@
+"""Decoders: what is right comes out right, what is wrong has a name, what is too large is never decoded."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from omnitrain.data.media import (
+    MediaLimits,
+    decode_audio,
+    decode_image,
+    decode_video,
+    encode_audio,
+    encode_image,
+    encode_video,
+    sniff,
+)
+from omnitrain.data.sample import BadSample
+from tests.data import corrupt
+
+DECODE = {"image": decode_image, "audio": decode_audio, "video": decode_video}
+
+
+@pytest.mark.parametrize("case", corrupt.CORRUPT_MEDIA, ids=lambda case: case.name)
+def test_corrupt_media_have_a_reason(case) -> None:
+    data = case.make()
+    begin = time.perf_counter()
+    with pytest.raises(BadSample) as error:
+        DECODE[case.type](data)
+    assert error.value.reason == case.reason, error.value
+    assert time.perf_counter() - begin < 5
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (again.reason, again.detail) == (error.value.reason, error.value.detail)
+
+
+def test_good_media_decode() -> None:
+    assert decode_image(corrupt.good_image()).shape == (48, 64, 3)
+    for format in ("wav", "flac", "opus", "vorbis", "mp3"):
+        wave = decode_audio(corrupt.good_audio(format))
+        reference = decode_audio(corrupt.good_audio("wav"))
+        assert wave.dtype == np.float32
+        assert abs(len(wave) - 16_000) <= (1200 if format == "mp3" else 0)
+        assert np.corrcoef(wave[1000:15_000], reference[1000:15_000])[0, 1] > 0.99
+    for data in (corrupt.good_video(), corrupt.video_index_first()):
+        video = decode_video(data, fps=2)
+        assert video.frames.shape == (3, 32, 48, 3)
+        assert video.audio is not None
+        assert abs(len(video.audio) - 24_000) < 1100
+    assert decode_video(corrupt.good_video(with_audio=False)).audio is None
+    assert len(decode_audio(corrupt.good_video())) > 23_000  # the sound track of a video
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_transparency_lies_on_white_and_exif_turns() -> None:
+    clear = np.zeros((4, 4, 4), np.uint8)
+    clear[:2, :, 3] = 255
+    image = decode_image(encode_image(clear))
+    assert (image[:2] == 0).all()
+    assert (image[2:] == 255).all()
+    buffer = io.BytesIO()
+    picture = Image.new("RGB", (30, 10))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(buffer, "JPEG", exif=exif)
+    assert decode_image(buffer.getvalue()).shape == (30, 10, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16"])
+def test_modes(mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(np.full((5, 7), 65535, np.uint16))
+    else:
+        image = Image.new("RGB", (7, 5), (255, 255, 255)).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    decoded = decode_image(buffer.getvalue())
+    assert decoded.shape == (5, 7, 3)
+    assert decoded.min() == 255
+
+
+def test_limits_of_pictures() -> None:
+    with pytest.raises(BadSample, match=r"image_too_large: 64 x 48 pixels; at most 3000"):
+        decode_image(corrupt.good_image(), MediaLimits(max_pixels=3000))
+    with pytest.raises(BadSample, match="image_aspect_ratio"):
+        decode_image(encode_image(np.zeros((10, 40, 3), np.uint8)), MediaLimits(max_aspect_ratio=3))
+
+
+# --------------------------------------------------------------------------------------------------------------- sound
+
+
+def wav(samples: np.ndarray, rate: int, **options) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_resampling_keeps_pitch_and_length(rate: int) -> None:
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    wave = decode_audio(wav(tone, rate), 16_000)
+    assert abs(len(wave) - 16_000) <= 1
+    assert np.abs(np.fft.rfft(wave[:16_000])).argmax() == 440
+
+
+def test_downmix() -> None:
+    time = np.arange(16_000) / 16_000
+    left, right = np.sin(2 * np.pi * 300 * time) * 0.4, np.sin(2 * np.pi * 700 * time) * 0.4
+    stereo = decode_audio(wav(np.stack([left, right], axis=1), 16_000))
+    np.testing.assert_allclose(stereo, (left + right) / 2, atol=1e-4)
+    # 5.1: speech in the centre stays louder than a surround; the LFE is silent
+    channels = np.zeros((16_000, 6))
+    for channel, frequency in enumerate((200, 300, 400, 500, 600, 700)):
+        channels[:, channel] = 0.3 * np.sin(2 * np.pi * frequency * time)
+    spectrum = np.abs(np.fft.rfft(decode_audio(wav(channels, 16_000))))
+    assert spectrum[400] > spectrum[200] > spectrum[600] > 100
+    assert spectrum[500] < 1
+    with pytest.raises(BadSample, match="not finite"):
+        decode_audio(wav(np.array([0.0, np.nan]), 16_000, subtype="FLOAT"))
+
+
+def test_limits_of_sound() -> None:
+    with pytest.raises(BadSample, match=r"audio_too_long: 1\.0 s; at most 0\.5 s"):
+        decode_audio(corrupt.good_audio(), limits=MediaLimits(max_audio_seconds=0.5))
+    with pytest.raises(BadSample, match="audio_too_long"):
+        decode_video(corrupt.good_video(), limits=MediaLimits(max_audio_seconds=0.5))
+    with pytest.raises(BadSample, match="audio_too_long"):  # 41 minutes, refused by the header
+        decode_audio(encode_audio(np.zeros(8_000 * 60 * 41, np.float32), 8_000, "flac"))
+
+
+# --------------------------------------------------------------------------------------------------------------- video
+
+
+def shades(count: int, height: int = 32, width: int = 48) -> np.ndarray:
+    """Frame k is grey of level 10 + 6 k."""
+    return np.broadcast_to((10 + 6 * np.arange(count, dtype=np.uint8))[:, None, None, None], (count, height, width, 3))
+
+
+def level(frame: np.ndarray) -> int:
+    return round((float(frame.mean()) - 10) / 6)
+
+
+@pytest.mark.parametrize(
+    ("source_fps", "fps", "expected"),
+    [(8, 2, [0, 4, 8, 12]), (8, 8, list(range(16))), (4, 8, [i // 2 for i in range(32)]), (10, 3, [0, 3, 6, 10, 13])],
+)
+def test_sampling_follows_time(source_fps: float, fps: float, expected: list[int]) -> None:
+    video = decode_video(encode_video(shades(16), source_fps, crf=4), fps)
+    assert [level(frame) for frame in video.frames] == expected
+    assert video.fps == fps
+
+
+def test_variable_frame_rate_is_sampled_by_time_stamps() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 10)
+        for picture, tenth in zip(shades(4), (0, 1, 12, 20), strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = tenth, Fraction(1, 10)
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode(None):
+            container.mux(packet)
+    video = decode_video(buffer.getvalue(), 2)
+    assert [level(frame) for frame in video.frames] == [0, 1, 1, 2, 3]  # at 0, 0.5, 1, 1.5 and 2 s
+
+
+def test_sound_is_aligned_with_the_first_frame() -> None:
+    """Sound that begins half a second after the pictures, or before them, keeps its distance to them."""
+    tone = (0.5 * np.sin(2 * np.pi * 1000 * np.arange(16_000) / 16_000)).astype(np.float32)
+    for picture_start, sound_start, expected in [(0.0, 0.5, 8_000), (0.5, 0.0, -8_000)]:
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format="matroska") as container:
+            video = container.add_stream("libx264", rate=10)
+            video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
+            sound = container.add_stream("flac", rate=16_000, layout="mono")
+            packets = []
+            for index, picture in enumerate(shades(10)):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                frame.pts, frame.time_base = round(picture_start * 10) + index, Fraction(1, 10)
+                packets += video.encode(frame)
+            packets += video.encode(None)
+            samples = (tone * 32767).astype(np.int16)[None]
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate, frame.time_base = 16_000, Fraction(1, 16_000)
+            frame.pts = round(sound_start * 16_000)
+            packets += [*sound.encode(frame), *sound.encode(None)]
+            for packet in packets:
+                container.mux(packet)
+        audio = decode_video(buffer.getvalue(), 2).audio
+        assert audio is not None
+        assert abs(len(audio) - (16_000 + expected)) < 40
+        if expected > 0:
+            assert np.abs(audio[: expected - 40]).max() < 1e-4
+            assert np.abs(audio[expected + 40 :]).max() > 0.4
+
+
+def test_limits_of_video() -> None:
+    data = encode_video(shades(16), 4)
+    video = decode_video(data, 4, MediaLimits(max_video_frames=8))  # 4 s: sparser, and it says so
+    assert video.fps == 2
+    assert [level(frame) for frame in video.frames] == [0, 2, 4, 6, 8, 10, 12, 14]
+    for limits, reason in [
+        (MediaLimits(max_video_seconds=3), "video_too_long"),
+        (MediaLimits(max_pixels=1000), "video_too_large"),
+        (MediaLimits(max_video_pixels=10_000), "video_too_large"),
+    ]:
+        with pytest.raises(BadSample) as error:
+            decode_video(data, 4, limits)
+        assert error.value.reason == reason
+
+
+def test_encoders_repeat_and_refuse() -> None:
+    assert encode_video(shades(4), 4) == encode_video(shades(4), 4)
+    tone = np.zeros(16_000, np.float32)
+    assert encode_audio(tone, 16_000, "opus") == encode_audio(tone, 16_000, "opus")
+    with pytest.raises(ValueError, match="even sides"):
+        encode_video(shades(4, height=31), 4)
+    with pytest.raises(ValueError, match=r"samples \[T\]"):
+        encode_audio(np.zeros((2, 5), np.float32), 16_000)
+
+
+def test_sniff() -> None:
+    for data, name in [
+        (corrupt.good_image("webp"), "webp"),
+        (corrupt.good_audio("mp3"), "mp3"),
+        (corrupt.good_video(), "mp4"),
+        (b"RIFF\0\0\0\0AVI LIST", "avi"),
+        (b"plain text", "unknown"),
+        (b"", "unknown"),
+    ]:
+        assert sniff(data)[0] == name
