@@ -35,7 +35,7 @@ class ThinkerConfig:
         sparse_step: layer i has experts if (i + 1) is a multiple of it (`decoder_sparse_step`)
         mrope_sections: frequencies of t, h, w; they sum to head_dim / 2
         rope_theta: base of the rotary frequencies
-        accept_hidden_layer: the Talker reads the residual stream after this many layers
+        accept_hidden_layer: the Talker reads the residual stream after this many layers (before deepstack is added)
         balance_coefficient: weight of the balance loss (`router_aux_loss_coef`)
         max_positions: longest position id the model is meant for (`max_position_embeddings`)
     """
@@ -68,8 +68,10 @@ class ThinkerConfig:
             raise ValueError(f"mrope_sections {self.mrope_sections} must sum to head_dim / 2 = {self.head_dim // 2}")
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k ({self.top_k}) must lie in 1..n_experts ({self.n_experts})")
-        if not 0 <= self.accept_hidden_layer <= self.layers:
-            raise ValueError(f"accept_hidden_layer ({self.accept_hidden_layer}) must lie in 0..layers ({self.layers})")
+        if not 0 <= self.accept_hidden_layer < self.layers:
+            raise ValueError(
+                f"accept_hidden_layer ({self.accept_hidden_layer}) must lie in 0..{self.layers - 1} (layers - 1)"
+            )
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has experts."""
@@ -236,10 +238,10 @@ class Thinker(nn.Module):
                 x, count, prob_sum = checkpoint(layer, x, rope, cu_seqlens, None, use_reentrant=False)
             else:
                 x, count, prob_sum = layer(x, rope, cu_seqlens, cache)
-            if deepstack is not None and visual is not None and i < len(deepstack):
-                x = x.index_add(0, visual, deepstack[i].to(x.dtype))
             if i + 1 == config.accept_hidden_layer:
                 accept_hidden = x
+            if deepstack is not None and visual is not None and i < len(deepstack):
+                x = x.index_add(0, visual, deepstack[i].to(x.dtype))
             if count is not None:
                 counts.append(count)
                 prob_sums.append(prob_sum)
