@@ -186,7 +186,7 @@ def image_patches(
     height, width = image.shape[:2]
     _check(height, width, "image_aspect_ratio")
     size = fit_size(height, width, geometry.patch * geometry.merge, geometry.min_pixels, geometry.max_pixels)
-    return _patches(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None], size, geometry)
+    return _patches(torch.tensor(image).permute(2, 0, 1)[None], size, geometry)
 
 
 def video_patches(

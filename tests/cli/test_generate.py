@@ -1,0 +1,184 @@
+"""`omnitrain generate` on a run folder and on a folder in the public format, from files to printed text."""
+
+from __future__ import annotations
+
+import wave
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from omnitrain.__main__ import main
+from omnitrain.cli.generate import _OrderedOutput
+from omnitrain.data.chat import ChatTokenizer, train_bpe
+from omnitrain.interop.public_format import save_pretrained
+from omnitrain.models.omni import OmniModel
+from omnitrain.models.presets import build, init_weights
+
+SMALL = {"thinker": {"layers": 2}, "aut": {"layers": 1}, "vision": {"layers": 2}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    texts = ["a red fire engine", "un camion de pompiers rouge", "пожарная машина", "消防车"] * 20
+    return train_bpe(texts, 400)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> OmniModel:
+    model = build("tiny", vocab_size=tokenizer.vocab_size, special_tokens=tokenizer.special_ids, **SMALL)
+    init_weights(model, seed=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def public_dir(model, tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("public")
+    save_pretrained(model, folder)
+    tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(model, tokenizer, tmp_path_factory) -> Path:
+    """What `fit` leaves behind, and nothing more."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    import omnitrain.cli.config  # noqa: F401  (registers ${omnitrain.pack:})
+    from omnitrain.cli.locations import CONF
+
+    folder = tmp_path_factory.mktemp("run")
+    sizes = [f"model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[f"paths.run_dir={folder}", *(f"+{size}" for size in sizes)])
+    cfg.data.tokenizer = "/moved/away/tokenizer.json"
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    tokenizer.save(folder / "tokenizer.json")
+    (folder / "checkpoints").mkdir()
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("media")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(folder / "noise.png")
+    with wave.open(str(folder / "noise.wav"), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(16_000)
+        file.writeframes(rng.integers(-9999, 9999, 16_000, dtype=np.int16).tobytes())
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbut no more")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def run(capsys, *arguments: object) -> str:
+    status = main(["generate", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out
+
+
+def fail(capsys, *arguments: object) -> str:
+    assert main(["generate", *map(str, arguments)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    return err
+
+
+LESS = ("--max-new-tokens", 8, "--device", "cpu")
+
+
+def test_run_folder_and_public_folder_agree(capsys, run_dir, public_dir, media):
+    arguments = [*LESS, "--image", media["noise.png"], "--audio", media["noise.wav"], "--system", "Be brief.", "What?"]
+    answer = run(capsys, run_dir, *arguments)
+    assert answer.strip()
+    assert answer == run(capsys, public_dir, *arguments)
+
+
+def test_media_and_prompt_matter(capsys, run_dir, media):
+    answers = [
+        run(capsys, run_dir, *LESS, *more)
+        for more in (
+            ["What?"],
+            ["How?"],
+            ["--image", media["noise.png"], "What?"],
+            ["--audio", media["noise.wav"], "What?"],
+            ["--audio", media["noise.wav"], "--image", media["noise.png"], "What?"],
+            ["--image", media["noise.png"], "--audio", media["noise.wav"], "What?"],
+            ["--plain", "What?"],
+            ["What?", "--image", media["noise.png"], "How?"],
+        )
+    ]
+    assert len(set(answers)) == len(answers)
+
+
+def test_several_prompts_streamed_or_not_print_the_same(capsys, run_dir):
+    arguments = [*LESS, "--temperature", 1.5, "--top-k", 50, "--top-p", 0.9, "--repetition-penalty", 1.1, "a", "b", "c"]
+    whole = run(capsys, run_dir, *arguments)
+    assert [line for line in whole.splitlines() if line.startswith("[")][:1] == ["[1] a"]
+    assert "[3] c" in whole
+    assert whole == run(capsys, run_dir, "--stream", *arguments)
+    assert whole == run(capsys, run_dir, "--prefill-chunk", 3, *arguments)
+    assert whole != run(capsys, run_dir, "--seed", 7, *arguments)
+
+
+def test_streamed_text_waits_for_whole_characters_and_for_its_turn(tokenizer):
+    text = "é消a"
+    tokens = [token for byte in text for token in tokenizer.encode(byte)]
+    stop = tokenizer.stop_ids[0]
+    out = StringIO()
+    output = _OrderedOutput(tokenizer, ["p", "q"], tokenizer.stop_ids, 100, out)
+    output(1, tokenizer.encode("z")[0])
+    assert out.getvalue() == "[1] p\n"
+    for token in tokens:
+        output(0, token)
+        assert "\ufffd" not in out.getvalue()
+    output(0, stop)
+    output(1, stop)
+    assert out.getvalue() == f"[1] p\n{text}\n[2] q\nz\n"
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("--image", "--audio", "--video", "--temperature", "--stream", "examples:"))
+
+
+def test_errors_say_what_to_do(capsys, run_dir, media, tmp_path):
+    assert "no such folder" in fail(capsys, tmp_path / "nowhere", "hello")
+    assert "neither a run folder" in fail(capsys, tmp_path, "hello")
+    assert "--image gone.png: no such file" in fail(capsys, run_dir, "--image", "gone.png", "hello")
+    broken = fail(capsys, run_dir, *LESS, "--image", media["broken.png"], "hello")
+    assert "broken.png: image_" in broken
+    assert "wrong_type: the audio is a png" in fail(capsys, run_dir, *LESS, "--audio", media["noise.png"], "hello")
+    assert "top_p is 3.0" in fail(capsys, run_dir, *LESS, "--top-p", 3, "hello")
+    (tmp_path / "config.yaml").write_text("model: {}\ndata: {}\n")
+    assert "has not written a checkpoint yet" in fail(capsys, tmp_path, "hello")
+
+
+def test_a_strangers_run_folder_cannot_run_code(capsys, run_dir, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("omnitrain.models.presets.build", "os.system"))
+    assert "os.system" in fail(capsys, folder, *LESS, "hello")
+
+
+def test_weights_that_do_not_fit_are_refused(capsys, run_dir, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("    layers: 2\n", "    layers: 3\n", 1))
+    assert "does not fit the model" in fail(capsys, folder, *LESS, "hello")
