@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ class ChatTokenizer:
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            merges = [(a, b) for a, _, b in (line.partition(" ") for line in lines if line[:9] != "#version:") if b]
             return cls(_with_special_tokens(vocab, merges))
         ranks = sorted(folder.glob("*.tiktoken"))
         if ranks:
@@ -347,6 +347,9 @@ class ChatTokenizer:
             build.media(span)
 
 
+_PLACEHOLDERS = {IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>", AUDIO: "<|audio_pad|>"}
+
+
 class _Builder:
     """Collects tokens, their types, which of them are targets, and the spans between text and media."""
 
@@ -377,18 +380,17 @@ class _Builder:
     def flush(self) -> None:
         text, self._text = "".join(self._text), []
         if text:
-            self._extend(self.tokenizer.encode(text), TEXT, self._text_target)
+            self._extend(self.tokenizer.encode(text), self._text_target)
 
     def special(self, name: str, *, target: bool = False) -> None:
         self.flush()
-        self._extend([self.tokenizer.special_ids[name]], TEXT, target)
+        self._extend([self.tokenizer.special_ids[name]], target)
 
-    def _extend(self, ids: list[int], token_type: int, target: bool) -> None:
+    def _extend(self, ids: list[int], target: bool) -> None:
         self.ids += ids
-        self.types += [token_type] * len(ids)
+        self.types += [TEXT] * len(ids)
         self.targets += [target] * len(ids)
-        if token_type == TEXT:
-            self._text_tokens += len(ids)
+        self._text_tokens += len(ids)
 
     def _close_text(self) -> None:
         if self._text_tokens:
@@ -396,38 +398,38 @@ class _Builder:
             self._text_tokens = 0
 
     def media(self, span: Span) -> None:
-        pads: Callable[[str, int, int], None] = lambda name, kind, n: self._extend(  # noqa: E731
-            [self.tokenizer.special_ids[name]] * n, kind, False
-        )
-        opening, closing = {
-            AudioSpan: (("<|audio_start|>",), ("<|audio_end|>",)),
-            ImageSpan: (("<|vision_start|>",), ("<|vision_end|>",)),
-            VideoSpan: (("<|vision_start|>",), ("<|vision_end|>",)),
-            AudioVideoSpan: (("<|vision_start|>", "<|audio_start|>"), ("<|audio_end|>", "<|vision_end|>")),
-        }[type(span)]
-        for name in opening:
-            self.special(name)
-        self._close_text()
+        """Start tokens, one placeholder per token of `span`, end tokens."""
+        heard = seen = False
         match span:
             case AudioSpan():
-                pads("<|audio_pad|>", AUDIO, span.n)
+                heard, kinds = True, [AUDIO] * span.n
             case ImageSpan():
-                pads("<|image_pad|>", IMAGE, vision_tokens(span.grid_thw, self.merge))
+                seen, kinds = True, [IMAGE] * vision_tokens(span.grid_thw, self.merge)
             case VideoSpan():
-                pads("<|video_pad|>", VIDEO, vision_tokens(span.grid_thw, self.merge))
+                seen, kinds = True, [VIDEO] * vision_tokens(span.grid_thw, self.merge)
             case AudioVideoSpan():
-                is_video = audio_video_order(
-                    span.grid_thw,
-                    span.seconds_per_grid,
-                    span.n_audio,
-                    merge=self.merge,
-                    ids_per_second=self.ids_per_second,
+                order = audio_video_order(
+                    span.grid_thw, span.seconds_per_grid, span.n_audio, self.merge, self.ids_per_second
                 )
-                for video in is_video.tolist():
-                    pads("<|video_pad|>" if video else "<|audio_pad|>", VIDEO if video else AUDIO, 1)
+                heard = seen = True
+                kinds = [VIDEO if is_video else AUDIO for is_video in order]
+            case _:
+                raise TypeError(f"{span!r} is no media span")
+        if seen:
+            self.special("<|vision_start|>")
+        if heard:
+            self.special("<|audio_start|>")
+        self.flush()
+        self._close_text()
+        pads = {kind: self.tokenizer.special_ids[name] for kind, name in _PLACEHOLDERS.items()}
+        self.ids += [pads[kind] for kind in kinds]
+        self.types += kinds
+        self.targets += [False] * len(kinds)
         self.spans.append(span)
-        for name in closing:
-            self.special(name)
+        if heard:
+            self.special("<|audio_end|>")
+        if seen:
+            self.special("<|vision_end|>")
 
     def finish(self) -> RenderedChat:
         self.flush()

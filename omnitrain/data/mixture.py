@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -316,7 +316,7 @@ class _Fetch:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> Generator[None]:
     """Matrix products may round differently on another number of threads; samples must come out the same, bit for bit,
     from a worker and from the main process (which fetches waiting samples again on resume)."""
     import torch
@@ -352,7 +352,7 @@ def _start_worker(index: int, count: int) -> None:
 
 
 @contextmanager
-def _quiet_absl() -> Iterator[None]:
+def _quiet_absl() -> Generator[None]:
     # Grain warns at import that the JAX profiler is absent; nothing here uses JAX.
     logger = logging.getLogger("absl")
     level = logger.level

@@ -46,7 +46,7 @@ def test_every_sample_once_and_no_budget_broken():
     rng = np.random.default_rng(0)
     samples = [
         encoded(str(i), int(n), mel_frames=int(m), n_patches=2 * int(p))
-        for i, (n, m, p) in enumerate(zip(rng.integers(2, 90, 500), rng.integers(0, 60, 500), rng.integers(0, 30, 500)))
+        for i, (n, m, p) in enumerate(rng.integers([2, 0, 0], [90, 60, 30], (500, 3)))
     ]
     budget = Budget(tokens=256, mel_frames=150, patches=140)
     packs = pack_all(samples, budget, window=6)
