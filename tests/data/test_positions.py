@@ -174,6 +174,15 @@ def test_a_worked_example():
     ]  # fmt: skip
 
 
+def test_the_example_of_the_documentation():
+    """docs/positions.md"""
+    ids = tm_rope_positions([TextSpan(2), AudioVideoSpan((2, 4, 4), 1.0, 15), TextSpan(2)])
+    t, h, w = ids.astype(int).tolist()
+    assert t == [0, 1, *[2] * 4, *range(2, 15), *[15] * 4, 15, 16, 17, 18]
+    assert h == [0, 1, 2, 2, 3, 3, *range(2, 15), 2, 2, 3, 3, 15, 16, 17, 18]
+    assert w == [0, 1, 2, 3, 2, 3, *range(2, 15), 2, 3, 2, 3, 15, 16, 17, 18]
+
+
 def test_video_goes_first_on_ties():
     order = audio_video_order((2, 2, 2), 1.0, 15)
     assert order.tolist() == [True, *[False] * 13, True, False, False]
