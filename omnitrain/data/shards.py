@@ -358,6 +358,8 @@ class MediaReader:
             raise BadSample("media_missing", f"{segment.path} is not a file in {self.folder}") from error
 
     def _inside(self, relative: str) -> Path:
+        if Path(relative).is_relative_to(self.folder.absolute()):
+            relative = str(Path(relative).relative_to(self.folder.absolute()))
         pure, windows = PurePosixPath(relative), PureWindowsPath(relative)
         if pure.is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\0" in relative:
             raise BadSample(
@@ -421,9 +423,7 @@ class SampleSource:
             conditions["split"] = [split]
         for key in conditions:
             if key not in FILTERS:
-                raise ValueError(
-                    f"where: {key!r} is not a filter; use one of {', '.join(FILTERS)}{_nearest(key, FILTERS)}"
-                )
+                raise unknown("where", "filter", key, FILTERS)
         kept_files, kept_rows = [], []
         for number, file in enumerate(self.files):
             rows = _matching_rows(_open_shard(file), conditions)
@@ -523,9 +523,16 @@ def _is_media_table(path: Path) -> bool:
     return set(_open_parquet(path).schema_arrow.names) == set(MEDIA_TABLE_SCHEMA.names)
 
 
-def _nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`` (did you mean ...?)``, or nothing when no word is near."""
     close = difflib.get_close_matches(word, list(words), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def unknown(where: str, what: str, word: object, words: Iterable[str]) -> ValueError:
+    """The error for a name that is none of `words`."""
+    words = list(words)
+    return ValueError(f"{where}: {what} {word!r} is unknown{nearest(str(word), words)}; use one of {', '.join(words)}")
 
 
 def _open_shard(path: Path) -> pq.ParquetFile:
@@ -546,7 +553,7 @@ def _check_fields(
     for name in have:
         if name not in want:
             raise ValueError(
-                f"{path}: {what} {prefix + name!r} is unknown{_nearest(name, want)}; "
+                f"{path}: {what} {prefix + name!r} is unknown{nearest(name, want)}; "
                 f"rename it, move it into meta, or {fix}"
             )
     for name, kind in want.items():

@@ -1,0 +1,685 @@
+"""A user's own data without code: a YAML file says which column is what.
+
+.. code-block:: yaml
+
+    kind: jsonl                      # jsonl | parquet | webdataset | hub
+    path: recordings/*.jsonl         # beside this file (hub: the data set's name)
+    source: my-recordings
+    licence: CC-BY-4.0
+    task: asr
+    languages: ["{locale}"]
+    messages:
+      - user: [{audio: "clips/{file}"}, {text: ["Transcribe.", "What is said?"]}]
+      - assistant: "{sentence}"
+
+Every value is a template: ``{column}`` is a row's column, ``{a.b}`` a field (or list item, ``{a.0}``) in it,
+``{jpg|png}`` the first that is there, and ``{{`` a brace. A medium that is exactly one column may hold bytes, a path,
+or the struct ``{bytes, path}`` of the Hub's Image, Audio and Video columns; paths are relative to `media_root`. A list
+of texts is a choice, made by a hash of the sample's id.
+
+:class:`MappedSource` reads all this by index, with the interface of `SampleSource`. A streamed Hub data set has no
+index: ``omnitrain data import`` writes it to shards (:func:`stream_samples`).
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from string import Formatter
+from typing import Any, get_args
+
+import numpy as np
+
+from omnitrain.data.sample import ROLES, BadSample, Message, Role, Sample, Segment, SegmentType
+from omnitrain.data.shards import FILTERS, MediaReader, SampleSource, Source, nearest, unknown
+
+KINDS = ("jsonl", "parquet", "webdataset", "hub")
+
+
+def open_source(
+    path: str | Path | Sequence[str | Path],
+    split: str | None = None,
+    where: Mapping[str, str | Sequence[str]] | None = None,
+    name: str | None = None,
+) -> Source:
+    """Shards, or the data that a mapping (a ``.yaml`` file) describes. Arguments as of `SampleSource`."""
+    if isinstance(path, (str, Path)) and Path(path).suffix in (".yaml", ".yml"):
+        return MappedSource(path, split=split, where=where, name=name)
+    return SampleSource(path, split=split, where=where, name=name)
+
+
+# ------------------------------------------------------------------------------------------------------------- mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnMapping:
+    """The contents of a mapping file; see the module's text. Strings, and the strings in lists, are templates.
+
+    Attributes:
+        kind, path: what is read. `path` is a file or glob relative to the mapping file; for ``hub`` a name on the Hub,
+            or a loader of `datasets` such as ``imagefolder`` with `data_dir`.
+        config, hub_split, revision, data_dir, streaming: of a Hub data set.
+        media_root: folder of media paths, relative to the mapping file; default: the data's folder.
+        messages: a list of ``{role: content}``; or ``{column, role, text, roles, media}`` for a column that holds the
+            turns of a conversation: `role` and `text` name a turn's fields, `roles` translates roles, and `media` gives
+            the segment that a marker such as ``<image>`` in the text stands for.
+    """
+
+    kind: str
+    path: str
+    source: str
+    messages: Any
+    id: str | None = None
+    split: str = "train"
+    task: str = "text"
+    licence: str = ""
+    languages: tuple[str, ...] | list[str] = ()
+    concept: str = ""
+    meta: dict[str, str] = field(default_factory=dict)
+    media_root: str | None = None
+    config: str | None = None
+    hub_split: str = "train"
+    revision: str | None = None
+    data_dir: str | None = None
+    streaming: bool = False
+
+
+def load_mapping(file: str | Path) -> ColumnMapping:
+    """Read a mapping file.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, the field and the fix.
+    """
+    import yaml
+
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"mapping {file} is missing")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: a mapping needs the fields kind, path, source and messages")
+    known = [f.name for f in fields(ColumnMapping)]
+    for key in values:
+        if key not in known:
+            raise unknown(str(file), "field", key, known)
+    for key in ("kind", "path", "source", "messages"):
+        if not values.get(key):
+            raise ValueError(f"{file}: field {key!r} is missing")
+    if values["kind"] not in KINDS:
+        raise unknown(str(file), "kind", values["kind"], KINDS)
+    return ColumnMapping(**values)
+
+
+class _Template:
+    """Text with ``{column}`` fields."""
+
+    def __init__(self, text: Any, where: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"{where} is {text!r}; it must be text with {{column}} fields")
+        self.pieces: list[tuple[str, tuple[tuple[str, ...], ...]]] = []
+        try:
+            for literal, name, spec, conversion in Formatter().parse(text):
+                if spec or conversion or name == "":
+                    raise ValueError("a field is {column}, {column.field} or {first|second}")
+                paths = tuple(tuple(path.split(".")) for path in name.split("|")) if name else ()
+                self.pieces.append((literal, paths))
+        except ValueError as error:
+            raise ValueError(f"{where}: {text!r}: {error}; write {{{{ for a brace") from error
+
+    def columns(self) -> Iterator[tuple[str, ...]]:
+        """For each field, the columns of which one must exist."""
+        return (tuple(path[0] for path in paths) for _, paths in self.pieces if paths)
+
+    def value(self, row: Mapping[str, Any]) -> Any:
+        """The one column's own value where the template is just that, else text."""
+        if len(self.pieces) == 1 and not self.pieces[0][0] and self.pieces[0][1]:
+            return _look_up(row, self.pieces[0][1])
+        return self.text(row)
+
+    def text(self, row: Mapping[str, Any]) -> str:
+        return "".join(
+            literal + (_as_text(_look_up(row, paths), _shown(paths)) if paths else "") for literal, paths in self.pieces
+        )
+
+
+def _look_up(row: Mapping[str, Any], paths: tuple[tuple[str, ...], ...]) -> Any:
+    for path in paths:
+        value: Any = row
+        for key in path:
+            if isinstance(value, Mapping):
+                value = value.get(key)
+            elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and key.isdigit():
+                value = value[int(key)] if int(key) < len(value) else None
+            else:
+                value = None
+        if value is not None:
+            return value
+    raise BadSample("row_invalid", f"the row has no value for {_shown(paths)}")
+
+
+def _shown(paths: tuple[tuple[str, ...], ...]) -> str:
+    return "{" + "|".join(".".join(path) for path in paths) + "}"
+
+
+def _as_text(value: Any, name: str) -> str:
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample("text_not_utf8", f"{name} holds {value[:40]!r}") from error
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise BadSample("row_invalid", f"{name} is {type(value).__name__}, not text")
+
+
+@dataclass(frozen=True)
+class _SegmentMapping:
+    type: SegmentType
+    texts: tuple[_Template, ...] = ()
+    medium: _Template | None = None
+    with_audio: bool = False
+
+    def build(self, row: Mapping[str, Any], id: str, occurrence: int = 0) -> Segment:
+        text = self.texts[zlib.crc32(id.encode()) % len(self.texts)].text(row) if self.texts else None
+        if self.medium is None:
+            return Segment(type=self.type, text=text)
+        value = self.medium.value(row)
+        if isinstance(value, list):  # several pictures in one column: one for each marker
+            if occurrence >= len(value):
+                raise BadSample("row_invalid", f"{len(value)} media for more markers in the text")
+            value = value[occurrence]
+        media, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
+        if isinstance(media, str):
+            media, path = None, media
+        if not isinstance(media, bytes) and not isinstance(path, str):
+            raise BadSample("media_missing", f"the {self.type} is {type(value).__name__} without bytes or path")
+        media = media if isinstance(media, bytes) else None
+        return Segment(type=self.type, text=text, media=media, path=None if media else path, with_audio=self.with_audio)
+
+    def templates(self) -> Iterator[_Template]:
+        yield from self.texts
+        if self.medium is not None:
+            yield self.medium
+
+
+def _segment_mapping(spec: Any, where: str) -> _SegmentMapping:
+    if isinstance(spec, str):
+        return _SegmentMapping("text", (_Template(spec, where),))
+    kinds = get_args(SegmentType)
+    known = (*kinds, "with_audio")
+    if not isinstance(spec, dict):
+        raise ValueError(
+            f"{where} is {spec!r}; a segment is text or one of {{text: ...}}, {{image: ...}}, {{audio: ...}}"
+        )
+    for key in spec:
+        if key not in known:
+            raise unknown(where, "segment type", key, known)
+    media = [kind for kind in kinds if kind != "text" and kind in spec]
+    if len(media) > 1 or not (media or "text" in spec) or (media and media[0] != "speech" and "text" in spec):
+        raise ValueError(f"{where}: one segment holds one medium or text; found {', '.join(map(str, spec))}")
+    texts = spec.get("text", [])
+    texts = tuple(_Template(text, f"{where}.text") for text in (texts if isinstance(texts, list) else [texts]))
+    medium = _Template(spec[media[0]], f"{where}.{media[0]}") if media else None
+    return _SegmentMapping(media[0] if media else "text", texts, medium, bool(spec.get("with_audio", False)))
+
+
+def _role(role: Any, where: str) -> Role:
+    if role not in ROLES:
+        raise unknown(where, "role", role, ROLES)
+    return role
+
+
+class _Turns:
+    """Messages written out in the mapping: ``[{user: [...]}, {assistant: ...}]``."""
+
+    def __init__(self, spec: list[Any], where: str) -> None:
+        self.messages: list[tuple[Role, list[_SegmentMapping]]] = []
+        for number, message in enumerate(spec):
+            here = f"{where}[{number}]"
+            if not isinstance(message, dict) or len(message) != 1:
+                raise ValueError(f"{here} is {message!r}; a message is one {{role: content}}")
+            [(role, content)] = message.items()
+            parts = content if isinstance(content, list) else [content]
+            segments = [_segment_mapping(part, f"{here}.{role}[{i}]") for i, part in enumerate(parts)]
+            self.messages.append((_role(role, here), segments))
+
+    def templates(self) -> Iterator[_Template]:
+        return (template for _, segments in self.messages for segment in segments for template in segment.templates())
+
+    def build(self, row: Mapping[str, Any], id: str) -> tuple[Message, ...]:
+        return tuple(
+            Message(role=role, segments=tuple(segment.build(row, id) for segment in segments))
+            for role, segments in self.messages
+        )
+
+
+class _Conversation:
+    """Messages in a column: a list of turns with a role and a text, in which markers stand for media."""
+
+    def __init__(self, spec: dict[str, Any], where: str) -> None:
+        known = ("column", "role", "text", "roles", "media")
+        for key in spec:
+            if key not in known:
+                raise unknown(where, "field", key, known)
+        if "column" not in spec:
+            raise ValueError(f"{where}: field 'column' is missing; name the column that holds the turns")
+        self.turns = _Template("{" + str(spec["column"]) + "}", f"{where}.column")
+        self.role, self.text = str(spec.get("role", "role")), str(spec.get("text", "content"))
+        self.roles = {name: _role(role, f"{where}.roles") for name, role in (spec.get("roles") or {}).items()}
+        self.media = {
+            marker: _segment_mapping(part, f"{where}.media[{marker!r}]")
+            for marker, part in (spec.get("media") or {}).items()
+        }
+        self.markers = re.compile("(" + "|".join(map(re.escape, self.media)) + ")") if self.media else None
+
+    def templates(self) -> Iterator[_Template]:
+        yield self.turns
+        for part in self.media.values():
+            yield from part.templates()
+
+    def build(self, row: Mapping[str, Any], id: str) -> tuple[Message, ...]:
+        turns = self.turns.value(row)
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            raise BadSample("row_invalid", "the conversation column is no list of turns")
+        seen: Counter[str] = Counter()
+        messages = []
+        for turn in turns:
+            role, text = turn.get(self.role), turn.get(self.text)
+            role = self.roles.get(role, role)
+            if role not in ROLES or not isinstance(text, str):
+                raise BadSample("row_invalid", f"a turn with role {role!r} and {type(text).__name__} as text")
+            segments = []
+            for piece in self.markers.split(text) if self.markers else [text]:
+                if piece in self.media:
+                    segments.append(self.media[piece].build(row, id, seen[piece]))
+                    seen[piece] += 1
+                elif piece.strip():
+                    segments.append(Segment(type="text", text=piece.strip("\n") if self.media else piece))
+            messages.append(Message(role=role, segments=tuple(segments)))
+        return tuple(messages)
+
+
+class _RowMapping:
+    """Row -> sample."""
+
+    def __init__(self, mapping: ColumnMapping, where: str) -> None:
+        self.mapping = mapping
+        names = ("source", "split", "task", "licence", "concept")
+        self.plain = {name: _Template(getattr(mapping, name), f"{where}: {name}") for name in names}
+        self.id = None if mapping.id is None else _Template(mapping.id, f"{where}: id")
+        if isinstance(mapping.languages, str):
+            raise ValueError(f"{where}: languages is a list, such as [en] or ['{{locale}}']")
+        self.languages = [_Template(language, f"{where}: languages") for language in mapping.languages]
+        self.meta = {key: _Template(value, f"{where}: meta.{key}") for key, value in mapping.meta.items()}
+        kind = _Turns if isinstance(mapping.messages, list) else _Conversation
+        self.messages = kind(mapping.messages, f"{where}: messages")
+
+    def templates(self) -> Iterator[_Template]:
+        yield from self.messages.templates()
+        yield from (*self.plain.values(), *([self.id] if self.id else []), *self.languages, *self.meta.values())
+
+    def __call__(self, row: Mapping[str, Any], number: int) -> Sample:
+        plain = {name: template.text(row) for name, template in self.plain.items()}
+        id = self.id.text(row) if self.id is not None else f"{plain['source']}/{number}"
+        return Sample(
+            id=id,
+            messages=self.messages.build(row, id),
+            languages=tuple(language.text(row) for language in self.languages),
+            meta={key: value.text(row) for key, value in self.meta.items()},
+            **plain,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def _data_files(pattern: str, base: Path) -> list[Path]:
+    path = Path(pattern).expanduser()
+    files = sorted(Path(file) for file in glob.glob(str(path if path.is_absolute() else base / path), recursive=True))
+    if not files:
+        raise FileNotFoundError(f"no file matches {base / path}; mend `path` in the mapping")
+    return files
+
+
+class _JsonLines:
+    """Rows of JSONL files by their byte offsets."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        number, offset = [], []
+        for index, file in enumerate(files):
+            if file.suffix in (".gz", ".zst", ".bz2"):
+                raise ValueError(f"{file} is compressed; unpack it for random access")
+            at = 0
+            with file.open("rb") as lines:
+                for line in lines:
+                    if line.strip():
+                        number.append(index)
+                        offset.append(at)
+                    at += len(line)
+        self.number, self.offset = np.array(number, np.int32), np.array(offset, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with self.files[self.number[index]].open("rb") as file:
+            file.seek(int(self.offset[index]))
+            line = file.readline()
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise BadSample("text_not_utf8", f"the line holds {line[error.start : error.start + 20]!r}") from error
+        except json.JSONDecodeError as error:
+            raise BadSample("row_invalid", f"the line is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise BadSample("row_invalid", f"the line is {type(row).__name__}, not a JSON object")
+        return row
+
+    def columns(self) -> set[str] | None:
+        return _seen_columns(self)
+
+    def locate(self, index: int) -> tuple[str, int]:
+        file = self.number[index]
+        return str(self.files[file]), index - int(np.searchsorted(self.number, file))
+
+
+def _seen_columns(rows: Any, look_at: int = 100) -> set[str]:
+    """Columns of the first rows, for formats without a schema."""
+    seen: set[str] = set()
+    for index in range(min(look_at, len(rows))):
+        try:
+            seen |= rows[index].keys()
+        except BadSample:
+            continue
+    return seen
+
+
+class _Tars:
+    """Rows of WebDataset tars: files that share a name up to its first dot are one row, columns are the extensions."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self.rows: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
+        self.starts: list[int] = []
+        for index, file in enumerate(files):
+            self.starts.append(len(self.rows))
+            groups: dict[str, dict[str, tuple[int, int]]] = {}
+            try:
+                with tarfile.open(file, "r:") as tar:
+                    for member in tar:
+                        if member.isfile():
+                            folder, _, name = member.name.rpartition("/")
+                            key, _, extension = name.partition(".")
+                            place = (member.offset_data, member.size)
+                            groups.setdefault(f"{folder}/{key}".lstrip("/"), {})[extension.lower()] = place
+            except tarfile.TarError as error:
+                raise ValueError(
+                    f"{file} is no plain tar ({error}); unpack compressed ones for random access"
+                ) from error
+            self.rows += [(index, key, places) for key, places in groups.items()]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, key, places = self.rows[index]
+        row: dict[str, Any] = {"__key__": key}
+        with self.files[number].open("rb") as file:
+            for extension, (offset, size) in places.items():
+                file.seek(offset)
+                data = file.read(size)
+                if len(data) < size:
+                    raise BadSample("row_invalid", f"{key}.{extension} is cut off")
+                row[extension] = data
+        for extension in list(row):
+            if extension.rpartition(".")[2] == "json":
+                try:
+                    row[extension] = json.loads(row[extension].decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise BadSample("text_not_utf8", f"{key}.{extension} is not UTF-8") from error
+                except json.JSONDecodeError as error:
+                    raise BadSample("row_invalid", f"{key}.{extension} is no JSON: {error}") from error
+        return row
+
+    def columns(self) -> set[str] | None:
+        return {"__key__"}.union(*(places for _, _, places in self.rows[:100]))
+
+    def locate(self, index: int) -> tuple[str, int]:
+        number = self.rows[index][0]
+        return str(self.files[number]), index - self.starts[number]
+
+
+class _Table:
+    """Rows of a `datasets.Dataset` as plain Arrow, so that no Image, Audio or Video column is ever decoded by it."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.name = dataset.with_format("arrow"), name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _plain_row(self.dataset[index])
+
+    def columns(self) -> set[str] | None:
+        return set(self.dataset.column_names)
+
+    def locate(self, index: int) -> tuple[str, int]:
+        return self.name, index
+
+
+def _plain_row(table: Any) -> dict[str, Any]:
+    try:
+        return table.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise BadSample("text_not_utf8", f"a text column holds {error.object[:40]!r}") from error
+
+
+def _hub_dataset(mapping: ColumnMapping, base: Path, streaming: bool) -> Any:
+    import datasets
+
+    options: dict[str, Any] = {"revision": mapping.revision} if mapping.revision else {}
+    if mapping.data_dir:
+        options["data_dir"] = str(base / mapping.data_dir)
+    local = base / mapping.path  # a repository that was downloaded
+    return datasets.load_dataset(
+        str(local) if local.is_dir() else mapping.path,
+        mapping.config,
+        split=mapping.hub_split,
+        streaming=streaming,
+        **options,
+    )
+
+
+def _hub_folder(mapping: ColumnMapping, base: Path) -> Path:
+    return base / (mapping.data_dir or (mapping.path if (base / mapping.path).is_dir() else "."))
+
+
+def _open_rows(mapping: ColumnMapping, base: Path) -> tuple[Any, Path]:
+    """The rows, and the folder that media paths are relative to."""
+    if mapping.kind == "hub":
+        if mapping.streaming:
+            raise ValueError(
+                f"{mapping.path} is streamed and has no random access; write it to shards first "
+                "(`omnitrain data import --mapping FILE --out DIR`), or set streaming: false"
+            )
+        return _Table(_hub_dataset(mapping, base, False), mapping.path), _hub_folder(mapping, base)
+    files = _data_files(mapping.path, base)
+    if mapping.kind == "parquet":
+        import datasets
+
+        table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        return _Table(table, str(files[0]) if len(files) == 1 else mapping.path), files[0].parent
+    return (_JsonLines if mapping.kind == "jsonl" else _Tars)(files), files[0].parent
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+class MappedSource:
+    """Samples of a user's own data by index, described by a mapping file. The interface is that of `SampleSource`.
+
+    JSONL and tars are indexed by one pass over the files when opened; Parquet and Hub data sets go through the
+    memory-mapped Arrow cache of `datasets`. With `split` or `where` every row is looked at once when opened.
+
+    Raises:
+        FileNotFoundError, ValueError: the mapping or its data are missing, a column is not there, nothing is left. The
+            message names file, field and fix.
+    """
+
+    def __init__(
+        self,
+        mapping: str | Path,
+        split: str | None = None,
+        where: Mapping[str, str | Sequence[str]] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.file = Path(mapping)
+        self.mapping = load_mapping(self.file)
+        self.name = name or self.mapping.source
+        self._sample = _RowMapping(self.mapping, str(self.file))
+        self._rows, folder = _open_rows(self.mapping, self.file.parent)
+        _check_columns(self._sample, self._rows.columns(), self.file)
+        self._media = _media_reader(self.mapping, self.file.parent, folder)
+        self._kept = np.arange(len(self._rows))
+        conditions = {key: [value] if isinstance(value, str) else list(value) for key, value in (where or {}).items()}
+        if split is not None:
+            conditions["split"] = [split]
+        for key in conditions:
+            if key not in FILTERS:
+                raise unknown("where", "filter", key, FILTERS)
+        if conditions:
+            self._kept = np.array([i for i in range(len(self._rows)) if self._agrees(i, conditions)], dtype=np.int64)
+            if not len(self._kept):
+                raise ValueError(f"{self.file}: no row has {conditions}")
+
+    def _agrees(self, row: int, conditions: Mapping[str, Sequence[str]]) -> bool:
+        try:
+            sample = self._sample(self._rows[row], row)
+        except BadSample:
+            return True  # met, named and counted when its turn comes
+        return all(
+            set(sample.languages) <= set(allowed) or ">".join(sample.languages) in allowed
+            if key == "languages"
+            else getattr(sample, key) in allowed
+            for key, allowed in conditions.items()
+        )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, media not decoded.
+
+        Raises:
+            BadSample: ``row_invalid``, ``text_not_utf8``, ``media_missing``.
+            IndexError: outside ``0 .. len - 1``.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
+        row = int(self._kept[index])
+        return self._sample(self._rows[row], row)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """The file and the row in it (from 0)."""
+        return self._rows.locate(int(self._kept[index]))
+
+    def media_bytes(self, segment: Segment) -> bytes:
+        """The encoded bytes of a segment's medium; see `MediaReader`."""
+        return self._media(segment)
+
+
+def _media_reader(mapping: ColumnMapping, base: Path, folder: Path) -> MediaReader:
+    folder = base / mapping.media_root if mapping.media_root else folder
+    return _HubMedia(folder, mapping.path) if mapping.kind == "hub" else MediaReader(folder)
+
+
+class _HubMedia(MediaReader):
+    """Media beside a Hub data set's tables: in its folder, or, streamed, in its repository alone."""
+
+    def __init__(self, folder: Path, repository: str) -> None:
+        super().__init__(folder)
+        self.repository = repository
+
+    def __call__(self, segment: Segment) -> bytes:
+        path = segment.path or ""
+        if segment.media is None and path.startswith("hf://"):
+            if not re.match(rf"hf://datasets/{re.escape(self.repository)}[@/]", path) or "/../" in path:
+                raise BadSample("media_outside", f"path {path!r} leads out of the data set {self.repository}")
+            import fsspec
+
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        return super().__call__(segment)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "repository": self.repository}
+
+
+def _check_columns(rows: _RowMapping, columns: set[str] | None, file: Path) -> None:
+    for template in rows.templates():
+        for alternatives in template.columns():
+            if columns is not None and not columns & set(alternatives):
+                near = nearest(alternatives[0], columns)
+                raise ValueError(
+                    f"{file}: column {'|'.join(alternatives)!r} is not in the data{near}; "
+                    f"it has {', '.join(sorted(columns)) or 'no columns'}"
+                )
+
+
+def stream_samples(mapping_file: str | Path, bad: Callable[[int, BadSample], None]) -> Iterator[Sample]:
+    """All samples of a mapping, in order, with their media embedded; streamed Hub data sets too.
+
+    Args:
+        bad: called with the row number of each sample that cannot be used.
+    """
+    file = Path(mapping_file)
+    mapping = load_mapping(file)
+    to_sample = _RowMapping(mapping, str(file))
+    rows: Iterable[Callable[[], Mapping[str, Any]]]
+    if mapping.kind == "hub" and mapping.streaming:
+        dataset = _hub_dataset(mapping, file.parent, True)
+        _check_columns(to_sample, set(dataset.column_names) if dataset.column_names else None, file)
+        reader = _media_reader(mapping, file.parent, _hub_folder(mapping, file.parent))
+        rows = ((lambda table=table: _plain_row(table)) for table in dataset.with_format("arrow"))
+    else:
+        opened, folder = _open_rows(mapping, file.parent)
+        _check_columns(to_sample, opened.columns(), file)
+        reader = _media_reader(mapping, file.parent, folder)
+        rows = ((lambda index=index: opened[index]) for index in range(len(opened)))
+    for number, row in enumerate(rows):
+        try:
+            yield _embedded(to_sample(row(), number), reader)
+        except BadSample as error:
+            bad(number, error)
+
+
+def _embedded(sample: Sample, reader: MediaReader) -> Sample:
+    """`sample` with the bytes of its media in place of their paths."""
+    return replace(
+        sample,
+        messages=tuple(
+            replace(
+                message,
+                segments=tuple(
+                    replace(segment, media=reader(segment), path=None) if segment.path else segment
+                    for segment in message.segments
+                ),
+            )
+            for message in sample.messages
+        ),
+    )
