@@ -30,9 +30,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omnitrain.data.adapters import open_source
 from omnitrain.data.batch import EncodedSample
 from omnitrain.data.sample import BadSample, Sample, Segment
-from omnitrain.data.shards import SampleSource, Source
+from omnitrain.data.shards import Source
 
 if TYPE_CHECKING:
     from omnitrain.data.encode import SampleEncoder
@@ -44,7 +45,7 @@ class SourceConfig:
 
     Attributes:
         name: unique; weights, counters and logs use it.
-        path, split, where: see `SampleSource`.
+        path, split, where: see `SampleSource`; a path to a ``.yaml`` mapping reads a user's own data (`adapters`).
         weight: share of the samples, relative to the other sources' weights. Default: its number of samples, which
             passes over all sources equally often.
         limit: use only so many samples, evenly spaced over the source (for quick validation).
@@ -68,9 +69,9 @@ class SourceConfig:
         source = self.samples
         if source is None:
             if self.path is None:
-                raise ValueError(f"data source {self.name!r} needs a path (a folder of shards) or samples")
+                raise ValueError(f"data source {self.name!r} needs a path (a folder of shards or a mapping) or samples")
             where = {key: value if isinstance(value, str) else list(value) for key, value in self.where.items()}
-            source = SampleSource(self.path, split=self.split, where=where, name=self.name)
+            source = open_source(self.path, split=self.split, where=where, name=self.name)
         if len(source) == 0:
             raise ValueError(f"data source {self.name!r} ({self.path}) holds no samples")
         return source if self.limit is None or self.limit >= len(source) else _Spaced(source, self.limit)
