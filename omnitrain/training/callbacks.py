@@ -102,8 +102,10 @@ class AtomicCheckpoint(Checkpoint):
         self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         if saved is not None and saved["validation_due"]:
             # Lightning takes the validation that follows this checkpoint as done; it was not.
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False  # from its first batch
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            validation.run()
             trainer.training = True
 
     def _on_sigterm(self, signum: int, frame: Any) -> None:

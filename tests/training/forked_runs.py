@@ -1,0 +1,148 @@
+"""Training runs as processes that may be killed, without paying for the imports each time.
+
+A server process imports torch and Lightning once and forks a child for each run that it is told to start. `Runs` is the
+client. A run is a toy (`{"toy": {...}}`) or a command line of omnitrain (`{"argv": [...]}`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+class Run:
+    """A started run: its processes, one per rank."""
+
+    def __init__(self, runs: Runs, pids: list[int], errors: list[Path]) -> None:
+        self.runs, self.pids, self.errors = runs, pids, errors
+
+    def alive(self) -> bool:
+        """Whether the first rank still runs."""
+        return self.runs.ask({"poll": self.pids[0]}) is None
+
+    def signal(self, number: int) -> None:
+        for pid in self.pids:
+            if self.runs.ask({"poll": pid}) is None:
+                os.kill(pid, number)
+
+    def wait(self) -> list[int]:
+        """Exit status of each rank (negative: the signal that ended it)."""
+        return [self.runs.ask({"wait": pid}) for pid in self.pids]
+
+    def finish(self) -> None:
+        """Wait, and fail unless every rank ended well."""
+        codes = self.wait()
+        assert codes == [0] * len(codes), "\n".join(path.read_text()[-4000:] for path in self.errors)
+
+
+class Runs:
+    """Starts runs."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.ask({"hello": 1}) == "ready"
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, out: Path, ranks: int = 1, **run: Any) -> Run:
+        """Start a run that keeps what it prints in `out`."""
+        out.mkdir(parents=True, exist_ok=True)
+        environment: list[dict[str, str]] = [{}]
+        if ranks > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            environment = [
+                {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+                for rank in range(ranks)
+            ]
+        errors = [out / f"printed.{rank}.txt" for rank in range(ranks)]
+        pids = [
+            self.ask({"run": run, "environment": env, "errors": str(path)})
+            for env, path in zip(environment, errors, strict=True)
+        ]
+        return Run(self, pids, errors)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def _child(request: dict[str, Any]) -> int:
+    os.setsid()
+    printed = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(printed, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["environment"])
+    try:
+        run = request["run"]
+        if "toy" in run:
+            from toy_training import Toy, train
+
+            train(Toy(**run["toy"]))
+        else:
+            from omnitrain.__main__ import main
+
+            sys.argv = ["omnitrain", *run["argv"]]
+            main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _serve() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import toy_training  # noqa: F401  the imports that every run needs
+
+    codes: dict[int, int] = {}
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "run" in request:
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    code = _child(request)
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+            answer: Any = pid
+        elif "wait" in request or "poll" in request:
+            pid = request.get("wait", request.get("poll"))
+            if pid not in codes:
+                done, status = os.waitpid(pid, 0 if "wait" in request else os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            answer = codes.get(pid)
+        else:
+            answer = "ready"
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _serve()

@@ -1,0 +1,115 @@
+"""Runs as processes of their own: several ranks, kills, SIGTERM."""
+
+from __future__ import annotations
+
+import csv
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked_runs import Run, Runs
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "final.pt")
+
+
+def start_toy(runs: Runs, out: Path, devices: int = 1, **toy: Any) -> Run:
+    return runs.start(out, ranks=devices, toy={"out": str(out), "devices": devices, **toy})
+
+
+def wait_for(condition: Callable[[], bool], run: Run, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and run.alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_equal_one(runs: Runs, tmp_path: Path, accumulate: int) -> None:
+    """Two ranks with half of each batch, among them steps in which one rank, or both, have no audio or no picture: same
+    weights, same logged losses. The balance loss takes part."""
+    two = start_toy(runs, tmp_path / "two", devices=2, steps=6, accumulate=accumulate, val_every=3)
+    start_toy(runs, tmp_path / "one", steps=6, accumulate=accumulate, val_every=3).finish()
+    two.finish()
+    one_weights, two_weights = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one_weights.items():
+        torch.testing.assert_close(two_weights[name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    rows = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        with (out / "metrics.csv").open() as file:
+            rows.append(list(csv.DictReader(file)))
+    for one_row, two_row in zip(*rows, strict=True):
+        assert one_row.keys() == two_row.keys()
+        for name, value in one_row.items():
+            if value and not name.startswith("skipped_samples"):  # the toy counts those per rank
+                assert float(two_row[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-5), name
+
+
+def test_two_processes_resume_exactly(runs: Runs, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"devices": 2, "accumulate": 2, "val_every": 2}
+    start_toy(runs, tmp_path / "whole", steps=5, **common).finish()
+    start_toy(runs, tmp_path / "pieces", steps=2, **common).finish()
+    start_toy(runs, tmp_path / "pieces", steps=5, **common).finish()
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "pieces")[name], value), name
+    assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "pieces/metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_sigterm_saves_after_the_current_step(runs: Runs, tmp_path: Path, devices: int) -> None:
+    run = start_toy(runs, tmp_path, devices=devices, steps=10_000, accumulate=2, delay=0.01)
+    metrics = tmp_path / "metrics.csv"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 4, run)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == [143] * devices
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == len(metrics.read_text().splitlines()) - 1
+    assert checkpoint["ToyData"]["position"] == 2 * checkpoint["global_step"]
+
+
+def killed_and_resumed(start: Callable[[], Run], checkpoint: Path, kills: int, seed: int, longest: float) -> int:
+    """Run to the end although `kills` processes are killed, each at a random moment within `longest` seconds after it
+    began to train. Returns how many of them were hit alive."""
+    rng, hits = random.Random(seed), 0
+
+    def written() -> int:
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+    for _ in range(kills):
+        before = written()
+        run = start()
+        wait_for(lambda before=before: written() > before, run)
+        time.sleep(rng.uniform(0, longest))
+        hits += run.alive()
+        run.signal(signal.SIGKILL)
+        run.wait()
+    start().finish()
+    return hits
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(2, 40), pytest.param(10, 160, marks=pytest.mark.slow)])
+def test_kill_and_resume_is_exact(runs: Runs, tmp_path: Path, kills: int, steps: int) -> None:
+    toy = {
+        "steps": steps,
+        "max_steps_of_schedule": steps,
+        "checkpoint_every": 3,
+        "val_every": 4,
+        "log_every": 2,
+        "poison": [5, 17],
+    }
+    start_toy(runs, tmp_path / "whole", **toy).finish()
+    killed = tmp_path / "killed"
+    hits = killed_and_resumed(
+        lambda: start_toy(runs, killed, delay=0.02, **toy), killed / "checkpoints/last.ckpt", kills, kills, 0.4
+    )
+    assert hits >= kills // 2
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(killed)[name], value), name
+    for file in ("metrics.csv", "skipped_steps.jsonl"):
+        assert (tmp_path / "whole" / file).read_bytes() == (killed / file).read_bytes(), file
