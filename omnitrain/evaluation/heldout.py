@@ -1,0 +1,608 @@
+"""Everything a run is judged by, on samples it was never trained on.
+
+    evaluate(...)  ->  eval/scores.json  eval/predictions.parquet  eval/media_swap.json
+
+1. Samples are drawn from the sources: the same ones for every run, evenly over the tasks of each split and modality.
+2. Their answers are scored teacher-forced: nats per target token, bits per byte, beside a unigram model of the training
+   answers of that modality.
+3. Answers are generated (greedily) and compared with the references: chrF, exact match, word and character error rate.
+4. The media-swap test says whether pictures, recordings and videos are used at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from omnitrain.data.batch import EncodedSample, PackedBatch
+from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.encode import SampleEncoder
+from omnitrain.data.media import decode_image
+from omnitrain.data.packing import Budget
+from omnitrain.data.sample import BadSample, Message, Sample
+from omnitrain.data.shards import Source
+from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, media_segments, media_swap, swap_gain
+from omnitrain.evaluation.metrics import (
+    UnigramBaseline,
+    bits_per_byte,
+    bootstrap_interval,
+    cer,
+    chrf,
+    exact_match,
+    normalise,
+    sentence_chrf,
+    wer,
+)
+from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, evaluating, packs, sample_losses
+from omnitrain.generation.text import generate
+from omnitrain.models.omni import OmniModel
+
+ERROR_RATE_TASKS = ("asr",)
+"""Tasks whose answer is what was said: they get word and character error rates."""
+
+_EMBED_BYTES = 1 << 20  # larger recordings and videos are not copied into predictions.parquet
+_THUMBNAIL = 320  # longest side of a copied picture
+
+
+@dataclass
+class _Row:
+    """One drawn sample and all that is found out about it."""
+
+    drawn: Drawn
+    loss: SampleLoss | None = None
+    unigram_nats: float | None = None
+    prediction: str | None = None
+    swap: Swap | None = None
+    media: bytes | None = None
+    media_type: str | None = None
+
+    @property
+    def sample(self) -> Sample:
+        return self.drawn.sample
+
+
+@dataclass(frozen=True)
+class _Meta:
+    source: Source
+    index: int
+    id: str
+    split: str
+    modality: str
+    task: str
+
+
+@dataclass
+class _Tally:
+    """Samples that could not be used, by reason."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def attempt(self, make: Callable[[], EncodedSample]) -> EncodedSample | None:
+        try:
+            return make()
+        except BadSample as bad:
+            self.skipped[bad.reason] += 1
+            return None
+
+
+def _order(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big")
+
+
+def _listing(source: Source, tally: _Tally) -> Iterator[_Meta]:
+    """What the source holds; shards tell it without reading messages or media."""
+    light = getattr(source, "light", None)
+    if light is not None:
+        columns = ("id", "split", "modality", "task")
+        for index, row in enumerate(light().select(columns).to_pylist()):
+            yield _Meta(source, index, **{name: row[name] or "" for name in columns})
+        return
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+        except BadSample as bad:
+            tally.skipped[bad.reason] += 1
+            continue
+        yield _Meta(source, index, sample.id, sample.split, sample.modality, sample.task)
+
+
+def draw(
+    sources: Mapping[str, Source], max_samples: int | None, *, seed: int = 0, skipped: Counter[str] | None = None
+) -> dict[tuple[str, str], list[Drawn]]:
+    """At most `max_samples` (None: all) of each (split, modality): tasks in turn, in the order of a hash of the ids.
+
+    Returns:
+        (split, modality) -> samples; the same for the same sources and seed.
+    """
+    tally = _Tally(Counter() if skipped is None else skipped)
+    groups: dict[tuple[str, str], dict[str, list[_Meta]]] = defaultdict(lambda: defaultdict(list))
+    for source in sources.values():
+        for meta in _listing(source, tally):
+            groups[meta.split, meta.modality][meta.task].append(meta)
+    drawn: dict[tuple[str, str], list[Drawn]] = {}
+    for group, tasks in sorted(groups.items()):
+        queues = [
+            sorted(metas, key=lambda m: (_order(seed, m.id), m.id), reverse=True) for _, metas in sorted(tasks.items())
+        ]
+        picked: list[Drawn] = []
+        while queues and (max_samples is None or len(picked) < max_samples):
+            queue = queues.pop(0)
+            meta = queue.pop()
+            try:
+                picked.append(Drawn(meta.source[meta.index], meta.source))
+            except BadSample as bad:
+                tally.skipped[bad.reason] += 1
+            if queue:
+                queues.append(queue)
+        if picked:
+            drawn[group] = picked
+    return drawn
+
+
+def targets(sample: Sample, tokenizer: ChatTokenizer) -> np.ndarray:
+    """Target token ids of `sample`, int64 [n]: they do not depend on its media, which are not read."""
+    messages = [
+        Message(role=m.role, segments=tuple(s for s in m.segments if s.type in ("text", "speech")))
+        for m in sample.messages
+    ]
+    labels = tokenizer.render(messages).labels
+    return labels[labels >= 0]
+
+
+def unigram_baselines(
+    sources: Mapping[str, Source], tokenizer: ChatTokenizer, *, max_samples: int = 6000
+) -> dict[str, UnigramBaseline]:
+    """A unigram model of the training answers of each modality, from up to `max_samples` evenly spaced samples."""
+    baselines: dict[str, UnigramBaseline] = {}
+    total = sum(len(source) for source in sources.values())
+    for source in sources.values():
+        count = min(len(source), max(1, max_samples * len(source) // max(1, total)))
+        for i in range(count):
+            try:
+                sample = source[i * len(source) // count]
+                ids = targets(sample, tokenizer)
+            except BadSample:
+                continue  # training counts these; the baseline does without
+            baselines.setdefault(sample.modality, UnigramBaseline(tokenizer.vocab_size)).update(ids)
+    return baselines
+
+
+def prompt_text(sample: Sample) -> str:
+    """What the model is given before its last answer, media as ``[image]``, for people to read."""
+    turns = list(sample.messages)
+    if turns and turns[-1].role == "assistant":
+        turns.pop()
+    if turns and turns[-1].role == "document":
+        return ""
+    lines = [
+        "".join((s.text or "") if s.type in ("text", "speech") else f"[{s.type}] " for s in m.segments).strip()
+        for m in turns
+    ]
+    return "\n".join(lines)
+
+
+def evaluate(
+    model: OmniModel,
+    encoder: SampleEncoder,
+    tokenizer: ChatTokenizer,
+    sources: Mapping[str, Source],
+    out_dir: str | Path,
+    *,
+    train_sources: Mapping[str, Source] | None = None,
+    max_samples: int | None = 96,
+    max_generated: int = 24,
+    max_new_tokens: int = 40,
+    generation_batch: int = 24,
+    keep_media: int = 6,
+    budget: Budget = DEFAULT_BUDGET,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score `model` on held-out sources, write `out_dir` and return the content of ``scores.json``.
+
+    Run under `torch.autocast` to score in 16 bits.
+
+    Args:
+        model: its training mode is restored.
+        encoder: as in training.
+        tokenizer: of the encoder; decodes predictions.
+        sources: held-out sources by name. Samples are grouped by their own split.
+        out_dir: receives ``scores.json``, ``predictions.parquet`` and ``media_swap.json``.
+        train_sources: what the model was trained on, for the unigram baseline; without them there is none.
+        max_samples: per split and modality that losses and swaps are computed on; None: all.
+        max_generated: per split and modality that answers are generated for.
+        max_new_tokens: of a generated answer.
+        generation_batch: prompts that are answered together.
+        keep_media: per split and modality whose media are copied into the predictions, for the report.
+        budget: of a pack in teacher-forced scoring.
+        seed: of which samples are drawn, and of the bootstrap.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no sample to score; the message says why.
+    """
+    started = time.perf_counter()
+    tally = _Tally()
+    groups = {
+        key: [_Row(d) for d in drawn]
+        for key, drawn in draw(sources, max_samples, seed=seed, skipped=tally.skipped).items()
+    }
+    if not groups:
+        raise ValueError(f"evaluation: no sample in {', '.join(sources) or 'no source'}; check data.test_sources")
+    baselines = unigram_baselines(train_sources, tokenizer) if train_sources else {}
+    expert_load: dict[str, np.ndarray] = {}
+    swaps: dict[tuple[str, str], MediaSwap] = {}
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True), disable=not progress,
+    )  # fmt: skip
+    n_rows = sum(map(len, groups.values()))
+    n_media = sum(len(rows) for (_, modality), rows in groups.items() if modality != "text")
+    n_generated = sum(min(max_generated, sum(map(_answers, rows))) for rows in groups.values())
+    with bar:
+        task = bar.add_task("scoring held-out samples", total=n_rows + n_media + n_generated)
+
+        def advance(n: int = 1) -> None:
+            bar.advance(task, n)
+
+        for (split, modality), rows in groups.items():
+            name = f"{modality}, {split.replace('_', ' ')}"
+            bar.update(task, description=f"loss: {name}")
+            counts = _score_losses(model, encoder, rows, baselines.get(modality), budget, tally, advance)
+            if counts is not None:
+                expert_load[modality] = expert_load.get(modality, 0) + counts
+            if any(media_segments(row.sample) for row in rows):
+                bar.update(task, description=f"media swap: {name}")
+                result = media_swap(
+                    model,
+                    encoder,
+                    [row.drawn for row in rows],
+                    own_losses=[row.loss for row in rows],
+                    budget=budget,
+                    seed=seed,
+                    on_sample=advance,
+                )
+                by_id = {swap.id: swap for swap in result.swaps}
+                for row in rows:
+                    row.swap = by_id.get(row.sample.id)
+                swaps[split, modality] = result
+            bar.update(task, description=f"answers: {name}")
+            chosen = [row for row in rows if _answers(row) and row.loss is not None][:max_generated]
+            for start in range(0, len(chosen), generation_batch):
+                part = chosen[start : start + generation_batch]
+                _generate(model, encoder, tokenizer, part, max_new_tokens, budget, tally)
+                advance(len(part))
+            for row in [row for row in [*chosen, *rows] if media_segments(row.sample)][:keep_media]:
+                _keep_medium(row, encoder)
+        bar.update(task, description="held-out samples scored", completed=n_rows + n_media + n_generated)
+
+    rows = [row for group in groups.values() for row in group if row.loss is not None]
+    if not rows:
+        raise ValueError(f"evaluation: none of {n_rows} samples could be scored; skipped: {dict(tally.skipped)}")
+    swap_records = _swap_records(swaps, groups, seed)
+    scores: dict[str, Any] = {
+        "scores": _score_rows(rows, seed),
+        "languages": _language_rows(rows, seed),
+        "media_swap": [{k: v for k, v in record.items() if k != "samples"} for record in swap_records],
+        "expert_load": {modality: counts.astype(int).tolist() for modality, counts in sorted(expert_load.items())},
+        "skipped": dict(sorted(tally.skipped.items())),
+        "settings": {
+            "max_samples": max_samples, "max_generated": max_generated, "max_new_tokens": max_new_tokens, "seed": seed,
+            "unigram": "add-one smoothed, of the training answers of the same modality" if baselines else None,
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "scores.json", scores)
+    _write_json(out / "media_swap.json", swap_records)
+    write_predictions(rows, out / "predictions.parquet")
+    return scores
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _answers(row: _Row) -> bool:
+    return bool(row.sample.messages) and row.sample.messages[-1].role == "assistant"
+
+
+def _score_losses(
+    model: OmniModel,
+    encoder: SampleEncoder,
+    rows: Sequence[_Row],
+    baseline: UnigramBaseline | None,
+    budget: Budget,
+    tally: _Tally,
+    advance: Callable[[], None],
+) -> np.ndarray | None:
+    """Fill in losses; returns how often each expert was used, [L, E], if the model says."""
+    kept: list[_Row] = []
+    counts: list[np.ndarray] = []
+
+    def encoded() -> Iterator[EncodedSample]:
+        for row in rows:
+            advance()
+            sample = tally.attempt(lambda row=row: encoder(row.sample, row.drawn.source.media_bytes))
+            if sample is None:
+                continue
+            if baseline is not None:
+                row.unigram_nats = baseline.nats(sample.labels)
+            kept.append(row)
+            yield sample
+
+    def on_batch(_: int, output: Any) -> None:
+        used = getattr(output, "router_counts", None)
+        if used is not None and used.numel():
+            counts.append(used.double().cpu().numpy())
+
+    for row, loss in zip(kept, sample_losses(model, encoded(), budget=budget, on_batch=on_batch), strict=True):
+        row.loss = loss
+    return np.sum(counts, axis=0) if counts else None
+
+
+def _generate(
+    model: OmniModel,
+    encoder: SampleEncoder,
+    tokenizer: ChatTokenizer,
+    rows: Sequence[_Row],
+    max_new_tokens: int,
+    budget: Budget,
+    tally: _Tally,
+) -> None:
+    prompts: list[EncodedSample] = []
+    asked: list[_Row] = []
+    for row in rows:
+        prompt = tally.attempt(lambda row=row: encoder.encode_prompt(row.sample, row.drawn.source.media_bytes))
+        if prompt is not None:
+            prompts.append(prompt)
+            asked.append(row)
+    with evaluating(model):
+        for pack in packs(prompts, budget):
+            batch = PackedBatch.pack([prompt for _, prompt in pack])
+            answers = generate(model, batch, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids)
+            for (index, _), ids in zip(pack, answers, strict=True):
+                asked[index].prediction = tokenizer.decode(ids).strip()
+
+
+def _keep_medium(row: _Row, encoder: SampleEncoder) -> None:
+    """Copy the sample's first medium, a picture as a thumbnail."""
+    segment = media_segments(row.sample)[0]
+    try:
+        data = row.drawn.source.media_bytes(segment)
+        row.media_type = segment.type
+        if segment.type == "image":
+            picture = Image.fromarray(decode_image(data, encoder.limits))
+            picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            buffer = io.BytesIO()
+            picture.save(buffer, format="PNG", optimize=True)
+            row.media = buffer.getvalue()
+        elif len(data) <= _EMBED_BYTES:
+            row.media = data
+    except BadSample:
+        return  # it was counted when the loss was computed
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def _text_scores(rows: Sequence[_Row]) -> dict[str, Any]:
+    answered = [(r, r.prediction) for r in rows if r.prediction is not None and r.sample.reference.strip()]
+    scores: dict[str, Any] = {"generated": len(answered)}
+    if not answered:
+        return scores
+    predictions, references = [p for _, p in answered], [r.sample.reference for r, _ in answered]
+    scores |= {"chrf": chrf(predictions, references), "exact_match": exact_match(predictions, references)}
+    spoken = [
+        (p, r.sample.reference)
+        for r, p in answered
+        if r.sample.task in ERROR_RATE_TASKS and normalise(r.sample.reference)
+    ]
+    if spoken:
+        heard, said = [p for p, _ in spoken], [t for _, t in spoken]
+        scores |= {"wer": wer(heard, said), "cer": cer(heard, said)}
+    return scores
+
+
+def _loss_scores(rows: Sequence[_Row], seed: int) -> dict[str, Any]:
+    """Loss over all targets, with an interval of the mean per sample weighted by its targets."""
+    losses = [r.loss for r in rows if r.loss is not None]
+    nats, tokens = sum(x.nats for x in losses), sum(x.tokens for x in losses)
+    size = sum(x.target_bytes for x in losses)
+    # Ratio estimator: nats_i * n / tokens averages to nats per token over all targets.
+    interval = bootstrap_interval(
+        [x.nats * len(losses) / tokens for x in losses],
+        groups=[r.sample.concept or r.sample.id for r in rows],
+        seed=seed,
+    )
+    scores: dict[str, Any] = {
+        "samples": len(losses), "tokens": tokens, "bytes": size,
+        "loss": nats / tokens, "loss_low": interval.low, "loss_high": interval.high,
+        "bits_per_byte": bits_per_byte(nats, size) if size else None,
+    }  # fmt: skip
+    known = [r.unigram_nats for r in rows if r.unigram_nats is not None]
+    if len(known) == len(rows):
+        scores |= {
+            "unigram_loss": sum(known) / tokens,
+            "unigram_bits_per_byte": bits_per_byte(sum(known), size) if size else None,
+        }
+    return scores
+
+
+def _score_rows(rows: Sequence[_Row], seed: int) -> list[dict[str, Any]]:
+    """One row per modality (split and task "all"), per split, and per task within a split."""
+    modalities = sorted({r.sample.modality for r in rows}, key=_modality_order)
+    table = []
+    for modality in modalities:
+        mine = [r for r in rows if r.sample.modality == modality]
+        picked: list[tuple[str, str, list[_Row]]] = [("all", "all", mine)]
+        for split in sorted({r.sample.split for r in mine}):
+            here = [r for r in mine if r.sample.split == split]
+            picked.append((split, "all", here))
+            picked += [
+                (split, task, [r for r in here if r.sample.task == task])
+                for task in sorted({r.sample.task for r in here})
+            ]
+        table += [
+            {"modality": modality, "split": split, "task": task, **_loss_scores(part, seed), **_text_scores(part)}
+            for split, task, part in picked
+        ]
+    return table
+
+
+def _language_rows(rows: Sequence[_Row], seed: int) -> list[dict[str, Any]]:
+    """Bits per byte of text by the language that is written."""
+    by_language: dict[str, list[_Row]] = defaultdict(list)
+    for row in rows:
+        if row.sample.modality == "text":
+            by_language[row.sample.languages[-1] if row.sample.languages else "unknown"].append(row)
+    return [{"language": name, **_loss_scores(part, seed)} for name, part in sorted(by_language.items())]
+
+
+def _swap_records(
+    swaps: Mapping[tuple[str, str], MediaSwap], groups: Mapping[tuple[str, str], Sequence[_Row]], seed: int
+) -> list[dict[str, Any]]:
+    """One record per modality ("all"), per split, and per task of a modality, each with its samples' losses."""
+    records = []
+    for modality in sorted({m for _, m in swaps}, key=_modality_order):
+        parts = {split: swaps[split, modality] for split in sorted({s for s, m in swaps if m == modality})}
+        everyone = [swap for part in parts.values() for swap in part.swaps]
+        skipped: Counter[str] = Counter()
+        for part in parts.values():
+            skipped.update(part.skipped)
+        without = sum(part.without_partner for part in parts.values())
+        tasks = {r.sample.id: r.sample.task for (_, m), rows in groups.items() if m == modality for r in rows}
+        records.append(_swap_record(modality, "all", "all", everyone, without, skipped, seed))
+        records += [
+            _swap_record(modality, split, "all", part.swaps, part.without_partner, part.skipped, seed)
+            for split, part in parts.items()
+        ]
+        if len(names := sorted(set(tasks.values()))) > 1:
+            records += [
+                _swap_record(modality, "all", task, [s for s in everyone if tasks[s.id] == task], 0, {}, seed)
+                for task in names
+            ]
+    return records
+
+
+def _swap_record(
+    modality: str,
+    split: str,
+    task: str,
+    swaps: Sequence[Swap],
+    without_partner: int,
+    skipped: Mapping[str, int],
+    seed: int,
+) -> dict[str, Any]:
+    gain = swap_gain(swaps, seed=seed)
+    return {
+        "modality": modality, "split": split, "task": task, "pairs": len(swaps),
+        "own": float(np.mean([s.own for s in swaps])) if swaps else None,
+        "swapped": float(np.mean([s.swapped for s in swaps])) if swaps else None,
+        "gain": gain.to_dict() if gain else None,
+        "without_partner": without_partner, "skipped": dict(skipped),
+        "samples": [asdict(s) for s in swaps] if (split, task) == ("all", "all") else [],
+    }  # fmt: skip
+
+
+_MODALITIES = ("text", "image", "audio", "video", "audio_video")
+
+
+def _modality_order(modality: str) -> tuple[int, str]:
+    return (_MODALITIES.index(modality) if modality in _MODALITIES else len(_MODALITIES), modality)
+
+
+PREDICTIONS_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("id", "source", "split", "modality", "task", "concept")]
+    + [("languages", pa.list_(pa.string()))]
+    + [(name, pa.string()) for name in ("prompt", "reference", "prediction")]
+    + [("chrf", pa.float64()), ("exact_match", pa.bool_()), ("loss", pa.float64()), ("unigram_loss", pa.float64())]
+    + [("tokens", pa.int64()), ("bytes", pa.int64()), ("swap_partner", pa.string()), ("swapped_loss", pa.float64())]
+    + [("media_type", pa.string()), ("media", pa.binary())]
+)
+"""One row per scored sample. `loss`, `unigram_loss`, `swapped_loss`: nats per target token. `prediction` is null where
+none was generated; `media` holds the first medium of some samples (pictures as thumbnails)."""
+
+
+def write_predictions(rows: Iterable[_Row], path: Path) -> None:
+    """Write `PREDICTIONS_SCHEMA` rows."""
+    table = []
+    for row in rows:
+        sample, loss = row.sample, row.loss
+        if loss is None:
+            continue
+        prediction, reference = row.prediction, sample.reference
+        table.append(
+            {
+                "id": sample.id, "source": sample.source, "split": sample.split, "modality": sample.modality,
+                "task": sample.task, "concept": sample.concept, "languages": list(sample.languages),
+                "prompt": prompt_text(sample), "reference": reference, "prediction": prediction,
+                "chrf": None if prediction is None else sentence_chrf(prediction, reference),
+                "exact_match": None if prediction is None else normalise(prediction) == normalise(reference),
+                "loss": loss.per_token, "tokens": loss.tokens, "bytes": loss.target_bytes,
+                "unigram_loss": None if row.unigram_nats is None else row.unigram_nats / max(1, loss.tokens),
+                "swap_partner": row.swap.partner if row.swap else None,
+                "swapped_loss": row.swap.swapped if row.swap else None,
+                "media_type": row.media_type, "media": row.media,
+            }
+        )  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(table, schema=PREDICTIONS_SCHEMA), path, compression="zstd")
+
+
+def print_table(scores: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what `evaluate` returned: one line per modality and split (fits 80 columns)."""
+    table = Table(title="Held-out samples", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for column in ("n", "loss", "bits/B", "unigram", "chrF", "exact", "WER", "media swap"):
+        table.add_column(column, justify="right", no_wrap=True)
+    swaps = {(r["modality"], r["split"]): r["gain"] for r in scores["media_swap"] if r["task"] == "all"}
+    forms = (
+        ("bits_per_byte", ".2f"),
+        ("unigram_bits_per_byte", ".2f"),
+        ("chrf", ".1f"),
+        ("exact_match", ".0%"),
+        ("wer", ".0%"),
+    )
+    for row in scores["scores"]:
+        if row["task"] != "all":
+            continue
+        gain = swaps.get((row["modality"], row["split"]))
+        whole = row["split"] == "all"
+        table.add_row(
+            row["modality"].replace("_", " + ")
+            if whole
+            else "  " + row["split"].removeprefix("heldout_").replace("_", " "),
+            f"{row['samples']:,}",
+            f"{row['loss']:.2f}",
+            *("-" if row.get(name) is None else format(row[name], form) for name, form in forms),
+            f"{gain['mean']:+.2f} [{gain['low']:+.2f},{gain['high']:+.2f}]" if gain else "-",
+            style="bold" if whole else "dim",
+        )
+    console = console or Console()
+    console.print(table)
+    console.print(
+        "cell: known things in a combination never trained on; concept: things never trained on.\n"
+        "loss: nats per target token; unigram: bits/B of a model of token frequencies alone.\n"
+        "media swap: rise of the loss with another sample's medium, 95 % interval:\n"
+        "above 0, the model looks and listens.",
+        style="dim",
+        highlight=False,
+    )

@@ -1,0 +1,115 @@
+"""The loss of given answers, sample by sample: -log p(answer | prompt, media), packed and streamed.
+
+Encoded samples are read one after another and dropped once their pack has been through the model, so that a thousand
+large pictures never lie in memory together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
+from omnitrain.data.packing import Budget, is_document, pieces
+from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
+from omnitrain.models.omni import OmniModel
+
+DEFAULT_BUDGET = Budget(tokens=4096, mel_frames=12_000, patches=16_384)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleLoss:
+    """Total loss of a sample's targets in nats, their number, and the UTF-8 bytes they stand for."""
+
+    nats: float
+    tokens: int
+    target_bytes: int
+
+    @property
+    def per_token(self) -> float:
+        """Nats per target token."""
+        return self.nats / max(1, self.tokens)
+
+
+@contextmanager
+def evaluating(model: OmniModel) -> Generator[torch.device]:
+    """The model in evaluation mode, without gradients; yields its device and restores the mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
+
+
+def packs(samples: Iterable[EncodedSample], budget: Budget) -> Iterator[list[tuple[int, EncodedSample]]]:
+    """`samples` in order, as packs of (index, sample) within `budget`. A document longer than a pack is cut, its pieces
+    keep its index; anything else that is too long has a pack of its own."""
+    pack: list[tuple[int, EncodedSample]] = []
+    used = np.zeros(3, dtype=np.int64)
+    for index, whole in enumerate(samples):
+        for sample in _cut(whole, budget.tokens):
+            brings = np.array([len(sample), sample.mel_frames, sample.n_patches])
+            if pack and budget.filling(*(used + brings).tolist()) > 1:
+                yield pack
+                pack, used = [], np.zeros(3, dtype=np.int64)
+            pack.append((index, sample))
+            used += brings
+    if pack:
+        yield pack
+
+
+def _cut(sample: EncodedSample, most: int) -> list[EncodedSample]:
+    if len(sample) <= most or not is_document(sample):
+        return [sample]
+    return [
+        replace(
+            sample,
+            input_ids=sample.input_ids[a:b],
+            labels=sample.labels[a:b],
+            token_types=sample.token_types[a:b],
+            position_ids=sample.position_ids[:, : b - a],
+        )
+        for a, b in pieces(0, len(sample), most)
+    ]
+
+
+def sample_losses(
+    model: OmniModel,
+    samples: Iterable[EncodedSample],
+    *,
+    budget: Budget = DEFAULT_BUDGET,
+    on_batch: Callable[[int, Any], None] | None = None,
+) -> list[SampleLoss]:
+    """Teacher-forced losses of `samples`, in their order. Run under `torch.autocast` to score in 16 bits.
+
+    Args:
+        model: its training mode is restored.
+        budget: of a pack.
+        on_batch: called after each pack with the number of its samples and the model's output.
+    """
+    found: dict[int, SampleLoss] = {}
+    with evaluating(model) as device:
+        for pack in packs(samples, budget):
+            batch = PackedBatch.pack([sample for _, sample in pack])
+            on_device = batch.to(device)
+            output = model(**on_device.model_inputs())
+            losses = chunked_cross_entropy(output.hidden, model.thinker.lm_head.weight, on_device.labels)
+            borders = batch.cu_seqlens.tolist()
+            running = torch.cat([losses.new_zeros(1, dtype=torch.float64), losses.double().cumsum(0)]).tolist()
+            for (index, sample), a, b in zip(pack, borders[:-1], borders[1:], strict=True):
+                before = found.get(index, SampleLoss(nats=0.0, tokens=0, target_bytes=sample.target_bytes))
+                found[index] = replace(
+                    before,
+                    nats=before.nats + running[b] - running[a],
+                    tokens=before.tokens + int((sample.labels != IGNORE).sum()),
+                )
+            if on_batch is not None:
+                on_batch(len({index for index, _ in pack}), output)
+    return [found[index] for index in sorted(found)]

@@ -1,0 +1,107 @@
+"""The test sees a model that looks, and is not fooled by one that does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.encode import SampleEncoder
+from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.evaluation.media_swap import Drawn, media_segments, media_swap, swap_partners, with_media_of
+
+from .conftest import Reader, Samples, grey_sample
+
+SAMPLES = [grey_sample(i) for i in range(40)]
+
+
+def drawn(samples: list[Sample]) -> list[Drawn]:
+    source = Samples(samples)
+    return [Drawn(sample, source) for sample in samples]
+
+
+def test_a_model_that_looks_is_found(tokenizer: ChatTokenizer, encoder: SampleEncoder) -> None:
+    result = media_swap(Reader(tokenizer, reads=True), encoder, drawn(SAMPLES))
+    assert result.gain is not None
+    assert result.gain.above_zero
+    assert result.gain.n == 40
+    assert result.gain.groups == 16  # concepts, not samples
+    assert all(swap.gain > 1 for swap in result.swaps)
+
+
+def test_a_model_that_does_not_look_gains_nothing(tokenizer: ChatTokenizer, encoder: SampleEncoder) -> None:
+    result = media_swap(Reader(tokenizer, reads=False), encoder, drawn(SAMPLES))
+    assert result.gain is not None
+    assert result.gain.mean == pytest.approx(0, abs=1e-6)
+    assert not result.gain.above_zero or result.gain.low < 1e-6
+
+
+def test_partners_are_of_another_concept_and_answer_and_deterministic() -> None:
+    partners = swap_partners(SAMPLES)
+    assert partners == swap_partners(SAMPLES)
+    for sample, partner in zip(SAMPLES, partners, strict=True):
+        assert partner is not None
+        assert SAMPLES[partner].concept != sample.concept
+        assert SAMPLES[partner].reference != sample.reference
+
+
+def test_partners_are_a_derangement_of_a_class() -> None:
+    samples = SAMPLES[:20]
+    partners = swap_partners(samples)
+    assert sorted(p for p in partners if p is not None) == list(range(20))
+    assert all(p != i for i, p in enumerate(partners))
+
+
+def test_partners_keep_task_and_input_language() -> None:
+    samples = [
+        replace(grey_sample(i), task=("asr", "sound")[i % 2], languages=(("fr", "ru")[i // 2 % 2], "en"))
+        for i in range(32)
+    ]
+    for sample, partner in zip(samples, swap_partners(samples), strict=True):
+        assert partner is not None
+        assert (samples[partner].task, samples[partner].languages) == (sample.task, sample.languages)
+
+
+def test_the_only_one_of_its_language_takes_a_partner_of_its_task() -> None:
+    samples = [replace(grey_sample(i), languages=("fr", "en") if i < 4 else ("ru", "en")) for i in range(5)]
+    partners = swap_partners(samples)
+    assert sorted(p for p in partners[:4] if p is not None) == [0, 1, 2, 3]
+    assert partners[4] in (0, 1, 2, 3)
+
+
+def test_one_concept_alone_has_no_partner() -> None:
+    samples = [replace(grey_sample(0), id=f"same/{i}") for i in range(5)]
+    assert swap_partners(samples) == [None] * 5
+
+
+def test_samples_without_a_partner_are_counted(tokenizer: ChatTokenizer, encoder: SampleEncoder) -> None:
+    samples = [replace(grey_sample(0), id=f"same/{i}") for i in range(3)]
+    result = media_swap(Reader(tokenizer, reads=True), encoder, drawn(samples))
+    assert result.gain is None
+    assert result.without_partner == 3
+
+
+def test_a_broken_picture_is_counted_by_reason(tokenizer: ChatTokenizer, encoder: SampleEncoder) -> None:
+    broken = replace(
+        grey_sample(1),
+        id="broken",
+        messages=(
+            Message(role="user", segments=(Segment(type="image", media=b"\x89PNG\r\n\x1a\n nothing"),)),
+            Message(role="assistant", segments=(Segment(type="text", text="b"),)),
+        ),
+    )
+    result = media_swap(Reader(tokenizer, reads=True), encoder, drawn([*SAMPLES[:8], broken]))
+    assert sum(result.skipped.values()) == 1
+    assert len(result.swaps) == 8
+
+
+def test_all_media_are_exchanged_and_nothing_else() -> None:
+    own, partner = drawn(SAMPLES)[:2]
+    swapped = with_media_of(own, partner)
+    assert media_segments(swapped)[0].media == media_segments(partner.sample)[0].media
+    assert swapped.reference == own.sample.reference
+    assert swapped.messages[0].segments[1] == own.sample.messages[0].segments[1]
+    silent = Drawn(replace(own.sample, messages=own.sample.messages[1:]), own.source)
+    with pytest.raises(ValueError, match="different kinds of media"):
+        with_media_of(silent, partner)

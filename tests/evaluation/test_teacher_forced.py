@@ -1,0 +1,63 @@
+"""Losses per sample do not depend on packing, and add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.encode import SampleEncoder
+from omnitrain.data.packing import Budget
+from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.evaluation.teacher_forced import packs, sample_losses
+from omnitrain.models.presets import build, init_weights
+
+from .conftest import Samples, grey_sample, text_sample
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: ChatTokenizer) -> torch.nn.Module:
+    small = {"d_model": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "n_experts": 4, "expert_width": 16}
+    model = build(
+        "tiny",
+        vocab_size=tokenizer.vocab_size,
+        special_tokens=tokenizer.special_ids,
+        thinker={"layers": 2, "mrope_sections": (4, 2, 2), "accept_hidden_layer": 1, **small},
+        aut={"out_dim": 32},
+        vision={"out_dim": 32},
+    )
+    init_weights(model, 0)
+    return model
+
+
+def test_losses_do_not_depend_on_the_pack(model: torch.nn.Module, encoder: SampleEncoder) -> None:
+    samples = [grey_sample(0), text_sample(1), grey_sample(2), text_sample(3)]
+    numbers = [encoder(s, Samples(samples).media_bytes) for s in samples]
+    together = sample_losses(model, numbers)
+    alone = [sample_losses(model, [n])[0] for n in numbers]
+    assert [x.tokens for x in together] == [int((s.labels >= 0).sum()) for s in numbers]
+    np.testing.assert_allclose([x.nats for x in together], [x.nats for x in alone], rtol=1e-4)
+    assert all(x.target_bytes > 0 for x in together)
+
+
+def test_a_long_document_is_cut_and_loses_no_target(model: torch.nn.Module, encoder: SampleEncoder) -> None:
+    text = "a b c d e f g h " * 30
+    sample = Sample(
+        id="long",
+        source="text",
+        messages=(Message(role="document", segments=(Segment(type="text", text=text),)),),
+    )
+    numbers = encoder(sample, Samples([]).media_bytes)
+    budget = Budget(tokens=50)
+    assert all(len(piece) <= 50 for pack in packs([numbers], budget) for _, piece in pack)
+    (loss,) = sample_losses(model, [numbers], budget=budget)
+    assert loss.tokens == int((numbers.labels >= 0).sum())
+    assert loss.target_bytes == numbers.target_bytes
+
+
+def test_training_mode_is_restored(model: torch.nn.Module, encoder: SampleEncoder) -> None:
+    model.train()
+    sample = text_sample(0)
+    sample_losses(model, [encoder(sample, Samples([]).media_bytes)])
+    assert model.training
