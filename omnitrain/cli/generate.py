@@ -55,26 +55,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="DIR", type=Path, help="a run folder, or a folder in the public format")
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what is asked, after the media")
-    media = parser.add_argument_group("media, before the prompt's text, in the order given; each can be repeated")
-    for kind in ("image", "audio", "video"):
-        media.add_argument(
-            f"--{kind}", metavar="FILE", type=Path, action=_Medium, dest="media", default=[], help=argparse.SUPPRESS
-        )
-    media.description = "--image FILE   --audio FILE   --video FILE"
+    media = parser.add_argument_group("media, which stand before the text in the order given; each can be repeated")
+    for kind, what in (("image", "a picture"), ("audio", "a recording"), ("video", "a video, with its sound")):
+        media.add_argument(f"--{kind}", metavar="FILE", type=Path, action=_Medium, dest="media", default=[], help=what)
     media.add_argument("--mute", action="store_true", help="look at videos without hearing their sound")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (persona)")
     parser.add_argument("--plain", action="store_true", help="continue each prompt as plain text, without chat markup")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
-    sampling.add_argument("--top-k", type=int, default=0, help="only the K most probable tokens; 0 (default): all")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="only the most probable tokens with probability P")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: say less twice")
-    sampling.add_argument("--seed", type=int, default=0, help="prompt i draws with SEED + i")
-    sampling.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    sampling.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 (default): always the most probable token"
+    )
+    sampling.add_argument(
+        "--top-k", metavar="K", type=int, default=0, help="only the K most probable tokens; 0 (default): all"
+    )
+    sampling.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        default=1.0,
+        help="only the most probable tokens that hold P; 1 (default): all",
+    )
+    sampling.add_argument(
+        "--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1: repeat less; 1 (default): nothing"
+    )
+    sampling.add_argument(
+        "--seed", metavar="S", type=int, default=0, help="prompt i (from 0) draws with S + i; default: 0"
+    )
+    sampling.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="default: 256")
     running = parser.add_argument_group("running")
     running.add_argument("--stream", action="store_true", help="print words as they come")
     running.add_argument("--prefill-chunk", type=int, metavar="N", help="read prompts N tokens at a time (less memory)")
-    running.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    running.add_argument(
+        "--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one"
+    )
     running.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32 on CPU, else bfloat16"
     )
