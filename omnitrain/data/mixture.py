@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import multiprocessing
 import os
@@ -29,6 +28,9 @@ from fractions import Fraction
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import grain
+import torch
 
 from omnitrain.data.adapters import open_source
 from omnitrain.data.batch import EncodedSample
@@ -208,7 +210,6 @@ class Mixture:
             ahead: samples that each worker keeps ready.
         """
         picks = _Picks(self._order, tuple(weights), tuple(drawn), tuple(before), self.rank, self.world_size)
-        grain = _grain()
         dataset = grain.MapDataset.source(picks).map(self._fetch)
         stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if num_workers:
@@ -248,7 +249,7 @@ class _Order:
     def __call__(self, source: int, position: int) -> int:
         if source not in self._orders:
             seed = zlib.crc32(f"{self.seed}:{self.names[source]}".encode())  # sources of equal size differ in order
-            self._orders[source] = _grain().MapDataset.range(self.sizes[source]).seed(seed).shuffle().repeat(None)
+            self._orders[source] = grain.MapDataset.range(self.sizes[source]).seed(seed).shuffle().repeat(None)
         return int(self._orders[source][position])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -320,8 +321,6 @@ class _Fetch:
 def _one_thread() -> Generator[None]:
     """Matrix products may round differently on another number of threads; samples must come out the same, bit for bit,
     from a worker and from the main process (which fetches waiting samples again on resume)."""
-    import torch
-
     threads = torch.get_num_threads()
     if threads == 1:
         yield
@@ -335,8 +334,6 @@ def _one_thread() -> Generator[None]:
 
 def _start_worker(index: int, count: int) -> None:
     """Manners of a worker process: one thread, no signals of its own, gone when its parent is."""
-    import torch
-
     torch.set_num_threads(1)
     # The run decides what Ctrl-C and SIGTERM (a scheduler's warning, sent to every process) mean: it still needs data
     # to finish its step and save.
@@ -350,22 +347,3 @@ def _start_worker(index: int, count: int) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
-
-
-@contextmanager
-def _quiet_absl() -> Generator[None]:
-    # Grain warns at import that the JAX profiler is absent; nothing here uses JAX.
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _grain() -> Any:
-    with _quiet_absl():
-        import grain
-
-    return grain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import lightning as L
 import numpy as np
@@ -15,6 +16,8 @@ from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.media import encode_audio, encode_image, encode_video
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import write_shards
+from omnitrain.data.stream import TooManyBadSamples
+from tests.data import corrupt
 
 RNG = np.random.default_rng(0)
 MEDIA = ["image", "audio", "video"]
@@ -323,6 +326,26 @@ def test_bad_samples_land_in_the_log(folder, tmp_path):
     assert records[0]["reason"] == "image_corrupt"
     assert records[0]["shard"].endswith("toys-00000-of-00001.parquet")
     assert len(records) == sum(batches[-1].skipped.values())
+
+
+def test_every_kind_of_corrupt_sample_is_skipped_counted_and_logged(folder, tmp_path):
+    shard, reasons = corrupt.corrupt_shard(tmp_path)
+    log = tmp_path / "bad_samples.jsonl"
+    settings = {"sources": {"corrupt": {"path": shard}}, "max_tokens": 600, "max_patches": 600, "seed": 0}
+    data = module(folder, **settings, validation_sources=settings["sources"], max_bad_fraction=1, bad_samples_path=log)
+    packs = list(data.val_dataloader())
+    assert sum(len(batch) for batch in packs) == 8
+    assert packs[-1].skipped == Counter(reasons.values())
+
+    skipped = take(data, 8)[-1].skipped
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = {r["row"]: r["id"] or r["reason"] for r in records}
+    assert len(rows) == len(reasons)  # several epochs: each has been met, and is named by its row
+    assert all(reasons[r["id"]] == r["reason"] for r in records if r["id"])
+    assert Counter(r["reason"] for r in records) == skipped
+
+    with pytest.raises(TooManyBadSamples, match=r"of 100 samples are bad .*max_bad_fraction allows 1.0%.*bad_samples"):
+        take(module(folder, **settings, max_bad_fraction=0.01, bad_samples_path=log), 50)
 
 
 def test_token_out_of_range_and_nothing_to_learn(folder):
