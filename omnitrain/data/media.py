@@ -167,12 +167,7 @@ def decode_image(data: bytes, limits: MediaLimits = MediaLimits()) -> np.ndarray
     _require(data, "image")
     with _damage_is("image_corrupt"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd metadata
-        try:
-            image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
-        except UnidentifiedImageError as error:
-            raise BadSample("image_corrupt", "its header cannot be read") from error
-        except Image.DecompressionBombError as error:
-            raise BadSample("image_too_large", f"{error}; at most {limits.max_pixels} pixels are allowed") from error
+        image = _open_image(data)
         width, height = image.size
         if width * height > limits.max_pixels:
             raise BadSample(
@@ -185,6 +180,16 @@ def decode_image(data: bytes, limits: MediaLimits = MediaLimits()) -> np.ndarray
             )
         image.load()
         return np.asarray(_upright_rgb(image))
+
+
+def _open_image(data: bytes) -> Image.Image:
+    """The picture with its header read; Pillow itself refuses more than 179 million pixels."""
+    try:
+        return Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadSample("image_corrupt", "its header cannot be read") from error
+    except Image.DecompressionBombError as error:
+        raise BadSample("image_too_large", str(error)) from error
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -543,3 +548,50 @@ def encode_video(
         if audio is not None:
             _mux_audio(container, sound, audio, sample_rate)
     return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------- facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaFacts:
+    """What a file's header says. `seconds` of a picture is 0; `pixels` is height x width (0 for sound)."""
+
+    format: str
+    width: int = 0
+    height: int = 0
+    seconds: float = 0.0
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
+
+def probe(data: bytes, kind: Kind) -> MediaFacts:
+    """Size and length of a medium from its header, without decoding it.
+
+    Raises:
+        BadSample: ``wrong_type``, ``image_corrupt``, ``image_too_large``, ``audio_corrupt`` or ``video_corrupt``.
+    """
+    name = _require(data, kind)
+    with _damage_is(f"{kind}_corrupt"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == "image":
+            width, height = _open_image(data).size
+            return MediaFacts(format=name, width=width, height=height)
+        if kind == "audio" and name in ("wav", "flac", "ogg", "mp3"):
+            try:
+                facts = soundfile.info(io.BytesIO(data))
+                return MediaFacts(format=name, seconds=facts.frames / facts.samplerate)
+            except soundfile.SoundFileError:
+                pass  # a codec that FFmpeg may know
+        with _open(data, name) as container:
+            streams = container.streams.video if kind == "video" else container.streams.audio
+            if not streams:
+                return MediaFacts(format=name)
+            stream = streams[0]
+            seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+            if kind == "audio":
+                return MediaFacts(format=name, seconds=seconds)
+            context = stream.codec_context
+            return MediaFacts(format=name, width=context.width, height=context.height, seconds=seconds)

@@ -1,0 +1,270 @@
+"""``omnitrain data``: look at data, check every row, count it, bring one's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omnitrain.data.inspect import Totals
+    from omnitrain.data.sample import BadSample
+    from omnitrain.data.shards import Source
+
+PATH_HELP = "folder of shards, one shard, or a mapping (.yaml); default: the embedded pack"
+PACK = Path(__file__).resolve().parents[1] / "pack"
+
+
+def main(argv: list[str]) -> int:
+    """Run one of the verbs below. Returns the exit status: 0, 1 for an error or (verify) bad rows."""
+    parser = argparse.ArgumentParser(prog="omnitrain data", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, run, what in (
+        ("inspect", _inspect, "look at samples, here or as an HTML page"),
+        ("verify", _verify, "decode every row and name each bad one; exit status 1 if there is any"),
+        ("stats", _stats, "samples, tokens, seconds, pixels and languages"),
+        ("import", _import, "write the data that a mapping describes to shards, media included"),
+    ):
+        verb = verbs.add_parser(name, help=what, description=what)
+        verb.set_defaults(run=run)
+        if name == "import":
+            verb.add_argument("--mapping", type=Path, required=True, help="YAML: which column is what (docs/data.md)")
+            verb.add_argument("--out", type=Path, required=True, help="folder of the shards")
+            verb.add_argument("--name", help="first part of the shards' names; default: the mapping's source")
+            verb.add_argument("--limit", type=int, help="stop after so many samples")
+            verb.add_argument("--rows-per-shard", type=int, default=10_000)
+            verb.add_argument(
+                "--max-bad-fraction", type=float, default=0.01, help="exit status 1 when more rows are bad (0.01)"
+            )
+            continue
+        verb.add_argument("path", nargs="?", default=str(PACK), help=PATH_HELP)
+        verb.add_argument("--split", help="only this split")
+        verb.add_argument(
+            "--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="only rows such as task=asr"
+        )
+        if name == "inspect":
+            verb.add_argument("--rows", help="row numbers such as 0,7,20-25; default: --count rows, evenly spaced")
+            verb.add_argument("--count", type=int, default=5, help="how many samples (5)")
+            verb.add_argument("--html", type=Path, metavar="FILE", help="write a page instead, with players")
+        elif name == "verify":
+            verb.add_argument("--fps", type=float, default=2.0, help="frames per second of videos (2)")
+            verb.add_argument("--threads", type=int, help="decoders at work; default: one per core")
+        else:
+            verb.add_argument("--tokenizer", type=Path, help="count tokens; default: tokenizer.json beside the shards")
+            verb.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    try:
+        return options.run(options)
+    except BrokenPipeError:  # the reader, such as head, has gone
+        sys.stderr.close()
+        return 0
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _open(options: argparse.Namespace) -> Source:
+    from omnitrain.data.adapters import open_source
+
+    where = {}
+    for condition in options.where:
+        key, equals, values = condition.partition("=")
+        if not equals:
+            raise ValueError(f"--where {condition}: write KEY=VALUE, such as task=asr,caption")
+        where[key] = values.split(",")
+    return open_source(options.path, split=options.split, where=where)
+
+
+def _progress(title: str, total: int | None) -> Any:
+    """A progress bar on stderr: a context manager with `advance()`."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar() -> Any:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda: progress.advance(task)
+
+    return bar()
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from omnitrain.data.inspect import html_page, sample_panel, show
+    from omnitrain.data.media import MediaLimits
+    from omnitrain.data.sample import BadSample
+
+    source = _open(options)
+    console = Console()
+    ready = []
+    for index in _chosen(options.rows, options.count, len(source)):
+        place = source.locate(index)
+        try:
+            sample = source[index]
+        except BadSample as error:
+            console.print(f"{place[0]} row {place[1]}: {error}", style="bold red", markup=False)
+            continue
+        shown = [[show(s, source.media_bytes, MediaLimits()) for s in m.segments] for m in sample.messages]
+        if options.html is None:
+            console.print(sample_panel(sample, place, shown, console.width))
+        else:
+            ready.append((sample, place, shown))
+    if options.html is not None:
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        options.html.write_text(html_page(source.name, len(source), ready), encoding="utf-8")
+        print(f"wrote {options.html} ({options.html.stat().st_size / 1e6:.1f} MB, {len(ready)} samples)")
+    return 0
+
+
+def _chosen(rows: str | None, count: int, total: int) -> list[int]:
+    if rows is None:
+        return [i * total // count for i in range(count)] if count < total else list(range(total))
+    chosen: list[int] = []
+    for part in rows.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            chosen += range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            raise ValueError(f"--rows {rows}: write numbers and ranges, such as 0,7,20-25") from None
+    if out := [row for row in chosen if not 0 <= row < total]:
+        raise ValueError(f"--rows {rows}: row {out[0]} is not among 0 .. {total - 1}")
+    return chosen
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from collections import Counter
+
+    from omnitrain.data.inspect import verify
+
+    source = _open(options)
+    reasons: Counter[str] = Counter()
+    with _progress(f"checking {source.name}", len(source)) as advance:
+        for bad in verify(source, fps=options.fps, threads=options.threads):
+            advance()
+            if bad is not None:
+                reasons[bad.reason] += 1
+                print(f"{bad.file} row {bad.row} id {bad.id or '?'}: {bad.reason}: {bad.detail}", flush=True)
+    bad_rows = sum(reasons.values())
+    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    print(f"{source.name}: {len(source)} rows, {bad_rows} bad" + (f" ({counts})" if bad_rows else ""))
+    return 1 if bad_rows else 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from omnitrain.data.inspect import stats
+
+    source = _open(options)
+    count = None
+    beside = Path(options.path) / "tokenizer.json"
+    if options.tokenizer is not None or beside.is_file():
+        from omnitrain.data.chat import ChatTokenizer
+
+        path = options.tokenizer or beside
+        tokenizer = ChatTokenizer.from_dir(path) if path.is_dir() else ChatTokenizer.from_file(path)
+        count = lambda text: len(tokenizer.encode(text))  # noqa: E731
+    with _progress(f"counting {source.name}", len(source)) as advance:
+        groups = stats(source, count, advance)
+    if options.json:
+        rows = [dict(zip(("modality", "task", "split"), key, strict=True)) | vars(t) for key, t in groups.items()]
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+    else:
+        _print_stats(source.name, groups)
+    return 0
+
+
+def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
+    """One table of totals, and one of samples by language and modality; columns without any number are left out."""
+    from collections import Counter, defaultdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from omnitrain.data.inspect import Totals
+
+    everything = Totals()
+    by_modality: dict[str, Totals] = defaultdict(Totals)
+    for (modality, _, _), total in groups.items():
+        everything.merge(total)
+        by_modality[modality].merge(total)
+    columns: dict[str, Any] = {
+        "samples": lambda t: t.samples,
+        "tokens": lambda t: t.tokens,
+        "characters": lambda t: t.characters if t.tokens is None else 0,
+        "pictures": lambda t: t.images,
+        "Mpixel": lambda t: t.image_pixels / 1e6,
+        "sound s": lambda t: t.audio_seconds,
+        "video s": lambda t: t.video_seconds,
+        "MB": lambda t: t.stored_bytes / 1e6,
+        "bad": lambda t: t.bad,
+    }
+    columns = {column: value for column, value in columns.items() if value(everything)}
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
+    table = Table("modality", "task", "split", title=name, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for key, total in [*groups.items(), (("all", "", ""), everything)]:
+        numbers = [value(total) or 0 for value in columns.values()]
+        shown = [f"{n:,}" if isinstance(n, int) else f"{n:,.1f}" for n in numbers]
+        if key[0] == "all":
+            table.add_section()
+        table.add_row(*key, *(text if number else "" for text, number in zip(shown, numbers, strict=True)))
+    console.print(table)
+    most: Counter[str] = everything.languages
+    table = Table("language", title="samples by language", title_justify="left")
+    for modality in (*by_modality, "all"):
+        table.add_column(modality, justify="right")
+    for language, _ in most.most_common(20):
+        counts = [total.languages[language] for total in (*by_modality.values(), everything)]
+        table.add_row(language or "(none)", *(f"{n:,}" if n else "" for n in counts))
+    console.print(table)
+    if len(most) > 20:
+        print(f"and {len(most) - 20} more languages; --json lists all")
+
+
+def _import(options: argparse.Namespace) -> int:
+    from collections import Counter
+    from itertools import islice
+
+    from omnitrain.data.adapters import load_mapping, stream_samples
+    from omnitrain.data.shards import write_shards
+
+    mapping = load_mapping(options.mapping)
+    reasons: Counter[str] = Counter()
+    good = 0
+
+    def report(row: int, error: BadSample) -> None:
+        reasons[error.reason] += 1
+        if reasons[error.reason] <= 5:
+            print(f"{mapping.path} row {row}: {error}", file=sys.stderr)
+
+    def samples() -> Any:
+        nonlocal good
+        with _progress(f"importing {mapping.source}", options.limit) as advance:
+            for sample in islice(stream_samples(options.mapping, report), options.limit):
+                good += 1
+                yield sample
+                advance()
+
+    name = options.name or _file_name(mapping.source)
+    shards = write_shards(samples(), options.out, name, rows_per_shard=options.rows_per_shard, progress=False)
+    bad = sum(reasons.values())
+    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    print(
+        f"wrote {good} samples to {len(shards)} shard(s) in {options.out}; {bad} bad rows"
+        + (f" ({counts})" if bad else "")
+    )
+    print(f"next: omnitrain data verify {options.out}")
+    return 1 if bad > options.max_bad_fraction * (good + bad) else 0
+
+
+def _file_name(source: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in source) or "data"
