@@ -207,8 +207,10 @@ def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
     columns = {column: value for column, value in columns.items() if value(everything)}
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 110)
-    table = Table("modality", "task", "split", title=name, title_justify="left")
+        console.width = max(console.width, 140)
+    table = Table(title=name, title_justify="left")
+    for column in ("modality", "task", "split"):
+        table.add_column(column, no_wrap=True, overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     for key, total in [*groups.items(), (("all", "", ""), everything)]:

@@ -12,7 +12,7 @@ import pytest
 from omnitrain.cli.data import main
 from omnitrain.data.inspect import block_text, spectrogram, verify
 from omnitrain.data.media import probe
-from omnitrain.data.sample import BadSample, Message, Sample, Segment
+from omnitrain.data.sample import BadSample, Message, Sample, Segment, SegmentType
 from omnitrain.data.shards import SampleSource, write_shards
 from tests.data import corrupt
 
@@ -20,7 +20,11 @@ from tests.data import corrupt
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
     folder = tmp_path / "good"
-    kinds = [("image", corrupt.good_image()), ("audio", corrupt.good_audio("opus")), ("video", corrupt.good_video())]
+    kinds: list[tuple[SegmentType, bytes]] = [
+        ("image", corrupt.good_image()),
+        ("audio", corrupt.good_audio("opus")),
+        ("video", corrupt.good_video()),
+    ]
     samples = [corrupt.media_sample(f"s{i}", *kinds[i % 3]) for i in range(6)]
     document = Message(role="document", segments=(Segment(type="text", text="<script>alert(1)</script> 日本語"),))
     samples.append(Sample(id="d", source="corrupt", messages=(document,), split="validation", languages=("ja",)))
