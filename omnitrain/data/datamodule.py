@@ -303,6 +303,8 @@ class OmniDataModule(LightningDataModule):
                 f"the data stream cannot continue exactly, because these settings changed: {rows}. Set them back, or "
                 "start a new run from the checkpoint's weights alone"
             )
+        if len(ranks) != self.global_world_size:
+            raise ValueError(f"the checkpoint holds data positions of {len(ranks)} of {self.global_world_size} ranks")
         self._trained = ranks[self.global_rank]
         self.teardown("fit")
 

@@ -317,6 +317,12 @@ class _Fetch:
             raise
 
 
+def _exit_after(seconds: float) -> None:
+    timer = threading.Timer(seconds, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
 @contextmanager
 def _one_thread() -> Generator[None]:
     """Matrix products may round differently on another number of threads; samples must come out the same, bit for bit,
@@ -338,7 +344,7 @@ def _start_worker(index: int, count: int) -> None:
     # The run decides what Ctrl-C and SIGTERM (a scheduler's warning, sent to every process) mean: it still needs data
     # to finish its step and save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(60, os._exit, (0,)).start())
+    signal.signal(signal.SIGTERM, lambda *_: _exit_after(60))
     parent = multiprocessing.parent_process()
     if parent is not None:  # after kill -9 of the run nobody would end this process
 
