@@ -31,6 +31,7 @@ from omnitrain.data.batch import PackedBatch
 from omnitrain.training.flops import peak_flops, training_flops
 from omnitrain.training.logging import ExactCsvLogger
 from omnitrain.training.losses import bits_per_byte, gather_objects, sum_over_ranks
+from omnitrain.training.sums import LossSums
 from omnitrain.training.thinker import ThinkerModule
 
 
@@ -123,7 +124,9 @@ class AtomicCheckpoint(Checkpoint):
         step = trainer.global_step
         terminated = self._any_rank_terminated(trainer)
         final = step == trainer.max_steps
-        self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
         if final and self._validation_due and not terminated:
             return  # saved after that validation: a finished run is not entered again to make up for it
         if terminated or final or self._validation_due or step % self.every_n_steps == 0:
@@ -131,7 +134,15 @@ class AtomicCheckpoint(Checkpoint):
         if terminated:
             raise SIGTERMException(143)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._any_rank_terminated(trainer):
             raise SIGTERMException(143)  # the checkpoint before this validation stands
 
@@ -247,7 +258,7 @@ class SpikeGuard(Callback):
                 file.flush()
                 os.fsync(file.fileno())
         if self.in_a_row >= self.max_in_a_row:
-            checkpoint = next((c for c in trainer.callbacks if isinstance(c, AtomicCheckpoint)), None)
+            checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, AtomicCheckpoint)), None)
             good = (
                 f"the last good checkpoint is {checkpoint.path} (step {checkpoint.last_step})"
                 if checkpoint is not None and checkpoint.last_step is not None
@@ -324,7 +335,7 @@ class Throughput(Callback):
         if not _step_ended(trainer):
             return
         self._steps += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+        if pl_module.row_is_due(trainer.global_step):
             assert self._peak is not None
             seconds = self._busy + self._waited
             sums = torch.tensor([self._tokens, self._samples, self._flops], dtype=torch.float64)
@@ -361,13 +372,14 @@ class RunRecord(Callback):
             write_atomically(self.run_dir / "environment.json", json.dumps(environment(trainer), indent=2) + "\n")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._write_data(trainer)
+        self._write_data(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write_data(trainer)
+        self._write_data(trainer, pl_module)
 
-    def _write_data(self, trainer: L.Trainer) -> None:
-        data = trainer.datamodule
+    def _write_data(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ThinkerModule)
+        data = pl_module.datamodule
         if not hasattr(data, "planned_mixture"):
             return
         seen: dict[str, Any] = {}
@@ -510,14 +522,17 @@ class TrainingProgress(ProgressBar):
             for name, value in sums.metrics("validation").items()
             if name.startswith("validation/loss/")
         ]
-        self.console.print(f"step {trainer.global_step}: validation loss  {'  '.join(losses)}", highlight=False)
+        self.console.print(
+            f"step {trainer.global_step}: validation loss  {'  '.join(losses)}", highlight=False, soft_wrap=True
+        )
         self._window.clear()
         self._show(trainer, "training", None)
 
     def _show(self, trainer: L.Trainer, doing: str, status: str | None) -> None:
         if self._progress is not None:
-            fields = {} if status is None else {"status": status}
-            self._progress.update(self._task, completed=trainer.global_step, description=doing, **fields)
+            self._progress.update(self._task, completed=trainer.global_step, description=doing)
+            if status is not None:
+                self._progress.update(self._task, status=status)
         elif status is not None and time.perf_counter() - self._last_plain > self.plain_every_n_seconds:
             self._last_plain = time.perf_counter()
             self.console.print(f"step {trainer.global_step}/{trainer.max_steps}  {status}", highlight=False)
@@ -536,17 +551,21 @@ class TrainingProgress(ProgressBar):
         self._stop()
         assert isinstance(pl_module, ThinkerModule)
         for name, sums in pl_module.evaluation_sums.items():
-            table = Table(title=f"{name}, step {trainer.global_step}")
-            for column in ("modality", "samples", "target tokens", "loss (nats/token)", "bits per byte"):
-                table.add_column(column, justify="left" if column == "modality" else "right")
-            modalities = sorted({modality for modality, _ in sums.groups})
-            for modality in modalities:
-                nll, tokens, target_bytes, samples = sums.total(modality=modality)
-                table.add_row(
-                    modality,
-                    f"{samples:,.0f}",
-                    f"{tokens:,.0f}",
-                    f"{nll / tokens:.3f}" if tokens else "-",
-                    f"{bits_per_byte(nll, target_bytes):.3f}" if target_bytes else "-",
-                )
-            self.console.print(table)
+            self.console.print(loss_table(f"{name}, step {trainer.global_step}", sums))
+
+
+def loss_table(title: str, sums: LossSums) -> Table:
+    """Loss and bits per byte of each modality."""
+    table = Table(title=title)
+    for column in ("modality", "samples", "target tokens", "loss (nats/token)", "bits per byte"):
+        table.add_column(column, justify="left" if column == "modality" else "right")
+    for modality in sorted({modality for modality, _ in sums.groups}):
+        nll, tokens, target_bytes, samples = sums.total(modality=modality)
+        table.add_row(
+            modality,
+            f"{samples:,.0f}",
+            f"{tokens:,.0f}",
+            f"{nll / tokens:.3f}" if tokens else "-",
+            f"{bits_per_byte(nll, target_bytes):.3f}" if target_bytes else "-",
+        )
+    return table

@@ -14,6 +14,7 @@ from torch import nn
 
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.models.omni import OmniModel
+from omnitrain.models.thinker import DecoderLayer, SparseMLP
 
 # Dense bf16 peaks as stated by the manufacturer, in operations per second.
 STATED_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -27,13 +28,14 @@ def forward_flops(model: OmniModel, batch: PackedBatch) -> dict[str, float]:
     """Operations of one forward pass over `batch`, by part: `thinker`, `aut`, `visual`."""
     thinker, config = model.thinker, model.config.thinker
     lengths = batch.cu_seqlens.diff().double()
-    dense = sum(_matrices(layer.attention) for layer in thinker.layers)
+    dense = 0.0
     for layer in thinker.layers:
-        experts = getattr(layer.mlp, "experts", None)
-        if experts is None:
-            dense += _matrices(layer.mlp)
+        assert isinstance(layer, DecoderLayer)
+        dense += _matrices(layer.attention)
+        if isinstance(layer.mlp, SparseMLP):
+            dense += _matrices(layer.mlp.experts) * config.top_k / config.n_experts + _matrices(layer.mlp.router)
         else:
-            dense += _matrices(experts) * config.top_k / config.n_experts + _matrices(layer.mlp.router)
+            dense += _matrices(layer.mlp)
     targets = int((batch.labels != IGNORE).sum())
     # Causal attention: half of n^2 pairs, two products (scores, values).
     pairs = float((lengths * (lengths + 1) / 2).sum())

@@ -138,8 +138,10 @@ class ExactCsvLogger(Logger):
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Start the files anew (None), or go back to what `state_dict` returned."""
         for name in ("metrics.csv", "throughput.csv"):
-            entry = state[name] if state else {"columns": [], "rows": 0}
-            self._table(name).restart(entry["columns"], entry["rows"])
+            if state:
+                self._table(name).restart(state[name]["columns"], state[name]["rows"])
+            else:
+                self._table(name).restart([], 0)
 
 
 def _number(value: Any) -> Any:

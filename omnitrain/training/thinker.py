@@ -17,10 +17,11 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
+from omnitrain.models.omni import OmniModel
 from omnitrain.training.losses import (
     LossConfig,
     SampleSums,
@@ -51,7 +52,7 @@ class ThinkerModule(L.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: OmniModel,
         optim: OptimConfig | None = None,
         loss: LossConfig | None = None,
         *,
@@ -63,7 +64,7 @@ class ThinkerModule(L.LightningModule):
     ) -> None:
         super().__init__()
         check_parts(train, "module.train")
-        self.model = model
+        self.model: OmniModel = model
         self.optim_config = optim or OptimConfig()
         self.loss_config = loss or LossConfig()
         self.aut_window_seconds = tuple(aut_window_seconds) if aut_window_seconds else None
@@ -121,7 +122,7 @@ class ThinkerModule(L.LightningModule):
             )
             loss = loss + self.loss_config.balance_coefficient * step[1].item() * balance
         self._count(batch)
-        mark_trained: Callable[[PackedBatch], None] | None = getattr(self.trainer.datamodule, "mark_trained", None)
+        mark_trained: Callable[[PackedBatch], None] | None = getattr(self.datamodule, "mark_trained", None)
         if mark_trained is not None:  # the checkpoint after this batch continues behind it, whatever is fetched ahead
             mark_trained(batch)
         # Lightning divides by the accumulation steps and DDP by the ranks: undo both, so that gradients are plain sums.
@@ -164,6 +165,19 @@ class ThinkerModule(L.LightningModule):
         self.gradient_norm = float(torch.stack(list(norms.values())).norm())
 
     @property
+    def datamodule(self) -> Any:
+        """The trainer's datamodule, or None."""
+        return vars(self.trainer).get("datamodule")
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.trainer.optimizers[0]
+
+    def row_is_due(self, step: int) -> bool:
+        """Whether a row is logged after optimizer step number `step` (from 1)."""
+        return step % vars(self.trainer)["log_every_n_steps"] == 0 or step == self.trainer.max_steps
+
+    @property
     def step_loss(self) -> float:
         """Loss of this optimizer step over the global batch (without the balance term), nats per target token."""
         return float(self._window[0] / self._window[1].clamp(min=1.0))
@@ -171,7 +185,7 @@ class ThinkerModule(L.LightningModule):
     def discard_step(self) -> None:
         """Drop this optimizer step: weights, moments and logged losses stay as they were. Call before the optimizer
         runs (`on_before_optimizer_step`), on every rank. The schedule and the data go on."""
-        self.optimizers(use_pl_optimizer=False).zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         self._discarded = True
         self.skipped_steps += 1
 
@@ -183,7 +197,7 @@ class ThinkerModule(L.LightningModule):
             self._row_counts = counts if self._row_counts is None or counts is None else self._row_counts + counts
             self.last_loss = self.step_loss
         step = self.global_step + 1  # Lightning counts this step after the hook
-        if step % self.trainer.log_every_n_steps == 0 or step == self.trainer.max_steps:
+        if self.row_is_due(step):
             self._log_row(step)
         self._window.zero_()
         self._window_counts, self._window_sums, self._discarded = None, LossSums(), False
@@ -199,12 +213,11 @@ class ThinkerModule(L.LightningModule):
             for reason, n in rank[2]["skipped"].items():
                 skipped[reason] = skipped.get(reason, 0) + n
             packing += rank[2]["packing"]
-        optimizer = self.optimizers(use_pl_optimizer=False)
         row: dict[str, float] = sums.metrics("train") | {"gradient_norm": self.gradient_norm}
         row |= {f"gradient_norm/{part}": norm for part, norm in self._part_norms.items()}
         row |= {
             f"lr/{group['name']}": group["lr"]
-            for group in optimizer.param_groups
+            for group in self._optimizer.param_groups
             if not group["name"].endswith(".no_decay")
         }
         if self._row_counts is not None:
@@ -268,8 +281,9 @@ class ThinkerModule(L.LightningModule):
         """Answers to a batch of prompts: `id`, `source`, `task`, `modality` and `text` of each sample."""
         from omnitrain.generation.text import generate
 
-        tokenizer = self.trainer.datamodule.tokenizer
-        answers = generate(self.model, batch, **({"stop_ids": tokenizer.stop_ids} | self.generation))
+        tokenizer = self.datamodule.tokenizer
+        options: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, **self.generation}
+        answers = generate(self.model, batch, **options)
         return [
             {"id": i, "source": s, "task": t, "modality": m, "text": tokenizer.decode(ids)}
             for i, s, t, m, ids in zip(
@@ -320,6 +334,7 @@ def rng_state() -> dict[str, Any]:
     """States of the Python, NumPy, torch and CUDA generators, as tensors and plain numbers."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     return {
         "python": (version, internal, gauss),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
@@ -339,7 +354,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def _load_public_weights(model: nn.Module, folder: str) -> None:
+def _load_public_weights(model: OmniModel, folder: str) -> None:
     from omnitrain.interop.public_format import load_pretrained
 
     weights = load_pretrained(folder).state_dict()

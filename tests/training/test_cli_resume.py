@@ -1,0 +1,45 @@
+"""The command line killed again and again, on real data: a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from forked_runs import Runs
+from test_processes import killed_and_resumed
+
+KILLS = 10
+
+
+def arguments(run_dir: Path, workers: int) -> list[str]:
+    return [
+        "fit", "+recipe=quickstart", f"paths.run_dir={run_dir}", "ckpt_path=last", f"data.num_workers={workers}",
+        "data.max_tokens=256", "data.max_mel_frames=1600", "data.max_patches=1600", "trainer.max_steps=60",
+        "trainer.val_check_interval=20", "trainer.limit_val_batches=2", "trainer.log_every_n_steps=3",
+        "callbacks.checkpoint.every_n_steps=2", "callbacks.progress=null", "optim.warmup_steps=5",
+        "evaluation.after_fit=false",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kill_and_resume_is_exact(runs: Runs, tmp_path: Path, workers: int) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    # Another number of workers on purpose: it must not matter either.
+    runs.start(whole, argv=arguments(whole, 2 - workers)).finish()
+    hits = killed_and_resumed(
+        lambda: runs.start(killed, argv=arguments(killed, workers)),
+        killed / "checkpoints/last.ckpt",
+        KILLS,
+        seed=workers,
+        longest=3.0,
+    )
+    assert hits >= KILLS // 2
+    checkpoints = [torch.load(out / "checkpoints/last.ckpt", weights_only=True) for out in (whole, killed)]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(checkpoints[0][key], checkpoints[1][key], rtol=0, atol=0)
+    position = [checkpoint["OmniDataModule"]["ranks"] for checkpoint in checkpoints]
+    assert position[0] == position[1]
+    for file in ("metrics.csv", "data.json"):
+        assert (whole / file).read_bytes() == (killed / file).read_bytes(), file
