@@ -523,11 +523,11 @@ def _swap_record(
     }  # fmt: skip
 
 
-_MODALITIES = ("text", "image", "audio", "video", "audio_video")
+MODALITIES = ("text", "image", "audio", "video", "audio_video")
 
 
 def _modality_order(modality: str) -> tuple[int, str]:
-    return (_MODALITIES.index(modality) if modality in _MODALITIES else len(_MODALITIES), modality)
+    return (MODALITIES.index(modality) if modality in MODALITIES else len(MODALITIES), modality)
 
 
 PREDICTIONS_SCHEMA = pa.schema(
