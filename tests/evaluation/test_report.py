@@ -27,7 +27,8 @@ def prediction(i: int, modality: str, **values: Any) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(PREDICTIONS_SCHEMA.names)
     return row | {
         "id": f"{modality}/{i}", "source": "s", "split": "heldout_cell", "modality": modality, "task": "t",
-        "concept": "c", "languages": ["en"], "prompt": "What is this?", "reference": "a <b>cat</b>", "prediction": "<script>x</script>",
+        "concept": "c", "languages": ["en"], "prompt": "What is this?",
+        "reference": "a <b>cat</b>", "prediction": "<script>x</script>",
         "chrf": 12.0, "exact_match": False, "loss": 2.5, "tokens": 3, "bytes": 5,
     } | values  # fmt: skip
 
