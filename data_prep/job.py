@@ -142,11 +142,11 @@ def run(
     wanted = packages if isinstance(packages, list) else packages(options)
     try:
         opened = fetch_all(wanted, options.cache, _sources(options.source, wanted))
+        counts = Counts()
+        build(opened, options, counts)
     except (RuntimeError, FileNotFoundError, ValueError) as error:
         console.print(f"error: {error}", markup=False)
         return 1
-    counts = Counts()
-    build(opened, options, counts)
     record = {
         "script": name,
         "options": asked,

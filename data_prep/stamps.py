@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 
 from PIL import Image
 
@@ -118,11 +119,11 @@ def open_picture(path: Path, size: int) -> Image.Image:
 
     Raises:
         ValueError: a picture that cannot be drawn.
+        RuntimeError: an SVG where `cairosvg` or the cairo library is missing.
     """
     try:
         if path.suffix == ".svg":
-            import cairosvg
-
+            cairosvg = _svg_library()
             svg = path.read_bytes()
             probe = Image.open(BytesIO(cairosvg.svg2png(bytestring=svg, output_width=64)))
             wide = probe.width >= probe.height
@@ -130,10 +131,22 @@ def open_picture(path: Path, size: int) -> Image.Image:
             return Image.open(BytesIO(drawn)).convert("RGBA")
         with Image.open(path) as picture:
             return picture.convert("RGBA")
-    except ImportError:
+    except RuntimeError:  # without the library no SVG can be drawn: stop
         raise
     except Exception as error:  # the SVG library raises whatever its parser met
         raise ValueError(f"{path.name} cannot be drawn ({type(error).__name__}: {error})") from error
+
+
+def _svg_library() -> ModuleType:
+    """The `cairosvg` module; RuntimeError that says what to install where it does not load."""
+    try:
+        import cairosvg
+    except (ImportError, OSError) as error:  # OSError: the package is there, the C library is not
+        raise RuntimeError(
+            "stamps drawn as SVG need cairosvg and the cairo library: `pip install omnitrain[prep]`, and libcairo2 "
+            "from the system's packages"
+        ) from error
+    return cairosvg
 
 
 # -------------------------------------------------------------------------------------------------- cells -> samples

@@ -159,8 +159,11 @@ def _split_run_dir(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _register_run(run_dir: Path) -> str:
-    saved = OmegaConf.load(run_dir / "config.yaml")
-    saved.hydra = OmegaConf.load(CONF / "config.yaml").hydra
+    """Store the configuration of an earlier run, which is complete but for Hydra's own settings."""
+    saved, root = OmegaConf.load(run_dir / "config.yaml"), OmegaConf.load(CONF / "config.yaml")
+    assert isinstance(saved, DictConfig) and isinstance(root, DictConfig)
+    saved.hydra = root.hydra
+    saved.defaults = ["_self_", *(entry for entry in root.defaults if str(entry).startswith("{'override hydra/"))]
     saved.paths.run_dir = str(run_dir)
     saved.ckpt_path = "last"
     ConfigStore.instance().store(name=SAVED_RUN, node=saved)
@@ -294,12 +297,20 @@ def _nearest(text: str, good: list[str], config_name: str) -> str | None:
         return None
     if key in keys:
         return None
+    if not sign and any(name == key.rpartition(".")[0] for name in _open_mappings(config_name, good)):
+        return f"did you mean +{text}? '{key.rpartition('.')[0]}' has no such key yet, and + adds it"
     extra_groups = [group for group in loader.get_group_options("", ObjectType.GROUP) if group not in keys]
     near = difflib.get_close_matches(key, [*keys, *extra_groups], n=3, cutoff=0.5)
     if not near:
         return f"there is no key '{key}'; `python -m omnitrain fit --cfg job` prints all of them"
     near.sort(key=lambda name: value not in loader.get_group_options(name, ObjectType.CONFIG))  # an option says more
     return f"there is no key '{key}'; did you mean {'+' if near[0] in extra_groups else ''}{near[0]}={value}?"
+
+
+def _open_mappings(config_name: str, good: list[str]) -> list[str]:
+    """Names of the mappings that are empty by default and wait for keys, such as `model.thinker`."""
+    cfg = compose(config_name, overrides=good)
+    return [key for key in _keys(cfg) if OmegaConf.is_dict(node := OmegaConf.select(cfg, key)) and not node]
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -41,6 +41,7 @@ def test_cfg_job_prints_and_runs_nothing(tmp_path, monkeypatch, capsys) -> None:
         ("+recipe=quickstrat", "+recipe=quickstart"),
         ("recipe=quickstart", "+recipe=quickstart"),
         ("+recpe=quickstart", "+recipe=quickstart"),
+        ("model.thinker.layers=3", "+model.thinker.layers=3"),
         ("+debug=fastt", "+debug=fast"),
         ("sed=1", "seed=1"),
         ("optim.lr=[1", "optim.lr=[1"),

@@ -10,6 +10,13 @@ from PIL import Image, ImageDraw
 
 from omnitrain.data.media import encode_audio
 
+try:
+    import cairosvg  # noqa: F401
+
+    CAIRO = True
+except (ImportError, OSError):
+    CAIRO = False
+
 BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 LOCALES = {"fr": "Un", "es": "Uno", "ca": "Un-ca", "ru": "Один", "de": "Ein", "it": "Un-it", "pt": "Um", "ja": "一"}
 LOCALES |= {"zh_CN": "个", "el": "Ένα", "uk": "Одна", "ro": "O"}
@@ -61,6 +68,8 @@ def stamps_tree(tmp_path: Path) -> Path:
     (folder / "plants/flowers/rose_desc_es.ogg").write_bytes(b"OggS but nothing else")
     (folder / "plants/flowers/rose_desc_ca.ogg").write_bytes(encode_audio(0 * tone(300), 16_000, "opus"))
     (folder / "plants/flowers/nothing.txt").write_text("A caption without a picture.")
+    if not CAIRO:
+        return root
     shape = '<rect width="40" height="20" fill="green"/>'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20">{shape}</svg>'
     (folder / "plants/leaf.svg").write_text(svg)

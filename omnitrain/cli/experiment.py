@@ -1,0 +1,106 @@
+"""From a configuration to the objects of a run. The configuration goes no further than this file: everything else takes
+typed arguments."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from omnitrain.cli.config import ConfigError
+from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.datamodule import OmniDataModule
+from omnitrain.models.omni import OmniModel
+from omnitrain.models.presets import init_weights
+from omnitrain.training.callbacks import write_atomically
+from omnitrain.training.thinker import ThinkerModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What a verb works with."""
+
+    run_dir: Path
+    datamodule: OmniDataModule
+    module: ThinkerModule
+    trainer: L.Trainer
+
+
+def build(cfg: DictConfig) -> Experiment:
+    """Seed everything, then build data, model, module, callbacks, loggers and trainer, in this order.
+
+    Raises:
+        hydra.errors.InstantiationException: a constructor refused its arguments; names the place in the configuration.
+    """
+    quiet_lightning()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule: OmniDataModule = instantiate(cfg.data, _convert_="all")
+    model = build_model(cfg, datamodule.tokenizer)
+    if "preset" in cfg.model:
+        init_weights(model, cfg.seed)
+    module: ThinkerModule = instantiate(cfg.module, _convert_="all", _partial_=True)(
+        model, instantiate(cfg.optim, _convert_="all")
+    )
+    trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
+        callbacks=[instantiate(callback, _convert_="all") for callback in cfg.callbacks.values() if callback],
+        logger=[instantiate(logger, _convert_="all") for logger in cfg.logger.values() if logger],
+    )
+    return Experiment(run_dir=Path(cfg.paths.run_dir), datamodule=datamodule, module=module, trainer=trainer)
+
+
+def build_model(cfg: DictConfig, tokenizer: ChatTokenizer) -> OmniModel:
+    """The model that ``cfg.model`` describes. The weights of a preset are not drawn yet."""
+    # The model's vocabulary is the tokenizer's, unless the configuration says otherwise.
+    from_tokenizer = {"vocab_size": tokenizer.vocab_size, "special_tokens": tokenizer.special_ids}
+    filled = {key: value for key, value in from_tokenizer.items() if key in cfg.model and cfg.model[key] is None}
+    return instantiate(cfg.model, _convert_="all", **filled)
+
+
+def quiet_lightning() -> None:
+    """Keep what Lightning has to warn of, without its notes on hardware that is not there."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+
+
+def starting_checkpoint(cfg: DictConfig) -> Path | None:
+    """The file that `ckpt_path` names: ``last`` is that of the run folder, or None while there is none.
+
+    Raises:
+        ConfigError: the file does not exist.
+    """
+    if cfg.ckpt_path is None:
+        return None
+    if cfg.ckpt_path == "last":
+        last = Path(cfg.paths.run_dir) / "checkpoints" / "last.ckpt"
+        return last if last.exists() else None
+    path = Path(cfg.ckpt_path)
+    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not path.exists():
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: there is no file {path}")
+    return path
+
+
+def trained_checkpoint(cfg: DictConfig, verb: str) -> Path | None:
+    """The checkpoint of a verb that needs trained weights. None for a model that brings its own (model=pretrained).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = starting_checkpoint(cfg)
+    if path is None and "preset" in cfg.model and cfg.module.init_from is None:
+        raise ConfigError(
+            f"{verb} needs trained weights, and {cfg.paths.run_dir} holds none: name a run, as in "
+            f"`python -m omnitrain {verb} RUN_DIR`, or a file with ckpt_path=FILE"
+        )
+    return path
+
+
+def save_config(cfg: DictConfig, run_dir: Path) -> None:
+    """Write the resolved configuration to ``run_dir/config.yaml``, all or nothing."""
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

@@ -1,0 +1,67 @@
+"""A few samples as shards, and the overrides that make any recipe train on them in a second."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from omnitrain.data.chat import train_bpe
+from omnitrain.data.sample import SPLITS, Message, Sample, Segment
+from omnitrain.data.shards import write_shards
+
+WORDS = ["the", "cat", "sits", "on", "a", "red", "mat", "and", "looks", "at", "the", "blue", "moon"]
+
+
+def toy_samples() -> list[Sample]:
+    rng = random.Random(0)
+    samples = []
+    for split in SPLITS:
+        for i in range(12 if split == "train" else 3):
+            text = " ".join(rng.choices(WORDS, k=10))
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 64), (rng.randrange(256), 0, 0)).save(picture, "PNG")
+            document = Message(role="document", segments=(Segment(type="text", text=text),))
+            question = (Segment(type="image", media=picture.getvalue()), Segment(type="text", text="the cat?"))
+            answer = Message(role="assistant", segments=(Segment(type="text", text=text),))
+            samples += [
+                Sample(id=f"{split}/{i}/text", source="toy", split=split, messages=(document,)),
+                Sample(
+                    id=f"{split}/{i}/image",
+                    source="toy",
+                    split=split,
+                    task="caption",
+                    concept=str(i),
+                    languages=("en",),
+                    messages=(Message(role="user", segments=question), answer),
+                ),
+            ]
+    return samples
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides: toy data, a model of two layers, no evaluation after training."""
+    folder: Path = tmp_path_factory.mktemp("toy")
+    write_shards(toy_samples(), folder, "toy", progress=False)
+    train_bpe([" ".join(WORDS)] * 3, 400).save(folder / "tokenizer.json")
+    return [
+        "data=shards",
+        f"data.tokenizer={folder}/tokenizer.json",
+        f"+data.sources={{toy:{{path:{folder},split:train}}}}",
+        *(
+            f"+data.{which}_sources={{toy:{{path:{folder},split:{split}}}}}"
+            for which, split in (("validation", "validation"), ("test", "heldout_cell"), ("predict", "heldout_cell"))
+        ),
+        "data.max_tokens=128",
+        "data.num_workers=0",
+        "+model.thinker={layers:2,accept_hidden_layer:1,d_model:32,heads:2,kv_heads:1,ffn:32,expert_width:16}",
+        "+model.aut={d_model:16,layers:1,heads:2,ffn:16,conv_hidden:4}",
+        "+model.vision={d_model:32,layers:2,heads:2,ffn:32,deepstack_layers:[0]}",
+        "optim.warmup_steps=1",
+        "trainer.val_check_interval=100",
+        "evaluation.after_fit=false",
+    ]

@@ -1,0 +1,80 @@
+"""Whole runs through the command line, on toy data."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from omnitrain.__main__ import main
+
+
+def losses(run_dir: Path) -> list[str]:
+    with (run_dir / "metrics.csv").open() as file:
+        return [row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_a_sweep(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "-m", "+recipe=quickstart", "seed=0,1", "trainer.max_steps=2", *toy]) == 0
+    (sweep,) = (tmp_path / "runs" / "multirun").iterdir()
+    assert (losses(sweep / "0"), losses(sweep / "1")) != ([], [])
+    assert losses(sweep / "0") != losses(sweep / "1")
+    assert [OmegaConf.load(sweep / job / "config.yaml").seed for job in "01"] == [0, 1]
+    assert OmegaConf.load(sweep / "1" / "config.yaml").paths.run_dir == str(sweep / "1")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_sweep_has_no_single_folder(toy: list[str], tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "-m", "seed=0,1", "paths.run_dir=here", "trainer.max_steps=2", *toy]) == 1
+    assert "hydra.sweep.dir" in capsys.readouterr().err
+
+
+def test_the_same_line_starts_and_continues(toy: list[str], tmp_path: Path, capsys) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    line = ["fit", "+recipe=quickstart", "ckpt_path=last", "optim.total_steps=4", *toy]
+    assert main([*line, f"paths.run_dir={whole}", "trainer.max_steps=4"]) == 0
+    assert main([*line, f"paths.run_dir={parts}", "trainer.max_steps=2"]) == 0
+    assert main([*line, f"paths.run_dir={parts}", "trainer.max_steps=4"]) == 0
+    assert "continued from" in capsys.readouterr().out
+    assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
+    weights = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, parts)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for name in ("config.yaml", "tokenizer.json", "data.json", "environment.json", "checkpoints/last.ckpt"):
+        assert (whole / name).is_file(), name
+    assert not list(whole.rglob("*.partial"))
+
+    # Without ckpt_path=last a folder that holds a run is left alone.
+    assert main(["fit", "+recipe=quickstart", f"paths.run_dir={whole}", *toy]) == 1
+    assert "ckpt_path=last" in capsys.readouterr().err
+
+    # The run folder by itself is enough for the other verbs.
+    assert main(["validate", str(whole)]) == 0
+    assert main(["predict", str(whole), "module.generation.max_new_tokens=3"]) == 0
+    assert pq.read_table(whole / "predictions.parquet").num_rows == 6
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_verbs_that_need_weights_say_so(verb: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, "+recipe=quickstart"]) == 1
+    error = capsys.readouterr().err
+    assert f"{verb} needs trained weights" in error
+    assert "Traceback" not in error
+
+
+def test_missing_checkpoint_file(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "+recipe=quickstart", "ckpt_path=nothing.ckpt"]) == 1
+    assert "there is no file nothing.ckpt" in capsys.readouterr().err
+
+
+def test_wrong_argument_is_named_with_its_place(toy: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "+data.max_token=3", *toy]) == 1
+    assert "max_token" in capsys.readouterr().err
