@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class Job:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error
 
-    def _child_command(self, job: DictConfig, run_dir: str) -> list[str]:
+    def _child_command(self, job: Any, run_dir: str) -> list[str]:
         """The command line of this one job. Lightning starts further processes of a distributed run with it; all of
         them must see the same folder, and none may start a sweep of its own."""
         folders = [s.path for s in job.runtime.config_sources if s.provider == "command-line"]
@@ -130,7 +130,7 @@ class Job:
         ]
 
 
-def _run_dir(job: DictConfig) -> Path:
+def _run_dir(job: Any) -> Path:
     """The run folder: `paths.run_dir`, which is also Hydra's (`hydra.run.dir`), or the sweep's folder for this job."""
     overrides = list(job.overrides.task)
     explicit = any(text.lstrip("+").startswith("paths.run_dir=") for text in overrides)
@@ -161,7 +161,8 @@ def _split_run_dir(arguments: list[str]) -> tuple[Path | None, list[str]]:
 def _register_run(run_dir: Path) -> str:
     """Store the configuration of an earlier run, which is complete but for Hydra's own settings."""
     saved, root = OmegaConf.load(run_dir / "config.yaml"), OmegaConf.load(CONF / "config.yaml")
-    assert isinstance(saved, DictConfig) and isinstance(root, DictConfig)
+    assert isinstance(saved, DictConfig)
+    assert isinstance(root, DictConfig)
     saved.hydra = root.hydra
     saved.defaults = ["_self_", *(entry for entry in root.defaults if str(entry).startswith("{'override hydra/"))]
     saved.paths.run_dir = str(run_dir)
@@ -193,7 +194,7 @@ def check_command_line(arguments: list[str], config_name: str = "config") -> Non
         known = [*cfg, *GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)]
         for text in args.overrides:  # "+recpe=quickstart" would add a key that nobody reads
             key, _, value = text.lstrip("+").partition("=")
-            near = difflib.get_close_matches(key, [name for name in known if name != key], n=1, cutoff=0.75)
+            near = difflib.get_close_matches(key, [str(name) for name in known if name != key], n=1, cutoff=0.75)
             if text.startswith("+") and "." not in key and key in cfg and key not in _root_keys() and near:
                 raise ConfigError(f"{text}: nothing reads a key '{key}'; did you mean +{near[0]}={value}?")
 
@@ -203,7 +204,7 @@ def _root_keys() -> set[str]:
 
 
 @contextlib.contextmanager
-def _composer(args: Namespace) -> Iterator[None]:
+def _composer(args: Namespace) -> Generator[None]:
     """Hydra's compose API with the search path that the same arguments give `hydra.main`."""
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
         raise ConfigError(f"--config-dir {args.config_dir}: no such folder")

@@ -38,6 +38,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omnitrain.data.sample import BadSample
 
+# Pillow warns of large pictures and odd metadata; the limits below decide instead. Once, because decoders run in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 SOUND_TRACK_RATE = 16_000
 """Sample rate of a decoded video's sound track in Hz."""
 
@@ -165,8 +168,7 @@ def decode_image(data: bytes, limits: MediaLimits = MediaLimits()) -> np.ndarray
         BadSample: ``wrong_type``, ``image_corrupt``, ``image_too_large``, ``image_aspect_ratio``.
     """
     _require(data, "image")
-    with _damage_is("image_corrupt"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd metadata
+    with _damage_is("image_corrupt"):
         image = _open_image(data)
         width, height = image.size
         if width * height > limits.max_pixels:
@@ -574,8 +576,7 @@ def probe(data: bytes, kind: Kind) -> MediaFacts:
         BadSample: ``wrong_type``, ``image_corrupt``, ``image_too_large``, ``audio_corrupt`` or ``video_corrupt``.
     """
     name = _require(data, kind)
-    with _damage_is(f"{kind}_corrupt"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _damage_is(f"{kind}_corrupt"):
         if kind == "image":
             width, height = _open_image(data).size
             return MediaFacts(format=name, width=width, height=height)

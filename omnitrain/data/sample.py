@@ -1,9 +1,9 @@
 """The one schema: a sample is messages, a message is a list of segments.
 
-Everything that trains or evaluates a model is a :class:`Sample`: a captioned picture, a recording with its transcript, a
-conversation with video, a plain document. Media travel as the *encoded* bytes of their file (PNG, Ogg, MP4, ...) or as a
-path relative to the folder of the shard; they are decoded late (`media.py`), so that order, mixing and sharding never
-touch pixels.
+Everything that trains or evaluates a model is a :class:`Sample`: a captioned picture, a recording with its transcript,
+a conversation with video, a plain document. Media travel as the *encoded* bytes of their file (PNG, Ogg, MP4, ...) or
+as a path relative to the folder of the shard; they are decoded late (`media.py`), so that order, mixing and sharding
+never touch pixels.
 """
 
 from __future__ import annotations

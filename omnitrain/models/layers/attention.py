@@ -8,6 +8,7 @@ encoder) share a call.
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -38,23 +39,24 @@ def varlen_attention(
         [N, H, D]
     """
     cu_seqlens_key = cu_seqlens if cu_seqlens_key is None else cu_seqlens_key
-    if query.is_cuda:
-        # Flash kernels read 16-bit floats only; fp32 on CUDA (parity runs) takes the per-document path below.
-        if query.dtype in (torch.bfloat16, torch.float16):
-            from torch.nn.attention.varlen import varlen_attn
+    # Flash kernels read 16-bit floats only; fp32 on CUDA (parity runs) takes the per-document path below.
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
 
-            return varlen_attn(
-                query,
-                key,
-                value,
-                cu_seqlens,
-                cu_seqlens_key,
-                int(cu_seqlens.diff().max()),
-                int(cu_seqlens_key.diff().max()),
-                scale=scale,
-                window_size=(-1, 0) if causal else (-1, -1),
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+        attended = varlen_attn(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens_key,
+            int(cu_seqlens.diff().max()),
+            int(cu_seqlens_key.diff().max()),
+            scale=scale,
+            window_size=(-1, 0) if causal else (-1, -1),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        assert isinstance(attended, Tensor)  # a tuple only when asked for more
+        return attended
     return _sdpa_per_document(query, key, value, cu_seqlens, cu_seqlens_key, causal=causal, scale=scale)
 
 
@@ -74,10 +76,10 @@ def _sdpa_per_document(
         groups[(borders_q[b + 1] - borders_q[b], borders_k[b + 1] - borders_k[b])].append(b)
     gqa = query.shape[1] != key.shape[1]
 
-    q_parts = query.split([b - a for a, b in zip(borders_q, borders_q[1:], strict=False)])
+    q_parts = query.split([b - a for a, b in pairwise(borders_q)])
     same = borders_q == borders_k
-    k_parts = key.split([b - a for a, b in zip(borders_k, borders_k[1:], strict=False)])
-    v_parts = value.split([b - a for a, b in zip(borders_k, borders_k[1:], strict=False)])
+    k_parts = key.split([b - a for a, b in pairwise(borders_k)])
+    v_parts = value.split([b - a for a, b in pairwise(borders_k)])
     outputs: list[Tensor | None] = [None] * len(q_parts)
     for (n_q, n_k), documents in groups.items():
         if n_q == 0:

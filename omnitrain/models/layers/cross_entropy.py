@@ -86,22 +86,23 @@ def _passes(
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             h, target = hidden[part], targets[part].unsqueeze(1)
-            logits = (h @ head.T).float()  # [chunk, V]
-            normaliser = logits.logsumexp(-1, keepdim=True)
+            logits = (h @ head.T).float()  # [chunk, V]; what follows happens in place
+            logits -= logits.amax(-1, keepdim=True)
+            chosen = logits.gather(1, target)
+            total = logits.exp_().sum(-1, keepdim=True)
             if nll is not None:
-                nll[part] = (normaliser - logits.gather(1, target)).squeeze(1)
+                nll[part] = (total.log() - chosen).squeeze(1)
             if not any(need):
                 continue
-            d_logits = logits.sub_(normaliser).exp_()  # softmax; then minus the one-hot label
-            d_logits.scatter_add_(1, target, torch.full_like(normaliser, -1.0))
-            if scale is not None:
-                d_logits.mul_(scale[part].unsqueeze(1))
-            d_logits = d_logits.to(hidden.dtype)
+            # softmax - one hot = (exp(logits) - total * one hot) / total: the division is left to the [chunk, D] side.
+            d_logits = logits.scatter_add_(1, target, -total).to(hidden.dtype)
+            share = 1 / total if scale is None else scale[part].unsqueeze(1) / total
             if d_hidden is not None:
-                torch.mm(d_logits, head, out=d_hidden[part])
+                d_hidden[part] = (d_logits @ head).mul_(share)
             if d_weight is not None:
-                if d_weight.dtype == d_logits.dtype:
-                    d_weight.addmm_(d_logits.T, h)
-                else:  # accumulate 16-bit products in fp32
-                    d_weight.add_(d_logits.T @ h)
+                product = (h * share).to(hidden.dtype)
+                if d_weight.dtype == product.dtype:
+                    d_weight.addmm_(d_logits.T, product)
+                else:  # add 16-bit products up in fp32
+                    d_weight.add_(d_logits.T @ product)
     return d_hidden, d_weight

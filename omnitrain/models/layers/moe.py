@@ -134,8 +134,11 @@ class _ExpertLoop(torch.autograd.Function):
         width = down.shape[2]
         sorted_weights = weights.flatten()[order].unsqueeze(1)
         d_weights = x.new_empty(len(order))
-        d_gate_up = torch.zeros_like(gate_up) if need_gate_up else None
-        d_down = torch.zeros_like(down) if need_down else None
+        d_gate_up = torch.empty_like(gate_up) if need_gate_up else None
+        d_down = torch.empty_like(down) if need_down else None
+        for gradient in (d_gate_up, d_down):
+            if gradient is not None:
+                gradient[counts == 0] = 0  # experts that nobody chose
         dx_rows = x.new_empty(len(order), x.shape[1]) if need_x else None
         for e, rows in _slices(counts):
             gate, up = h[rows, :width], h[rows, width:]
