@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,10 @@ def _register_run(run_dir: Path) -> str:
     assert isinstance(saved, DictConfig)
     assert isinstance(root, DictConfig)
     saved.hydra = root.hydra
-    saved.defaults = ["_self_", *(entry for entry in root.defaults if str(entry).startswith("{'override hydra/"))]
+    of_hydra = [
+        entry for entry in root.defaults if OmegaConf.is_dict(entry) and next(iter(entry)).startswith("override ")
+    ]
+    saved.defaults = ["_self_", *of_hydra]
     saved.paths.run_dir = str(run_dir)
     saved.ckpt_path = "last"
     ConfigStore.instance().store(name=SAVED_RUN, node=saved)
