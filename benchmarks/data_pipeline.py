@@ -87,11 +87,11 @@ def measure_fit(workers: int, steps: int) -> dict[str, float]:
         with open(f"{folder}/run/throughput.csv", newline="") as file:
             rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     rows = rows[len(rows) // 4 :]  # while workers start and fill their buffers, training waits
-    seconds = sum(row["time/seconds_per_step"] for row in rows)
+    seconds = sum(row["seconds_per_step"] for row in rows)
     return {
         "seconds": seconds / len(rows),
-        "tokens": sum(row["time/tokens_per_second"] * row["time/seconds_per_step"] for row in rows) / seconds,
-        "wait": sum(row["time/data_wait"] * row["time/seconds_per_step"] for row in rows) / seconds,
+        "tokens": sum(row["tokens_per_second"] * row["seconds_per_step"] for row in rows) / seconds,
+        "wait": sum(row["data_wait"] * row["seconds_per_step"] for row in rows) / seconds,
     }
 
 

@@ -38,7 +38,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omnitrain.data.sample import BadSample
 
-# Pillow warns of large pictures and odd metadata; the limits below decide instead. Once, because decoders run in threads.
+# Pillow warns of large pictures and odd metadata; `MediaLimits` decides instead. Set once: decoders run in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 SOUND_TRACK_RATE = 16_000
