@@ -160,7 +160,9 @@ def init_weights(model: OmniModel, seed: int) -> None:
 
     Matrices are normal with variance 1 / fan_in (at width 2048 the usual 0.02); the last matrix of every residual
     branch is divided by sqrt(2 * layers), so that the residual stream does not grow with depth (GPT-2); the head has
-    0.02, so that training starts near the uniform distribution. Norm weights are 1, biases 0.
+    0.02, so that training starts near the uniform distribution. Token embeddings have 0.5, about what the encoders'
+    adapters put out at first: were text much quieter than pictures in the residual stream, what attention and experts
+    add at a picture's position would drown, and the encoders would hardly learn. Norm weights are 1, biases 0.
     """
     depth = {"thinker": len(model.thinker.layers), "aut": len(model.aut.layers), "visual": len(model.visual.blocks)}
     with torch.no_grad():
@@ -169,7 +171,8 @@ def init_weights(model: OmniModel, seed: int) -> None:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             fan_in = p.shape[-1] if ".experts." in name else p[0].numel()
-            std = 0.02 if name == "thinker.lm_head.weight" else fan_in**-0.5
+            fixed = {"thinker.lm_head.weight": 0.02, "thinker.embed_tokens.weight": 0.5}
+            std = fixed.get(name, fan_in**-0.5)
             if name.endswith(RESIDUAL_WRITERS):
                 std /= (2 * depth[name.split(".")[0]]) ** 0.5
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
