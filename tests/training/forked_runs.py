@@ -53,6 +53,7 @@ class Runs:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.started: list[int] = []
         assert self.ask({"hello": 1}) == "ready"
 
     def ask(self, request: dict[str, Any]) -> Any:
@@ -74,13 +75,18 @@ class Runs:
                 for rank in range(ranks)
             ]
         errors = [out / f"printed.{rank}.txt" for rank in range(ranks)]
-        pids = [
+        started = [
             self.ask({"run": run, "environment": env, "errors": str(path)})
             for env, path in zip(environment, errors, strict=True)
         ]
-        return Run(self, pids, errors)
+        self.started += started
+        return Run(self, started, errors)
 
     def close(self) -> None:
+        """End the server, and runs that a failed test left behind."""
+        for pid in self.started:
+            if self.ask({"poll": pid}) is None:
+                os.kill(pid, signal.SIGKILL)
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=30)

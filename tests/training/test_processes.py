@@ -23,7 +23,7 @@ def start_toy(runs: Runs, out: Path, devices: int = 1, **toy: Any) -> Run:
     return runs.start(out, ranks=devices, toy={"out": str(out), "devices": devices, **toy})
 
 
-def wait_for(condition: Callable[[], bool], run: Run, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], run: Run, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and run.alive():
         assert time.monotonic() < deadline
