@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev lint  ## everything that CI checks: linters, tests,
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --exclude docs .
 	$(BIN)/ty check omnitrain
 	$(BIN)/lint-imports
 

@@ -3,16 +3,17 @@
     python -m benchmarks.thinker_training                                   # two minutes on two cores
     python -m benchmarks.thinker_training --device cuda --dtype bfloat16
 
-One step is forward, backward and fused AdamW on the same batch: documents of very different lengths, some with a picture
-or a recording. All variants start from the same weights (a random model of 28 M parameters, written once in the public
-format). Each runs in its own process, so that peak memory is its own. transformers runs on the padded batch and also one
-document at a time (no padding; gradients accumulated), both with each of its expert implementations; its best counts.
+One step is forward, backward and fused AdamW on the same batch: documents of very different lengths, some with a
+picture or a recording. All variants start from the same weights (a random model of 28 M parameters, written once in
+the public format). Each runs in its own process, so that peak memory is its own. transformers runs on the padded
+batch and also one document at a time (no padding; gradients accumulated), both with each of its expert
+implementations; its best counts.
 
-Columns. tokens/s: *real* tokens (padding is not counted) over the fastest of the steps after a warm-up. memory: growth of
-the process's peak resident memory (`ru_maxrss`; on CUDA `max_memory_allocated`) from after the imports, so weights,
-gradients, optimizer state and activations. peak: FLOPs that the step needs (formula in `needed_flops`; nothing recomputed,
-nothing padded) per second, over the best rate that a large fp32 (on CUDA: --dtype) matrix product reaches in this very
-process.
+Columns. tokens/s: *real* tokens (padding is not counted) over the fastest of the steps after a warm-up. memory:
+growth of the process's peak resident memory (`ru_maxrss`; on CUDA `max_memory_allocated`) from after the imports, so
+weights, gradients, optimizer state and activations. peak: FLOPs that the step needs (formula in `needed_flops`;
+nothing recomputed, nothing padded) per second, over the best rate that a large fp32 (on CUDA: --dtype) matrix product
+reaches in this very process.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Document:
 
 
 def documents(seed: int = 0, n: int = 24) -> list[Document]:
-    """Half plain text with log-normal lengths (17 to 512), a quarter captioned pictures, a quarter transcribed speech."""
+    """Half plain text of log-normal lengths (17 to 512), a quarter captioned pictures, a quarter transcribed speech."""
     rng = np.random.default_rng(seed)
 
     def words(low: int, high: int) -> np.ndarray:
@@ -154,7 +155,8 @@ def transformers_step(
     def loss(batch: dict[str, Any], weight: float) -> Any:
         return model(**batch, use_cache=False, output_router_logits=True).loss * weight
 
-    closures = [lambda b=b, w=n / sum(targets): loss(b, w) for b, n in zip(batches, targets, strict=True) if n]
+    total = sum(targets)
+    closures = [lambda b=b, w=n / total: loss(b, w) for b, n in zip(batches, targets, strict=True) if n]
     return optimised(closures, model), model
 
 

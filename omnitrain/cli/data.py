@@ -234,7 +234,7 @@ def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
 
 def _import(options: argparse.Namespace) -> int:
     from collections import Counter
-    from itertools import islice
+    from itertools import chain, islice
 
     from omnitrain.data.adapters import load_mapping, stream_samples
     from omnitrain.data.shards import write_shards
@@ -257,13 +257,17 @@ def _import(options: argparse.Namespace) -> int:
                 advance()
 
     name = options.name or _file_name(mapping.source)
-    shards = write_shards(samples(), options.out, name, rows_per_shard=options.rows_per_shard, progress=False)
+    usable = samples()
+    if (first := next(usable, None)) is None:  # shards of an earlier import stay
+        why = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "the data are empty"
+        raise ValueError(f"{options.mapping}: no usable row ({why})")
+    shards = write_shards(
+        chain([first], usable), options.out, name, rows_per_shard=options.rows_per_shard, progress=False
+    )
     bad = sum(reasons.values())
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    print(
-        f"wrote {good} samples to {len(shards)} shard(s) in {options.out}; {bad} bad rows"
-        + (f" ({counts})" if bad else "")
-    )
+    left_out = f"; left out {bad} bad rows ({counts})" if bad else ""
+    print(f"wrote {good} samples to {len(shards)} shard(s) in {options.out}{left_out}")
     print(f"next: omnitrain data verify {options.out}")
     return 1 if bad > options.max_bad_fraction * (good + bad) else 0
 

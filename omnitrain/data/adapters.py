@@ -66,7 +66,8 @@ class ColumnMapping:
         kind, path: what is read. `path` is a file or glob relative to the mapping file; for ``hub`` a name on the Hub,
             or a loader of `datasets` such as ``imagefolder`` with `data_dir`.
         config, hub_split, revision, data_dir, streaming: of a Hub data set.
-        media_root: folder of media paths, relative to the mapping file; default: the data's folder.
+        media_root: folder of media paths, relative to the mapping file; default: that file's folder (``hub``: the data
+            set's own).
         messages: a list of ``{role: content}``; or ``{column, role, text, roles, media}`` for a column that holds the
             turns of a conversation: `role` and `text` name a turn's fields, `roles` translates roles, and `media` gives
             the segment that a marker such as ``<image>`` in the text stands for.
@@ -502,26 +503,22 @@ def _hub_dataset(mapping: ColumnMapping, base: Path, streaming: bool) -> Any:
     )
 
 
-def _hub_folder(mapping: ColumnMapping, base: Path) -> Path:
-    return base / (mapping.data_dir or (mapping.path if (base / mapping.path).is_dir() else "."))
-
-
-def _open_rows(mapping: ColumnMapping, base: Path) -> tuple[Any, Path]:
-    """The rows, and the folder that media paths are relative to."""
+def _open_rows(mapping: ColumnMapping, base: Path) -> Any:
+    """Rows with `len`, `[index]`, `columns()` and `locate(index)`."""
     if mapping.kind == "hub":
         if mapping.streaming:
             raise ValueError(
                 f"{mapping.path} is streamed and has no random access; write it to shards first "
                 "(`omnitrain data import --mapping FILE --out DIR`), or set streaming: false"
             )
-        return _Table(_hub_dataset(mapping, base, False), mapping.path), _hub_folder(mapping, base)
+        return _Table(_hub_dataset(mapping, base, False), mapping.path)
     files = _data_files(mapping.path, base)
     if mapping.kind == "parquet":
         import datasets
 
         table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-        return _Table(table, str(files[0]) if len(files) == 1 else mapping.path), files[0].parent
-    return (_JsonLines if mapping.kind == "jsonl" else _Tars)(files), files[0].parent
+        return _Table(table, str(files[0]) if len(files) == 1 else mapping.path)
+    return (_JsonLines if mapping.kind == "jsonl" else _Tars)(files)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -549,9 +546,9 @@ class MappedSource:
         self.mapping = load_mapping(self.file)
         self.name = name or self.mapping.source
         self._sample = _RowMapping(self.mapping, str(self.file))
-        self._rows, folder = _open_rows(self.mapping, self.file.parent)
+        self._rows = _open_rows(self.mapping, self.file.parent)
         _check_columns(self._sample, self._rows.columns(), self.file)
-        self._media = _media_reader(self.mapping, self.file.parent, folder)
+        self._media = _media_reader(self.mapping, self.file.parent)
         self._kept = np.arange(len(self._rows))
         conditions = {key: [value] if isinstance(value, str) else list(value) for key, value in (where or {}).items()}
         if split is not None:
@@ -603,9 +600,12 @@ class MappedSource:
         return self._media(segment)
 
 
-def _media_reader(mapping: ColumnMapping, base: Path, folder: Path) -> MediaReader:
-    folder = base / mapping.media_root if mapping.media_root else folder
-    return _HubMedia(folder, mapping.path) if mapping.kind == "hub" else MediaReader(folder)
+def _media_reader(mapping: ColumnMapping, base: Path) -> MediaReader:
+    if mapping.kind == "hub":
+        local = base / mapping.path
+        own = base / mapping.data_dir if mapping.data_dir else local if local.is_dir() else base
+        return _HubMedia(base / mapping.media_root if mapping.media_root else own, mapping.path)
+    return MediaReader(base / (mapping.media_root or "."))
 
 
 class _HubMedia(MediaReader):
@@ -650,16 +650,15 @@ def stream_samples(mapping_file: str | Path, bad: Callable[[int, BadSample], Non
     file = Path(mapping_file)
     mapping = load_mapping(file)
     to_sample = _RowMapping(mapping, str(file))
+    reader = _media_reader(mapping, file.parent)
     rows: Iterable[Callable[[], Mapping[str, Any]]]
     if mapping.kind == "hub" and mapping.streaming:
         dataset = _hub_dataset(mapping, file.parent, True)
         _check_columns(to_sample, set(dataset.column_names) if dataset.column_names else None, file)
-        reader = _media_reader(mapping, file.parent, _hub_folder(mapping, file.parent))
         rows = ((lambda table=table: _plain_row(table)) for table in dataset.with_format("arrow"))
     else:
-        opened, folder = _open_rows(mapping, file.parent)
+        opened = _open_rows(mapping, file.parent)
         _check_columns(to_sample, opened.columns(), file)
-        reader = _media_reader(mapping, file.parent, folder)
         rows = ((lambda index=index: opened[index]) for index in range(len(opened)))
     for number, row in enumerate(rows):
         try:

@@ -355,7 +355,7 @@ class MediaReader:
         try:
             return path.read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise BadSample("media_missing", f"{segment.path} is not a file in {self.folder}") from error
+            raise BadSample("media_missing", f"{segment.path} is not a file in {self.folder.resolve()}") from error
 
     def _inside(self, relative: str) -> Path:
         if Path(relative).is_relative_to(self.folder.absolute()):

@@ -124,10 +124,15 @@ def test_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "data.jsonl row 2: media_missing" in printed.err
     assert "wrote 2 samples" in printed.out
     assert main([*arguments, "--max-bad-fraction", "0.5"]) == 0
+    (tmp_path / "data.jsonl").write_text(lines[2])
+    assert main([*arguments[:-1], str(tmp_path / "none")]) == 1  # nothing is written
+    assert "no usable row (media_missing 1)" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
     source = SampleSource(tmp_path / "out")
     assert [sample.reference for sample in source] == ["a", "b"]
     assert source[0].messages[0].segments[0].media == corrupt.good_image()
     assert main(["verify", str(tmp_path / "map.yaml")]) == 1  # a mapping can be looked at too
+    assert "data.jsonl row 0 id my/pictures/0: media_missing" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 

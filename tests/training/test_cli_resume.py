@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from forked_runs import Runs
 from test_processes import killed_and_resumed
 
-KILLS = 10
+KILLS = int(os.environ.get("OMNITRAIN_KILLS", "10"))
 
 
 def arguments(run_dir: Path, workers: int) -> list[str]:
