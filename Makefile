@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART_DIR := runs/quickstart
 
-.PHONY: quickstart test lint notebooks clean
+.PHONY: quickstart test test-slow lint clean
 
 quickstart: $(VENV)/.installed  ## install, train the quickstart recipe, write and name its report
 	$(BIN)/python -m omnitrain fit +recipe=quickstart paths.run_dir=$(QUICKSTART_DIR) ckpt_path=last
 
-test: $(VENV)/.installed-dev lint  ## everything that CI checks: linters, tests, then the slow tests as one job
+test: $(VENV)/.installed-dev lint  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(VENV)/.installed-dev  ## the longest tests: ten kills, notebooks, real worker processes
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
