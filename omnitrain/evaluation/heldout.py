@@ -257,6 +257,8 @@ def evaluate(
     n_media = sum(len(rows) for (_, modality), rows in groups.items() if modality != "text")
     n_generated = sum(min(max_generated, sum(map(_answers, rows))) for rows in groups.values())
     with bar:
+        if progress and not bar.console.is_terminal:
+            bar.console.print(f"scoring {n_rows} held-out samples, answering {n_generated}")
         task = bar.add_task("scoring held-out samples", total=n_rows + n_media + n_generated)
 
         def advance(n: int = 1) -> None:
@@ -569,7 +571,7 @@ def write_predictions(rows: Iterable[_Row], path: Path) -> None:
 
 def print_table(scores: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what `evaluate` returned: one line per modality and split (fits 80 columns)."""
-    table = Table(title="Held-out samples", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title="Held-out samples", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
     for column in ("n", "loss", "bits/B", "unigram", "chrF", "exact", "WER", "media swap"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -599,9 +601,9 @@ def print_table(scores: Mapping[str, Any], console: Console | None = None) -> No
     console = console or Console()
     console.print(table)
     console.print(
-        "cell: known things in a combination never trained on; concept: things never trained on.\n"
-        "loss: nats per target token; unigram: bits/B of a model of token frequencies alone.\n"
-        "media swap: rise of the loss with another sample's medium, 95 % interval:\n"
+        "cell: known things, in a combination never trained on; concept: unknown things.\n"
+        "loss: nats per target token; unigram: bits/B of knowing token frequencies alone.\n"
+        "media swap: rise of the loss with another sample's medium, 95 % interval;\n"
         "above 0, the model looks and listens.",
         style="dim",
         highlight=False,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -78,3 +81,17 @@ def test_wrong_argument_is_named_with_its_place(toy: list[str], tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "+data.max_token=3", *toy]) == 1
     assert "max_token" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_folder(toy: list[str], tmp_path: Path) -> None:
+    """Lightning starts the second process with a command line of its own; both must see the same run."""
+    line = [sys.executable, "-m", "omnitrain", "fit", "+recipe=quickstart", "trainer=ddp", "trainer.accelerator=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*line, "trainer.max_steps=2", *toy], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(losses(folder)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -122,10 +122,14 @@ def test_evaluation_repeats_itself(
 
 def test_the_table_fits_80_columns(scored: tuple[dict[str, Any], Path]) -> None:
     out = io.StringIO()
-    print_table(scored[0], Console(file=out, width=80))
-    assert "image" in out.getvalue()
+    rows = [{**row, "modality": "audio_video", "wer": 1.25, "loss": 10.125} for row in scored[0]["scores"]]
+    gain = {"mean": -10.0, "low": -12.5, "high": -0.25}
+    swaps = [{"modality": "audio_video", "split": s, "task": "all", "gain": gain} for s in ("all", *SPLITS)]
+    print_table({"scores": rows, "media_swap": swaps}, Console(file=out, width=80))
+    assert "audio+video" in out.getvalue()
     assert "concept" in out.getvalue()
     assert "…" not in out.getvalue()
+    assert "-10.00 [-12.50,-0.25]" in out.getvalue()
 
 
 def test_draw_is_the_same_from_shards_and_takes_tasks_in_turn(tmp_path: Path) -> None:

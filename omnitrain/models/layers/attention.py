@@ -8,6 +8,7 @@ encoder) share a call.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -86,9 +87,7 @@ def _sdpa_per_document(
             for b in documents:
                 outputs[b] = q_parts[b]
             continue
-        q = torch.stack([q_parts[b] for b in documents]).transpose(1, 2)  # [docs, H, n_q, D]
-        k = torch.stack([k_parts[b] for b in documents]).transpose(1, 2)
-        v = torch.stack([v_parts[b] for b in documents]).transpose(1, 2)
+        q, k, v = (_together(parts, documents) for parts in (q_parts, k_parts, v_parts))  # [docs, H, n, D]
         mask = None
         if causal and not same and 1 < n_q < n_k:  # chunked prefill behind a cache
             mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
@@ -98,3 +97,10 @@ def _sdpa_per_document(
         for b, o in zip(documents, out.transpose(1, 2), strict=True):
             outputs[b] = o
     return torch.cat([o for o in outputs if o is not None])
+
+
+def _together(parts: Sequence[Tensor], documents: list[int]) -> Tensor:
+    """[n, H, D] of each document -> [docs, H, n, D]; a single document is not copied."""
+    if len(documents) == 1:
+        return parts[documents[0]].transpose(0, 1).unsqueeze(0)
+    return torch.stack([parts[b] for b in documents]).transpose(1, 2)
