@@ -1,4 +1,5 @@
-"""The wheel carries configuration, recipes and the embedded pack, and works in another environment, outside the clone."""
+"""The wheel carries configuration, recipes and the embedded pack, and works in another environment, outside the
+clone."""
 
 from __future__ import annotations
 
