@@ -571,7 +571,7 @@ def write_predictions(rows: Iterable[_Row], path: Path) -> None:
 
 def print_table(scores: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what `evaluate` returned: one line per modality and split (fits 80 columns)."""
-    table = Table(title="Held-out samples", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(title="Held-out samples", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
     for column in ("n", "loss", "bits/B", "unigram", "chrF", "exact", "WER", "media swap"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -588,13 +588,12 @@ def print_table(scores: Mapping[str, Any], console: Console | None = None) -> No
             continue
         gain = swaps.get((row["modality"], row["split"]))
         whole = row["split"] == "all"
+        name = row["modality"].replace("_", "+") if whole else "  " + row["split"].removeprefix("heldout_")
         table.add_row(
-            row["modality"].replace("_", " + ")
-            if whole
-            else "  " + row["split"].removeprefix("heldout_").replace("_", " "),
+            name,
             f"{row['samples']:,}",
             f"{row['loss']:.2f}",
-            *("-" if row.get(name) is None else format(row[name], form) for name, form in forms),
+            *("-" if row.get(key) is None else format(row[key], form) for key, form in forms),
             f"{gain['mean']:+.2f} [{gain['low']:+.2f},{gain['high']:+.2f}]" if gain else "-",
             style="bold" if whole else "dim",
         )
