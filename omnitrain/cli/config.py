@@ -113,6 +113,8 @@ class Job:
             sys.argv = self._child_command(job, cfg.paths.run_dir)
             return importlib.import_module(f"omnitrain.cli.{self.verb}").run(OmegaConf.create(resolved))
         except (ConfigError, ForbiddenTarget, MissingTarget, OmegaConfBaseException) as error:
+            if "HYDRA_FULL_ERROR" in os.environ:
+                raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error
 

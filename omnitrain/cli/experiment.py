@@ -31,15 +31,23 @@ class Experiment:
     trainer: L.Trainer
 
 
-def build(cfg: DictConfig) -> Experiment:
+def build(cfg: DictConfig, stage: str) -> Experiment:
     """Seed everything, then build data, model, module, callbacks, loggers and trainer, in this order.
+
+    Args:
+        stage: ``fit``, ``validate``, ``test`` or ``predict``: which data are opened.
 
     Raises:
         hydra.errors.InstantiationException: a constructor refused its arguments; names the place in the configuration.
+        ConfigError: data or tokenizer are not where the configuration says.
     """
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule: OmniDataModule = instantiate(cfg.data, _convert_="all")
+    try:
+        datamodule.setup(stage)  # a missing shard stops the run here, before anything large is built
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"data: {error}") from error
     model = build_model(cfg, datamodule.tokenizer)
     if "preset" in cfg.model:
         init_weights(model, cfg.seed)

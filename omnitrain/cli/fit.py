@@ -12,7 +12,7 @@ from omnitrain.cli.test import evaluate_and_report
 def run(cfg: DictConfig) -> float | None:
     """Train as `cfg` says. Returns the last validation loss, which sweepers minimise."""
     checkpoint = starting_checkpoint(cfg)
-    experiment = build(cfg)
+    experiment = build(cfg, "fit")
     run_dir, trainer = experiment.run_dir, experiment.trainer
     if cfg.ckpt_path is None and (run_dir / "checkpoints" / "last.ckpt").exists():
         raise ConfigError(

@@ -15,7 +15,7 @@ def run(cfg: DictConfig) -> None:
     """Write ``predictions.parquet``: id, source, task, modality, text (the answer). One file per process of a
     distributed run."""
     checkpoint = trained_checkpoint(cfg, "predict")
-    experiment = build(cfg)
+    experiment = build(cfg, "predict")
     trainer = experiment.trainer
     batches = trainer.predict(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
     rows = list(chain.from_iterable(batches or []))

@@ -11,7 +11,7 @@ from omnitrain.cli.experiment import Experiment, build, trained_checkpoint
 def run(cfg: DictConfig) -> None:
     """Score the checkpoint that `cfg` names, and write the report into the run folder."""
     checkpoint = trained_checkpoint(cfg, "test")
-    experiment = build(cfg)
+    experiment = build(cfg, "test")
     if checkpoint is not None:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         experiment.module.load_state_dict(state)

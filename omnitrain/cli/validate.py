@@ -12,7 +12,7 @@ from omnitrain.training.callbacks import loss_table
 def run(cfg: DictConfig) -> float:
     """Returns the loss in nats per target token."""
     checkpoint = trained_checkpoint(cfg, "validate")
-    experiment = build(cfg)
+    experiment = build(cfg, "validate")
     module, trainer = experiment.module, experiment.trainer
     trainer.validate(module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
     if trainer.is_global_zero:

@@ -164,6 +164,19 @@ class ThinkerModule(L.LightningModule):
         self._part_norms = {part: float(norm) for part, norm in norms.items()}
         self.gradient_norm = float(torch.stack(list(norms.values())).norm())
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # By the norm that is known already; Lightning's own clipping refuses fused optimizers under bf16-mixed.
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only `norm` is supported")
+        if gradient_clip_val and self.gradient_norm > gradient_clip_val and not self._discarded:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, gradient_clip_val / self.gradient_norm)
+
     @property
     def datamodule(self) -> Any:
         """The trainer's datamodule, or None."""
@@ -273,7 +286,7 @@ class ThinkerModule(L.LightningModule):
             self.evaluation_sums[name] = merged
             row |= merged.metrics(name)
         self._evaluation = {}
-        self.log_dict(row, logger=False)
+        self.log_dict(row, logger=False, sync_dist=True)  # for callbacks; all ranks have the same values
         if not self.trainer.sanity_checking:
             self.log_row(row, self.global_step)
 
@@ -313,6 +326,10 @@ class ThinkerModule(L.LightningModule):
             raise ValueError("the checkpoint holds no 'omnitrain' entry: it was not written by ThinkerModule")
         self._saved = state["ranks"]
         self._row_counts, self.skipped_steps = state["row_counts"], state["skipped_steps"]
+
+    def on_fit_start(self) -> None:
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.precision=16-mixed scales the loss, which is not supported; use bf16-mixed")
 
     def on_train_start(self) -> None:
         if not self._saved:

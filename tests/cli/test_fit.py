@@ -77,6 +77,14 @@ def test_missing_checkpoint_file(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "there is no file nothing.ckpt" in capsys.readouterr().err
 
 
+def test_missing_data_are_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "+recipe=stamps", "paths.data_dir=nowhere"]) == 1
+    error = capsys.readouterr().err
+    assert "data: shard nowhere/stamps is missing" in error
+    assert "Traceback" not in error
+
+
 def test_wrong_argument_is_named_with_its_place(toy: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "+data.max_token=3", *toy]) == 1

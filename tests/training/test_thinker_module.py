@@ -161,6 +161,13 @@ def test_a_gradient_spike_is_skipped(tmp_path: Path) -> None:
     assert guard.bound == 6.0
 
 
+def test_mixed_precision(tmp_path: Path) -> None:
+    _, module, _ = train(Toy(out=str(tmp_path), steps=3, precision="bf16-mixed", clip=0.5))
+    losses = [float(r["train/loss"]) for r in read_csv(tmp_path / "metrics.csv")]
+    assert losses == pytest.approx(plain_training(3, 1, 0.01)[1], abs=0.05)
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
 def test_frozen_parts_stay(tmp_path: Path) -> None:
     _, module, _ = train(Toy(out=str(tmp_path), steps=2, train=("aut_adapter", "visual_adapter")))
     fresh = toy_model().state_dict()

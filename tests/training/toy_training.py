@@ -200,6 +200,7 @@ class Toy:
     poison: tuple[int, ...] = ()
     max_in_a_row: int = 5
     ema: bool = False
+    precision: str = "32-true"
     delay: float = 0.0
     resume: bool = True
     train: tuple[str, ...] | None = None
@@ -234,6 +235,7 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=toy.devices,
+        precision=toy.precision,
         strategy=strategy,
         max_steps=toy.steps,
         max_epochs=-1,
