@@ -57,6 +57,8 @@ UDHR_CODES = {
 
 PICTURE, FRAME, FPS, SECONDS = 128, 96, 8, 2.0
 LONGEST_SOUND = 2.0
+TRANSLATED = ("en", "es", "fr")
+"""Languages between which every caption is translated: translation is what ties the languages of a concept together."""
 TRANSLATIONS_PER_STAMP, SPEECH_TRANSLATIONS = 8, 2
 HELDOUT_CLIPS = 10  # per moving stamp of a held-out concept
 DEFINITIONS, LONGEST_DEFINITION = 2400, 110
@@ -94,7 +96,8 @@ def choose_objects(chosen: Sequence[Stamp], count: int) -> list[Stamp]:
 
 
 def stamp_rows(stamp: Stamp) -> Iterator[Sample]:
-    """A stamp's rows: every caption and transcript, and a choice by hash of its many translations."""
+    """A stamp's rows: every caption and transcript, the translations between `TRANSLATED`, and a choice by hash of the
+    many others."""
     captions = [language for language in MAIN_LANGUAGES if language in stamp.captions]
 
     def by_hash(pairs: list[tuple[str, str]], what: str) -> list[tuple[str, str]]:
@@ -109,8 +112,10 @@ def stamp_rows(stamp: Stamp) -> Iterator[Sample]:
         pairs = by_hash([(spoken, wanted) for wanted in captions if wanted != spoken], "s2tt")
         for given, wanted in pairs[:SPEECH_TRANSLATIONS]:
             yield stamps.sample(stamp, "s2tt", given, wanted)
-    pairs = by_hash([(given, wanted) for given in captions for wanted in captions if given != wanted], "t2tt")
-    for given, wanted in pairs[:TRANSLATIONS_PER_STAMP]:
+    every = [(given, wanted) for given in captions for wanted in captions if given != wanted]
+    main = [pair for pair in every if set(pair) <= set(TRANSLATED)]
+    others = by_hash([pair for pair in every if pair not in main], "t2tt")
+    for given, wanted in main + others[:TRANSLATIONS_PER_STAMP]:
         yield stamps.sample(stamp, "t2tt", given, wanted)
     if stamp.effect is not None:
         for language in SOUND_LANGUAGES:
@@ -212,7 +217,7 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
         for stamp in track(chosen, description="pictures and sounds", disable=not options.progress):
             yield from stamp_media(stamp)
         for clip in track(clips, description="drawing clips", disable=not options.progress):
-            yield f"video/{clip.id}", renderer.encode(clip, crf=28, audio_bit_rate=24_000)
+            yield f"video/{clip.id}", renderer.encode(clip, crf=30, audio_bit_rate=24_000)
 
     write_media_table(media(), options.out / stamps.MEDIA)
     rows = [row for stamp in chosen for row in stamp_rows(stamp)]

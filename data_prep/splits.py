@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Iterable
 
 HELDOUT_CONCEPTS = 0.05
-HELDOUT_CELLS = 0.09
+HELDOUT_CELLS = 0.18
 VALIDATION_CELLS = 0.02
 VALIDATION_DOCUMENTS = 0.04
 

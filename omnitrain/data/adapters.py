@@ -38,7 +38,7 @@ from typing import Any, get_args
 import numpy as np
 
 from omnitrain.data.sample import ROLES, BadSample, Message, Role, Sample, Segment, SegmentType
-from omnitrain.data.shards import FILTERS, MediaReader, SampleSource, Source, nearest, unknown
+from omnitrain.data.shards import MediaReader, SampleSource, Source, concept_fraction, nearest, read_conditions, unknown
 
 KINDS = ("jsonl", "parquet", "webdataset", "hub")
 
@@ -46,7 +46,7 @@ KINDS = ("jsonl", "parquet", "webdataset", "hub")
 def open_source(
     path: str | Path | Sequence[str | Path],
     split: str | None = None,
-    where: Mapping[str, str | Sequence[str]] | None = None,
+    where: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> Source:
     """Shards, or the data that a mapping (a ``.yaml`` file) describes. Arguments as of `SampleSource`."""
@@ -524,6 +524,15 @@ def _open_rows(mapping: ColumnMapping, base: Path) -> Any:
 # ------------------------------------------------------------------------------------------------------------- sources
 
 
+def _agrees(sample: Sample, key: str, allowed: Sequence[Any]) -> bool:
+    """One condition of `read_conditions`, as `SampleSource` understands it."""
+    if key == "languages":
+        return set(sample.languages) <= set(allowed) or ">".join(sample.languages) in allowed
+    if key == "concept_share":
+        return concept_fraction(sample.concept) < allowed[0]
+    return getattr(sample, key) in allowed
+
+
 class MappedSource:
     """Samples of a user's own data by index, described by a mapping file. The interface is that of `SampleSource`.
 
@@ -539,7 +548,7 @@ class MappedSource:
         self,
         mapping: str | Path,
         split: str | None = None,
-        where: Mapping[str, str | Sequence[str]] | None = None,
+        where: Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> None:
         self.file = Path(mapping)
@@ -550,28 +559,18 @@ class MappedSource:
         _check_columns(self._sample, self._rows.columns(), self.file)
         self._media = _media_reader(self.mapping, self.file.parent)
         self._kept = np.arange(len(self._rows))
-        conditions = {key: [value] if isinstance(value, str) else list(value) for key, value in (where or {}).items()}
-        if split is not None:
-            conditions["split"] = [split]
-        for key in conditions:
-            if key not in FILTERS:
-                raise unknown("where", "filter", key, FILTERS)
+        conditions = read_conditions(where, split)
         if conditions:
             self._kept = np.array([i for i in range(len(self._rows)) if self._agrees(i, conditions)], dtype=np.int64)
             if not len(self._kept):
                 raise ValueError(f"{self.file}: no row has {conditions}")
 
-    def _agrees(self, row: int, conditions: Mapping[str, Sequence[str]]) -> bool:
+    def _agrees(self, row: int, conditions: Mapping[str, Sequence[Any]]) -> bool:
         try:
             sample = self._sample(self._rows[row], row)
         except BadSample:
             return True  # met, named and counted when its turn comes
-        return all(
-            set(sample.languages) <= set(allowed) or ">".join(sample.languages) in allowed
-            if key == "languages"
-            else getattr(sample, key) in allowed
-            for key, allowed in conditions.items()
-        )
+        return all(_agrees(sample, key, allowed) for key, allowed in conditions.items())
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -64,7 +66,7 @@ SCHEMA = pa.schema(
 
 MEDIA_TABLE_SCHEMA = pa.schema([("name", pa.string()), ("bytes", pa.binary())])
 LIGHT_COLUMNS = ("id", "source", "split", "task", "languages", "concept", "modality")
-FILTERS = ("source", "split", "task", "languages", "concept", "modality")
+FILTERS = ("source", "split", "task", "languages", "concept", "concept_share", "modality")
 
 _ROW_GROUP_BYTES, _ROW_GROUP_ROWS = 1 << 18, 256
 _CACHE_BYTES = 64 << 20  # decoded row groups kept per reader: a small data set lies in memory after the first epoch
@@ -396,7 +398,9 @@ class SampleSource:
         split: keep the rows of this split; the same as ``where={"split": [split]}``.
         where: which rows to keep: each key one of `FILTERS`, each value a list (or one string). A row stays when it
             agrees with every key. ``languages`` keeps rows whose languages all stand in the list; an entry such as
-            ``"en>fr"`` names an exact sequence.
+            ``"en>fr"`` names an exact sequence. ``concept_share`` is a number in (0, 1]: that share of the concepts,
+            chosen by a hash, so that 0.2 is a part of 0.4 and every source keeps the same ones (rows without a concept
+            stay).
         name: for logs and counters; default: the folder's or file's name.
 
     Raises:
@@ -409,7 +413,7 @@ class SampleSource:
         self,
         path: str | Path | Sequence[str | Path],
         split: str | None = None,
-        where: Mapping[str, str | Sequence[str]] | None = None,
+        where: Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> None:
         self.files = shard_files(path)
@@ -418,12 +422,7 @@ class SampleSource:
             raise ValueError(f"shards of one source lie in one folder; {other[0]} is not in {self.folder}")
         shown = Path(path) if isinstance(path, (str, Path)) else self.folder
         self.name = name or (shown.stem if shown.suffix == ".parquet" and "*" not in shown.name else self.folder.name)
-        conditions = {key: [value] if isinstance(value, str) else list(value) for key, value in (where or {}).items()}
-        if split is not None:
-            conditions["split"] = [split]
-        for key in conditions:
-            if key not in FILTERS:
-                raise unknown("where", "filter", key, FILTERS)
+        conditions = read_conditions(where, split)
         kept_files, kept_rows = [], []
         for number, file in enumerate(self.files):
             rows = _matching_rows(_open_shard(file), conditions)
@@ -472,7 +471,7 @@ class SampleSource:
 
     def _values(self, keys: Iterable[str]) -> str:
         texts = []
-        for key in keys:
+        for key in dict.fromkeys("concept" if key == "concept_share" else key for key in keys):
             columns = [_open_parquet(file).read(columns=[key])[key] for file in self.files]
             values = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
             if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
@@ -529,6 +528,34 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def read_conditions(where: Mapping[str, Any] | None, split: str | None = None) -> dict[str, list[Any]]:
+    """What `where` and `split` ask for: filter -> allowed values.
+
+    Raises:
+        ValueError: an unknown filter, or a share outside (0, 1].
+    """
+    conditions = {key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+                  for key, value in (where or {}).items()}
+    if split is not None:
+        conditions["split"] = [split]
+    for key, allowed in conditions.items():
+        if key not in FILTERS:
+            raise unknown("where", "filter", key, FILTERS)
+        if key == "concept_share":
+            try:
+                conditions[key] = [share] = [float(value) for value in allowed]
+            except ValueError:
+                share = math.nan
+            if not 0 < share <= 1:
+                raise ValueError(f"where: concept_share {allowed} must be one number above 0 and at most 1")
+    return conditions
+
+
+def concept_fraction(concept: str) -> float:
+    """A number in [0, 1) for each concept, the same everywhere; `concept_share` keeps those below it."""
+    return zlib.crc32(concept.encode()) / 2**32
+
+
 def unknown(where: str, what: str, word: object, words: Iterable[str]) -> ValueError:
     """The error for a name that is none of `words`."""
     words = list(words)
@@ -576,14 +603,15 @@ def _family(kind: pa.DataType) -> str:
     return str(kind).removeprefix("large_")
 
 
-def _matching_rows(file: pq.ParquetFile, conditions: Mapping[str, Sequence[str]]) -> np.ndarray:
+def _matching_rows(file: pq.ParquetFile, conditions: Mapping[str, Sequence[Any]]) -> np.ndarray:
     """Row numbers (int64) of `file` that agree with every condition; text is compared as bytes and never decoded."""
     keep = np.ones(file.metadata.num_rows, dtype=bool)
     if not conditions:
         return np.flatnonzero(keep)
-    table = file.read(columns=list(conditions), use_threads=False)
+    columns = {key: "concept" if key == "concept_share" else key for key in conditions}
+    table = file.read(columns=sorted(set(columns.values())), use_threads=False)
     for key, allowed in conditions.items():
-        column = table[key].combine_chunks()
+        column = table[columns[key]].combine_chunks()
         if isinstance(column, pa.ChunkedArray):  # a table without rows
             continue
         if key == "languages":
@@ -594,6 +622,9 @@ def _matching_rows(file: pq.ParquetFile, conditions: Mapping[str, Sequence[str]]
             before = np.concatenate([[0], np.cumsum(other)])
             joined = _is_in(pc.call_function("binary_join", [column, ">"]), exact)
             keep &= ((before[offsets[1:]] == before[offsets[:-1]]) & (len(plain) > 0)) | joined
+        elif key == "concept_share":
+            fractions = {concept: concept_fraction(concept) for concept in column.unique().to_pylist()}
+            keep &= np.array([fractions[concept] < allowed[0] for concept in column.to_pylist()], dtype=bool)
         else:
             keep &= _is_in(column, pa.array(allowed, pa.string()))
     return np.flatnonzero(keep)
