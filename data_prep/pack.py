@@ -59,7 +59,9 @@ PICTURE, FRAME, FPS, SECONDS = 128, 96, 8, 2.0
 LONGEST_SOUND = 2.0
 TRANSLATED = ("en", "es", "fr")
 """Languages between which every caption is translated: translation is what ties the languages of a concept together."""
-TRANSLATIONS_PER_STAMP, SPEECH_TRANSLATIONS = 8, 2
+SPEECH_TRANSLATED = ("en", "es", "fr", "ca")
+"""Languages into which every recording is translated, so that a held-out transcript is of a recording that was heard."""
+TRANSLATIONS_PER_STAMP = 4
 HELDOUT_CLIPS = 10  # per moving stamp of a held-out concept
 DEFINITIONS, LONGEST_DEFINITION = 2400, 110
 
@@ -109,9 +111,9 @@ def stamp_rows(stamp: Stamp) -> Iterator[Sample]:
         if spoken not in stamp.recordings:
             continue
         yield stamps.sample(stamp, "asr", spoken, spoken)
-        pairs = by_hash([(spoken, wanted) for wanted in captions if wanted != spoken], "s2tt")
-        for given, wanted in pairs[:SPEECH_TRANSLATIONS]:
-            yield stamps.sample(stamp, "s2tt", given, wanted)
+        for wanted in SPEECH_TRANSLATED:
+            if wanted in captions and wanted != spoken:
+                yield stamps.sample(stamp, "s2tt", spoken, wanted)
     every = [(given, wanted) for given in captions for wanted in captions if given != wanted]
     main = [pair for pair in every if set(pair) <= set(TRANSLATED)]
     others = by_hash([pair for pair in every if pair not in main], "t2tt")
@@ -217,7 +219,7 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
         for stamp in track(chosen, description="pictures and sounds", disable=not options.progress):
             yield from stamp_media(stamp)
         for clip in track(clips, description="drawing clips", disable=not options.progress):
-            yield f"video/{clip.id}", renderer.encode(clip, crf=30, audio_bit_rate=24_000)
+            yield f"video/{clip.id}", renderer.encode(clip, crf=31, audio_bit_rate=24_000)
 
     write_media_table(media(), options.out / stamps.MEDIA)
     rows = [row for stamp in chosen for row in stamp_rows(stamp)]

@@ -2,6 +2,6 @@
 
 import logging
 
-# Grain, which orders the data, warns at import that the JAX profiler is absent; nothing here uses JAX. Set this early:
-# worker processes import Grain before anything else of omnitrain.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Grain, which orders the data, warns at import that JAX's profiler is absent; nothing here uses JAX. A filter, because
+# Grain's worker processes set the logger's level anew; here, because they import this file before Grain.
+logging.getLogger("absl").addFilter(lambda record: "jax profiler" not in record.getMessage())

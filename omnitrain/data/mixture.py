@@ -72,8 +72,7 @@ class SourceConfig:
         if source is None:
             if self.path is None:
                 raise ValueError(f"data source {self.name!r} needs a path (a folder of shards or a mapping) or samples")
-            where = {key: value if isinstance(value, str) else list(value) for key, value in self.where.items()}
-            source = open_source(self.path, split=self.split, where=where, name=self.name)
+            source = open_source(self.path, split=self.split, where=self.where, name=self.name)
         if len(source) == 0:
             raise ValueError(f"data source {self.name!r} ({self.path}) holds no samples")
         return source if self.limit is None or self.limit >= len(source) else _Spaced(source, self.limit)

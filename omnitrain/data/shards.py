@@ -534,8 +534,10 @@ def read_conditions(where: Mapping[str, Any] | None, split: str | None = None) -
     Raises:
         ValueError: an unknown filter, or a share outside (0, 1].
     """
-    conditions = {key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-                  for key, value in (where or {}).items()}
+    conditions = {
+        key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        for key, value in (where or {}).items()
+    }
     if split is not None:
         conditions["split"] = [split]
     for key, allowed in conditions.items():

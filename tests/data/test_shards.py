@@ -212,3 +212,21 @@ def test_writing_refuses_what_does_not_fit(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="'s1'"):
             write_shards([sample(0), wrong], tmp_path, "demo", progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_share_of_the_concepts(tmp_path: Path) -> None:
+    rows = [sample(i, concept=f"concept {i // 3}") for i in range(600)]
+    write_shards(rows, tmp_path, "demo", progress=False)
+
+    def concepts(share: float) -> set[str]:
+        kept = list(SampleSource(tmp_path, where={"concept_share": share}))
+        found = {row.concept for row in kept}
+        assert len(kept) == 3 * len(found)  # a concept stays whole
+        return found
+
+    assert len(concepts(1.0)) == 200
+    assert concepts(0.2) < concepts(0.5)
+    assert 70 < len(concepts(0.5)) < 130
+    for wrong in (0, 1.5, "much"):
+        with pytest.raises(ValueError, match="concept_share"):
+            SampleSource(tmp_path, where={"concept_share": wrong})
