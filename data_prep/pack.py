@@ -60,7 +60,7 @@ LONGEST_SOUND = 2.0
 TRANSLATED = ("en", "es", "fr")
 """Languages between which every caption is translated: translation is what ties the languages of a concept together."""
 SPEECH_TRANSLATED = ("en", "es", "fr", "ca")
-"""Languages into which every recording is translated, so that a held-out transcript is of a recording that was heard."""
+"""Languages into which every recording is translated: then a held-out transcript is of a recording that was heard."""
 TRANSLATIONS_PER_STAMP = 4
 HELDOUT_CLIPS = 10  # per moving stamp of a held-out concept
 DEFINITIONS, LONGEST_DEFINITION = 2400, 110

@@ -2,6 +2,6 @@
 
 import logging
 
-# Grain, which orders the data, warns at import that JAX's profiler is absent; nothing here uses JAX. A filter, because
-# Grain's worker processes set the logger's level anew; here, because they import this file before Grain.
+# Grain, which orders the data, warns at import that JAX's profiler is absent; nothing here uses JAX. (Its worker
+# processes may import it before this file, and then say so once.)
 logging.getLogger("absl").addFilter(lambda record: "jax profiler" not in record.getMessage())
