@@ -102,9 +102,6 @@ def stamp_rows(stamp: Stamp) -> Iterator[Sample]:
     many others."""
     captions = [language for language in MAIN_LANGUAGES if language in stamp.captions]
 
-    def by_hash(pairs: list[tuple[str, str]], what: str) -> list[tuple[str, str]]:
-        return sorted(pairs, key=lambda pair: fraction(what, stamp.id, *pair))
-
     for language in captions:
         yield stamps.sample(stamp, "caption", "", language)
     for spoken in (*SPOKEN, "en"):
@@ -116,7 +113,7 @@ def stamp_rows(stamp: Stamp) -> Iterator[Sample]:
                 yield stamps.sample(stamp, "s2tt", spoken, wanted)
     every = [(given, wanted) for given in captions for wanted in captions if given != wanted]
     main = [pair for pair in every if set(pair) <= set(TRANSLATED)]
-    others = by_hash([pair for pair in every if pair not in main], "t2tt")
+    others = sorted((pair for pair in every if pair not in main), key=lambda pair: fraction("t2tt", stamp.id, *pair))
     for given, wanted in main + others[:TRANSLATIONS_PER_STAMP]:
         yield stamps.sample(stamp, "t2tt", given, wanted)
     if stamp.effect is not None:
