@@ -4,16 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART_DIR := runs/quickstart
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-fast lint clean
 
 quickstart: $(VENV)/.installed  ## install, train the quickstart recipe, write and name its report
 	$(BIN)/python -m omnitrain fit +recipe=quickstart paths.run_dir=$(QUICKSTART_DIR) ckpt_path=last
 
 test: $(VENV)/.installed-dev lint  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-test-slow: $(VENV)/.installed-dev  ## the longest tests: ten kills, notebooks, real worker processes
-	$(BIN)/python -m pytest -m slow
+test-fast: $(VENV)/.installed-dev lint  ## without the longest: ten kills, notebooks, the wheel
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -31,7 +32,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/uv
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/uv
-	$(BIN)/uv pip install --python $(BIN)/python --editable ".[dev,sweeps,prep]"
+	$(BIN)/uv pip install --python $(BIN)/python --editable ".[dev,sweeps,prep,eval]"
 	touch $@ $(VENV)/.installed
 
 clean:  ## remove the environment and caches (runs stay)

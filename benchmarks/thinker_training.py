@@ -117,7 +117,7 @@ def omnitrain_step(folder: Path, device: str, dtype: str, checkpointing: bool) -
     from omnitrain.interop.public_format import load_pretrained
     from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 
-    model = load_pretrained(folder, dtype=getattr(torch, dtype), device=device)
+    model = load_pretrained(folder, dtype=getattr(torch, dtype), device=device, speech=False)
     model.set_activation_checkpointing(checkpointing)
     batch = PackedBatch.pack([encode(d) for d in documents()]).to(device)
     inputs, coefficient = batch.model_inputs(), model.config.thinker.balance_coefficient

@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from omnitrain.cli.locations import CONF, PACK, RECIPES
+from omnitrain.cli.locations import CONF, PACK, PACK_SPEECH, RECIPES
 from omnitrain.cli.targets import EXTRA_VARIABLE, ForbiddenTarget, MissingTarget, check_origins, check_targets
 
 OmegaConf.register_new_resolver("omnitrain.pack", lambda: str(PACK), replace=True)
+OmegaConf.register_new_resolver("omnitrain.pack_speech", lambda: str(PACK_SPEECH), replace=True)
 
 SAVED_RUN = "saved_run"
 """Name under which the configuration of an existing run folder is composed (`omnitrain test RUN_DIR`)."""
@@ -67,6 +68,7 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     """
     try:
         run_dir, hydra_arguments = _split_run_dir(arguments)
+        hydra_arguments = quote_stage_overrides(hydra_arguments)
         register_recipes(hydra_arguments)
         check_command_line(hydra_arguments, "config" if run_dir is None else _register_run(run_dir))
     except (ConfigError, ForbiddenTarget) as error:
@@ -109,6 +111,11 @@ class Job:
             cfg = cfg.copy()
             cfg.paths.run_dir = str(_run_dir(job))
             resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            if cfg.get("stages") is not None and self.verb != "fit":
+                raise ConfigError(
+                    f"stages: this recipe has several, and only `fit` runs them; name the folder of one, as in "
+                    f"`python -m omnitrain {self.verb} RUN_DIR/STAGE`"
+                )
             check_origins(check_targets(resolved))
             sys.argv = self._child_command(job, cfg.paths.run_dir)
             return importlib.import_module(f"omnitrain.cli.{self.verb}").run(OmegaConf.create(resolved))
@@ -202,6 +209,55 @@ def check_command_line(arguments: list[str], config_name: str = "config") -> Non
             near = difflib.get_close_matches(key, [str(name) for name in known if name != key], n=1, cutoff=0.75)
             if text.startswith("+") and "." not in key and key in cfg and key not in _root_keys() and near:
                 raise ConfigError(f"{text}: nothing reads a key '{key}'; did you mean +{near[0]}={value}?")
+
+
+def check_stage(name: str, command: Sequence[str]) -> None:
+    """Check the command of a stage (verb first) before the stages in front of it take hours. One that begins with a run
+    folder is left alone: the folder may be still to be made.
+
+    Raises:
+        ConfigError, ForbiddenTarget: as `check_command_line`, with the stage's name.
+    """
+    arguments = list(command[1:])
+    if arguments and not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]:
+        return
+    try:
+        register_recipes(arguments)
+        check_command_line(arguments)
+    except (ConfigError, ForbiddenTarget) as error:
+        raise type(error)(f"stage '{name}': {error}") from error
+
+
+def quote_stage_overrides(arguments: list[str]) -> list[str]:
+    """``stage_overrides.NAME=[a=1,b=2]`` with its overrides in quotes: in Hydra's lists a bare word has no "="."""
+    quoted = []
+    for text in arguments:
+        key, _, value = text.partition("=")
+        if key.lstrip("+").startswith("stage_overrides.") and value.startswith("[") and value.endswith("]"):
+            words = _split_at_commas(value[1:-1])
+            words = [w if w[0] in "'\"" else "'" + w.replace("'", "\\'") + "'" for w in words]
+            text = f"{key}=[{','.join(words)}]"
+        quoted.append(text)
+    return quoted
+
+
+def _split_at_commas(text: str) -> list[str]:
+    """The parts between the commas that stand outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in "]})":
+            depth -= 1
+        elif character == "," and not depth:
+            parts.append("")
+            continue
+        parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _root_keys() -> set[str]:

@@ -1,9 +1,10 @@
-"""``omnitrain data``: look at data, check every row, count it, bring one's own."""
+"""``omnitrain data``: look at data, check every row, count it, bring one's own, turn speech into codec frames."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
         ("verify", _verify, "decode every row and name each bad one; exit status 1 if there is any"),
         ("stats", _stats, "samples, tokens, seconds, pixels and languages"),
         ("import", _import, "write the data that a mapping describes to shards, media included"),
+        ("encode", _encode, "write shards anew with codec frames instead of recordings of speech"),
     ):
         verb = verbs.add_parser(name, help=what, description=what)
         verb.set_defaults(run=run)
@@ -35,15 +37,23 @@ def main(argv: list[str]) -> int:
             verb.add_argument("--name", help="first part of the shards' names; default: the mapping's source")
             verb.add_argument("--limit", type=int, help="stop after so many samples")
             verb.add_argument("--rows-per-shard", type=int, default=10_000)
+            _add_max_bad_fraction(verb)
+            continue
+        if name == "encode":
+            verb.add_argument("codec", type=Path, metavar="CODEC", help="run folder of a codec, or folder of a Mimi")
+            verb.add_argument("shards", nargs="+", metavar="SHARDS", help="folders of shards, or shards")
             verb.add_argument(
-                "--max-bad-fraction", type=float, default=0.01, help="exit status 1 when more rows are bad (0.01)"
+                "--out", type=Path, required=True, help="folder of the new shards, which keep their names"
             )
+            verb.add_argument(
+                "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core"
+            )
+            verb.add_argument("--only-speech", action="store_true", help="leave out samples without recorded speech")
+            _add_conditions(verb)
+            _add_max_bad_fraction(verb)
             continue
         verb.add_argument("path", nargs="?", default=str(PACK), help=PATH_HELP)
-        verb.add_argument("--split", help="only this split")
-        verb.add_argument(
-            "--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="only rows such as task=asr"
-        )
+        _add_conditions(verb)
         if name == "inspect":
             verb.add_argument("--rows", help="row numbers such as 0,7,20-25; default: --count rows, evenly spaced")
             verb.add_argument("--count", type=int, default=5, help="how many samples (5)")
@@ -65,16 +75,33 @@ def main(argv: list[str]) -> int:
         return 1
 
 
+def _add_conditions(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--split", help="only this split")
+    verb.add_argument(
+        "--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="only rows such as task=asr"
+    )
+
+
+def _add_max_bad_fraction(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--max-bad-fraction", type=float, default=0.01, help="exit status 1 when more rows are bad (0.01)"
+    )
+
+
 def _open(options: argparse.Namespace) -> Source:
     from omnitrain.data.adapters import open_source
 
+    return open_source(options.path, split=options.split, where=_where(options))
+
+
+def _where(options: argparse.Namespace) -> dict[str, list[str]]:
     where = {}
     for condition in options.where:
         key, equals, values = condition.partition("=")
         if not equals:
             raise ValueError(f"--where {condition}: write KEY=VALUE, such as task=asr,caption")
         where[key] = values.split(",")
-    return open_source(options.path, split=options.split, where=where)
+    return where
 
 
 def _progress(title: str, total: int | None) -> Any:
@@ -145,15 +172,25 @@ def _verify(options: argparse.Namespace) -> int:
 
     source = _open(options)
     reasons: Counter[str] = Counter()
+    frames = 0
+
+    def count(codec_frames: int) -> None:
+        nonlocal frames
+        frames += codec_frames
+
     with _progress(f"checking {source.name}", len(source)) as advance:
-        for bad in verify(source, fps=options.fps, threads=options.threads):
+        for bad in verify(source, fps=options.fps, threads=options.threads, codec_frames=count):
             advance()
             if bad is not None:
                 reasons[bad.reason] += 1
                 print(f"{bad.file} row {bad.row} id {bad.id or '?'}: {bad.reason}: {bad.detail}", flush=True)
     bad_rows = sum(reasons.values())
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    print(f"{source.name}: {len(source)} rows, {bad_rows} bad" + (f" ({counts})" if bad_rows else ""))
+    print(
+        f"{source.name}: {len(source)} rows, {bad_rows} bad"
+        + (f" ({counts})" if bad_rows else "")
+        + (f", {frames} codec frames" if frames else "")
+    )
     return 1 if bad_rows else 0
 
 
@@ -200,6 +237,7 @@ def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
         "pictures": lambda t: t.images,
         "Mpixel": lambda t: t.image_pixels / 1e6,
         "sound s": lambda t: t.audio_seconds,
+        "codec frames": lambda t: t.codec_frames,
         "video s": lambda t: t.video_seconds,
         "MB": lambda t: t.stored_bytes / 1e6,
         "bad": lambda t: t.bad,
@@ -270,6 +308,32 @@ def _import(options: argparse.Namespace) -> int:
     print(f"wrote {good} samples to {len(shards)} shard(s) in {options.out}{left_out}")
     print(f"next: omnitrain data verify {options.out}")
     return 1 if bad > options.max_bad_fraction * (good + bad) else 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from omnitrain.cli.codec import load_codec
+    from omnitrain.cli.data_encode import encode
+
+    try:
+        codec = load_codec(options.codec)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    try:
+        counts = encode(
+            codec,
+            options.shards,
+            options.out,
+            split=options.split,
+            where=_where(options),
+            only_speech=options.only_speech,
+            workers=options.workers,
+            progress=_progress,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same line continues behind the last whole shard", file=sys.stderr)
+        return 130
+    rows = counts.samples + counts.copied + counts.bad
+    return 1 if counts.bad > options.max_bad_fraction * rows else 0
 
 
 def _file_name(source: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import lightning as L
@@ -15,10 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from omnitrain.cli.config import ConfigError
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.datamodule import OmniDataModule
+from omnitrain.data.speech import SpeechCodes
+from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
-from omnitrain.models.presets import init_weights
+from omnitrain.models.presets import init_codec_weights, init_weights
 from omnitrain.training.callbacks import write_atomically
-from omnitrain.training.thinker import ThinkerModule
+from omnitrain.training.module import TrainingModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Experiment:
 
     run_dir: Path
     datamodule: OmniDataModule
-    module: ThinkerModule
+    module: TrainingModule
     trainer: L.Trainer
 
 
@@ -50,8 +52,13 @@ def build(cfg: DictConfig, stage: str) -> Experiment:
         raise ConfigError(f"data: {error}") from error
     model = build_model(cfg, datamodule.tokenizer)
     if "preset" in cfg.model:
-        init_weights(model, cfg.seed)
-    module: ThinkerModule = instantiate(cfg.module, _convert_="all", _partial_=True)(
+        if isinstance(model, Codec):
+            init_codec_weights(model, cfg.seed)
+        else:
+            init_weights(model, cfg.seed)
+    if isinstance(model, OmniModel) and model.talker is not None:
+        datamodule.speech = give_voice(model, cfg.codec)
+    module: TrainingModule = instantiate(cfg.module, _convert_="all", _partial_=True)(
         model, instantiate(cfg.optim, _convert_="all")
     )
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
@@ -61,12 +68,41 @@ def build(cfg: DictConfig, stage: str) -> Experiment:
     return Experiment(run_dir=Path(cfg.paths.run_dir), datamodule=datamodule, module=module, trainer=trainer)
 
 
-def build_model(cfg: DictConfig, tokenizer: ChatTokenizer) -> OmniModel:
+def build_model(cfg: DictConfig, tokenizer: ChatTokenizer) -> OmniModel | Codec:
     """The model that ``cfg.model`` describes. The weights of a preset are not drawn yet."""
     # The model's vocabulary is the tokenizer's, unless the configuration says otherwise.
     from_tokenizer = {"vocab_size": tokenizer.vocab_size, "special_tokens": tokenizer.special_ids}
     filled = {key: value for key, value in from_tokenizer.items() if key in cfg.model and cfg.model[key] is None}
     return instantiate(cfg.model, _convert_="all", **filled)
+
+
+def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
+    """Put the decoder of a trained codec into `model` as its Code2Wav, and say how its Talker numbers codes.
+
+    Args:
+        codec_run: folder of the codec's run; None leaves Code2Wav as it is and takes codes of any codec.
+
+    Raises:
+        ConfigError: no such codec, or one with other codebooks than the Talker.
+    """
+    assert model.talker is not None
+    talker, fingerprint = model.talker.config, None
+    if codec_run is not None:
+        from omnitrain.cli.codec import codec_fingerprint, load_codec
+
+        codec = load_codec(codec_run)
+        fingerprint = codec_fingerprint(codec)
+        if isinstance(codec, Codec):  # Mimi's frames are decoded by the public checkpoint's own Code2Wav
+            ours, theirs = model.config.code2wav, codec.config.decoder
+            if ours != theirs:
+                raise ConfigError(
+                    f"codec={codec_run}: its decoder is {theirs}, but the model's Code2Wav is {ours}; choose the codec "
+                    "and the model of the same preset"
+                )
+            assert model.code2wav is not None
+            model.code2wav.load_state_dict(codec.decoder.state_dict())
+    special = {f.name: getattr(talker, f.name) for f in fields(SpeechCodes) if hasattr(talker, f.name)}
+    return SpeechCodes(**special, codec=fingerprint, default_voice=next(iter(talker.speakers), None))
 
 
 def quiet_lightning() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
 
 from omnitrain.cli.config import ConfigError
 from omnitrain.cli.experiment import build, save_config, starting_checkpoint
+from omnitrain.cli.stages import finished_stages, read_stages, run_stages
 from omnitrain.cli.test import evaluate_and_report
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Train as `cfg` says. Returns the last validation loss, which sweepers minimise."""
+    """Train as `cfg` says, or run its stages. Returns the last validation loss, which sweepers minimise."""
+    if cfg.get("stages") is not None:  # a run from before there were stages has no such key
+        return _run_stages(cfg)
     checkpoint = starting_checkpoint(cfg)
     experiment = build(cfg, "fit")
     run_dir, trainer = experiment.run_dir, experiment.trainer
@@ -25,5 +30,15 @@ def run(cfg: DictConfig) -> float | None:
     trainer.fit(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
     loss = trainer.callback_metrics.get("validation/loss")
     if cfg.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
-        evaluate_and_report(experiment, cfg.evaluation)
+        evaluate_and_report(experiment, cfg)
     return None if loss is None else float(loss)
+
+
+def _run_stages(cfg: DictConfig) -> None:
+    run_dir = Path(cfg.paths.run_dir)
+    stages = read_stages(OmegaConf.to_container(cfg.stages), OmegaConf.to_container(cfg.stage_overrides))
+    done = finished_stages(stages, run_dir)
+    save_config(cfg, run_dir)
+    print(f"run folder: {run_dir}", flush=True)
+    if status := run_stages(stages, run_dir, done):
+        raise SystemExit(status)

@@ -254,6 +254,7 @@ def _load_run(run_dir: Path) -> tuple[OmniModel, SampleEncoder]:
 
     from omnitrain.cli.experiment import build_model
     from omnitrain.cli.targets import check_origins, check_targets
+    from omnitrain.models.omni import OmniModel
 
     cfg = OmegaConf.load(run_dir / "config.yaml")
     cfg = OmegaConf.create({"data": cfg.data, "model": cfg.model})
@@ -261,6 +262,8 @@ def _load_run(run_dir: Path) -> tuple[OmniModel, SampleEncoder]:
     check_origins(check_targets(OmegaConf.to_container(cfg, resolve=True)))
     encoder: SampleEncoder = instantiate(cfg.data, _convert_="all").encoder
     model = build_model(cfg, encoder.tokenizer)
+    if not isinstance(model, OmniModel):
+        raise GenerateError(f"{run_dir} is the run of a codec, which has no language model to ask")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     try:
@@ -280,7 +283,7 @@ def _load_public(
     from omnitrain.interop.public_format import load_pretrained
 
     tokenizer = ChatTokenizer.from_dir(folder)
-    model = load_pretrained(folder, dtype=dtype, device=device)
+    model = load_pretrained(folder, dtype=dtype, device=device, speech=False)  # text only
     config = model.config
     encoder = SampleEncoder(
         tokenizer=tokenizer,

@@ -15,3 +15,4 @@ def _folder(name: str) -> Path:
 CONF = _folder("conf")
 RECIPES = _folder("recipes")
 PACK = PACKAGE / "pack"
+PACK_SPEECH = PACKAGE / "pack_speech"

@@ -1,11 +1,16 @@
-"""``test``: scores on the held-out splits, the media-swap test, and the report. ``fit`` ends with the same."""
+"""``test``: scores on the held-out data, and the report. ``fit`` ends with the same."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from omegaconf import DictConfig
 
+from omnitrain.cli.config import ConfigError
 from omnitrain.cli.experiment import Experiment, build, trained_checkpoint
+from omnitrain.models.codec import Codec
+from omnitrain.models.omni import OmniModel
 
 
 def run(cfg: DictConfig) -> None:
@@ -16,31 +21,73 @@ def run(cfg: DictConfig) -> None:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         experiment.module.load_state_dict(state)
     if experiment.trainer.is_global_zero:
-        evaluate_and_report(experiment, cfg.evaluation)
+        evaluate_and_report(experiment, cfg)
 
 
-def evaluate_and_report(experiment: Experiment, settings: DictConfig) -> None:
-    """Score the model as it stands on `data.test_sources`, print the table, write ``report.html`` and name it.
-
-    Args:
-        settings: arguments of `evaluation.heldout.evaluate` beside the switches `after_fit` and `report`.
-    """
-    from omnitrain.evaluation.heldout import evaluate, print_table
+def evaluate_and_report(experiment: Experiment, cfg: DictConfig) -> None:
+    """Score the model as it stands on `data.test_sources` by the judge that `cfg.evaluation` names, print the table,
+    write ``report.html`` and name it."""
     from omnitrain.evaluation.report import write_report
 
-    options = {str(key): value for key, value in settings.items() if key not in ("after_fit", "report")}
-    data, trainer = experiment.datamodule, experiment.trainer
-    model = experiment.module.model.to(trainer.strategy.root_device)
+    settings = {str(key): value for key, value in cfg.evaluation.items()}
+    report, judge = settings.pop("report"), settings.pop("judge")
+    settings.pop("after_fit")
+    trainer, model = experiment.trainer, experiment.module.model
+    assert isinstance(model, OmniModel | Codec)
+    model.to(trainer.strategy.root_device).eval()
+    judges = {"heldout": _judge_answers, "codec": _judge_codec, "speech": _judge_speech}
+    if judge not in judges:
+        raise ConfigError(f"evaluation.judge={judge}: there are {', '.join(judges)}")
     with trainer.precision_plugin.forward_context():
-        scores = evaluate(
-            model,
-            data.encoder,
-            data.tokenizer,
-            data.opened("test_sources"),
-            experiment.run_dir / "eval",
-            train_sources=data.opened("sources"),
-            **options,
-        )
-    print_table(scores)
-    if settings.report:
+        judges[judge](experiment, model, cfg, settings)
+    if report:
         print(f"report: {write_report(experiment.run_dir)}", flush=True)
+
+
+def _judge_answers(experiment: Experiment, model: OmniModel | Codec, cfg: DictConfig, settings: dict) -> None:
+    from omnitrain.evaluation.heldout import evaluate, print_table
+
+    data = experiment.datamodule
+    assert isinstance(model, OmniModel)
+    scores = evaluate(
+        model,
+        data.encoder,
+        data.tokenizer,
+        data.opened("test_sources"),
+        experiment.run_dir / "eval",
+        train_sources=data.opened("sources"),
+        **settings,
+    )
+    print_table(scores)
+
+
+def _judge_codec(experiment: Experiment, model: OmniModel | Codec, cfg: DictConfig, settings: dict) -> None:
+    from omnitrain.evaluation.spoken import judge_codec
+
+    data = experiment.datamodule
+    assert isinstance(model, Codec)
+    sources = data.opened("test_sources"), data.opened("voice_sources")
+    judge_codec(model, *sources, experiment.run_dir / "eval", **settings)
+
+
+def _judge_speech(experiment: Experiment, model: OmniModel | Codec, cfg: DictConfig, settings: dict) -> None:
+    from omnitrain.cli.codec import load_codec
+    from omnitrain.evaluation.spoken import Said, judge_talker
+    from omnitrain.generation.speech import speak_texts
+
+    data = experiment.datamodule
+    assert isinstance(model, OmniModel)
+    options = {name: settings.pop(name) for name in ("seconds_limit", "temperature", "top_k", "seed")}
+
+    def speak(texts: Sequence[str], voices: Sequence[str]) -> list[Said]:
+        spoken = speak_texts(model, data.tokenizer, texts, voices, **options)
+        return [Said(wav=s.wav, hit_limit=s.hit_limit) for s in spoken]
+
+    judge_talker(
+        speak,
+        None if cfg.codec is None else load_codec(cfg.codec),
+        data.opened("test_sources"),
+        data.opened("voice_sources"),
+        experiment.run_dir / "eval",
+        **settings,
+    )

@@ -6,7 +6,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from omnitrain.cli.experiment import build, trained_checkpoint
-from omnitrain.training.callbacks import loss_table
 
 
 def run(cfg: DictConfig) -> float:
@@ -16,6 +15,6 @@ def run(cfg: DictConfig) -> float:
     module, trainer = experiment.module, experiment.trainer
     trainer.validate(module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
     if trainer.is_global_zero:
-        for name, sums in module.evaluation_sums.items():
-            Console().print(loss_table(name, sums))
+        for table in module.validation_tables(module.global_step):
+            Console().print(table)
     return float(trainer.callback_metrics["validation/loss"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,29 @@ TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
+class TalkerDocument:
+    """One spoken answer: T positions, F frames of Q codes; rows and positions count within the sample, -1 is nothing.
+
+    Attributes:
+        text_ids, hidden_rows, codec_ids, frame_rows, labels: int64 [T]
+        position_ids: float32 [3, T], starting at 0
+        codes: int64 [F, Q].  frame_sources: int64 [F]
+    """
+
+    text_ids: np.ndarray
+    hidden_rows: np.ndarray
+    codec_ids: np.ndarray
+    frame_rows: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    codes: np.ndarray
+    frame_sources: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.text_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncodedSample:
     """One sample as numbers (NumPy, so that it crosses worker processes cheaply).
 
@@ -29,6 +53,7 @@ class EncodedSample:
         patches: float32 [P, C * temporal_patch * patch * patch] per image or video, in order of appearance
         grid_thw: int64 [M, 3], patches in time, height, width per image or video
         target_bytes: UTF-8 bytes of the target text (for bits per byte)
+        spoken: one document per spoken answer, for the Talker
     """
 
     id: str
@@ -44,9 +69,15 @@ class EncodedSample:
     patches: tuple[np.ndarray, ...] = ()
     grid_thw: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
     target_bytes: int = 0
+    spoken: tuple[TalkerDocument, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def frames(self) -> int:
+        """Codec frames of all spoken answers."""
+        return sum(len(document.codes) for document in self.spoken)
 
     @property
     def mel_frames(self) -> int:
@@ -55,6 +86,66 @@ class EncodedSample:
     @property
     def n_patches(self) -> int:
         return sum(len(p) for p in self.patches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpokenAnswers:
+    """The spoken answers of a pack, end to end: T positions, F frames of Q codes in S documents. All but `samples` are
+    the fields of `models.talker.TalkerInputs`, which explains them; rows and positions count within the pack.
+
+    Attributes:
+        samples: int64 [S], the sample of the pack that each document belongs to
+    """
+
+    text_ids: Tensor
+    hidden_rows: Tensor
+    codec_ids: Tensor
+    frame_rows: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    codes: Tensor
+    frame_sources: Tensor
+    samples: Tensor
+
+    @staticmethod
+    def pack(samples: Sequence[EncodedSample]) -> SpokenAnswers | None:
+        """Those of `samples`, in order; None if nobody speaks."""
+        documents = [(i, document) for i, sample in enumerate(samples) for document in sample.spoken]
+        if not documents:
+            return None
+        starts = np.cumsum([0, *(len(sample) for sample in samples)])  # of the samples among the Thinker's positions
+        lengths = np.cumsum([0, *(len(d) for _, d in documents)])
+        frames = np.cumsum([0, *(len(d.codes) for _, d in documents)])
+
+        def shifted(name: str, by: Sequence[int]) -> Tensor:
+            parts = [getattr(d, name) for _, d in documents]
+            return torch.from_numpy(
+                np.concatenate([np.where(part >= 0, part + n, -1) for part, n in zip(parts, by, strict=True)])
+            )
+
+        def joined(name: str, axis: int = 0) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(d, name) for _, d in documents], axis=axis))
+
+        return SpokenAnswers(
+            text_ids=joined("text_ids"),
+            hidden_rows=shifted("hidden_rows", [int(starts[i]) for i, _ in documents]),
+            codec_ids=joined("codec_ids"),
+            frame_rows=shifted("frame_rows", frames[:-1].tolist()),
+            labels=joined("labels"),
+            position_ids=joined("position_ids", axis=1),
+            cu_seqlens=torch.from_numpy(lengths.astype(np.int32)),
+            codes=joined("codes"),
+            frame_sources=shifted("frame_sources", lengths[:-1].tolist()),
+            samples=torch.tensor([i for i, _ in documents], dtype=torch.int64),
+        )
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The fields of `TalkerInputs`."""
+        return {name: value for name, value in vars(self).items() if name != "samples"}
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SpokenAnswers:
+        return SpokenAnswers(**{k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +160,7 @@ class PackedBatch:
         patches: float32 [P, C * temporal_patch * patch * patch], or None;  grid_thw: int64 [M, 3] per image or video
         sample_ids, sources, tasks, modalities, languages: one per sample, so that a loss spike leads back to its rows
         target_bytes: int64 [B]
+        spoken: what the Talker learns from, or None
         stream_state: the data stream's state *after* this batch; saved once the batch has been trained on, so that a
             loader may fetch ahead without being late on resume
         skipped: samples skipped on the way to this batch, count by reason (cumulative for the stream)
@@ -89,6 +181,7 @@ class PackedBatch:
     modalities: tuple[str, ...] = ()
     languages: tuple[tuple[str, ...], ...] = ()
     target_bytes: Tensor | None = None
+    spoken: SpokenAnswers | None = None
     stream_state: dict[str, Any] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -118,7 +211,7 @@ class PackedBatch:
         moved = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor | SpokenAnswers)
         }
         return replace(self, **moved)
 
@@ -151,5 +244,6 @@ class PackedBatch:
             modalities=tuple(s.modality for s in samples),
             languages=tuple(s.languages for s in samples),
             target_bytes=torch.tensor([s.target_bytes for s in samples], dtype=torch.int64),
+            spoken=SpokenAnswers.pack(samples),
             **extra,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from omnitrain.data.media import MediaLimits
 from omnitrain.data.mixture import Mixture, SourceConfig
 from omnitrain.data.packing import Budget
 from omnitrain.data.shards import Source
+from omnitrain.data.speech import SpeechCodes
 from omnitrain.data.stream import BadSampleLog, FinitePacks, PackedStream, Stage, planned_mixture
 
 T = TypeVar("T")
@@ -56,7 +57,8 @@ class OmniDataModule(LightningDataModule):
         tokenizer: a tokenizer, its file or its folder (`ChatTokenizer.from_file`).
         validation_sources, test_sources, predict_sources: read once, in order, unshuffled; weights are ignored. Test
             and prediction fall back on the validation sources. Prediction batches are prompts (no last answer).
-        max_tokens, max_mel_frames, max_patches: budget of a pack (None: no bound).
+        voice_sources: recordings by which generated speech is told whose voice it is; default: `sources`.
+        max_tokens, max_mel_frames, max_patches, max_frames: budget of a pack (None: no bound).
         validation_max_tokens: budget of tokens outside training; default `max_tokens`.
         window: packs kept open by the packer. More packs fill better and hold more decoded media in memory.
         stages: see `Stage`.
@@ -67,6 +69,8 @@ class OmniDataModule(LightningDataModule):
         audio, vision, limits: geometry of the features and limits on media, as dataclasses or mappings of their fields.
         ids_per_second: TM-RoPE ids per second.
         vocab_size: of the model; samples with larger token ids are bad.
+        speech: how the model's Talker numbers codes and voices; spoken answers are then laid out for it. None: their
+            text alone is used. Settable later (`datamodule.speech = ...`), before anything is encoded.
         bad_samples_path: JSONL of skipped samples (ranks above 0 add ``.rankN`` before the suffix).
         rank, world_size: default: the trainer's.
 
@@ -83,9 +87,11 @@ class OmniDataModule(LightningDataModule):
         validation_sources: Sources = (),
         test_sources: Sources = (),
         predict_sources: Sources = (),
+        voice_sources: Sources = (),
         max_tokens: int = 4096,
         max_mel_frames: int | None = None,
         max_patches: int | None = None,
+        max_frames: int | None = None,
         validation_max_tokens: int | None = None,
         window: int = 8,
         stages: Sequence[Stage | Mapping[str, Any]] = (),
@@ -98,6 +104,7 @@ class OmniDataModule(LightningDataModule):
         limits: MediaLimits | Mapping[str, Any] | None = None,
         ids_per_second: float = 13,
         vocab_size: int | None = None,
+        speech: SpeechCodes | None = None,
         bad_samples_path: str | Path | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -107,13 +114,17 @@ class OmniDataModule(LightningDataModule):
         self.validation_sources = _sources(validation_sources, "validation_sources")
         self.test_sources = _sources(test_sources, "test_sources") or self.validation_sources
         self.predict_sources = _sources(predict_sources, "predict_sources") or self.validation_sources
+        self.voice_sources = _sources(voice_sources, "voice_sources") or self.sources
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it is a share between 0 and 1")
         if num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}; it must be at least 0")
-        self.budget = Budget(tokens=max_tokens, mel_frames=max_mel_frames, patches=max_patches)
+        self.budget = Budget(tokens=max_tokens, mel_frames=max_mel_frames, patches=max_patches, frames=max_frames)
         self.validation_budget = Budget(
-            tokens=validation_max_tokens or max_tokens, mel_frames=max_mel_frames, patches=max_patches
+            tokens=validation_max_tokens or max_tokens,
+            mel_frames=max_mel_frames,
+            patches=max_patches,
+            frames=max_frames,
         )
         self.window, self.num_workers, self.worker_buffer = window, num_workers, worker_buffer
         self.stages = [_build(Stage, stage, f"stages[{i}]") for i, stage in enumerate(stages)]
@@ -121,7 +132,7 @@ class OmniDataModule(LightningDataModule):
         self.audio = _build(AudioGeometry, audio or {}, "audio")
         self.vision = _build(VisionGeometry, vision or {}, "vision")
         self.limits = _build(MediaLimits, limits or {}, "limits")
-        self.ids_per_second, self.vocab_size = ids_per_second, vocab_size
+        self.ids_per_second, self.vocab_size, self._speech = ids_per_second, vocab_size, speech
         self.bad_samples_path = Path(bad_samples_path) if bad_samples_path is not None else None
         self._rank, self._world_size = rank, world_size
         self._tokenizer = tokenizer
@@ -146,8 +157,20 @@ class OmniDataModule(LightningDataModule):
                 limits=self.limits,
                 ids_per_second=self.ids_per_second,
                 vocab_size=self.vocab_size,
+                speech=self.speech,
             )
         return self._encoder
+
+    @property
+    def speech(self) -> SpeechCodes | None:
+        """How the model's Talker numbers codes and voices."""
+        return self._speech
+
+    @speech.setter
+    def speech(self, codes: SpeechCodes | None) -> None:
+        self._speech = codes
+        if self._encoder is not None:
+            self._encoder = replace(self._encoder, speech=codes)
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -155,7 +178,7 @@ class OmniDataModule(LightningDataModule):
 
     def opened(self, which: str) -> dict[str, Source]:
         """The opened sources by name; `which`: ``sources``, ``validation_sources``, ``test_sources``,
-        ``predict_sources``."""
+        ``predict_sources``, ``voice_sources``."""
         if which not in self._opened:
             self._opened[which] = {config.name: config.open() for config in getattr(self, which)}
         return self._opened[which]
@@ -232,21 +255,24 @@ class OmniDataModule(LightningDataModule):
             self._stream.close()
             self._stream = None
         if self._stream is None:
-            self._stream = PackedStream(
-                self._mixture("sources", self.encoder),
-                weights=self._weights(),
-                budget=self.budget,
-                stages=self.stages,
-                window=self.window,
-                n_bytes=self.tokenizer.n_bytes,
-                max_bad_fraction=self.max_bad_fraction,
-                num_workers=self.num_workers,
-                ahead=self.worker_buffer,
-                log=BadSampleLog(self._log_path()),
-                state=self._trained,
-            )
+            self._stream = self._new_stream(self._trained)
             self._emitted = self._trained
         return self._stream
+
+    def _new_stream(self, state: Mapping[str, Any] | None) -> PackedStream:
+        return PackedStream(
+            self._mixture("sources", self.encoder),
+            weights=self._weights(),
+            budget=self.budget,
+            stages=self.stages,
+            window=self.window,
+            n_bytes=self.tokenizer.n_bytes,
+            max_bad_fraction=self.max_bad_fraction,
+            num_workers=self.num_workers,
+            ahead=self.worker_buffer,
+            log=BadSampleLog(self._log_path()),
+            state=state,
+        )
 
     def next_batch(self, stream: PackedStream) -> PackedBatch:
         batch = next(stream)
@@ -323,6 +349,7 @@ class OmniDataModule(LightningDataModule):
             "features": _plain(
                 [asdict(self.audio), asdict(self.vision), asdict(self.limits), self.ids_per_second, self.vocab_size]
             ),
+            "speech": None if self.speech is None else _plain(asdict(self.speech)),
         }
 
     def _weights(self) -> dict[str, float]:

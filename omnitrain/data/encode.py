@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from omnitrain.data.batch import EncodedSample
-from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.batch import EncodedSample, TalkerDocument
+from omnitrain.data.chat import ChatTokenizer, RenderedChat
 from omnitrain.data.features import AudioGeometry, VisionGeometry, image_patches, log_mel, video_patches
 from omnitrain.data.media import MediaLimits, decode_audio, decode_image, decode_video
 from omnitrain.data.positions import (
@@ -28,6 +28,7 @@ from omnitrain.data.positions import (
     tm_rope_positions,
 )
 from omnitrain.data.sample import BadSample, Sample, Segment
+from omnitrain.data.speech import SpeechCodes, spoken_answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class SampleEncoder:
         limits: largest pictures, longest recordings and so on that are accepted.
         ids_per_second: TM-RoPE ids per second (Qwen3-Omni: 13).
         vocab_size: size of the model's embedding; a larger token id is ``token_out_of_range``. Default: no check.
+        speech: how the Talker numbers codes and voices. None: a spoken answer is its text.
     """
 
     tokenizer: ChatTokenizer
@@ -48,6 +50,7 @@ class SampleEncoder:
     limits: MediaLimits
     ids_per_second: float = 13
     vocab_size: int | None = None
+    speech: SpeechCodes | None = None
 
     def __call__(self, sample: Sample, media_bytes: Callable[[Segment], bytes]) -> EncodedSample:
         """Encode for training or for a loss: the whole conversation with its labels.
@@ -113,6 +116,22 @@ class SampleEncoder:
             patches=tuple(patches),
             grid_thw=np.array(grids, dtype=np.int64).reshape(-1, 3),
             target_bytes=chat.target_bytes,
+            spoken=self._spoken(sample, chat, media_bytes) if not for_generation else (),
+        )
+
+    def _spoken(
+        self, sample: Sample, chat: RenderedChat, media_bytes: Callable[[Segment], bytes]
+    ) -> tuple[TalkerDocument, ...]:
+        if self.speech is None:
+            return ()
+        return spoken_answers(
+            sample,
+            chat,
+            media_bytes,
+            self.speech,
+            self.tokenizer,
+            merge=self.vision.merge,
+            ids_per_second=self.ids_per_second,
         )
 
     def _medium(

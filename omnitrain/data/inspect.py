@@ -27,6 +27,7 @@ from omnitrain.data.media import (
 )
 from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.data.shards import Source
+from omnitrain.data.speech import decode_codes, holds_codes
 
 MEDIA = ("image", "audio", "video", "speech")
 
@@ -52,12 +53,13 @@ class BadRow:
     detail: str
 
 
-def check_sample(sample: Sample, media_bytes: Callable[[Segment], bytes], limits: MediaLimits, fps: float) -> None:
-    """Decode every medium of `sample`.
+def check_sample(sample: Sample, media_bytes: Callable[[Segment], bytes], limits: MediaLimits, fps: float) -> int:
+    """Decode every medium of `sample`. Returns the number of its codec frames (which are read, not made sound of).
 
     Raises:
         BadSample: the first thing that is wrong with it.
     """
+    codec_frames = 0
     for message in sample.messages:
         for segment in message.segments:
             if not has_medium(segment):
@@ -67,18 +69,26 @@ def check_sample(sample: Sample, media_bytes: Callable[[Segment], bytes], limits
                 decode_image(data, limits)
             elif segment.type == "video":
                 decode_video(data, fps, limits)
+            elif segment.type == "speech" and holds_codes(data):
+                codec_frames += len(decode_codes(data))
             else:
                 decode_audio(data, limits=limits)
+    return codec_frames
 
 
 def verify(
-    source: Source, limits: MediaLimits | None = None, fps: float = 2.0, threads: int | None = None
+    source: Source,
+    limits: MediaLimits | None = None,
+    fps: float = 2.0,
+    threads: int | None = None,
+    codec_frames: Callable[[int], None] = lambda frames: None,
 ) -> Iterator[BadRow | None]:
     """Check every row in order: it can be read, its id is its own, all its media decode within `limits`.
 
     Args:
         fps: frames per second that videos are sampled at.
         threads: decoders at work; default: one per core.
+        codec_frames: called with the number of codec frames of each good row.
 
     Yields:
         for each row None, or what is wrong with it.
@@ -86,23 +96,24 @@ def verify(
     limits = limits or MediaLimits()
     seen: dict[str, int] = {}
 
-    def check(index: int) -> tuple[int, str, BadSample | None]:
-        id = ""
+    def check(index: int) -> tuple[int, str, int, BadSample | None]:
+        id, frames = "", 0
         try:
             sample = source[index]
             id = sample.id
-            check_sample(sample, source.media_bytes, limits, fps)
+            frames = check_sample(sample, source.media_bytes, limits, fps)
         except BadSample as error:
-            return index, id, error
+            return index, id, 0, error
         except (ValueError, OSError) as error:  # a damaged row group or media table
-            return index, id, BadSample("shard_damaged", str(error))
-        return index, id, None
+            return index, id, 0, BadSample("shard_damaged", str(error))
+        return index, id, frames, None
 
     workers = threads or os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         indices = iter(range(len(source)))
         while window := list(islice(indices, 64 * workers)):
-            for index, id, error in pool.map(check, window):
+            for index, id, frames, error in pool.map(check, window):
+                codec_frames(frames)
                 if error is None and seen.setdefault(id, index) != index:
                     file, row = source.locate(seen[id])
                     error = BadSample("id_twice", f"the id stands in {file}, row {row} too; ids are unique in a source")
@@ -125,6 +136,7 @@ class Totals:
     images: int = 0
     image_pixels: int = 0
     audio_seconds: float = 0.0
+    codec_frames: int = 0
     video_seconds: float = 0.0
     stored_bytes: int = 0
     bad: int = 0
@@ -151,6 +163,8 @@ class Totals:
             self.image_pixels += probe(data, "image").pixels
         elif segment.type == "video":
             self.video_seconds += probe(data, "video").seconds
+        elif segment.type == "speech" and holds_codes(data):
+            self.codec_frames += len(decode_codes(data))
         else:
             self.audio_seconds += probe(data, "audio").seconds
 
@@ -260,6 +274,10 @@ def show(segment: Segment, media_bytes: Callable[[Segment], bytes], limits: Medi
         return Shown(segment.type, text)
     try:
         data = media_bytes(segment)
+        if segment.type == "speech" and holds_codes(data):
+            frames, codes = decode_codes(data).shape
+            line = f"{frames} codec frames of {codes} codes, {len(data) / 1000:,.1f} kB"
+            return Shown(segment.type, text, line, data=data)
         size = f"{sniff(data)[0]}, {len(data) / 1000:,.1f} kB"
         if segment.type == "image":
             picture = decode_image(data, limits)

@@ -1,4 +1,4 @@
-"""Whole samples into packs, end to end, within budgets of tokens, mel frames and patches at once.
+"""Whole samples into packs, end to end, within budgets of tokens, mel frames, patches and codec frames at once.
 
 First-fit over a small window of open packs: a sample goes into the oldest open pack that has room for all it brings.
 If none has and the window is full, the fullest pack is closed and handed out. Nothing is padded, cut or reordered
@@ -19,24 +19,25 @@ from omnitrain.data.batch import IGNORE, TEXT, EncodedSample
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """The most that one pack holds. None: no bound. `mel_frames` are 10 ms each; `patches` are counted before the
-    merge, so four of them become one token."""
+    merge, so four of them become one token; `frames` are codec frames of spoken answers, 80 ms each."""
 
     tokens: int
     mel_frames: int | None = None
     patches: int | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and value < 1:
                 raise ValueError(f"pack budget {name} is {value}; it must be at least 1")
 
-    def filling(self, tokens: int, mel_frames: int, patches: int) -> float:
+    def filling(self, tokens: int, mel_frames: int, patches: int, frames: int = 0) -> float:
         """How full a pack is: the share of the budget that is nearest to its end. Above 1: does not fit."""
-        pairs = ((tokens, self.tokens), (mel_frames, self.mel_frames), (patches, self.patches))
+        pairs = ((tokens, self.tokens), (mel_frames, self.mel_frames), (patches, self.patches), (frames, self.frames))
         return max(used / most for used, most in pairs if most is not None)
 
     def fits(self, sample: EncodedSample) -> bool:
-        return self.filling(len(sample), sample.mel_frames, sample.n_patches) <= 1
+        return self.filling(len(sample), sample.mel_frames, sample.n_patches, sample.frames) <= 1
 
     def excess(self, sample: EncodedSample) -> str:
         """Which budget `sample` breaks, in words."""
@@ -46,6 +47,7 @@ class Budget:
                 ("tokens", len(sample), self.tokens),
                 ("mel frames", sample.mel_frames, self.mel_frames),
                 ("patches", sample.n_patches, self.patches),
+                ("codec frames", sample.frames, self.frames),
             )
             if most is not None and used > most
         )
@@ -70,11 +72,16 @@ class _Pack:
     def __init__(self, budget: Budget) -> None:
         self.items: list[Item] = []
         self._budget = budget
-        self._used = (0, 0, 0)
+        self._used = (0, 0, 0, 0)
 
-    def _with(self, sample: EncodedSample) -> tuple[int, int, int]:
-        tokens, mel_frames, patches = self._used
-        return tokens + len(sample), mel_frames + sample.mel_frames, patches + sample.n_patches
+    def _with(self, sample: EncodedSample) -> tuple[int, int, int, int]:
+        tokens, mel_frames, patches, frames = self._used
+        return (
+            tokens + len(sample),
+            mel_frames + sample.mel_frames,
+            patches + sample.n_patches,
+            frames + sample.frames,
+        )
 
     def has_room(self, sample: EncodedSample) -> bool:
         return self._budget.filling(*self._with(sample)) <= 1

@@ -222,6 +222,7 @@ class PackedStream(Iterator[PackedBatch]):
             batch.n_tokens,
             sum(item.sample.mel_frames for item in items),
             sum(item.sample.n_patches for item in items),
+            sum(item.sample.frames for item in items),
         )
         until = self._stages[self._stage].until_tokens
         while until is not None and self._tokens * self._mixture.world_size >= until:
@@ -241,6 +242,7 @@ class PackedStream(Iterator[PackedBatch]):
             tokens=stage.max_tokens or self._budget.tokens,
             mel_frames=stage.max_mel_frames or self._budget.mel_frames,
             patches=stage.max_patches or self._budget.patches,
+            frames=self._budget.frames,
         )
 
     def _enter(self, stage: int) -> None:

@@ -537,7 +537,12 @@ PREDICTIONS_SCHEMA = pa.schema(
     + [("languages", pa.list_(pa.string()))]
     + [(name, pa.string()) for name in ("prompt", "reference", "prediction")]
     + [("chrf", pa.float64()), ("exact_match", pa.bool_()), ("loss", pa.float64()), ("unigram_loss", pa.float64())]
-    + [("tokens", pa.int64()), ("bytes", pa.int64()), ("swap_partner", pa.string()), ("swapped_loss", pa.float64())]
+    + [
+        ("tokens", pa.int64()),
+        ("bytes", pa.int64()),
+        ("swap_partners", pa.list_(pa.string())),
+        ("swapped_loss", pa.float64()),
+    ]
     + [("media_type", pa.string()), ("media", pa.binary())]
 )
 """One row per scored sample. `loss`, `unigram_loss`, `swapped_loss`: nats per target token. `prediction` is null where
@@ -561,7 +566,7 @@ def write_predictions(rows: Iterable[_Row], path: Path) -> None:
                 "exact_match": None if prediction is None else normalise(prediction) == normalise(reference),
                 "loss": loss.per_token, "tokens": loss.tokens, "bytes": loss.target_bytes,
                 "unigram_loss": None if row.unigram_nats is None else row.unigram_nats / max(1, loss.tokens),
-                "swap_partner": row.swap.partner if row.swap else None,
+                "swap_partners": list(row.swap.partners) if row.swap else None,
                 "swapped_loss": row.swap.swapped if row.swap else None,
                 "media_type": row.media_type, "media": row.media,
             }
@@ -602,7 +607,7 @@ def print_table(scores: Mapping[str, Any], console: Console | None = None) -> No
     console.print(
         "cell: known things, in a combination never trained on; concept: unknown things.\n"
         "loss: nats per target token; unigram: bits/B of knowing token frequencies alone.\n"
-        "media swap: rise of the loss with another sample's medium, 95 % interval;\n"
+        "media swap: rise of the loss with other samples' media, 95 % interval;\n"
         "above 0, the model looks and listens.",
         style="dim",
         highlight=False,

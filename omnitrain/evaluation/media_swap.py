@@ -1,13 +1,14 @@
 """The media-swap test: does a model look and listen, or does it only guess well?
 
-Every held-out answer is scored twice: with its own picture, recording or video, and with that of another sample. Prompt
-and answer stay the same. The difference
+Every held-out answer is scored with its own picture, recording or video, and with those of several other samples.
+Prompt and answer stay the same. The difference
 
-    gain = loss(answer | prompt, another's medium) - loss(answer | prompt, its own medium)    [nats per target token]
+    gain = mean of loss(answer | prompt, another's medium) - loss(answer | prompt, its own medium)    [nats per token]
 
-is zero on average for a model that ignores the medium, however low its loss. The partner is of the same task, a
+is zero on average for a model that ignores the medium, however low its loss. Partners are of the same task, a
 similar answer length and, where enough samples allow it, the same input language, but of another concept and another
-answer. So neither the language that is spoken nor the length of a recording gives the answer away.
+answer. So neither the language that is spoken nor the length of a recording gives the answer away. Several partners,
+because which medium a sample happens to get is noise that the interval would otherwise have to carry.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from omnitrain.evaluation.metrics import Interval, bootstrap_interval
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, sample_losses
 from omnitrain.models.omni import OmniModel
 
+PARTNERS = 4
+"""Others' media that each sample is scored with."""
 _LENGTH_CLASS = 24  # samples of similar answer length among which partners are chosen
 
 
@@ -41,14 +44,14 @@ def media_segments(sample: Sample) -> list[Segment]:
     return [s for m in sample.messages for s in m.segments if s.type in ("image", "audio", "video")]
 
 
-def swap_partners(samples: Sequence[Sample]) -> list[int | None]:
-    """For each sample the index of the one whose media it gets; None where no sample is fit for it.
+def swap_partners(samples: Sequence[Sample], n: int = PARTNERS) -> list[tuple[int, ...]]:
+    """For each sample the indices of up to `n` whose media it gets; none where no sample is fit for it.
 
-    Within a class (task, kinds of media, input language, similar answer length) partners are a derangement: no sample
-    keeps its own medium, and no medium is used twice. A sample left alone by that gets the fit one of its task whose
-    answer is nearest in length. A function of the samples alone.
+    Within a class (task, kinds of media, input language, similar answer length) every round of partners is a
+    derangement: no sample keeps its own medium, and no medium is used twice. A sample left alone by that gets the fit
+    one of its task whose answer is nearest in length. A function of the samples alone.
     """
-    partners: list[int | None] = [None] * len(samples)
+    partners: list[tuple[int, ...]] = [()] * len(samples)
     # The last language is that of the answer.
     classes = [(s.task, tuple((m.type, m.with_audio) for m in media_segments(s)), s.languages[:-1]) for s in samples]
     groups: dict[Hashable, list[int]] = defaultdict(list)
@@ -59,16 +62,18 @@ def swap_partners(samples: Sequence[Sample]) -> list[int | None]:
         blocks = max(1, len(group) // _LENGTH_CLASS)
         for b in range(blocks):
             block = group[b * len(group) // blocks : (b + 1) * len(group) // blocks]
-            for i, partner in _derange(block, samples):
-                partners[i] = partner
-    for i in (i for group in groups.values() for i in group if partners[i] is None):
+            for pairs in _derangements(block, samples, n):
+                for i, partner in pairs:
+                    partners[i] = (*partners[i], partner)
+    for i in (i for group in groups.values() for i in group if not partners[i]):
         candidates = [j for group in groups.values() for j in group if classes[j][:2] == classes[i][:2]]
         length = len(samples[i].reference)
-        partners[i] = min(
+        nearest = min(
             (j for j in candidates if _fit(samples[i], samples[j])),
             key=lambda j: (abs(len(samples[j].reference) - length), samples[j].id),
             default=None,
         )
+        partners[i] = () if nearest is None else (nearest,)
     return partners
 
 
@@ -77,18 +82,15 @@ def _fit(own: Sample, other: Sample) -> bool:
     return own.reference != other.reference and (own.concept != other.concept or not own.concept)
 
 
-def _derange(block: list[int], samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """Rotate `block`, sorted by concept, by the first distance at which everybody (or else most) has a fit partner."""
+def _derangements(block: list[int], samples: Sequence[Sample], n: int) -> list[list[tuple[int, int]]]:
+    """Rotations of `block`, sorted by concept: the `n` distances that leave the fewest without a fit partner, near ones
+    first; (sample, partner) of each."""
     order = sorted(block, key=lambda i: (samples[i].concept, samples[i].reference, samples[i].id))
-    best: list[tuple[int, int]] = []
+    rounds = []
     for distance in range(1, len(order)):
         pairs = zip(order, order[distance:] + order[:distance], strict=True)
-        fitting = [(i, j) for i, j in pairs if _fit(samples[i], samples[j])]
-        if len(fitting) > len(best):
-            best = fitting
-        if len(best) == len(order):
-            break
-    return best
+        rounds.append([(i, j) for i, j in pairs if _fit(samples[i], samples[j])])
+    return sorted(rounds, key=len, reverse=True)[:n]
 
 
 def with_media_of(own: Drawn, partner: Drawn) -> Sample:
@@ -114,10 +116,10 @@ def with_media_of(own: Drawn, partner: Drawn) -> Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Swap:
-    """One sample's losses, nats per target token, with its own medium and with its partner's."""
+    """One sample's losses, nats per target token, with its own medium and, on average, with its partners'."""
 
     id: str
-    partner: str
+    partners: tuple[str, ...]
     concept: str
     own: float
     swapped: float
@@ -151,6 +153,7 @@ def media_swap(
     drawn: Sequence[Drawn],
     *,
     own_losses: Sequence[SampleLoss | None] | None = None,
+    partners: int = PARTNERS,
     budget: Budget = DEFAULT_BUDGET,
     seed: int = 0,
     on_sample: Callable[[], None] | None = None,
@@ -162,6 +165,7 @@ def media_swap(
         encoder: as in training.
         drawn: held-out samples of one modality; those without media are left out.
         own_losses: losses with the own media where they are known already (None: not scorable).
+        partners: others' media that each sample is scored with.
         budget: of a pack.
         seed: of the bootstrap; partners do not depend on it.
         on_sample: called for every encoded sample (progress).
@@ -170,8 +174,8 @@ def media_swap(
     if own_losses is None:
         own_losses = _losses(model, encoder, [d.sample for d in drawn], drawn, budget, skipped, on_sample)
     usable = [i for i, loss in enumerate(own_losses) if loss is not None]
-    partner_of = swap_partners([drawn[i].sample for i in usable])
-    pairs = [(i, usable[p]) for i, p in zip(usable, partner_of, strict=True) if p is not None]
+    partners_of = swap_partners([drawn[i].sample for i in usable], partners)
+    pairs = [(i, usable[p]) for i, ps in zip(usable, partners_of, strict=True) for p in ps]
 
     exchanged: list[Sample | None] = []
     for i, p in pairs:
@@ -181,18 +185,22 @@ def media_swap(
             skipped[bad.reason] += 1
             exchanged.append(None)
     scored = _losses(model, encoder, exchanged, [drawn[i] for i, _ in pairs], budget, skipped, on_sample)
+    found: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for (i, p), loss in zip(pairs, scored, strict=True):
+        if loss is not None:
+            found[i].append((p, loss.per_token))
     swaps = tuple(
         Swap(
             id=drawn[i].sample.id,
-            partner=drawn[p].sample.id,
+            partners=tuple(drawn[p].sample.id for p, _ in losses),
             concept=drawn[i].sample.concept or drawn[i].sample.id,
             own=own.per_token,
-            swapped=loss.per_token,
+            swapped=sum(loss for _, loss in losses) / len(losses),
         )
-        for (i, p), loss in zip(pairs, scored, strict=True)
-        if loss is not None and (own := own_losses[i]) is not None
+        for i, losses in found.items()
+        if (own := own_losses[i]) is not None
     )
-    without = sum(p is None and bool(media_segments(drawn[i].sample)) for i, p in zip(usable, partner_of, strict=True))
+    without = sum(not ps and bool(media_segments(drawn[i].sample)) for i, ps in zip(usable, partners_of, strict=True))
     return MediaSwap(gain=swap_gain(swaps, seed=seed), swaps=swaps, without_partner=without, skipped=dict(skipped))
 
 

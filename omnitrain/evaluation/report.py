@@ -56,6 +56,8 @@ class Run:
     throughput: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    speech: dict[str, Any] = field(default_factory=dict)
+    spoken: list[dict[str, Any]] = field(default_factory=list)
     bad_samples: list[dict[str, Any]] = field(default_factory=list)
     skipped_steps: list[dict[str, Any]] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
@@ -101,10 +103,16 @@ def read_run(folder: str | Path) -> Run:
         run.data = _json(path)
     if path := there("environment.json", "environment", train):
         run.environment = _json(path)
-    if path := there("eval/scores.json", "held-out scores, media swap, expert load", test):
-        run.scores = _json(path)
-    if path := there("eval/predictions.parquet", "samples and predictions", test):
-        run.predictions = pq.read_table(path).to_pylist()
+    if (run.config.get("evaluation") or {}).get("judge", "heldout") == "heldout":
+        if path := there("eval/scores.json", "held-out scores, media swap, expert load", test):
+            run.scores = _json(path)
+        if path := there("eval/predictions.parquet", "samples and predictions", test):
+            run.predictions = pq.read_table(path).to_pylist()
+    else:
+        if path := there("eval/speech.json", "scores of the speech", test):
+            run.speech = _json(path)
+        if path := there("eval/speech.parquet", "speech to listen to", test):
+            run.spoken = pq.read_table(path).to_pylist()
     # These exist only when there is something to tell.
     run.bad_samples = [row for path in sorted(run.folder.glob("bad_samples*.jsonl")) for row in _json_lines(path)]
     if (path := run.folder / "skipped_steps.jsonl").is_file():
@@ -225,6 +233,69 @@ def _media(row: Mapping[str, Any]) -> dict[str, Any]:
         if sound is not None:
             media["spectrogram"] = _picture(spectrogram(sound))
     return media
+
+
+SIGNALS = {"reference": "recording", "round_trip": "codec round trip", "generated": "generated"}
+CODEC_TERMS = {f"train/{name}": name for name in ("mel", "waveform", "commitment", "content", "features", "judges")}
+CODEC_VALIDATION = {
+    "validation/mel": "mel distance",
+    "validation/waveform": "waveform",
+    "validation/content": "content",
+}
+
+
+def _codebooks(run: Run, what: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    prefix = f"codebook/{what}/"
+    return {name.removeprefix(prefix): values for name, values in run.metrics.items() if name.startswith(prefix)}
+
+
+def _speech(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the table of speech scores: label, form, and an interval (or nothing) for each signal."""
+    rows: list[tuple[str, str, dict[str, Any]]] = []
+    for recogniser, label in (("open", "open vocabulary"), ("word_loop", f"loop of {scores.get('words')} words")):
+        for measure in ("wer", "cer"):
+            if values := scores.get(measure, {}).get(recogniser):
+                rows.append((f"{measure.upper()}, {label}", ".1%", values))
+    for name, label in (("own_voice", "similarity to the voice"), ("other_voice", "to the nearest other voice")):
+        if scores.get(name):
+            rows.append((label, ".2f", scores[name]))
+    if scores.get("right_voice"):
+        rows.append(("nearest to its own voice", ".0%", scores["right_voice"]))
+    signals = [s for s in SIGNALS if s != "generated" or scores.get("kind") != "codec"]
+    singles = [("mel_db", "mel distance of the round trip, dB"), ("pesq", "PESQ of it"), ("stoi", "STOI of it")]
+    if scores.get("kind") != "codec":
+        singles.append(("pace", "pace of the generated speech (1: as the recording)"))
+    return {
+        "signals": [(s, SIGNALS[s]) for s in signals],
+        "rows": [(label, [_interval_text(values.get(s), form) for s in signals]) for label, form, values in rows],
+        "singles": [(label, _interval_text(scores[name], ".2f")) for name, label in singles if scores.get(name)],
+        "failures": scores.get("failures") if scores.get("kind") != "codec" else None,
+        "n": scores.get("n"),
+        "recogniser": scores.get("recogniser"),
+    }
+
+
+def _interval_text(value: Mapping[str, Any] | None, form: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+
+
+def _players(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Utterances with sound: a player, a spectrogram and what was heard for each signal."""
+    players = []
+    for row in rows:
+        heard = json.loads(row["heard"] or "{}")
+        signals = []
+        for name, label in SIGNALS.items():
+            if row.get(name) is None:
+                continue
+            shown = show(Segment(type="audio", media=row[name]), lambda s: s.media or b"", MediaLimits())
+            words = {key.split("/")[0]: text for key, text in heard.items() if key.endswith(f"/{name}")}
+            signals.append({"label": label, "heard": words, **browser_media(shown)})
+        if signals:
+            players.append({**{k: row[k] for k in ("id", "text", "voice", "hit_limit")}, "signals": signals})
+    return players
 
 
 def _picture(pixels: np.ndarray) -> str:
@@ -362,6 +433,7 @@ def render(run: Run) -> str:
 
     return environment.get_template("report.html.j2").render(
         run=run,
+        speaks=(run.config.get("evaluation") or {}).get("judge", "heldout") != "heldout",
         name=run.config.get("name") or run.folder.resolve().name,
         folder=run.folder.resolve().name,
         facts=_facts(run),
@@ -378,6 +450,11 @@ def render(run: Run) -> str:
         norm_figure=figure(figures.lines, norms, "gradient norm"),
         rate_figure=figure(figures.lines, rates, "learning rate"),
         samples=_samples(run),
+        speech=_speech(run.speech) if run.speech else None,
+        players=_players(run.spoken),
+        codec_figure=figure(figures.lines, _named(run.metrics, CODEC_TERMS), "terms of the loss"),
+        codec_validation_figure=figure(figures.lines, _named(run.metrics, CODEC_VALIDATION), "validation"),
+        use_figure=figure(figures.lines, _codebooks(run, "perplexity"), "perplexity of the codebooks"),
         mixture=_mixture(run.data) if run.data else None,
         speed=_speed(run),
         evaluation_skipped=_shares(run.scores.get("skipped", {})),

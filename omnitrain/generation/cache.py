@@ -7,12 +7,15 @@ pieces, single steps and documents that end at different times all are the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 
 class PackedKVCache:
-    """The cache that `Thinker.forward(..., cache=...)` fills and reads (protocol `models.thinker.KVCache`).
+    """The cache that `Thinker.forward(..., cache=...)` fills and reads (protocol `models.layers.decoder.KVCache`).
 
     All layers must be called once per forward pass, with the same `cu_seqlens`. Not differentiable.
     """
@@ -85,6 +88,68 @@ class PackedKVCache:
         self._order = None if in_order else document.argsort(stable=True).to(device)
         counts = torch.bincount(document, minlength=documents)
         self._cu_seqlens = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device, torch.int32)
+
+
+class DocumentKVCache:
+    """Keys and values of one document, in tables that are allocated ahead and double when they are full.
+
+    Args:
+        capacity: positions that fit before the first doubling.
+    """
+
+    def __init__(self, capacity: int = 256) -> None:
+        self.capacity = capacity
+        self.length = 0  # positions of all layers; set once a pass has begun
+        self.keys: list[Tensor] = []  # per layer [capacity, H_kv, head_dim]
+        self.values: list[Tensor] = []
+
+    def write(self, layer: int, start: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write rows [n, H_kv, head_dim] from position `start` on; all keys and values up to their end, as views."""
+        if layer == len(self.keys):
+            rows = max(self.capacity, start + len(key))
+            self.keys.append(key.new_empty(rows, *key.shape[1:]))
+            self.values.append(value.new_empty(rows, *value.shape[1:]))
+        end = start + len(key)
+        self.keys[layer] = _write(self.keys[layer], start, key)
+        self.values[layer] = _write(self.values[layer], start, value)
+        return self.keys[layer][:end], self.values[layer][:end]
+
+
+class JoinedKVCache:
+    """Documents with a cache each, read and written together (protocol `models.layers.decoder.KVCache`).
+
+    Documents can so be joined anew for every pass. For one document nothing is copied.
+    """
+
+    def __init__(self, caches: Sequence[DocumentKVCache]) -> None:
+        self.caches = caches
+        self._borders: list[int] = []  # of the new positions of this pass
+        self._starts: list[int] = []
+        self._cu_seqlens = torch.zeros(1, dtype=torch.int32)
+
+    def append(self, layer: int, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `PackedKVCache.append`."""
+        if layer == 0:
+            self._begin(cu_seqlens)
+        if len(self.caches) == 1:
+            return *self.caches[0].write(layer, self._starts[0], key, value), self._cu_seqlens
+        parts = [
+            cache.write(layer, start, key[a:b], value[a:b])
+            for cache, start, (a, b) in zip(self.caches, self._starts, pairwise(self._borders), strict=True)
+        ]
+        keys, values = zip(*parts, strict=True)
+        return torch.cat(keys), torch.cat(values), self._cu_seqlens
+
+    def _begin(self, cu_seqlens: Tensor) -> None:
+        self._borders = cu_seqlens.tolist()
+        if len(self._borders) != len(self.caches) + 1:
+            raise ValueError(f"{len(self.caches)} caches for {len(self._borders) - 1} documents; give one to each")
+        self._starts = [cache.length for cache in self.caches]
+        ends = [0]
+        for cache, (a, b) in zip(self.caches, pairwise(self._borders), strict=True):
+            cache.length += b - a
+            ends.append(ends[-1] + cache.length)
+        self._cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(cu_seqlens.device)
 
 
 def _write(table: Tensor, start: int, rows: Tensor) -> Tensor:

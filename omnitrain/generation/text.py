@@ -7,7 +7,7 @@ A document that is done leaves the batch; nothing is padded, so a document's tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from omnitrain.data.batch import PackedBatch
 from omnitrain.generation.cache import PackedKVCache
 from omnitrain.generation.sampling import Sampling
+from omnitrain.models.layers.decoder import KVCache
 from omnitrain.models.omni import OmniModel
 
 OnToken = Callable[[int, int], None]
@@ -97,11 +98,10 @@ def generate(
     return new
 
 
-@torch.no_grad()
 def prefill(
     model: OmniModel,
     batch: PackedBatch,
-    cache: PackedKVCache,
+    cache: KVCache,
     *,
     chunk: int | None = None,
     aut_window_frames: int | None = None,
@@ -114,12 +114,22 @@ def prefill(
     Raises:
         ValueError: if a document has no tokens, or `chunk` is not positive.
     """
+    return read_prompts(model, batch, cache, chunk=chunk, aut_window_frames=aut_window_frames)[0]
+
+
+@torch.no_grad()
+def read_prompts(
+    model: OmniModel,
+    batch: PackedBatch,
+    cache: KVCache,
+    *,
+    chunk: int | None = None,
+    aut_window_frames: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`prefill`, and besides what the Talker hears of the prompts: hidden [B, D], accept_hidden [N, D]."""
     lengths = batch.cu_seqlens.diff().tolist()
     if 0 in lengths:
         raise ValueError(f"document {lengths.index(0)} has no tokens; a prompt needs at least one")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"prefill_chunk is {chunk}; it must be positive, or None for one piece")
-    position_ids, cu_seqlens = batch.position_ids, batch.cu_seqlens
     x, visual_mask, deepstack = model.embed(
         batch.input_ids,
         batch.token_types,
@@ -129,32 +139,48 @@ def prefill(
         batch.grid_thw,
         aut_window_frames=aut_window_frames,
     )
-    if chunk is None or max(lengths) <= chunk:
-        hidden = model.thinker(x, position_ids, cu_seqlens, visual_mask, deepstack, cache).hidden
-        return hidden[cu_seqlens[1:].long() - 1]
-
-    last: list[Tensor | None] = [None] * len(lengths)
+    hidden = x.new_empty(len(lengths), x.shape[1])
+    accept_hidden = torch.empty_like(x)
     visual_index = None if visual_mask is None else visual_mask.long().cumsum(0) - 1  # row in the deepstack features
-    starts = cu_seqlens[:-1].tolist()
-    for done in range(0, max(lengths), chunk):
-        sizes = [max(min(chunk, n - done), 0) for n in lengths]
-        rows = torch.cat([torch.arange(s + done, s + done + n) for s, n in zip(starts, sizes, strict=True)]).to(
-            x.device
-        )
-        borders = torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32).to(x.device)
+    for rows, borders, last in passes(batch.cu_seqlens, chunk):
         mask, levels = None, None
         if visual_mask is not None and visual_index is not None and deepstack is not None:
             mask = visual_mask[rows]
             levels = [level[visual_index[rows[mask]]] for level in deepstack]
-        hidden = model.thinker(x[rows], position_ids[:, rows], borders, mask, levels, cache).hidden
-        for b, (end, n) in enumerate(zip(borders[1:].tolist(), sizes, strict=True)):
-            if n and done + n == lengths[b]:
-                last[b] = hidden[end - 1]
-    return torch.stack([h for h in last if h is not None])
+        out = model.thinker(x[rows], batch.position_ids[:, rows], borders, mask, levels, cache)
+        accept_hidden[rows] = out.accept_hidden
+        for document, row in last:
+            hidden[document] = out.hidden[row]
+    return hidden, accept_hidden
+
+
+def passes(cu_seqlens: Tensor, chunk: int | None) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, int]]]]:
+    """Cut packed documents so that each gives at most `chunk` positions to a pass (None: all of them).
+
+    Yields:
+        rows: int64 [n], the positions of this pass.  borders: int32 [B + 1], where a document has given all, it is
+        empty.  last: (document, row of the pass) for each last position of a document.
+
+    Raises:
+        ValueError: if `chunk` is not positive.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"prefill_chunk is {chunk}; it must be positive, or None for one piece")
+    starts, lengths = cu_seqlens[:-1].tolist(), cu_seqlens.diff().tolist()
+    for done in range(0, max(lengths), chunk or max(lengths)):
+        sizes = [max(min(chunk or n, n - done), 0) for n in lengths]
+        rows = [torch.arange(s + done, s + done + n) for s, n in zip(starts, sizes, strict=True)]
+        borders = torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32)
+        last = [
+            (b, end - 1)
+            for b, (end, n) in enumerate(zip(borders[1:].tolist(), sizes, strict=True))
+            if n and done + n == lengths[b]
+        ]
+        yield torch.cat(rows).to(cu_seqlens.device), borders.to(cu_seqlens.device), last
 
 
 @torch.no_grad()
-def step(model: OmniModel, token: Tensor, position: Tensor, cache: PackedKVCache) -> Tensor:
+def step(model: OmniModel, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
     """One more token per document: token int64 [B], position [B] (the three ids of text are equal) -> hidden [B, D]."""
     borders = torch.arange(len(token) + 1, dtype=torch.int32, device=token.device)
     x = model.thinker.embed_tokens(token)

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from torch import Tensor, nn
 
 from omnitrain.models.aut import AuTConfig, AuTEncoder
-from omnitrain.models.thinker import KVCache, Thinker, ThinkerConfig, ThinkerOutput
+from omnitrain.models.code2wav import Code2Wav, Code2WavConfig
+from omnitrain.models.layers.decoder import KVCache
+from omnitrain.models.talker import Talker, TalkerConfig
+from omnitrain.models.thinker import Thinker, ThinkerConfig, ThinkerOutput
 from omnitrain.models.vision import VisionConfig, VisionEncoder
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3
@@ -45,6 +49,7 @@ class OmniConfig:
     """
     Attributes:
         thinker, aut, vision: sizes of the parts
+        talker, code2wav: of the parts that speak, None in a model that only writes
         special_tokens: id of each special token by its name in the tokenizer. The model does not read them (what stands
             where is data, `token_types`); they leave with its weights, so that other programs can.
         position_id_per_seconds: TM-RoPE ids per second of sound or video
@@ -55,6 +60,8 @@ class OmniConfig:
     vision: VisionConfig
     special_tokens: Mapping[str, int] = field(default_factory=lambda: dict(PUBLIC_SPECIAL_TOKENS))
     position_id_per_seconds: int = 13
+    talker: TalkerConfig | None = None
+    code2wav: Code2WavConfig | None = None
 
     def __post_init__(self) -> None:
         for part, width in (("aut", self.aut.out_dim), ("vision", self.vision.out_dim)):
@@ -65,10 +72,25 @@ class OmniConfig:
                 f"vision.deepstack_layers has {len(self.vision.deepstack_layers)} levels for "
                 f"{self.thinker.layers} decoder layers"
             )
+        if self.talker is not None:
+            self._must_be_equal("talker.thinker_dim", "thinker.d_model")
+            self._must_be_equal("talker.accept_hidden_layer", "thinker.accept_hidden_layer")
+        if self.talker is not None and self.code2wav is not None:
+            self._must_be_equal("code2wav.quantizers", "talker.codebooks")
+            self._must_be_equal("code2wav.codebook_size", "talker.codebook_size")
+
+    def _must_be_equal(self, field: str, other: str) -> None:
+        a, b = attrgetter(field)(self), attrgetter(other)(self)
+        if a != b:
+            raise ValueError(f"{field} ({a}) must equal {other} ({b})")
 
 
 class OmniModel(nn.Module):
-    """Audio encoder, vision encoder and Thinker (report figure 2, without the Talker's side)."""
+    """Audio encoder, vision encoder and Thinker, and where there is speech, Talker and Code2Wav (report figure 2).
+
+    `forward` runs the Thinker's side; Talker and Code2Wav are called on their own, since their inputs depend on what
+    is to be said.
+    """
 
     def __init__(self, config: OmniConfig) -> None:
         super().__init__()
@@ -76,12 +98,18 @@ class OmniModel(nn.Module):
         self.aut = AuTEncoder(config.aut)
         self.visual = VisionEncoder(config.vision)
         self.thinker = Thinker(config.thinker)
+        self.talker = None if config.talker is None else Talker(config.talker)
+        self.code2wav = None if config.code2wav is None else Code2Wav(config.code2wav)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Keep only each layer's input for the backward pass and compute the layer again there: memory of one layer
         instead of all, for a third more time."""
         for part in (self.aut, self.visual, self.thinker):
             part.activation_checkpointing = enabled
+        if self.talker is not None:
+            self.talker.activation_checkpointing = self.talker.mtp.activation_checkpointing = enabled
+        if self.code2wav is not None:
+            self.code2wav.activation_checkpointing = enabled
 
     def forward(
         self,

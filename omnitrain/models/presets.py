@@ -2,6 +2,7 @@
 
 model = build("tiny", vocab_size=4096, special_tokens=tokenizer.special_ids, thinker={"layers": 4})
 init_weights(model, seed=0)
+build("tiny", speech=True, talker={"codebooks": 4, "mtp": {"layers": 1}})      # with Talker and Code2Wav
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import torch
 from torch import nn
 
 from omnitrain.models.aut import AuTConfig
+from omnitrain.models.code2wav import Code2WavConfig
+from omnitrain.models.codec import Codec, CodecConfig
+from omnitrain.models.mtp import MTPConfig
 from omnitrain.models.omni import PUBLIC_SPECIAL_TOKENS, OmniConfig, OmniModel
+from omnitrain.models.talker import TalkerConfig, codec_vocabulary
 from omnitrain.models.thinker import ThinkerConfig
 from omnitrain.models.vision import VisionConfig
 
@@ -88,6 +93,76 @@ PRESETS: dict[str, OmniConfig] = {
     ),
 }
 
+SPEECH_PRESETS: dict[str, tuple[TalkerConfig, Code2WavConfig]] = {
+    # 3.6 M (1.2 M of them MTP) and 1.8 M parameters.
+    "tiny": (
+        TalkerConfig(
+            d_model=192,
+            layers=4,
+            heads=6,
+            kv_heads=2,
+            head_dim=32,
+            n_experts=4,
+            top_k=2,
+            expert_width=96,
+            shared_expert_width=192,
+            mrope_sections=(6, 5, 5),
+            rope_theta=10000.0,
+            max_positions=8192,
+            thinker_dim=192,
+            projection_width=192,
+            accept_hidden_layer=2,
+            codebooks=8,
+            **codec_vocabulary(256),
+            mtp=MTPConfig(
+                d_model=192,
+                layers=2,
+                heads=6,
+                kv_heads=2,
+                head_dim=32,
+                ffn=256,
+                codebooks=8,
+                codebook_size=256,
+                rope_theta=10000.0,
+            ),
+        ),
+        Code2WavConfig(
+            quantizers=8,
+            codebook_size=256,
+            d_model=128,
+            layers=2,
+            heads=4,
+            kv_heads=4,
+            ffn=384,
+            window=36,
+            decoder_dim=192,
+            trim="causal",
+        ),
+    ),
+    # The codes are those of the public checkpoint (and of the first 16 codebooks of Mimi).
+    "small": (
+        TalkerConfig(
+            d_model=512,
+            layers=8,
+            heads=8,
+            kv_heads=2,
+            head_dim=64,
+            n_experts=16,
+            top_k=4,
+            expert_width=256,
+            shared_expert_width=512,
+            mrope_sections=(12, 10, 10),
+            max_positions=32768,
+            thinker_dim=512,
+            projection_width=512,
+            accept_hidden_layer=6,
+            mtp=MTPConfig(d_model=512, layers=4, heads=8, kv_heads=4, head_dim=64, ffn=1536),
+        ),
+        Code2WavConfig(d_model=512, layers=4, heads=8, kv_heads=8, ffn=1536, decoder_dim=768, trim="causal"),
+    ),
+    "qwen3_omni_30b_a3b": (TalkerConfig(), Code2WavConfig()),
+}
+
 
 def build(
     preset: str = "tiny",
@@ -98,6 +173,9 @@ def build(
     thinker: Mapping[str, Any] | None = None,
     aut: Mapping[str, Any] | None = None,
     vision: Mapping[str, Any] | None = None,
+    speech: bool = False,
+    talker: Mapping[str, Any] | None = None,
+    code2wav: Mapping[str, Any] | None = None,
 ) -> OmniModel:
     """A model of a preset's size, its weights not yet drawn (`init_weights`). Under `torch.device("meta")` it costs no
     memory.
@@ -107,9 +185,12 @@ def build(
         vocab_size, special_tokens: those of the tokenizer; None keeps the preset's (the public ids).
         thinker, aut, vision: fields to change, e.g. `thinker={"layers": 3}`. `out_dim` of the encoders follows
             `thinker.d_model`, `accept_hidden_layer` follows `thinker.layers`.
+        speech: with Talker and Code2Wav.
+        talker, code2wav: fields to change, e.g. `talker={"layers": 2, "mtp": {"layers": 1}}`. Special codes follow
+            `talker.codebook_size`; MTP's width, and the number and size of codebooks everywhere, follow the Talker's.
 
     Raises:
-        ValueError: unknown preset or field; the message lists the valid ones.
+        ValueError: unknown preset or field (the message lists the valid ones), or fields of parts that are left out.
     """
     if preset not in PRESETS:
         raise ValueError(f"model.preset={preset!r}: no such preset; use one of {', '.join(PRESETS)}")
@@ -128,8 +209,31 @@ def build(
             vision=_replace(base.vision, {**width, **(vision or {})}, "vision"),
             special_tokens=dict(special_tokens),
             position_id_per_seconds=position_id_per_seconds or base.position_id_per_seconds,
+            **_speech(preset, decoder, talker or {}, code2wav or {}, speech),
         )
     )
+
+
+def _speech(
+    preset: str, thinker: ThinkerConfig, talker: Mapping[str, Any], code2wav: Mapping[str, Any], speech: bool
+) -> dict[str, Any]:
+    """The fields `talker` and `code2wav` of `OmniConfig`."""
+    if not speech:
+        if talker or code2wav:
+            raise ValueError("model.talker and model.code2wav need model.speech=true")
+        return {}
+    base, wave = SPEECH_PRESETS[preset]
+    changes: dict[str, Any] = {"thinker_dim": thinker.d_model, "accept_hidden_layer": thinker.accept_hidden_layer}
+    if "codebook_size" in talker:
+        changes |= codec_vocabulary(talker["codebook_size"])
+    changes |= talker
+    follows = {name: changes.get(name, getattr(base, name)) for name in ("d_model", "codebooks", "codebook_size")}
+    changes["mtp"] = _replace(base.mtp, {**follows, **talker.get("mtp", {})}, "talker.mtp")
+    codes = {"quantizers": follows["codebooks"], "codebook_size": follows["codebook_size"]}
+    return {
+        "talker": _replace(base, changes, "talker"),
+        "code2wav": _replace(wave, {**codes, **code2wav}, "code2wav"),
+    }
 
 
 def _replace(config: Any, changes: Mapping[str, Any], part: str) -> Any:
@@ -145,6 +249,16 @@ def _replace(config: Any, changes: Mapping[str, Any], part: str) -> Any:
 RESIDUAL_WRITERS = (".self_attn.out_proj.weight", ".fc2.weight", ".attn.proj.weight", ".mlp.linear_fc2.weight")
 """Last matrices of the residual branches of AuT and of the vision encoder."""
 
+STD = {
+    "thinker.embed_tokens.weight": 0.1,
+    "thinker.lm_head.weight": 0.02,
+    "talker.codec_embedding.weight": 0.1,
+    "talker.codec_head.weight": 0.02,
+    "talker.mtp.code_embedding": 0.1,
+    "talker.mtp.code_head": 0.02,
+}
+"""Standard deviations of embeddings and heads."""
+
 
 def init_weights(model: OmniModel, seed: int) -> None:
     """Draw every parameter, each from its own random stream named by the parameter: the same values in whatever order
@@ -152,7 +266,7 @@ def init_weights(model: OmniModel, seed: int) -> None:
 
     Matrices are normal with variance 1 / fan_in (at width 2048 the usual 0.02), the head has 0.02, so that training
     starts near the uniform distribution. Norm weights are 1, biases 0. In the encoders the last matrix of every
-    residual branch is divided by sqrt(2 * layers) (GPT-2).
+    residual branch is divided by sqrt(2 * layers) (GPT-2). Talker and MTP are as the Thinker, `Code2Wav` says its own.
 
     In the Thinker it is not, and token embeddings have 0.1, less than the encoders' features. So what attention fetches
     from a picture is, from the first step, loud in the residual stream of the word that is to be predicted. With quiet
@@ -163,15 +277,79 @@ def init_weights(model: OmniModel, seed: int) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                if name.endswith("bias"):
+                    p.zero_()
+                elif not name.startswith("code2wav."):  # there, layer scales and the like keep what they were made with
+                    p.fill_(1.0)
                 continue
-            fan_in = p.shape[-1] if ".experts." in name else p[0].numel()
-            fixed = {"thinker.lm_head.weight": 0.02, "thinker.embed_tokens.weight": 0.1}
-            std = fixed.get(name, fan_in**-0.5)
+            std = _wave_std(model, name) if name.startswith("code2wav.") else STD.get(name)
+            if std is None:
+                fan_in = p.shape[-1] if ".experts." in name else p[0].numel()
+                std = fan_in**-0.5
             if name.endswith(RESIDUAL_WRITERS):
                 std /= (2 * depth[name.split(".")[0]]) ** 0.5
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+
+def _wave_std(model: nn.Module, name: str) -> float:
+    """Of a matrix of Code2Wav or of the codec. Convolutions have variance 1 / (3 fan_in): with 1 / fan_in the chain of
+    residual units would start with an output of 60 times the size of speech."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.ConvTranspose1d):  # weight [in, out, kernel]: so many inputs reach an output
+        return (3 * module.in_channels * module.kernel_size[0] / module.stride[0]) ** -0.5
+    if isinstance(module, nn.Conv1d):
+        return (3 * module.weight[0].numel()) ** -0.5
+    if isinstance(module, nn.Linear):
+        return module.in_features**-0.5
+    return 0.02
+
+
+CODEC_PRESETS: dict[str, CodecConfig] = {
+    # The decoders are the Code2Wav of the same preset: 2.9 M parameters, 1.8 M of them Code2Wav.
+    "tiny": CodecConfig(
+        encoder_dim=8,
+        layers=2,
+        heads=4,
+        kv_heads=4,
+        ffn=384,
+        window=36,
+        codebook_dim=32,
+        decoder=SPEECH_PRESETS["tiny"][1],
+    ),
+    "small": CodecConfig(
+        encoder_dim=32, layers=4, heads=8, kv_heads=8, ffn=1536, codebook_dim=128, decoder=SPEECH_PRESETS["small"][1]
+    ),
+    "qwen3_omni_30b_a3b": CodecConfig(),
+}
+
+
+def build_codec(preset: str = "tiny", *, decoder: Mapping[str, Any] | None = None, **changes: Any) -> Codec:
+    """A codec of a preset's size, its weights not yet drawn (`init_codec_weights`).
+
+    Args:
+        decoder: fields of `Code2WavConfig` to change.  changes: fields of `CodecConfig`.
+
+    Raises:
+        ValueError: unknown preset or field; the message lists the valid ones.
+    """
+    if preset not in CODEC_PRESETS:
+        raise ValueError(f"model.preset={preset!r}: no such preset; use one of {', '.join(CODEC_PRESETS)}")
+    base = CODEC_PRESETS[preset]
+    changes["decoder"] = _replace(base.decoder, decoder or {}, "decoder")
+    return Codec(_replace(base, changes, "codec"))
+
+
+def init_codec_weights(codec: Codec, seed: int) -> None:
+    """Draw the weights of a codec as `init_weights` draws those of Code2Wav. Codebooks come from the first batch."""
+    with torch.no_grad():
+        for name, p in codec.named_parameters():
+            if p.ndim == 1:
+                if name.endswith("bias"):
+                    p.zero_()
+                continue  # layer scales and the like keep what they were made with
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            p.copy_(torch.randn(p.shape, generator=generator) * _wave_std(codec, name))
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -8,17 +8,14 @@ decided before: its embedding is in `inputs_embeds`, its place in `position_ids`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from omnitrain.models.layers.attention import varlen_attention
-from omnitrain.models.layers.moe import SwiGLUExperts, TopKRouter
+from omnitrain.models.layers.decoder import Attention, DecoderLayer, DenseMLP, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
-from omnitrain.models.layers.rope import NormRotate, tm_rope
+from omnitrain.models.layers.rope import tm_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +75,6 @@ class ThinkerConfig:
         return layer not in self.dense_layers and (layer + 1) % self.sparse_step == 0
 
 
-class KVCache(Protocol):
-    """What the attention layers need of a cache (`generation/cache.py` has one)."""
-
-    def append(self, layer: int, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add the new positions of every document and return everything known so far.
-
-        Args:
-            layer: index of the decoder layer, from 0.
-            key, value: [N, H_kv, head_dim], the new positions, documents end to end; keys are already rotated.
-            cu_seqlens: int32 [B + 1], borders of the new positions.
-
-        Returns:
-            keys, values: [M, H_kv, head_dim], per document all positions up to now, documents end to end in the same
-            order; cu_seqlens_key: int32 [B + 1], their borders.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class ThinkerOutput:
     """hidden [N, D]: after the final norm (times `lm_head.weight.T` = logits).  accept_hidden [N, D]: residual stream
@@ -106,91 +85,6 @@ class ThinkerOutput:
     accept_hidden: Tensor
     router_counts: Tensor
     router_prob_sums: Tensor
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with RMSNorm on every query and key head (Qwen3) and rotary positions.
-
-    The projections of queries, keys and values are one matrix: rows [q heads, k heads, v heads] x head_dim.
-    """
-
-    def __init__(self, config: ThinkerConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.qkv = nn.Linear(
-            config.d_model, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=config.attention_bias
-        )
-        self.out = nn.Linear(config.heads * config.head_dim, config.d_model, bias=config.attention_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
-
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cu_seqlens: Tensor, layer: int, cache: KVCache | None
-    ) -> Tensor:
-        """x [N, D], rope = (cos, sin) each [N, head_dim / 2] -> [N, D]"""
-        heads, kv_heads = self.heads, self.kv_heads
-        qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, self.head_dim)
-        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
-        qk = NormRotate.apply(qk, self.q_norm.weight, self.k_norm.weight, *rope, heads, self.q_norm.eps)
-        q, k = qk.split([heads, kv_heads], dim=1)
-        cu_seqlens_key = None
-        if cache is not None:
-            k, v, cu_seqlens_key = cache.append(layer, k, v, cu_seqlens)
-        y = varlen_attention(q, k, v, cu_seqlens, causal=True, cu_seqlens_key=cu_seqlens_key)
-        return self.out(y.reshape(len(x), heads * self.head_dim))
-
-
-class DenseMLP(nn.Module):
-    """SwiGLU (Shazeer, 2020, arXiv 2002.05202): down(silu(gate x) * up x). `gate_up` holds gate rows, then up rows."""
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * width, bias=False)
-        self.down = nn.Linear(width, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, D] -> [N, D]"""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
-class SparseMLP(nn.Module):
-    """Router and experts."""
-
-    def __init__(self, config: ThinkerConfig) -> None:
-        super().__init__()
-        self.router = TopKRouter(config.d_model, config.n_experts, config.top_k, config.normalise_top_k)
-        self.experts = SwiGLUExperts(config.d_model, config.expert_width, config.n_experts)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, D] -> [N, D], router counts [E], router probability sums [E]"""
-        routing = self.router(x)
-        return self.experts(x, routing), routing.counts, routing.prob_sums
-
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
-
-    def __init__(self, config: ThinkerConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp: SparseMLP | DenseMLP = (
-            SparseMLP(config) if config.is_sparse(layer) else DenseMLP(config.d_model, config.ffn)
-        )
-
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cu_seqlens: Tensor, cache: KVCache | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[N, D] -> [N, D], and the router's counts and probability sums [E] if this layer has experts"""
-        x = x + self.attention(self.attention_norm(x), rope, cu_seqlens, self.layer, cache)
-        y = self.mlp(self.mlp_norm(x))
-        if isinstance(y, tuple):
-            y, counts, prob_sums = y
-            return x + y, counts, prob_sums
-        return x + y, None, None
 
 
 class Thinker(nn.Module):
@@ -204,7 +98,7 @@ class Thinker(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.layers)])
+        self.layers = nn.ModuleList([_layer(config, i) for i in range(config.layers)])
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.activation_checkpointing = False
@@ -256,6 +150,16 @@ class Thinker(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] after the final norm -> [N, V]"""
         return self.lm_head(hidden)
+
+
+def _layer(c: ThinkerConfig, i: int) -> DecoderLayer:
+    attention = Attention(c.d_model, c.heads, c.kv_heads, c.head_dim, norm_eps=c.norm_eps, bias=c.attention_bias)
+    mlp: SparseMLP | DenseMLP
+    if c.is_sparse(i):
+        mlp = SparseMLP(c.d_model, c.expert_width, c.n_experts, c.top_k, normalise=c.normalise_top_k)
+    else:
+        mlp = DenseMLP(c.d_model, c.ffn)
+    return DecoderLayer(i, c.d_model, attention, mlp, norm_eps=c.norm_eps)
 
 
 def _visual_rows(mask: Tensor | None, deepstack: list[Tensor] | None, layers: int) -> Tensor | None:

@@ -24,15 +24,13 @@ from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch.optim import Optimizer
 
 from omnitrain.data.batch import PackedBatch
-from omnitrain.training.flops import peak_flops, training_flops
+from omnitrain.training.flops import peak_flops
 from omnitrain.training.logging import ExactCsvLogger
-from omnitrain.training.losses import bits_per_byte, gather_objects, sum_over_ranks
-from omnitrain.training.sums import LossSums
-from omnitrain.training.thinker import ThinkerModule
+from omnitrain.training.losses import gather_objects, sum_over_ranks
+from omnitrain.training.module import TrainingModule
 
 
 def _step_ended(trainer: L.Trainer) -> bool:
@@ -226,7 +224,7 @@ class SpikeGuard(Callback):
             write_atomically(self.path, "".join(kept))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(pl_module, ThinkerModule)
+        assert isinstance(pl_module, TrainingModule)
         # Loss and norm are those of the global batch: every rank comes to the same decision.
         loss, norm, bound = pl_module.step_loss, pl_module.gradient_norm, self.bound
         if not math.isfinite(loss):
@@ -314,7 +312,7 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: PackedBatch, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, ThinkerModule)
+        assert isinstance(pl_module, TrainingModule)
         self._batch_start = time.perf_counter()
         if self._counted_any:
             self._waited += self._batch_start - max(pl_module.batch_end_time, self._validation_end)
@@ -322,7 +320,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, ThinkerModule)
+        assert isinstance(pl_module, TrainingModule)
         if not self._counted_any:
             self._counted_any = True
             return
@@ -331,7 +329,7 @@ class Throughput(Callback):
         self._busy += time.perf_counter() - self._batch_start
         self._tokens += batch.n_tokens
         self._samples += len(batch)
-        self._flops += training_flops(pl_module.model, batch)
+        self._flops += pl_module.batch_flops(batch)
         if not _step_ended(trainer):
             return
         self._steps += 1
@@ -344,10 +342,11 @@ class Throughput(Callback):
                 "time/tokens_per_second": tokens / seconds,
                 "time/samples_per_second": samples / seconds,
                 "time/seconds_per_step": seconds / self._steps,
-                "time/mfu": flops / seconds / trainer.world_size / self._peak[0],
                 "time/data_wait": self._waited / seconds,
                 "time/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
             }
+            if not math.isnan(flops):
+                row["time/mfu"] = flops / seconds / trainer.world_size / self._peak[0]
             if pl_module.device.type == "cuda":
                 row["time/memory_cuda_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
             pl_module.log_row(row, trainer.global_step)
@@ -378,7 +377,7 @@ class RunRecord(Callback):
         self._write_data(trainer, pl_module)
 
     def _write_data(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, ThinkerModule)
+        assert isinstance(pl_module, TrainingModule)
         data = pl_module.datamodule
         if not hasattr(data, "planned_mixture"):
             return
@@ -499,7 +498,7 @@ class TrainingProgress(ProgressBar):
         self._window.append((time.perf_counter(), batch.n_tokens * trainer.world_size))
         if not _step_ended(trainer):
             return
-        assert isinstance(pl_module, ThinkerModule)
+        assert isinstance(pl_module, TrainingModule)
         status = f"loss {pl_module.last_loss:.3f}"
         if len(self._window) > 1:
             seconds = self._window[-1][0] - self._window[0][0]
@@ -515,13 +514,8 @@ class TrainingProgress(ProgressBar):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.is_enabled or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        assert isinstance(pl_module, ThinkerModule)
-        losses = [
-            f"{name.rsplit('/', 1)[1]} {value:.3f}"
-            for sums in pl_module.evaluation_sums.values()
-            for name, value in sums.metrics("validation").items()
-            if name.startswith("validation/loss/")
-        ]
+        assert isinstance(pl_module, TrainingModule)
+        losses = [f"{name} {value:.3f}" for name, value in pl_module.validation_losses().items()]
         self.console.print(
             f"step {trainer.global_step}: validation loss  {'  '.join(losses)}", highlight=False, soft_wrap=True
         )
@@ -549,23 +543,6 @@ class TrainingProgress(ProgressBar):
         if not self.is_enabled:
             return
         self._stop()
-        assert isinstance(pl_module, ThinkerModule)
-        for name, sums in pl_module.evaluation_sums.items():
-            self.console.print(loss_table(f"{name}, step {trainer.global_step}", sums))
-
-
-def loss_table(title: str, sums: LossSums) -> Table:
-    """Loss and bits per byte of each modality."""
-    table = Table(title=title)
-    for column in ("modality", "samples", "target tokens", "loss (nats/token)", "bits per byte"):
-        table.add_column(column, justify="left" if column == "modality" else "right")
-    for modality in sorted({modality for modality, _ in sums.groups}):
-        nll, tokens, target_bytes, samples = sums.total(modality=modality)
-        table.add_row(
-            modality,
-            f"{samples:,.0f}",
-            f"{tokens:,.0f}",
-            f"{nll / tokens:.3f}" if tokens else "-",
-            f"{bits_per_byte(nll, target_bytes):.3f}" if target_bytes else "-",
-        )
-    return table
+        assert isinstance(pl_module, TrainingModule)
+        for table in pl_module.validation_tables(trainer.global_step):
+            self.console.print(table)

@@ -12,7 +12,7 @@ number of devices or of accumulation steps changes the gradient of the first ter
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -131,6 +131,32 @@ class SampleSums:
         sums = torch.zeros(n, dtype=torch.float64).index_add_(0, owner.cpu(), nll.detach().double().cpu())
         target_bytes = torch.zeros(n, dtype=torch.int64) if batch.target_bytes is None else batch.target_bytes
         return SampleSums(sums, tokens.cpu(), target_bytes.cpu())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterUse:
+    """How the experts of one decoder were used: counts, prob_sums [L, E] (see `models.layers.moe.Routing`) over
+    `positions` positions."""
+
+    counts: Tensor
+    prob_sums: Tensor
+    positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLosses:
+    """What one micro-batch adds to the loss of an optimizer step, un-normalised.
+
+    Attributes:
+        total: sum of weight x nats over the targets (with gradient).  weight: sum of the weights.
+        routers: by name of the decoder.
+        groups: sums for the log, by (modality, task): nats, target tokens, target bytes, samples.
+    """
+
+    total: Tensor
+    weight: Tensor
+    routers: Mapping[str, RouterUse]
+    groups: Sequence[tuple[tuple[str, str], tuple[float, ...]]]
 
 
 def bits_per_byte(nll: float, target_bytes: float) -> float:

@@ -20,10 +20,17 @@ PARTS: dict[str, str] = {
     "head": r"^thinker\.lm_head\.",
     "router": r"^thinker\..*\.router\.",
     "thinker": r"^thinker\.",
+    "mtp": r"^talker\.mtp\.",
+    "talker_router": r"^talker\..*\.router\.",
+    "talker": r"^talker\.",
+    "code2wav": r"^code2wav\.",
 }
 """Part -> pattern of the `OmniModel` parameter names in it; the first match wins. The adapters are what stands between
 an encoder and the Thinker (report, section 3: stage S1 trains them before the encoders). `train` and `lr_scale` use
 these names."""
+
+THINKER_PARTS = tuple(PARTS)[:8]
+"""The parts that writing text needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

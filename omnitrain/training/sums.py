@@ -7,9 +7,11 @@ over tokens, and a resumed run writes the row that an uninterrupted one would ha
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from omnitrain.data.batch import PackedBatch
@@ -22,11 +24,10 @@ class LossSums:
     def __init__(self) -> None:
         self.groups: dict[tuple[str, str], list[float]] = {}
 
-    def add_batch(self, batch: PackedBatch, sums: SampleSums) -> None:
-        """Count every sample of `batch`."""
-        rows = zip(batch.modalities, batch.tasks, *(x.tolist() for x in vars(sums).values()), strict=True)
-        for modality, task, nll, tokens, target_bytes in rows:
-            self._add((modality, task), (nll, tokens, target_bytes, 1.0))
+    def add(self, groups: Iterable[tuple[tuple[str, str], Sequence[float]]]) -> None:
+        """Count sums by group (`BatchLosses.groups`)."""
+        for key, values in groups:
+            self._add(key, values)
 
     def _add(self, key: tuple[str, str], values: Any) -> None:
         group = self.groups.setdefault(key, [0.0, 0.0, 0.0, 0.0])
@@ -75,7 +76,13 @@ class LossSums:
             self._add(tuple(key), values)
 
 
-def expert_load(counts: Tensor) -> dict[str, float]:
+def sample_groups(batch: PackedBatch, sums: SampleSums) -> list[tuple[tuple[str, str], tuple[float, ...]]]:
+    """Every sample of `batch` under its modality and task, for `LossSums.add`."""
+    rows = zip(batch.modalities, batch.tasks, *(x.tolist() for x in vars(sums).values()), strict=True)
+    return [((modality, task), (nll, tokens, n_bytes, 1.0)) for modality, task, nll, tokens, n_bytes in rows]
+
+
+def expert_load(counts: Tensor, prefix: str = "experts") -> dict[str, float]:
     """How evenly the experts were used: `experts/entropy` (mean over layers of the normalised entropy, 1 is even),
     `experts/entropy_min` (the worst layer) and `experts/max_over_mean` (the busiest expert of any layer; 1 is even).
 
@@ -88,7 +95,24 @@ def expert_load(counts: Tensor) -> dict[str, float]:
     share = counts / counts.sum(1, keepdim=True)
     entropy = torch.special.entr(share).sum(1) / math.log(counts.shape[1]) if counts.shape[1] > 1 else share.sum(1)
     return {
-        "experts/entropy": float(entropy.mean()),
-        "experts/entropy_min": float(entropy.min()),
-        "experts/max_over_mean": float((share * counts.shape[1]).max()),
+        f"{prefix}/entropy": float(entropy.mean()),
+        f"{prefix}/entropy_min": float(entropy.min()),
+        f"{prefix}/max_over_mean": float((share * counts.shape[1]).max()),
     }
+
+
+def loss_table(title: str, sums: LossSums) -> Table:
+    """Loss and bits per byte of each modality."""
+    table = Table(title=title)
+    for column in ("modality", "samples", "target tokens", "loss (nats/token)", "bits per byte"):
+        table.add_column(column, justify="left" if column == "modality" else "right")
+    for modality in sorted({modality for modality, _ in sums.groups}):
+        nll, tokens, target_bytes, samples = sums.total(modality=modality)
+        table.add_row(
+            modality,
+            f"{samples:,.0f}",
+            f"{tokens:,.0f}",
+            f"{nll / tokens:.3f}" if tokens else "-",
+            f"{bits_per_byte(nll, target_bytes):.3f}" if target_bytes else "-",
+        )
+    return table

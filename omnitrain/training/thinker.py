@@ -7,34 +7,36 @@ target tokens of all ranks and all accumulation steps. Clipping, the spike guard
 
 from __future__ import annotations
 
-import math
 import random
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.table import Table
 from torch import Tensor
 
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
-from omnitrain.models.omni import OmniModel
+from omnitrain.models.omni import OmniModel, OmniOutput
+from omnitrain.training.flops import training_flops
 from omnitrain.training.losses import (
+    BatchLosses,
     LossConfig,
+    RouterUse,
     SampleSums,
     balance_loss,
     gather_objects,
     sum_over_ranks,
     token_weights,
 )
-from omnitrain.training.optim import PARTS, OptimConfig, build_optimizer, check_parts, part_of, schedule_factor
-from omnitrain.training.sums import LossSums, expert_load
+from omnitrain.training.module import TrainingModule
+from omnitrain.training.optim import THINKER_PARTS, OptimConfig, build_optimizer, check_parts, part_of, schedule_factor
+from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
 
 
-class ThinkerModule(L.LightningModule):
+class ThinkerModule(TrainingModule):
     """Trains an `OmniModel` to predict text.
 
     Args:
@@ -42,7 +44,8 @@ class ThinkerModule(L.LightningModule):
         optim: optimizer and schedule.
         loss: loss weights.
         train: parts that learn (names of `PARTS`); the others are frozen.
-        init_from: folder with weights in the public format that replace the model's (same shapes).
+        init_from: whose weights replace the model's (same shapes): a folder in the public format, or the folder of a
+            run. Talker and Code2Wav stay as they are if it has none.
         aut_window_seconds: attention window of the audio encoder, drawn anew for each optimizer step from these bounds
             (whole seconds, inclusive; report, section 3: 1 to 8 s). None: the encoder's own window. Evaluation always
             uses the encoder's own.
@@ -56,7 +59,7 @@ class ThinkerModule(L.LightningModule):
         optim: OptimConfig | None = None,
         loss: LossConfig | None = None,
         *,
-        train: Sequence[str] = tuple(PARTS),
+        train: Sequence[str] = THINKER_PARTS,
         init_from: str | None = None,
         aut_window_seconds: tuple[int, int] | None = (1, 8),
         seed: int = 0,
@@ -71,60 +74,60 @@ class ThinkerModule(L.LightningModule):
         self.seed = seed
         self.generation = dict(generation or {"max_new_tokens": 64, "temperature": 0.0})
         if init_from is not None:
-            _load_public_weights(model, init_from)
+            load_weights(model, init_from)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in train)
 
-        # One optimizer step: (weighted nats, weight) of all ranks, positions and [L, E] expert counts of all ranks, and
-        # this rank's sums by modality.
-        self._window = torch.zeros(3, dtype=torch.float64)
-        self._window_counts: Tensor | None = None
+        # One optimizer step: (weighted nats, weight) of all ranks, positions and [L, E] expert counts of all ranks by
+        # decoder, and this rank's sums by modality.
+        self._window = torch.zeros(2, dtype=torch.float64)
+        self._window_routers: dict[str, tuple[float, Tensor]] = {}
         self._window_sums = LossSums()
-        self._discarded = False
-        self.samples_in_step: list[str] = []
-        """Ids of the samples that this rank's current optimizer step has read."""
-        self.batch_end_time = 0.0
-        """When the last batch and all that follows it (checkpoint, logging) was done; from `time.perf_counter`."""
         # Since the last logged row; since the start.
         self._row_sums = LossSums()
-        self._row_counts: Tensor | None = None
+        self._row_counts: dict[str, Tensor] = {}
         self._seen = {"tokens": 0, "samples": 0, "target_tokens": 0}
         self._stream: dict[str, Any] = {"skipped": {}, "packing": []}
-        self.skipped_steps = 0
-        self.gradient_norm = 0.0
         self._part_norms: dict[str, float] = {}
-        self.last_loss = math.nan
         self._evaluation: dict[int, LossSums] = {}
         self.evaluation_sums: dict[str, LossSums] = {}
         """Sums of the last evaluation by the name of its loader, over all ranks; for tables and reports."""
-        self._saved: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        output, nll = self._forward(batch, window=self._aut_window_frames())
-        weights = token_weights(batch, self.loss_config.modality_weights)
-        loss = (nll * weights).sum()
-        step = torch.tensor([loss.detach().double(), weights.sum(), batch.n_tokens], dtype=torch.float64)
-        counts = output.router_counts.double()
-        flat = sum_over_ranks(torch.cat([step.to(self.device), counts.flatten()]))
-        step, counts = flat[:3].cpu(), flat[3:].view_as(counts)
-        self._window += step
-        self._window_counts = counts if self._window_counts is None else self._window_counts + counts
-        self._window_sums.add_batch(batch, SampleSums.of(batch, nll))
+        losses = self.losses(batch, window=self._aut_window_frames())
+        loss, routers = losses.total, losses.routers
+        # One message to the other ranks: nats, weights, and positions and counts of every router.
+        step = [torch.stack([loss.detach().double(), losses.weight.double()])]
+        for use in routers.values():
+            step += [
+                torch.tensor([use.positions], dtype=torch.float64, device=loss.device),
+                use.counts.double().flatten(),
+            ]
+        flat = sum_over_ranks(torch.cat(step))
+        self._window += flat[:2].cpu()
+        weight = float(flat[1])
+        self._window_sums.add(losses.groups)
 
-        if self.loss_config.balance_coefficient and counts.numel():
-            # f over what the global batch has brought so far, P over this micro-batch of all ranks; weighted by its
-            # target tokens, because every gradient is divided by those in the end.
-            share = (self._window_counts / self._window[2]).to(nll.dtype)
-            balance = balance_loss(
-                share, output.router_prob_sums / step[2].item(), pool_layers=self.loss_config.balance_pools_layers
-            )
-            loss = loss + self.loss_config.balance_coefficient * step[1].item() * balance
+        at = 2
+        for name, use in routers.items():
+            n, counts = float(flat[at]), flat[at + 1 : at + 1 + use.counts.numel()].view_as(use.counts)
+            at += 1 + use.counts.numel()
+            so_far, total = self._window_routers.get(name, (0.0, torch.zeros_like(counts)))
+            so_far, total = so_far + n, total + counts
+            self._window_routers[name] = (so_far, total)
+            if self.loss_config.balance_coefficient and counts.numel() and n:
+                # f over what the global batch has brought so far, P over this micro-batch of all ranks; weighted by its
+                # target tokens, because every gradient is divided by those in the end.
+                balance = balance_loss(
+                    (total / so_far).to(use.prob_sums.dtype),
+                    use.prob_sums / n,
+                    pool_layers=self.loss_config.balance_pools_layers,
+                )
+                loss = loss + self.loss_config.balance_coefficient * weight * balance
         self._count(batch)
-        mark_trained: Callable[[PackedBatch], None] | None = getattr(self.datamodule, "mark_trained", None)
-        if mark_trained is not None:  # the checkpoint after this batch continues behind it, whatever is fetched ahead
-            mark_trained(batch)
+        self.mark_trained(batch)
         # Lightning divides by the accumulation steps and DDP by the ranks: undo both, so that gradients are plain sums.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
@@ -137,10 +140,29 @@ class ThinkerModule(L.LightningModule):
         filled = [state["filling"] / state["batches"]] if state.get("batches") else []
         self._stream = {"skipped": dict(batch.skipped), "packing": filled}
 
-    def _forward(self, batch: PackedBatch, window: int | None = None) -> tuple[Any, Tensor]:
-        output = self.model(**batch.model_inputs(), aut_window_frames=window)
+    def losses(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
+        """Loss of the text in `batch`.
+
+        Args:
+            window: attention window of the audio encoder, frames of 10 ms; None: its own.
+        """
+        return self.text_losses(batch, self.model(**batch.model_inputs(), aut_window_frames=window))
+
+    def text_losses(self, batch: PackedBatch, output: OmniOutput) -> BatchLosses:
+        """Loss of the text in `batch`, from the Thinker's output."""
         head = self.model.thinker.lm_head.weight
-        return output, chunked_cross_entropy(output.hidden, head, batch.labels, chunk=self.loss_config.chunk)
+        nll = chunked_cross_entropy(output.hidden, head, batch.labels, chunk=self.loss_config.chunk)
+        weights = token_weights(batch, self.loss_config.modality_weights)
+        return BatchLosses(
+            total=(nll * weights).sum(),
+            weight=weights.sum(),
+            routers={
+                "thinker": RouterUse(
+                    counts=output.router_counts, prob_sums=output.router_prob_sums, positions=batch.n_tokens
+                )
+            },
+            groups=sample_groups(batch, SampleSums.of(batch, nll)),
+        )
 
     def _aut_window_frames(self) -> int | None:
         """Frames (10 ms) of this step's audio attention window; a function of seed and step, so resume repeats it."""
@@ -178,42 +200,26 @@ class ThinkerModule(L.LightningModule):
             torch._foreach_mul_(gradients, gradient_clip_val / self.gradient_norm)
 
     @property
-    def datamodule(self) -> Any:
-        """The trainer's datamodule, or None."""
-        return vars(self.trainer).get("datamodule")
-
-    @property
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.trainer.optimizers[0]
-
-    def row_is_due(self, step: int) -> bool:
-        """Whether a row is logged after optimizer step number `step` (from 1)."""
-        return step % vars(self.trainer)["log_every_n_steps"] == 0 or step == self.trainer.max_steps
 
     @property
     def step_loss(self) -> float:
         """Loss of this optimizer step over the global batch (without the balance term), nats per target token."""
         return float(self._window[0] / self._window[1].clamp(min=1.0))
 
-    def discard_step(self) -> None:
-        """Drop this optimizer step: weights, moments and logged losses stay as they were. Call before the optimizer
-        runs (`on_before_optimizer_step`), on every rank. The schedule and the data go on."""
-        self._optimizer.zero_grad(set_to_none=True)
-        self._discarded = True
-        self.skipped_steps += 1
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if not self._discarded:
             self._row_sums.merge(self._window_sums)
-            counts = self._window_counts
-            self._row_counts = counts if self._row_counts is None or counts is None else self._row_counts + counts
+            for name, (_, counts) in self._window_routers.items():
+                self._row_counts[name] = self._row_counts.get(name, 0) + counts
             self.last_loss = self.step_loss
         step = self.global_step + 1  # Lightning counts this step after the hook
         if self.row_is_due(step):
             self._log_row(step)
         self._window.zero_()
-        self._window_counts, self._window_sums, self._discarded = None, LossSums(), False
+        self._window_routers, self._window_sums, self._discarded = {}, LossSums(), False
         self.samples_in_step = []
 
     def _log_row(self, step: int) -> None:
@@ -233,21 +239,15 @@ class ThinkerModule(L.LightningModule):
             for group in self._optimizer.param_groups
             if not group["name"].endswith(".no_decay")
         }
-        if self._row_counts is not None:
-            row |= expert_load(self._row_counts)
+        for name, counts in self._row_counts.items():
+            row |= expert_load(counts, "experts" if name == "thinker" else f"experts/{name}")
         if packing:
             row["packing/efficiency"] = sum(packing) / len(packing)
         row |= {f"seen/{name}": n for name, n in seen.items()}
         row |= {f"skipped_samples/{reason}": n for reason, n in sorted(skipped.items())}
         row["skipped_steps"] = self.skipped_steps
         self.log_row(row, step)
-        self._row_sums, self._row_counts = LossSums(), None
-
-    def log_row(self, row: Mapping[str, float], step: int) -> None:
-        """Give `row` to every logger at once. (Lightning's own logging comes after the checkpoint of the same step; a
-        row would be lost if the run died in between.)"""
-        for logger in self.trainer.loggers:
-            logger.log_metrics(dict(row), step=step)
+        self._row_sums, self._row_counts = LossSums(), {}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.model, self.optim_config)
@@ -255,14 +255,13 @@ class ThinkerModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(self.optim_config, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
-        self.batch_end_time = time.perf_counter()
+    def batch_flops(self, batch: PackedBatch) -> float:
+        return training_flops(self.model, batch)
 
     # ------------------------------------------------------------------ evaluation
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        _, nll = self._forward(batch)
-        self._evaluation.setdefault(dataloader_idx, LossSums()).add_batch(batch, SampleSums.of(batch, nll))
+        self._evaluation.setdefault(dataloader_idx, LossSums()).add(self.losses(batch).groups)
 
     def test_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)
@@ -290,6 +289,17 @@ class ThinkerModule(L.LightningModule):
         if not self.trainer.sanity_checking:
             self.log_row(row, self.global_step)
 
+    def validation_losses(self) -> dict[str, float]:
+        return {
+            name.rsplit("/", 1)[1]: value
+            for sums in self.evaluation_sums.values()
+            for name, value in sums.metrics("validation").items()
+            if name.startswith("validation/loss/")
+        }
+
+    def validation_tables(self, step: int) -> list[Table]:
+        return [loss_table(f"{name}, step {step}", sums) for name, sums in self.evaluation_sums.items()]
+
     def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Answers to a batch of prompts: `id`, `source`, `task`, `modality` and `text` of each sample."""
         from omnitrain.generation.text import generate
@@ -306,76 +316,38 @@ class ThinkerModule(L.LightningModule):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning leaves out: random states and counters, one entry per rank."""
-        mine = {
-            "rng": rng_state(),
+    def extra_state(self) -> dict[str, Any]:
+        return {
             "row_sums": self._row_sums.state_dict(),
+            "row_counts": {name: counts.cpu() for name, counts in self._row_counts.items()},  # the same on every rank
             "seen": dict(self._seen),
             "stream": self._stream,
         }
-        checkpoint["omnitrain"] = {
-            "ranks": gather_objects(mine),
-            "row_counts": None if self._row_counts is None else self._row_counts.cpu(),
-            "skipped_steps": self.skipped_steps,
-        }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("omnitrain")
-        if state is None:
-            raise ValueError("the checkpoint holds no 'omnitrain' entry: it was not written by ThinkerModule")
-        self._saved = state["ranks"]
-        self._row_counts, self.skipped_steps = state["row_counts"], state["skipped_steps"]
-
-    def on_fit_start(self) -> None:
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision=16-mixed scales the loss, which is not supported; use bf16-mixed")
-
-    def on_train_start(self) -> None:
-        if not self._saved:
-            return
-        if len(self._saved) != self.trainer.world_size:
-            raise ValueError(
-                f"the checkpoint was written by {len(self._saved)} processes, this run has {self.trainer.world_size}; "
-                "resume with as many, or start a new run from its weights"
-            )
-        mine = self._saved[self.trainer.global_rank]
-        self._saved = []
-        self._row_sums.load_state_dict(mine["row_sums"])
-        self._seen, self._stream = dict(mine["seen"]), mine["stream"]
-        self._row_counts = None if self._row_counts is None else self._row_counts.to(self.device)
-        set_rng_state(mine["rng"])
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self._row_sums.load_state_dict(state["row_sums"])
+        self._seen, self._stream = dict(state["seen"]), state["stream"]
+        self._row_counts = {name: counts.to(self.device) for name, counts in state["row_counts"].items()}
 
 
-def rng_state() -> dict[str, Any]:
-    """States of the Python, NumPy, torch and CUDA generators, as tensors and plain numbers."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    assert isinstance(keys, np.ndarray)
-    return {
-        "python": (version, internal, gauss),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
+def load_weights(model: OmniModel, folder: str | Path) -> None:
+    """Replace `model`'s weights by those of a run's last checkpoint or of a folder in the public format.
 
+    Raises:
+        ValueError: a weight is missing, unknown or of another shape; parts that speak may be missing as a whole.
+    """
+    checkpoint = Path(folder) / "checkpoints" / "last.ckpt"
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        weights = {name.removeprefix("model."): x for name, x in saved.items() if name.startswith("model.")}
+    else:
+        from omnitrain.interop.public_format import load_pretrained
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _load_public_weights(model: OmniModel, folder: str) -> None:
-    from omnitrain.interop.public_format import load_pretrained
-
-    weights = load_pretrained(folder).state_dict()
+        weights = load_pretrained(folder, speech=model.talker is not None).state_dict()
     own = model.state_dict()
+    for part in ("talker.", "code2wav."):
+        if not any(name.startswith(part) for name in weights):
+            own = {name: x for name, x in own.items() if not name.startswith(part)}
     wrong = [
         f"{name}: {tuple(weights[name].shape) if name in weights else 'missing'} in the folder, "
         f"{tuple(own[name].shape) if name in own else 'missing'} in the model"
@@ -387,4 +359,4 @@ def _load_public_weights(model: OmniModel, folder: str) -> None:
             f"module.init_from={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
             f"folder holds. First: {'; '.join(wrong[:3])}"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)

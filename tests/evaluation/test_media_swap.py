@@ -10,6 +10,7 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.evaluation.media_swap import Drawn, media_segments, media_swap, swap_partners, with_media_of
+from omnitrain.evaluation.teacher_forced import sample_losses
 
 from .conftest import Reader, Samples, grey_sample
 
@@ -40,17 +41,19 @@ def test_a_model_that_does_not_look_gains_nothing(tokenizer: ChatTokenizer, enco
 def test_partners_are_of_another_concept_and_answer_and_deterministic() -> None:
     partners = swap_partners(SAMPLES)
     assert partners == swap_partners(SAMPLES)
-    for sample, partner in zip(SAMPLES, partners, strict=True):
-        assert partner is not None
+    assert all(len(set(those)) == len(those) for those in partners)
+    for sample, partner in ((s, p) for s, those in zip(SAMPLES, partners, strict=True) for p in those):
         assert SAMPLES[partner].concept != sample.concept
         assert SAMPLES[partner].reference != sample.reference
+    assert min(len(those) for those in partners) >= 1
 
 
 def test_partners_are_a_derangement_of_a_class() -> None:
     samples = SAMPLES[:20]
-    partners = swap_partners(samples)
-    assert sorted(p for p in partners if p is not None) == list(range(20))
-    assert all(p != i for i, p in enumerate(partners))
+    partners = swap_partners(samples, 3)
+    for round_of in zip(*partners, strict=True):
+        assert sorted(round_of) == list(range(20))
+        assert all(p != i for i, p in enumerate(round_of))
 
 
 def test_partners_keep_task_and_input_language() -> None:
@@ -58,21 +61,22 @@ def test_partners_keep_task_and_input_language() -> None:
         replace(grey_sample(i), task=("asr", "sound")[i % 2], languages=(("fr", "ru")[i // 2 % 2], "en"))
         for i in range(32)
     ]
-    for sample, partner in zip(samples, swap_partners(samples), strict=True):
-        assert partner is not None
+    partners = swap_partners(samples)
+    assert all(partners)
+    for sample, partner in ((s, p) for s, those in zip(samples, partners, strict=True) for p in those):
         assert (samples[partner].task, samples[partner].languages) == (sample.task, sample.languages)
 
 
 def test_the_only_one_of_its_language_takes_a_partner_of_its_task() -> None:
     samples = [replace(grey_sample(i), languages=("fr", "en") if i < 4 else ("ru", "en")) for i in range(5)]
     partners = swap_partners(samples)
-    assert sorted(p for p in partners[:4] if p is not None) == [0, 1, 2, 3]
-    assert partners[4] in (0, 1, 2, 3)
+    assert sorted(p[0] for p in partners[:4]) == [0, 1, 2, 3]
+    assert partners[4][0] in (0, 1, 2, 3)
 
 
 def test_one_concept_alone_has_no_partner() -> None:
     samples = [replace(grey_sample(0), id=f"same/{i}") for i in range(5)]
-    assert swap_partners(samples) == [None] * 5
+    assert swap_partners(samples) == [()] * 5
 
 
 def test_samples_without_a_partner_are_counted(tokenizer: ChatTokenizer, encoder: SampleEncoder) -> None:
@@ -94,6 +98,16 @@ def test_a_broken_picture_is_counted_by_reason(tokenizer: ChatTokenizer, encoder
     result = media_swap(Reader(tokenizer, reads=True), encoder, drawn([*SAMPLES[:8], broken]))
     assert sum(result.skipped.values()) == 1
     assert len(result.swaps) == 8
+
+
+def test_the_swapped_loss_is_the_mean_over_partners(tokenizer: ChatTokenizer, encoder: SampleEncoder) -> None:
+    model, samples = Reader(tokenizer, reads=True), drawn(SAMPLES[:20])
+    by_id = {d.sample.id: d for d in samples}
+    swap = media_swap(model, encoder, samples, partners=3).swaps[0]
+    assert len(swap.partners) == 3
+    exchanged = [with_media_of(by_id[swap.id], by_id[partner]) for partner in swap.partners]
+    losses = sample_losses(model, [encoder(sample, samples[0].source.media_bytes) for sample in exchanged])
+    assert swap.swapped == pytest.approx(sum(loss.per_token for loss in losses) / 3, rel=1e-6)
 
 
 def test_all_media_are_exchanged_and_nothing_else() -> None:

@@ -29,8 +29,9 @@ SPECIAL = {
 }  # fmt: skip
 
 Piece = tuple[Any, ...]
-"""("text", n), ("audio", mel frames), ("image", grid), ("video", grid, seconds per grid), or
-("audio_video", grid, seconds per grid, mel frames); grids count patches (t, h, w)."""
+"""("text", n), ("special", names in SPECIAL ...), ("audio", mel frames), ("image", grid),
+("video", grid, seconds per grid), or ("audio_video", grid, seconds per grid, mel frames); grids count patches
+(t, h, w)."""
 
 _TEXT = (
     dict(
@@ -57,6 +58,50 @@ _VISION = (
     dict(depth=4, hidden_size=48, num_heads=3, intermediate_size=64, patch_size=6, num_position_embeddings=36,
          deepstack_visual_indexes=[0, 1, 3]),
 )  # fmt: skip
+# Transformers forbids the last 1024 codec ids but the end: a vocabulary of codebook + 1024 loses none.
+_TALKER = (
+    dict(
+        text=dict(
+            vocab_size=64 + 1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, moe_intermediate_size=24, shared_expert_intermediate_size=40,
+            num_experts=4, num_experts_per_tok=2, norm_topk_prob=True,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 2, 2], mrope_interleaved=True),
+        ),
+        mtp=dict(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, num_code_groups=4,
+        ),
+        num_code_groups=4, accept_hidden_layer=2, codec_pad_id=64, codec_bos_id=65, codec_eos_token_id=66,
+        codec_nothink_id=67, codec_think_bos_id=68, codec_think_eos_id=69, speaker_id={"ethan": 70},
+    ),
+    dict(
+        text=dict(
+            vocab_size=40 + 1024, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=24, moe_intermediate_size=16, shared_expert_intermediate_size=32,
+            num_experts=6, num_experts_per_tok=3, norm_topk_prob=False, rms_norm_eps=1e-5, router_aux_loss_coef=0.01,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 4, 4], mrope_interleaved=True),
+        ),
+        mtp=dict(
+            vocab_size=40, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
+            num_key_value_heads=3, head_dim=16, num_code_groups=6, rms_norm_eps=1e-5,
+            rope_parameters=dict(rope_type="default", rope_theta=1e5),
+        ),
+        num_code_groups=6, accept_hidden_layer=3, codec_pad_id=140, codec_bos_id=141, codec_eos_token_id=142,
+        codec_nothink_id=147, codec_think_bos_id=148, codec_think_eos_id=149,
+        speaker_id={"chelsie": 293, "ethan": 294},
+    ),
+)  # fmt: skip
+_CODE2WAV = (
+    dict(
+        codebook_size=64, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48,
+        num_hidden_layers=2, num_quantizers=4, decoder_dim=48, upsample_rates=[2, 2], upsampling_ratios=[2],
+    ),
+    dict(
+        codebook_size=40, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40,
+        num_hidden_layers=3, num_quantizers=6, decoder_dim=64, upsample_rates=[3, 2, 2], upsampling_ratios=[2, 2],
+        sliding_window=5, rms_norm_eps=1e-6, layer_scale_initial_scale=0.1,
+    ),
+)  # fmt: skip
 
 
 def public_config(variant: int = 0):
@@ -75,32 +120,18 @@ def public_config(variant: int = 0):
         vision_end_token_id=SPECIAL["vision_end"],
         **tokens,
     )
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 2, 2], mrope_interleaved=True)
+    sizes = copy.deepcopy(_TALKER[variant])
     talker = dict(
-        text_config=dict(
-            vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, moe_intermediate_size=24, shared_expert_intermediate_size=40,
-            num_experts=4, num_experts_per_tok=2, rope_parameters=rope,
-        ),
-        code_predictor_config=dict(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, num_code_groups=4,
-        ),
-        num_code_groups=4, thinker_hidden_size=out, accept_hidden_layer=2, codec_eos_token_id=66, codec_nothink_id=67,
-        codec_think_bos_id=68, codec_think_eos_id=69, codec_pad_id=64, codec_bos_id=65, spatial_merge_size=2,
-        vision_start_token_id=SPECIAL["vision_start"], position_id_per_seconds=13, speaker_id={"ethan": 70},
+        text_config=sizes.pop("text"), code_predictor_config=sizes.pop("mtp"), thinker_hidden_size=out, **sizes,
+        spatial_merge_size=2, position_id_per_seconds=13, vision_start_token_id=SPECIAL["vision_start"],
         audio_token_id=SPECIAL["audio"], image_token_id=SPECIAL["image"], video_token_id=SPECIAL["video"],
         audio_start_token_id=SPECIAL["audio_start"],
-    )  # fmt: skip
-    code2wav = dict(
-        codebook_size=64, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48,
-        num_hidden_layers=2, num_quantizers=4, decoder_dim=48, upsample_rates=[2, 2], upsampling_ratios=[2],
     )  # fmt: skip
     others = ("im_start", "im_end", "tts_pad", "tts_bos", "tts_eos", "system", "user", "assistant")
     return Qwen3OmniMoeConfig(
         thinker_config=thinker,
         talker_config=talker,
-        code2wav_config=code2wav,
+        code2wav_config=copy.deepcopy(_CODE2WAV[variant]),
         **{f"{name}_token_id": SPECIAL[name] for name in others},
     )
 
@@ -124,6 +155,8 @@ def public_model(variant: int = 0, kind: str = "thinker", seed: int = 0):
             else:
                 fan_in = p.shape[-1] if "experts" in name else p[0].numel()
                 p.copy_(noise / fan_in**0.5)
+            if name.startswith("code2wav.decoder.") and p.ndim > 1:
+                p.mul_(0.5)  # or most samples would be clamped
     return model.eval()
 
 
@@ -184,6 +217,8 @@ def public_sample(config: Any, pieces: list[Piece], seed: int = 0) -> PublicSamp
             case ("text", n):
                 add(rng.integers(0, FIRST_SPECIAL, n).tolist())
                 spans.append(tm.TextSpan(n))
+            case ("special", *names):
+                markup(*names)
             case ("audio", frames):
                 markup("audio_start")
                 n = sound(frames)

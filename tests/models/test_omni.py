@@ -127,7 +127,7 @@ def test_the_full_size_has_the_public_shapes() -> None:
 
     with torch.device("meta"):
         model = build("qwen3_omni_30b_a3b")
-    shapes = {name: tuple(t.shape) for name, t in public_tensors(model, "thinker.")}
+    shapes = {name: tuple(t.shape) for name, t in public_tensors(model, "full")}
     layer, block, heard = "thinker.model.layers.47.", "thinker.visual.blocks.26.", "thinker.audio_tower."
     expected = {
         "thinker.model.embed_tokens.weight": (152064, 2048),

@@ -1,0 +1,192 @@
+"""What the Talker reads for one spoken answer, as in the public checkpoint.
+
+    user's turns    text: its ids            media: rows of the Thinker's hidden states
+    header          <|im_start|> assistant \\n   pad      pad        pad        pad      bos  word 0
+    + codec            -         -       -     nothink  think_bos  think_eos  speaker  pad  bos
+    frame f         the frame's codes + word f + 1, after the last word end-of-text once, then pad
+
+The position before a frame predicts its codebook 0; the last frame predicts the end. The system prompt and earlier
+answers are left out, and TM-RoPE ids are counted over what is left. Nothing here touches a model: the arrays have the
+names of `models.talker.TalkerInputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from omnitrain.data.batch import IGNORE, TEXT, TalkerDocument
+from omnitrain.data.positions import (
+    AudioSpan,
+    AudioVideoSpan,
+    ImageSpan,
+    Span,
+    TextSpan,
+    VideoSpan,
+    tm_rope_positions,
+    vision_tokens,
+)
+from omnitrain.data.sample import BadSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechTokens:
+    """The ids that the layout writes or looks for.
+
+    Attributes:
+        user_header: how a user's turn starts, ``<|im_start|>user``; its first id starts every turn
+        assistant_header: ``<|im_start|>assistant`` and the newline (three ids in the public tokenizer)
+        tts_pad, tts_bos, tts_eos: in the Thinker's vocabulary
+        codec_*: special codes of the Talker.  codebook_size: codes are below it
+    """
+
+    user_header: tuple[int, ...]
+    assistant_header: tuple[int, ...]
+    tts_pad: int
+    tts_bos: int
+    tts_eos: int
+    codec_pad: int
+    codec_bos: int
+    codec_eos: int
+    codec_nothink: int
+    codec_think_bos: int
+    codec_think_eos: int
+    codebook_size: int
+
+
+class UserTurns(NamedTuple):
+    """ids: int64 [n].  is_media: bool [n].  rows: int64 [n], positions in the Thinker's sequence.  position_ids:
+    float32 [3, n], counted anew."""
+
+    ids: np.ndarray
+    is_media: np.ndarray
+    rows: np.ndarray
+    position_ids: np.ndarray
+
+
+def user_turns(
+    input_ids: np.ndarray,
+    token_types: np.ndarray,
+    spans: Sequence[Span],
+    *,
+    special: SpeechTokens,
+    merge: int = 2,
+    ids_per_second: float = 13,
+) -> UserTurns:
+    """The user's turns before an answer, each from its ``<|im_start|>`` to the position before the next one.
+
+    Args:
+        input_ids, token_types: [n], the chat up to the answer (`RenderedChat`); what follows would count too.
+        spans: its spans, or those of the whole chat.
+        merge, ids_per_second: as for `tm_rope_positions`.
+    """
+    kept = np.zeros(len(input_ids), dtype=bool)
+    starts = np.flatnonzero(input_ids == special.user_header[0])
+    for start, end in zip(starts, [*starts[1:], len(input_ids)], strict=True):
+        kept[start:end] = tuple(input_ids[start : start + len(special.user_header)]) == special.user_header
+    left: list[Span] = []
+    at = 0
+    for span in spans:
+        here = kept[at : at + _length(span, merge)]
+        at += _length(span, merge)
+        if not here.any():
+            continue
+        left.append(TextSpan(int(here.sum())) if isinstance(span, TextSpan) else span)  # media lie inside one turn
+    rows = np.flatnonzero(kept)
+    return UserTurns(input_ids[rows], token_types[rows] != TEXT, rows, tm_rope_positions(left, merge, ids_per_second))
+
+
+def _length(span: Span, merge: int) -> int:
+    match span:
+        case TextSpan(n) | AudioSpan(n):
+            return n
+        case ImageSpan(grid) | VideoSpan(grid):
+            return vision_tokens(grid, merge)
+        case AudioVideoSpan(grid, _, n_audio):
+            return vision_tokens(grid, merge) + n_audio
+
+
+def talker_layout(
+    user_ids: np.ndarray,
+    user_is_media: np.ndarray,
+    user_rows: np.ndarray,
+    user_position_ids: np.ndarray,
+    answer_ids: np.ndarray,
+    codes: np.ndarray,
+    *,
+    special: SpeechTokens,
+    speaker_code: int,
+) -> TalkerDocument:
+    """One document: ``talker_layout(*user_turns(...), answer_ids, codes, special=..., speaker_code=...)``.
+
+    Args:
+        user_ids, user_is_media, user_rows: [n].  user_position_ids: [3, n].  See `UserTurns`; n may be 0.
+        answer_ids: int64 [m], the answer's text, without ``<|im_end|>``.
+        codes: int64 [F, Q], the recording. F = 0 lays out the prompt of a generation: nothing is predicted in it.
+        speaker_code: the voice's code.
+
+    Raises:
+        BadSample: "no_speakable_text" for an empty answer, "speech_shorter_than_text" if the recording ends before
+            its last word was given, "speech_bad_codes" for codes outside the codebook.
+    """
+    answer = np.asarray(answer_ids, dtype=np.int64)
+    codes = np.asarray(codes, dtype=np.int64)
+    if not len(answer):
+        raise BadSample("no_speakable_text", "the spoken answer has no text tokens; give its segment a transcript")
+    frames, words, users = len(codes), len(answer), len(user_ids)
+    if codes.ndim != 2:
+        raise BadSample("speech_bad_codes", f"codes must be [frames, codebooks], found {list(codes.shape)}")
+    if codes.size and not (codes.min() >= 0 and codes.max() < special.codebook_size):
+        raise BadSample(
+            "speech_bad_codes", f"codes {codes.min()} to {codes.max()} do not lie in 0..{special.codebook_size - 1}"
+        )
+    if frames and words > frames + 1:
+        raise BadSample(
+            "speech_shorter_than_text", f"{words} text tokens for {frames} frames; one frame takes one text token"
+        )
+
+    header = [*special.assistant_header, *[special.tts_pad] * 4, special.tts_bos, answer[0]]
+    header_codec = [
+        *[-1] * len(special.assistant_header),
+        special.codec_nothink,
+        special.codec_think_bos,
+        special.codec_think_eos,
+        speaker_code,
+        special.codec_pad,
+        special.codec_bos,
+    ]
+    before = users + len(header)  # positions before the first frame
+    trailing = np.full(max(frames, words), special.tts_pad, dtype=np.int64)  # from the second word on
+    trailing[: words - 1] = answer[1:]
+    trailing[words - 1] = special.tts_eos
+    nothing = np.full(before + frames, -1, dtype=np.int64)
+
+    text_ids = np.concatenate([np.where(user_is_media, -1, user_ids), header, trailing[:frames]]).astype(np.int64)
+    hidden_rows = nothing.copy()
+    hidden_rows[:users] = np.where(user_is_media, user_rows, -1)
+    codec_ids = nothing.copy()
+    codec_ids[users:before] = header_codec
+    frame_rows = nothing.copy()
+    frame_rows[before:] = np.arange(frames)
+    labels = np.full(before + frames, IGNORE, dtype=np.int64)
+    if frames:
+        labels[before - 1 : -1] = codes[:, 0]
+        labels[-1] = special.codec_eos
+    # The user's turns end in text, whose three ids are equal; what follows counts on.
+    start = user_position_ids[:, -1].max() + 1 if users else 0
+    spoken = np.arange(len(header) + frames, dtype=np.float32) + np.float32(start)
+    return TalkerDocument(
+        text_ids=text_ids,
+        hidden_rows=hidden_rows,
+        codec_ids=codec_ids,
+        frame_rows=frame_rows,
+        labels=labels,
+        position_ids=np.concatenate([user_position_ids, np.broadcast_to(spoken, (3, len(spoken)))], axis=1).astype(
+            np.float32
+        ),
+        codes=codes,
+        frame_sources=np.arange(before - 1, before - 1 + frames, dtype=np.int64),
+    )

@@ -1,0 +1,315 @@
+"""Waveforms for training a codec: rows of equal length, filled with whole utterances one after the other.
+
+1. The mixture draws recordings (`mixture.py`: weights, shuffle, ranks and resume as for packed batches).
+2. A recording goes behind the one before it in the row, from its start, until the row is full; the rest of the last one
+   is dropped. A recording longer than a row gives one piece of it, at a place that is a function of seed and position.
+3. So nothing is padded, every row has the same length, and the text is known of the utterances that stand whole in a
+   row (it trains codebook 0, see `training.codec_losses.ContentHead`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnitrain.data.datamodule import OmniDataModule, Sources
+from omnitrain.data.media import MediaLimits, decode_audio
+from omnitrain.data.mixture import Draw, Mixture
+from omnitrain.data.sample import BadSample, Sample, Segment
+from omnitrain.data.stream import BadSampleLog, Tally, check_bad_fraction
+
+SILENCE = 1e-4
+"""Peak amplitude below which a recording is silent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utterance:
+    """One recording: `wav` float32 [S] in [-1, 1], what is said in it (or ""), and whose voice it is (or "")."""
+
+    id: str
+    source: str
+    wav: np.ndarray
+    text: str = ""
+    voice: str = ""
+    languages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveBatch:
+    """Rows of sound.
+
+    Attributes:
+        wav: float32 [B, S]
+        spans: (row, first frame, end frame, text) of every utterance that stands whole in a row
+        sample_ids, sources: of all that is heard, in order
+        frames: codec frames in the batch
+        stream_state, skipped: as in `PackedBatch`
+    """
+
+    wav: Tensor
+    spans: tuple[tuple[int, int, int, str], ...]
+    sample_ids: tuple[str, ...]
+    sources: tuple[str, ...]
+    frames: int
+    stream_state: dict[str, Any] | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def n_tokens(self) -> int:
+        """Codec frames, which is what the codec's speed is counted in."""
+        return self.frames
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> WaveBatch:
+        return replace(self, wav=self.wav.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtteranceReader:
+    """`reader(sample, media_bytes)` -> :class:`Utterance`: the first recording in a sample and what is said in it.
+
+    A `speech` segment carries its own text; an `audio` segment of an ASR sample is explained by the answer.
+    """
+
+    sample_rate: int
+    limits: MediaLimits
+
+    def __call__(self, sample: Sample, media_bytes: Callable[[Segment], bytes]) -> Utterance:
+        """Raises:
+        BadSample: ``no_recording``, ``audio_silent``, or what `decode_audio` says.
+        """
+        for message in sample.messages:
+            for segment in message.segments:
+                if segment.type in ("audio", "speech") and (segment.media is not None or segment.path is not None):
+                    wav = decode_audio(media_bytes(segment), self.sample_rate, self.limits)
+                    if np.abs(wav).max() < SILENCE:
+                        raise BadSample("audio_silent", f"the loudest sample is {np.abs(wav).max():.1e}")
+                    said = (
+                        segment.text if segment.type == "speech" else sample.reference if sample.task == "asr" else ""
+                    )
+                    return Utterance(
+                        id=sample.id,
+                        source=sample.source,
+                        wav=np.clip(wav, -1, 1).astype(np.float32),
+                        text=said or "",
+                        voice=sample.meta.get("voice", ""),
+                        languages=sample.languages,
+                    )
+        raise BadSample("no_recording", "the sample has neither an audio nor a speech segment with a recording")
+
+
+class RowFiller:
+    """Utterances into rows of `samples` samples."""
+
+    def __init__(self, rows: int, samples: int, samples_per_frame: int, seed: int) -> None:
+        self.rows, self.samples, self.samples_per_frame, self.seed = rows, samples, samples_per_frame, seed
+
+    def fill(self, draws: Iterator[tuple[int, int, Utterance]]) -> WaveBatch | None:
+        """One batch from (source, position, utterance); None if `draws` ends before it is full."""
+        wav = np.zeros((self.rows, self.samples), dtype=np.float32)
+        spans: list[tuple[int, int, int, str]] = []
+        heard: list[Utterance] = []
+        for row in range(self.rows):
+            at = 0
+            while at < self.samples:
+                source, position, utterance = next(draws, (0, 0, None))
+                if utterance is None:
+                    return None
+                heard.append(utterance)
+                piece, room = utterance.wav, self.samples - at
+                whole = len(piece) <= room
+                if len(piece) > self.samples:
+                    spare = len(piece) - room
+                    start = random.Random(f"{self.seed}/{source}/{position}").randint(0, spare)
+                    piece = piece[start:]
+                piece = piece[:room]
+                wav[row, at : at + len(piece)] = piece
+                if whole and utterance.text:
+                    first, end = at // self.samples_per_frame, -(-(at + len(piece)) // self.samples_per_frame)
+                    spans.append((row, first, end, utterance.text))
+                at += len(piece)
+        return WaveBatch(
+            wav=torch.from_numpy(wav),
+            spans=tuple(spans),
+            sample_ids=tuple(u.id for u in heard),
+            sources=tuple(u.source for u in heard),
+            frames=self.rows * self.samples // self.samples_per_frame,
+        )
+
+
+class WaveStream(Iterator[WaveBatch]):
+    """Endless batches of one rank; each carries the state after it (plain integers, as of `PackedStream`)."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        filler: RowFiller,
+        *,
+        weights: Mapping[str, float],
+        max_bad_fraction: float,
+        num_workers: int,
+        ahead: int,
+        log: BadSampleLog,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        self._mixture, self._filler = mixture, filler
+        self._weights = [weights[name] for name in mixture.names]
+        self._max_bad_fraction, self._log = max_bad_fraction, log
+        state = state or {}
+        self._drawn = list(state.get("drawn", [0] * len(mixture.names)))
+        self._skipped = dict(state.get("skipped", {}))
+        self._batches, self._frames = state.get("batches", 0), state.get("tokens", 0)
+        seen = state.get("seen", {}).get("source", {})
+        self._seen = Tally(dict(seen.get("samples", {})), dict(seen.get("tokens", {})))
+        log.keep(sum(self._skipped.values()))
+        self._draws: Any = mixture.draws(self._weights, self._drawn, [0] * len(self._drawn), num_workers, ahead)
+
+    def _utterances(self) -> Iterator[tuple[int, int, Utterance]]:
+        while True:
+            draw: Draw = next(self._draws)
+            self._drawn[draw.pick.source] += 1
+            if draw.sample is None:
+                assert draw.bad is not None
+                self._skipped[draw.bad["reason"]] = self._skipped.get(draw.bad["reason"], 0) + 1
+                self._log.write(draw.bad)
+                check_bad_fraction(self._skipped, sum(self._drawn), self._max_bad_fraction, self._log.path)
+                continue
+            utterance: Any = draw.sample
+            self._seen.add(
+                self._mixture.names[draw.pick.source], 1, len(utterance.wav) // self._filler.samples_per_frame
+            )
+            yield draw.pick.source, draw.pick.position, utterance
+
+    def __next__(self) -> WaveBatch:
+        batch = self._filler.fill(self._utterances())
+        assert batch is not None  # the draws never end
+        self._batches += 1
+        self._frames += batch.frames
+        state = {
+            "stage": 0,
+            "drawn": list(self._drawn),
+            "before": [0] * len(self._drawn),
+            "skipped": dict(self._skipped),
+            "batches": self._batches,
+            "tokens": self._frames,
+            "filling": float(self._batches),
+            "seen": {"source": {"samples": dict(self._seen.samples), "tokens": dict(self._seen.tokens)}},
+        }
+        return replace(batch, stream_state=state, skipped=dict(self._skipped))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._draws.close()
+
+
+class WaveformDataModule(OmniDataModule):
+    """Rows of waveforms from the same sources, with the same order, weights and resume as `OmniDataModule`.
+
+    Args:
+        rows: of a batch.
+        row_seconds: length of a row.
+        sample_rate: Hz.
+        samples_per_frame: of the codec; a row is a whole number of frames.
+        validation_rows: at most so many rows are read for a validation.
+        Others: see `OmniDataModule`.
+
+    Raises:
+        ValueError: a row that is no whole number of frames.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Sources,
+        tokenizer: Any,
+        rows: int = 8,
+        row_seconds: float = 1.92,
+        sample_rate: int = 24_000,
+        samples_per_frame: int = 1920,
+        validation_rows: int = 32,
+        validation_sources: Sources = (),
+        test_sources: Sources = (),
+        voice_sources: Sources = (),
+        num_workers: int = 0,
+        worker_buffer: int = 16,
+        seed: int = 0,
+        max_bad_fraction: float = 0.01,
+        limits: MediaLimits | Mapping[str, Any] | None = None,
+        bad_samples_path: Any = None,
+    ) -> None:
+        super().__init__(
+            sources=sources,
+            tokenizer=tokenizer,
+            validation_sources=validation_sources,
+            test_sources=test_sources,
+            voice_sources=voice_sources,
+            num_workers=num_workers,
+            worker_buffer=worker_buffer,
+            seed=seed,
+            max_bad_fraction=max_bad_fraction,
+            limits=limits,
+            bad_samples_path=bad_samples_path,
+        )
+        samples = round(row_seconds * sample_rate)
+        if rows < 1 or samples < samples_per_frame or samples % samples_per_frame:
+            raise ValueError(
+                f"data.row_seconds={row_seconds}: {samples} samples are no whole number of frames of "
+                f"{samples_per_frame}; use a multiple of {samples_per_frame / sample_rate:g} s, and at least one row"
+            )
+        self.reader = UtteranceReader(sample_rate=sample_rate, limits=self.limits)
+        self.filler = RowFiller(rows, samples, samples_per_frame, seed)
+        self.validation_rows = validation_rows
+
+    def _new_stream(self, state: Mapping[str, Any] | None) -> Any:
+        return WaveStream(
+            self._mixture("sources", self.reader),
+            self.filler,
+            weights=self._weights(),
+            max_bad_fraction=self.max_bad_fraction,
+            num_workers=self.num_workers,
+            ahead=self.worker_buffer,
+            log=BadSampleLog(self._log_path()),
+            state=state,
+        )
+
+    def _finite(self, which: str, names: Sequence[str], prompts: bool = False) -> Any:
+        """The first rows of the sources, read once."""
+        if not names:
+            return []
+        mixture = self._mixture(which, self.reader, names)
+        rows = replace_rows(self.filler, 1)
+        found: list[WaveBatch] = []
+        utterances: Any = ((d.pick.source, d.pick.position, d.sample) for d in mixture.once() if d.sample is not None)
+        while len(found) < self.validation_rows and (batch := rows.fill(utterances)) is not None:
+            found.append(batch)
+        return FiniteRows(found)
+
+    def _settings(self) -> dict[str, Any]:
+        rows = [self.filler.rows, self.filler.samples, self.filler.samples_per_frame, self.reader.sample_rate]
+        return {**super()._settings(), "rows": rows}
+
+
+class FiniteRows(Iterable[WaveBatch]):
+    """Batches that were read already. (To Lightning a plain list would be several loaders.)"""
+
+    def __init__(self, batches: Sequence[WaveBatch]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[WaveBatch]:
+        return iter(self._batches)
+
+
+def replace_rows(filler: RowFiller, rows: int) -> RowFiller:
+    """The same filler with another number of rows."""
+    return RowFiller(rows, filler.samples, filler.samples_per_frame, filler.seed)

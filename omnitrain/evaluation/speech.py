@@ -1,0 +1,503 @@
+"""Generated speech, judged by models and measures that nobody of this project trained.
+
+    scores = score_speech(utterances, voices=Voices({"slt": recordings, ...}), grammar_words=WORDS)
+
+- *Is it what should be said?* PocketSphinx recognises the generated speech, the real recording and the codec's round
+  trip of it with the same decoder. The error of the recording is the judge's own: only what lies above it is the
+  model's.
+- *Is it the right voice?* Resemblyzer's speaker embedding (GE2E, Wan et al. 2018) against the mean of each voice.
+- *How much does the codec lose?* Log-mel distance, PESQ (ITU-T P.862.2) and STOI (Taal et al. 2011) between recording
+  and round trip, which are the same samples in time; generated speech is not, and has none of these.
+- *Does it fail?* Speech that never ends, stops early or is silent, and how fast it is spoken.
+
+Intervals are percentile bootstraps over utterances. The judges are an optional extra:
+``pip install "omnitrain[eval]"``.
+
+Every recording is mono, float [T] in [-1, 1], with its sample rate in Hz beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jiwer
+import numpy as np
+import torch
+import torchaudio
+
+from omnitrain.evaluation.metrics import Interval, bootstrap_interval, normalise
+
+JUDGE_RATE = 16_000
+"""Hz; what the recogniser, the speaker encoder and wideband PESQ were made for."""
+
+SILENT_PEAK = 0.005
+"""A recording that never gets louder (-46 dB of full scale) is silent."""
+
+EARLY = 0.5
+"""Speech shorter than this share of its expected duration has stopped early."""
+
+_RECOGNISER_PEAK = 0.5  # PocketSphinx takes 16-bit samples; its silence model expects speech well above the last bits
+_QUIET = 10 ** (-40 / 20)  # 10-ms frames this far below the loudest are no speech
+_MEL_FLOOR_DB = -80.0
+_WORST_PESQ = 1.0  # of a silent round trip, for which PESQ itself has no number: left out, it would raise the mean
+
+Recording = tuple[np.ndarray, int]
+"""Samples, float [T], and their rate in Hz."""
+
+
+def _extra(module: str) -> Any:
+    """A package of the extra `eval`. Raises ImportError that says what to install."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside packages that are no longer developed
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'judging speech needs {module} ({error}): pip install "omnitrain[eval]"') from error
+
+
+def _at_rate(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+    """float32 [T] at `JUDGE_RATE`. Raises ValueError for anything but finite mono samples."""
+    wav = np.asarray(wav, dtype=np.float32)
+    if wav.ndim != 1 or not np.isfinite(wav).all():
+        raise ValueError(f"a recording must be finite mono samples [T], got shape {wav.shape}")
+    if sample_rate == JUDGE_RATE or not len(wav):
+        return wav
+    return torchaudio.functional.resample(torch.from_numpy(wav), sample_rate, JUDGE_RATE).numpy()
+
+
+def is_silent(wav: np.ndarray) -> bool:
+    """Whether there is nothing to hear in `wav`, float [T]."""
+    return float(np.abs(wav).max(initial=0.0)) < SILENT_PEAK
+
+
+def spoken_seconds(wav: np.ndarray, sample_rate: int) -> float:
+    """From the first to the last 10-ms frame within 40 dB of the loudest, in seconds; 0 for silence."""
+    hop = sample_rate // 100
+    frames = np.asarray(wav, dtype=np.float64)[: len(wav) // hop * hop].reshape(-1, hop)
+    if is_silent(wav) or not len(frames):
+        return 0.0
+    rms = np.sqrt((frames**2).mean(axis=1))
+    loud = np.flatnonzero(rms > _QUIET * rms.max())
+    return float(loud[-1] + 1 - loud[0]) * hop / sample_rate
+
+
+# --------------------------------------------------------------------------------------------------- what was said
+
+
+def spoken_form(text: str) -> str:
+    """What can be heard of a text: `normalise`, without any punctuation but apostrophes within words. Digits stay."""
+    return " ".join(re.sub(r"[^\w\s']|(?<!\w)'|'(?!\w)|_", " ", normalise(text)).split())
+
+
+@lru_cache(maxsize=4)
+def _decoder(words: tuple[str, ...] | None) -> Any:
+    """PocketSphinx's US English decoder: its language model, or any sequence of `words`."""
+    pocketsphinx = _extra("pocketsphinx")
+    # The means of the cepstrum are those of the utterance itself: the default carries them on from one to the next.
+    settings = {"samprate": JUDGE_RATE, "loglevel": "FATAL", "cmn": "batch"}
+    if words is None:
+        return pocketsphinx.Decoder(**settings)
+    decoder = pocketsphinx.Decoder(**settings, lm=None)
+    if unknown := [word for word in words if decoder.lookup_word(word) is None]:
+        raise ValueError(f"the recogniser's dictionary has no {', '.join(unknown)}; leave these words out")
+    decoder.add_jsgf_string("words", f"#JSGF V1.0; grammar words; public <words> = ( {' | '.join(words)} )+ ;")
+    decoder.activate_search("words")
+    return decoder
+
+
+def recognise(wav: np.ndarray, sample_rate: int, grammar_words: Sequence[str] | None = None) -> str:
+    """What PocketSphinx hears: lower-case US English words; empty for silence.
+
+    The loudness is levelled, and nothing is carried over from one recording to the next, so the order in which
+    recordings are judged does not matter.
+
+    Args:
+        wav: float [T], mono.
+        grammar_words: instead of the open vocabulary (134,000 words and a trigram language model), any sequence of
+            these words (a word loop). Far fewer errors, but what is no word at all is heard as one of them too: tell
+            both, and the recording's own error beside them.
+
+    Raises:
+        ImportError: the extra `eval` is not installed.
+        ValueError: a word the recogniser does not know, or no mono samples.
+    """
+    words = None if grammar_words is None else tuple(sorted({word.lower() for word in grammar_words}))
+    if words is not None and not words:
+        raise ValueError("a word loop needs at least one word")
+    decoder = _decoder(words)
+    wav = _at_rate(wav, sample_rate)
+    if is_silent(wav):
+        return ""
+    samples = (wav * (_RECOGNISER_PEAK * 32767 / np.abs(wav).max())).astype(np.int16)
+    decoder.start_utt()
+    decoder.process_raw(samples.tobytes(), full_utt=True)
+    decoder.end_utt()
+    found = decoder.hyp()
+    return "" if found is None else re.sub(r"\(\d+\)", "", found.hypstr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Errors:
+    """Edits and length of one utterance, in words and in characters."""
+
+    word_edits: int
+    words: int
+    character_edits: int
+    characters: int
+
+    @staticmethod
+    def of(heard: str, text: str) -> _Errors:
+        words, characters = jiwer.process_words(text, heard), jiwer.process_characters(text, heard)
+        return _Errors(
+            word_edits=words.substitutions + words.deletions + words.insertions,
+            words=words.hits + words.substitutions + words.deletions,
+            character_edits=characters.substitutions + characters.deletions + characters.insertions,
+            characters=characters.hits + characters.substitutions + characters.deletions,
+        )
+
+
+def _rate_interval(edits: Sequence[int], lengths: Sequence[int]) -> Interval:
+    """Total edits over total length. Every word (or character) stands for itself, with its utterance as its group:
+    then the mean is the corpus's error rate, and whole utterances are redrawn."""
+    values = np.repeat(np.asarray(edits, dtype=np.float64) / np.asarray(lengths), lengths)
+    return bootstrap_interval(values, groups=[str(i) for i in np.repeat(np.arange(len(lengths)), lengths)])
+
+
+def error_rates(heard: Sequence[str], texts: Sequence[str]) -> tuple[Interval, Interval]:
+    """Word and character error rate of recognised speech, as `metrics.wer` and `cer` of `spoken_form`, each with its
+    bootstrap interval over utterances (`n` counts words and characters).
+
+    Raises:
+        ValueError: not one text for each, or a text without words.
+    """
+    if len(heard) != len(texts) or not texts:
+        raise ValueError(f"{len(heard)} recognised utterances against {len(texts)} texts: give one for each")
+    if empty := [text for text in texts if not spoken_form(text)]:
+        raise ValueError(f"an error rate needs texts with at least one word, got {empty[0]!r}")
+    errors = [_Errors.of(spoken_form(h), spoken_form(t)) for h, t in zip(heard, texts, strict=True)]
+    return (
+        _rate_interval([e.word_edits for e in errors], [e.words for e in errors]),
+        _rate_interval([e.character_edits for e in errors], [e.characters for e in errors]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ whose voice
+
+
+@lru_cache(maxsize=1)
+def _speaker_encoder() -> Any:
+    resemblyzer = _extra("resemblyzer")
+    with torch.random.fork_rng(devices=[]):  # it draws weights before it loads them: no run's numbers may change by it
+        return resemblyzer.VoiceEncoder("cpu", verbose=False)
+
+
+def speaker_embedding(wav: np.ndarray, sample_rate: int) -> np.ndarray | None:
+    """Resemblyzer's embedding of a voice, float32 [256] of length 1; None where nothing is voiced.
+
+    Raises:
+        ImportError: the extra `eval` is not installed.
+    """
+    resemblyzer = _extra("resemblyzer")
+    wav = _at_rate(wav, sample_rate)
+    if is_silent(wav):
+        return None
+    # Its voice detector wants peaks within 16 bits; its own levelling may push them over.
+    voiced = resemblyzer.trim_long_silences(wav * np.float32(0.9 / np.abs(wav).max()))
+    if len(voiced) < JUDGE_RATE // 10:
+        return None
+    return _speaker_encoder().embed_utterance(voiced)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoiceMatch:
+    """Cosine similarities of one utterance. `own`: to the voice it should have; `other`: to the most similar other one;
+    `nearest`: the most similar of all (empty for an utterance without voice, whose similarities are 0)."""
+
+    nearest: str
+    own: float
+    other: float
+
+
+class Voices:
+    """The mean embedding of each voice.
+
+    Args:
+        recordings: some recordings per voice; ten of two seconds are enough. Not those that are judged.
+
+    Raises:
+        ValueError: fewer than two voices, or one in whose recordings nothing is voiced.
+    """
+
+    def __init__(self, recordings: Mapping[str, Iterable[Recording]]) -> None:
+        if len(recordings) < 2:
+            raise ValueError("telling voices apart needs recordings of at least two")
+        self.means: dict[str, np.ndarray] = {}
+        for name, given in recordings.items():
+            embeddings = [e for wav, rate in given if (e := speaker_embedding(wav, rate)) is not None]
+            if not embeddings:
+                raise ValueError(f"nothing is voiced in the recordings of {name!r}")
+            mean = np.mean(embeddings, axis=0)
+            self.means[name] = mean / np.linalg.norm(mean)
+
+    def match(self, wav: np.ndarray, sample_rate: int, voice: str) -> VoiceMatch:
+        """How similar `wav` is to `voice`. Raises KeyError for a voice that is none of these."""
+        if voice not in self.means:
+            raise KeyError(f"voice {voice!r} is none of {', '.join(self.means)}")
+        embedding = speaker_embedding(wav, sample_rate)
+        if embedding is None:
+            return VoiceMatch(nearest="", own=0.0, other=0.0)
+        similarity = {name: float(embedding @ mean) for name, mean in self.means.items()}
+        own = similarity.pop(voice)
+        other = max(similarity, key=lambda name: similarity[name])
+        nearest = voice if own >= similarity[other] else other
+        return VoiceMatch(nearest=nearest, own=own, other=similarity[other])
+
+
+# ------------------------------------------------------------------------------------------------- what a codec loses
+
+
+def _aligned(a: np.ndarray, b: np.ndarray, sample_rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both cut to the shorter. Raises ValueError where they differ by more than 0.1 s, so are not the same in time."""
+    if abs(len(a) - len(b)) > 0.1 * sample_rate:
+        raise ValueError(
+            f"{len(a) / sample_rate:.2f} s against {len(b) / sample_rate:.2f} s: only recordings of the same samples "
+            "in time can be compared"
+        )
+    length = min(len(a), len(b))
+    return np.asarray(a[:length], dtype=np.float32), np.asarray(b[:length], dtype=np.float32)
+
+
+def mel_distance(a: np.ndarray, b: np.ndarray, sample_rate: int) -> float:
+    """Mean absolute difference of two log-mel spectrograms, in dB: 80 bands up to half the rate, windows of 25 ms every
+    10 ms, power below -80 dB (of a full-scale sine's about) counted as -80 dB.
+
+    Raises:
+        ValueError: the lengths differ by more than 0.1 s, or less than one window is left.
+    """
+    a, b = _aligned(a, b, sample_rate)
+    window = round(0.025 * sample_rate)
+    if len(a) < window:
+        raise ValueError(f"{len(a) / sample_rate:.3f} s are less than one window of 25 ms")
+    mel = torchaudio.transforms.MelSpectrogram(
+        sample_rate,
+        n_fft=2 ** (math.ceil(math.log2(window)) + 1),  # so fine that the lowest bands are not empty
+        win_length=window,
+        hop_length=sample_rate // 100,
+        n_mels=80,
+    )
+    full_scale = (window / 4) ** 2  # of a Hann window's spectrum at a full-scale sine
+
+    def decibels(wav: np.ndarray) -> torch.Tensor:
+        power = mel(torch.from_numpy(wav)) / full_scale
+        return 10 * torch.log10(power.clamp_min(10 ** (_MEL_FLOOR_DB / 10)))
+
+    return float((decibels(a) - decibels(b)).abs().mean())
+
+
+def pesq(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float:
+    """Wideband PESQ (ITU-T P.862.2) at 16 kHz: 1.04 (bad) to 4.64 (the same).
+
+    Raises:
+        ImportError: the extra `eval` is not installed.
+        ValueError: the lengths differ by more than 0.1 s, or PESQ finds no speech in them.
+    """
+    module = _extra("pesq")
+    reference, degraded = _aligned(_at_rate(reference, sample_rate), _at_rate(degraded, sample_rate), JUDGE_RATE)
+    if is_silent(reference) or is_silent(degraded):
+        raise ValueError("PESQ needs speech, got silence")
+    try:
+        return float(module.pesq(JUDGE_RATE, reference, degraded, "wb"))
+    except (module.NoUtterancesError, module.BufferTooShortError) as error:
+        raise ValueError(f"PESQ finds no speech: {type(error).__name__}") from error
+
+
+def stoi(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float:
+    """Short-time objective intelligibility at 16 kHz: about 0 (nothing) to 1 (as clear as the reference).
+
+    Raises:
+        ImportError: the extra `eval` is not installed.
+        ValueError: the lengths differ by more than 0.1 s, or there is less than 0.4 s of sound.
+    """
+    module = _extra("pystoi")
+    reference, degraded = _aligned(_at_rate(reference, sample_rate), _at_rate(degraded, sample_rate), JUDGE_RATE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # pystoi warns and returns 1e-5 where it has too few frames
+        try:
+            return float(module.stoi(reference, degraded, JUDGE_RATE))
+        except RuntimeWarning as warning:
+            raise ValueError(f"STOI needs 0.4 s of sound: {str(warning).split('.')[0]}") from warning
+
+
+# -------------------------------------------------------------------------------------------------------- all together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """What was generated for one text.
+
+    Attributes:
+        text: what should be said.
+        wav: the generated speech, float [T] at `sample_rate` Hz.
+        reference: a real recording of the same text, at the same rate; gives the expected duration too.
+        round_trip: that recording through the codec and back.
+        voice: whose voice it should be, of those in `Voices`.
+        hit_limit: generation was ended by the limit of frames, not by the model.
+        id: for people who follow a score to its utterance.
+    """
+
+    text: str
+    wav: np.ndarray
+    sample_rate: int
+    reference: np.ndarray | None = None
+    round_trip: np.ndarray | None = None
+    voice: str = ""
+    hit_limit: bool = False
+    id: str = ""
+
+    @property
+    def signals(self) -> dict[str, np.ndarray]:
+        """``generated``, ``reference`` and ``round_trip``, as far as they are there."""
+        every = {"generated": self.wav, "reference": self.reference, "round_trip": self.round_trip}
+        return {name: wav for name, wav in every.items() if wav is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechScores:
+    """The scores of some utterances, by signal (``generated``, ``reference``, ``round_trip``).
+
+    Attributes:
+        n: utterances.
+        wer, cer: recogniser (``open``, ``word_loop``) -> signal -> error rate, a share; above 1 where more is heard
+            than was to be said.
+        own_voice, other_voice: signal -> cosine similarity to the voice it should have, and to the nearest other.
+        right_voice: signal -> share of utterances whose nearest voice is the right one.
+        mel_db, pesq, stoi: of the round trip against the reference; None without any.
+        pace: characters per spoken second, as a ratio to that of the reference (1: as fast); None without references.
+        failures: counts of ``never_ends``, ``stops_early`` and ``silent`` among the generated.
+        heard: a row per utterance: id, text and what each recogniser heard in each signal.
+    """
+
+    n: int
+    wer: dict[str, dict[str, Interval]]
+    cer: dict[str, dict[str, Interval]]
+    own_voice: dict[str, Interval]
+    other_voice: dict[str, Interval]
+    right_voice: dict[str, Interval]
+    mel_db: Interval | None
+    pesq: Interval | None
+    stoi: Interval | None
+    pace: Interval | None
+    failures: dict[str, int]
+    heard: tuple[dict[str, str], ...] = field(repr=False, default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def failures(utterances: Sequence[Spoken], characters_per_second: float | None = None) -> dict[str, int]:
+    """How many never end (`Spoken.hit_limit`), are silent, or stop early: are spoken for less than `EARLY` of the
+    expected time.
+
+    Args:
+        characters_per_second: what the expected time of an utterance without a reference is made from; by default the
+            pace of the references there are, and without any nothing stops early.
+    """
+    counts = Counter({"never_ends": 0, "stops_early": 0, "silent": 0})
+    spoken = [
+        (len(spoken_form(u.text)), spoken_seconds(u.reference, u.sample_rate))
+        for u in utterances
+        if u.reference is not None
+    ]
+    if characters_per_second is None and sum(seconds for _, seconds in spoken):
+        characters_per_second = sum(length for length, _ in spoken) / sum(seconds for _, seconds in spoken)
+    for u in utterances:
+        expected = 0.0
+        if u.reference is not None:
+            expected = spoken_seconds(u.reference, u.sample_rate)
+        elif characters_per_second:
+            expected = len(spoken_form(u.text)) / characters_per_second
+        counts["never_ends"] += u.hit_limit
+        if is_silent(u.wav):
+            counts["silent"] += 1
+        elif spoken_seconds(u.wav, u.sample_rate) < EARLY * expected:
+            counts["stops_early"] += 1
+    return dict(counts)
+
+
+def _mean(values: Sequence[float]) -> Interval | None:
+    return bootstrap_interval(values) if values else None
+
+
+def score_speech(
+    utterances: Sequence[Spoken],
+    *,
+    voices: Voices | None = None,
+    grammar_words: Sequence[str] | None = None,
+    open_vocabulary: bool = True,
+) -> SpeechScores:
+    """All scores of `utterances`. The open vocabulary takes about a quarter of their length per signal, on one core.
+
+    Args:
+        voices: to compare with; without it there are no scores of voices.
+        grammar_words: recognise with a loop of these words too.
+        open_vocabulary: recognise with the open vocabulary (the slower of the two).
+
+    Raises:
+        ImportError: the extra `eval` is not installed.
+        ValueError: no utterances, or a text without words.
+    """
+    if not utterances:
+        raise ValueError("no utterances to score")
+    recognisers: dict[str, Sequence[str] | None] = {"open": None} if open_vocabulary else {}
+    if grammar_words is not None:
+        recognisers["word_loop"] = grammar_words
+
+    rows: list[dict[str, str]] = [{"id": u.id, "text": u.text} for u in utterances]
+    wer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
+    cer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
+    own, other, right = {}, {}, {}
+    for signal in ("generated", "reference", "round_trip"):
+        with_it = [(row, u, u.signals[signal]) for row, u in zip(rows, utterances, strict=True) if signal in u.signals]
+        if not with_it:
+            continue
+        for name, words in recognisers.items():
+            heard = [recognise(wav, u.sample_rate, words) for _, u, wav in with_it]
+            for (row, _, _), text in zip(with_it, heard, strict=True):
+                row[f"{name}/{signal}"] = text
+            wer[name][signal], cer[name][signal] = error_rates(heard, [u.text for _, u, _ in with_it])
+        if voices is not None:
+            pairs = [(voices.match(wav, u.sample_rate, u.voice), u.voice) for _, u, wav in with_it]
+            own[signal] = bootstrap_interval([match.own for match, _ in pairs])
+            other[signal] = bootstrap_interval([match.other for match, _ in pairs])
+            right[signal] = bootstrap_interval([float(match.nearest == voice) for match, voice in pairs])
+
+    trips = [(u.reference, u.round_trip, u.sample_rate) for u in utterances]
+    compared = [(a, b, rate) for a, b, rate in trips if a is not None and b is not None]
+    spoken = [
+        (spoken_seconds(u.reference, u.sample_rate), spoken_seconds(u.wav, u.sample_rate))
+        for u in utterances
+        if u.reference is not None
+    ]
+    return SpeechScores(
+        n=len(utterances),
+        wer=wer,
+        cer=cer,
+        own_voice=own,
+        other_voice=other,
+        right_voice=right,
+        mel_db=_mean([mel_distance(a, b, rate) for a, b, rate in compared]),
+        pesq=_mean([_WORST_PESQ if is_silent(b) else pesq(a, b, rate) for a, b, rate in compared]),
+        stoi=_mean([stoi(a, b, rate) for a, b, rate in compared]),
+        # The same text: the ratio of characters per second is that of the durations, upside down.
+        pace=_mean([reference / generated for reference, generated in spoken if generated and reference]),
+        failures=failures(utterances),
+        heard=tuple(rows),
+    )

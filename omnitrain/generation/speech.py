@@ -1,0 +1,743 @@
+"""Spoken answers, streamed: text and sound come out while the answer is still being thought (report sections 2.4, 2.5).
+
+    session = SpeechSession(model, encoder, voice="ethan")
+    for event in session.answer(Message(role="user", segments=(...))):
+        match event:
+            case TextPiece(text=text): print(text, end="")
+            case AudioPiece(wav=wav): play(wav)            # 80 ms
+            case Done(reason=reason): ...
+    session.interrupt()                                    # from another thread: stops after the current frame
+    session.history                                        # what was asked, and as much of the answer as was spoken
+
+One round makes one frame:
+
+    Thinker, if the Talker's next word is not written yet -> Talker: codebook 0 -> MTP: the others -> Code2Wav: 80 ms
+
+So sound starts at the first word, and the codes are those that the finished text would have given: frame f is predicted
+from the words 0 .. f, however far the Thinker has got. The Talker leaves the system prompt out, so that its voice does
+not depend on the persona. Answers are rows of packed tensors with a cache each: any number can share a round
+(`SpeechBatch`), and each gets what it gets alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnitrain.data.batch import TEXT, EncodedSample, PackedBatch, SpokenAnswers
+from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.encode import SampleEncoder
+from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.data.speech import SpeechCodes
+from omnitrain.data.talker_layout import SpeechTokens, UserTurns, talker_layout
+from omnitrain.generation.cache import DocumentKVCache, JoinedKVCache
+from omnitrain.generation.sampling import Sampling
+from omnitrain.generation.text import next_positions, passes, read_prompts, step
+from omnitrain.models.code2wav import Code2Wav, Code2WavState, join_states, split_state
+from omnitrain.models.omni import OmniModel
+from omnitrain.models.talker import Talker, TalkerInputs
+
+# ------------------------------------------------------------------------------------------------- what goes in and out
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPiece:
+    """Whole characters of the answer's text. `ids`: their tokens.  `seconds`: since the answer was asked for."""
+
+    text: str
+    ids: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioPiece:
+    """One frame of sound.
+
+    wav: float32 [1920], 80 ms at 24 kHz; with `trim="public"` the first one is shorter (docs/streaming.md).
+    codes: int64 [Q], what it was decoded from.  frame: its number, from 0.  seconds: since the answer was asked for.
+    """
+
+    wav: np.ndarray
+    codes: np.ndarray
+    frame: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The end. reason: "end" (the Talker ended by itself), "max_frames", "interrupted", or "silent" (there was no text
+    to speak)."""
+
+    reason: str
+    seconds: float
+
+
+Event = TextPiece | AudioPiece | Done
+
+EditText = Callable[[list[int], bool], list[int]]
+"""Stands between Thinker and Talker: called with each new token as it is written, and with no token and True at the
+text's end; returns the tokens to be spoken now. It may hold tokens back, drop them or add others."""
+
+GREEDY = Sampling()
+CODES = Sampling(temperature=0.9, top_k=50, repetition_penalty=1.05)
+RESIDUALS = Sampling(temperature=1.0, top_k=50, top_p=0.8)
+"""How the public model samples codebook 0 and the other codebooks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechOptions:
+    """How one answer is made.
+
+    Attributes:
+        voice: a name in `model.config.talker.speakers`, upper case or lower.
+        text, codes, residuals: sampling of the text, of codebook 0 and of the other codebooks. The repetition penalty
+            of `codes` is over the codes of codebook 0 of this answer, that of `residuals` is ignored.
+        max_new_tokens: longest text, the token that ends it included. What was written up to there is spoken.
+        max_frames: longest sound; 12.5 frames are a second.
+        prefill_chunk: prompts are read so many positions at a time (less memory, the same result). None: at once.
+        seed: text and codes draw from generators of their own, so the result does not depend on who is faster.
+        edit_text: see `EditText`.
+    """
+
+    voice: str
+    text: Sampling = GREEDY
+    codes: Sampling = CODES
+    residuals: Sampling = RESIDUALS
+    max_new_tokens: int = 512
+    max_frames: int = 1500
+    prefill_chunk: int | None = None
+    seed: int = 0
+    edit_text: EditText | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_frames", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Speech:
+    """wav: float32 [samples] at 24 kHz.  codes: int64 [F, Q].  hit_limit: whether `max_frames` cut it off."""
+
+    wav: np.ndarray
+    codes: np.ndarray
+    hit_limit: bool
+
+
+# ------------------------------------------------------------------------------------------------------- one answer
+
+
+@dataclass(eq=False)
+class _Answer:
+    """One answer while it is being made.
+
+    prompt: the chat before it.  words: what the Talker reads, one a frame.  written: the Thinker's tokens, without the
+    one that ended it.  codes: frames so far, each [Q].  emitted: frames that were handed out.
+    """
+
+    options: SpeechOptions
+    prompt: EncodedSample
+    user: UserTurns
+    speaker_code: int
+    words: list[int] = field(default_factory=list)
+    text_done: bool = False
+    interrupted: Callable[[], bool] = lambda: False
+    written: list[int] = field(default_factory=list)
+    codes: list[Tensor] = field(default_factory=list)
+    emitted: int = 0
+    done: str | None = None
+
+    thinker_cache: DocumentKVCache | None = None
+    hidden: Tensor | None = None  # [D] of the Thinker's last position; None while the last token is not read yet
+    accept_hidden: Tensor | None = None  # [n, D], until the Talker has read the prompt
+    position: Tensor | None = None  # [], id of the Thinker's next token
+    occurred: Tensor | None = None  # bool [V], for the text's repetition penalty
+    talker_cache: DocumentKVCache | None = None
+    talker_hidden: Tensor | None = None  # [D], predicts the next frame
+    talker_position: Tensor | None = None  # []
+    frame_embedding: Tensor | None = None  # [D] of the last frame's codes
+    said: Tensor | None = None  # bool [codec_vocab], codes of codebook 0 so far
+    wave: Code2WavState | None = None
+
+    def __post_init__(self) -> None:
+        self.started = time.perf_counter()
+        self.pending: list[int] = []  # tokens whose text is not out yet
+        self.text_generator = torch.Generator().manual_seed(self.options.seed)
+        self.code_generator = torch.Generator().manual_seed(self.options.seed + 2**32)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def lacks_word(self) -> bool:
+        """Whether the word that the Talker reads next has still to be written."""
+        return not self.text_done and len(self.codes) >= len(self.words)
+
+    @property
+    def all_text(self) -> bool:
+        """Whether the user's turns have no media, of which the Talker would read the Thinker's hidden states."""
+        return not self.user.is_media.any()
+
+    def take(self, token: int, stop_ids: Sequence[int]) -> None:
+        """One token of the Thinker."""
+        edit = self.options.edit_text
+        ended = token in stop_ids
+        if not ended:
+            self.written.append(token)
+            self.pending.append(token)
+            self.words += [token] if edit is None else edit([token], False)
+        self.text_done = ended or len(self.written) >= self.options.max_new_tokens
+        if self.text_done and edit is not None:
+            self.words += edit([], True)
+
+    def new_text(self, tokenizer: ChatTokenizer) -> TextPiece | None:
+        """The pending tokens once they are whole characters (4 bytes at most), or at the end."""
+        if not self.pending:
+            return None
+        text = tokenizer.decode(self.pending)
+        if text.endswith("\ufffd") and len(self.pending) < 4 and not self.text_done:
+            return None
+        ids, self.pending = tuple(self.pending), []
+        return TextPiece(text=text, ids=ids, seconds=self.seconds)
+
+    def spoken_text(self, tokenizer: ChatTokenizer) -> str:
+        """The text as far as frames were handed out; the whole text if the Talker ended by itself. Frame f is made of
+        the words 0 .. f, so words count as spoken when the Talker has read them. A voice is behind its text: this is
+        the most that can have been heard."""
+        if self.done in ("end", "silent"):
+            return tokenizer.decode(self.written or self.words)
+        return tokenizer.decode(self.words[: self.emitted]).rstrip("\ufffd")
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "the steps of an answer were called out of order"
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------------------ steps
+
+
+class Speaker:
+    """A model that speaks, with the ids of its tokenizer: each method is one step of several answers at once.
+
+    Args:
+        compile: compile MTP and Code2Wav with `torch.compile`. They have fixed shapes; the first frame then waits for
+            the compiler.
+
+    Raises:
+        ValueError: the model has no Talker or no Code2Wav, or they disagree on the codec.
+    """
+
+    def __init__(self, model: OmniModel, tokenizer: ChatTokenizer, *, compile: bool = False) -> None:
+        if model.talker is None or model.code2wav is None:
+            lacks = " and ".join(n for n, part in (("Talker", model.talker), ("Code2Wav", model.code2wav)) if not part)
+            raise ValueError(
+                f"the model has no {lacks}, so it cannot speak; build it with speech=true, or load it with its speech"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.talker: Talker = model.talker
+        self.code2wav: Code2Wav = model.code2wav
+        c, wave = self.talker.config, self.code2wav.config
+        if (wave.quantizers, wave.codebook_size) != (c.codebooks, c.codebook_size):
+            raise ValueError(
+                f"Code2Wav decodes {wave.quantizers} codebooks of {wave.codebook_size} codes, the Talker says "
+                f"{c.codebooks} of {c.codebook_size}: they belong to different codecs"
+            )
+        names = ("codec_pad", "codec_bos", "codec_eos", "codec_nothink", "codec_think_bos", "codec_think_eos")
+        self.codec = SpeechCodes(
+            codebook_size=c.codebook_size,
+            codebooks=c.codebooks,
+            speakers=c.speakers,
+            **{name: getattr(c, name) for name in names},
+        )
+        self.special: SpeechTokens = self.codec.tokens(tokenizer)
+        self.device = self.talker.codec_embedding.weight.device
+        self.forbidden = torch.arange(c.codec_vocab, device=self.device) >= c.codebook_size
+        self.forbidden[c.codec_eos] = False
+        self._mtp = torch.compile(self.talker.mtp.generate) if compile else self.talker.mtp.generate
+        self._decode = torch.compile(self.code2wav.decode) if compile else self.code2wav.decode
+        self._decode_step = torch.compile(self.code2wav.step) if compile else self.code2wav.step
+
+    def speaker_code(self, voice: str) -> int:
+        """Code of a voice.
+
+        Raises:
+            ValueError: there is no such voice; lists those there are.
+        """
+        speakers: Mapping[str, int] = self.talker.config.speakers
+        name = voice if voice in speakers else voice.lower()
+        if name not in speakers:
+            raise ValueError(f"voice {voice!r}: the model has no such voice; it has {', '.join(speakers) or 'none'}")
+        return speakers[name]
+
+    def answer(self, options: SpeechOptions, prompt: EncodedSample, words: Sequence[int] | None = None) -> _Answer:
+        """A new answer to `prompt`, to be thought, or with given `words`.
+
+        Raises:
+            ValueError: unknown voice, or `words` is empty.
+        """
+        code = self.speaker_code(options.voice)
+        if words is not None and not len(words):
+            raise ValueError("the text has no token that could be spoken")
+        user = self._user_turns(prompt)
+        return _Answer(options, prompt, user, code, list(words or ()), text_done=words is not None)
+
+    def _user_turns(self, prompt: EncodedSample) -> UserTurns:
+        """`data.talker_layout.user_turns` of an encoded prompt, which has ids instead of spans: a turn keeps its ids
+        but for where they start, and starts and ends in text, where the three ids are equal."""
+        ids, header = prompt.input_ids, self.special.user_header
+        rows: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        begin = np.float32(0)
+        starts = np.flatnonzero(ids == header[0])
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            if tuple(ids[start : start + len(header)]) != header:
+                continue
+            turn = prompt.position_ids[:, start:end].astype(np.float32)
+            rows.append(np.arange(start, end))
+            positions.append(turn - turn[0, 0] + begin)
+            begin = positions[-1][:, -1].max() + np.float32(1)
+        kept = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
+        placed = np.concatenate([np.zeros((3, 0), dtype=np.float32), *positions], axis=1)
+        return UserTurns(ids[kept], prompt.token_types[kept] != TEXT, kept, placed)
+
+    @torch.no_grad()
+    def listen(self, answers: Sequence[_Answer]) -> None:
+        """The Thinker reads the prompts."""
+        batch = PackedBatch.pack([a.prompt for a in answers]).to(self.device)
+        for a in answers:
+            a.thinker_cache = DocumentKVCache(2 * len(a.prompt) + 64)
+        hidden, accept_hidden = read_prompts(
+            self.model, batch, _thinker_caches(answers), chunk=_smallest_chunk(answers)
+        )
+        heard = accept_hidden.split([len(a.prompt) for a in answers])
+        for a, h, accept, position in zip(answers, hidden, heard, next_positions(batch), strict=True):
+            a.hidden, a.accept_hidden, a.position = h, accept, position
+            if a.options.text.repetition_penalty != 1:
+                a.occurred = torch.zeros(self.model.config.thinker.vocab_size, dtype=torch.bool, device=self.device)
+                a.occurred[torch.from_numpy(a.prompt.input_ids).to(self.device)] = True
+
+    @torch.no_grad()
+    def write(self, answers: Sequence[_Answer]) -> None:
+        """The Thinker writes one token of each."""
+        behind = [a for a in answers if a.hidden is None]
+        if behind:  # the last token is only now needed: not before the first word was on its way to the Talker
+            token = torch.tensor([a.written[-1] for a in behind], device=self.device)
+            position = torch.stack([_given(a.position) for a in behind])
+            for a, hidden in zip(behind, step(self.model, token, position, _thinker_caches(behind)), strict=True):
+                a.hidden, a.position = hidden, _given(a.position) + 1
+        logits = self.model.thinker.logits(torch.stack([_given(a.hidden) for a in answers]))
+        occurred = [a.occurred for a in answers]
+        chosen = _choose([a.options.text for a in answers], logits, occurred, [a.text_generator for a in answers])
+        for a, token in zip(answers, chosen.tolist(), strict=True):
+            a.take(token, self.tokenizer.stop_ids)
+            a.hidden = None
+            if a.occurred is not None:
+                a.occurred[token] = True
+
+    @torch.no_grad()
+    def start(self, answers: Sequence[_Answer]) -> None:
+        """The Talker reads the user's turns and the header with the first word."""
+        none = np.zeros((0, self.codec.codebooks), dtype=np.int64)
+        documents = [
+            talker_layout(*a.user, np.array(a.words[:1]), none, special=self.special, speaker_code=a.speaker_code)
+            for a in answers
+        ]
+        spoken = SpokenAnswers.pack([replace(a.prompt, spoken=(d,)) for a, d in zip(answers, documents, strict=True)])
+        assert spoken is not None
+        inputs = TalkerInputs(**spoken.to(self.device).inputs())
+        words = self.model.thinker.embed_tokens
+        heard = [  # of text alone nothing is heard, and nobody reads its rows
+            words.weight.new_zeros(len(a.prompt), words.embedding_dim) if a.accept_hidden is None else a.accept_hidden
+            for a in answers
+        ]
+        x = self.talker.embed(inputs, words, torch.cat(heard))
+        for a, d in zip(answers, documents, strict=True):
+            a.talker_cache, a.accept_hidden = DocumentKVCache(len(d) + 256), None
+            a.said = torch.zeros(self.talker.config.codec_vocab, dtype=torch.bool, device=self.device)
+            a.talker_position = torch.tensor(float(d.position_ids[0, -1]) + 1, device=self.device)
+        cache = _talker_caches(answers)
+        for rows, borders, last in passes(inputs.cu_seqlens, _smallest_chunk(answers)):
+            out = self.talker(x[rows], inputs.position_ids[:, rows], borders, cache)
+            for document, row in last:
+                answers[document].talker_hidden = out.hidden[row]
+
+    @torch.no_grad()
+    def advance(self, answers: Sequence[_Answer]) -> None:
+        """The Talker reads each answer's last frame, and one more word."""
+        words = torch.tensor([self._word(a, len(a.codes)) for a in answers], device=self.device)
+        x = torch.stack([_given(a.frame_embedding) for a in answers])
+        x = x + self.talker.embed_text(self.model.thinker.embed_tokens(words)).to(x.dtype)
+        position = torch.stack([_given(a.talker_position) for a in answers])
+        borders = torch.arange(len(answers) + 1, dtype=torch.int32, device=self.device)
+        hidden = self.talker(x, position.expand(3, -1), borders, _talker_caches(answers)).hidden
+        for a, h in zip(answers, hidden, strict=True):
+            a.talker_hidden, a.talker_position = h, _given(a.talker_position) + 1
+
+    def _word(self, a: _Answer, index: int) -> int:
+        """The word that stands beside frame `index` - 1."""
+        if index < len(a.words):
+            return a.words[index]
+        return self.special.tts_eos if index == len(a.words) else self.special.tts_pad
+
+    @torch.no_grad()
+    def frame(self, answers: Sequence[_Answer]) -> list[_Answer]:
+        """The next frame of each: the Talker's code, and MTP's. Returns the answers that went on; the others ended."""
+        hidden = torch.stack([_given(a.talker_hidden) for a in answers])
+        logits = self.talker.logits(hidden).float().masked_fill(self.forbidden, -torch.inf)
+        said = [a.said for a in answers]
+        chosen = _choose([a.options.codes for a in answers], logits, said, [a.code_generator for a in answers])
+        going = []
+        for i, (a, code) in enumerate(zip(answers, chosen.tolist(), strict=True)):
+            if code == self.codec.codec_eos:
+                a.done = "end"
+            else:
+                _given(a.said)[code] = True
+                going.append(i)
+        if not going:
+            return []
+        if len(going) < len(answers):
+            hidden, chosen = hidden[going], chosen[going]
+        left = [answers[i] for i in going]
+        residuals, generators = [a.options.residuals for a in left], [a.code_generator for a in left]
+        none = [None] * len(left)
+        first = self.talker.embed_codec(chosen)
+        codes, embedding = self._mtp(hidden, first, lambda scores: _choose(residuals, scores, none, generators))
+        frames, embeddings = torch.cat([chosen[:, None], codes], dim=1), first + embedding
+        for a, frame, vector in zip(left, frames, embeddings, strict=True):
+            a.codes.append(frame)
+            a.frame_embedding = vector
+        return left
+
+    @torch.no_grad()
+    def sound(self, answers: Sequence[_Answer]) -> list[np.ndarray]:
+        """The samples that each answer's last frame completes."""
+        wavs: dict[int, np.ndarray] = {}
+        groups: dict[int, list[_Answer]] = defaultdict(list)
+        for a in answers:  # streams that are equally old share a step
+            groups[len(a.codes)].append(a)
+        for group in groups.values():
+            states = [a.wave or self.code2wav.init_state(1) for a in group]
+            state = states[0] if len(states) == 1 else join_states(states)
+            wav = self._decode_step(torch.stack([a.codes[-1] for a in group])[:, None], state)
+            parts = [state] if len(states) == 1 else split_state(state, len(states))
+            for a, part, samples in zip(group, parts, wav.float().cpu().numpy(), strict=True):
+                a.wave = part
+                wavs[id(a)] = samples
+        return [wavs[id(a)] for a in answers]
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> np.ndarray:
+        """All frames [F, Q] of one answer at once."""
+        return self._decode(self.code2wav.embed(codes[None]))[0].float().cpu().numpy()
+
+
+def _thinker_caches(answers: Sequence[_Answer]) -> JoinedKVCache:
+    return JoinedKVCache([a.thinker_cache for a in answers if a.thinker_cache is not None])
+
+
+def _talker_caches(answers: Sequence[_Answer]) -> JoinedKVCache:
+    return JoinedKVCache([a.talker_cache for a in answers if a.talker_cache is not None])
+
+
+def _smallest_chunk(answers: Sequence[_Answer]) -> int | None:
+    return min((a.options.prefill_chunk for a in answers if a.options.prefill_chunk), default=None)
+
+
+def _choose(
+    samplings: Sequence[Sampling],
+    logits: Tensor,
+    occurred: Sequence[Tensor | None],
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """`Sampling.choose` for rows of logits [B, V] that each have their own."""
+    if len(set(samplings)) > 1:
+        rows = zip(samplings, logits, occurred, generators, strict=True)
+        return torch.cat([_choose([s], row[None], [seen], [g]) for s, row, seen, g in rows])
+    given = [o for o in occurred if o is not None]
+    return samplings[0].choose(logits, torch.stack(given) if given else None, generators)
+
+
+# ------------------------------------------------------------------------------------------------------------ rounds
+
+
+class SpeechBatch:
+    """Answers that are spoken side by side. They may join between any two rounds, and leave when they are done.
+
+    Args:
+        stream: give sound as it is made. False: codes only, to be decoded in one piece afterwards.
+    """
+
+    def __init__(self, speaker: Speaker, answers: Sequence[_Answer] = (), *, stream: bool = True) -> None:
+        self.speaker, self.answers, self.stream = speaker, list(answers), stream
+
+    def round(self) -> Iterator[tuple[_Answer, Event]]:
+        """One frame of every answer, and the text that it needs."""
+        speaker = self.speaker
+        for a in self.answers:
+            if a.interrupted():
+                a.done = "interrupted"
+        yield from self._leave()
+        if new := [a for a in self.answers if a.position is None and not (a.text_done and a.all_text)]:
+            speaker.listen(new)
+        writing = [a for a in self.answers if not a.text_done and (a.done is not None or a.lacks_word)]
+        while writing:
+            speaker.write(writing)
+            for a in writing:
+                if (piece := a.new_text(speaker.tokenizer)) is not None:
+                    yield a, piece
+            writing = [a for a in self.answers if a.done is None and a.lacks_word]
+        for a in self.answers:
+            if not a.words:
+                a.done = "silent"
+        speaking = [a for a in self.answers if a.done is None]
+        if starting := [a for a in speaking if a.talker_cache is None]:
+            speaker.start(starting)
+        if going := [a for a in speaking if a.codes]:
+            speaker.advance(going)
+        framed = speaker.frame(speaking) if speaking else []
+        if framed and self.stream:
+            for a, wav in zip(framed, speaker.sound(framed), strict=True):
+                a.emitted = len(a.codes)
+                codes = a.codes[-1].cpu().numpy()
+                yield a, AudioPiece(wav=wav, codes=codes, frame=len(a.codes) - 1, seconds=a.seconds)
+        for a in framed:
+            if len(a.codes) >= a.options.max_frames:
+                a.done = "max_frames"
+        yield from self._leave()
+
+    def _leave(self) -> Iterator[tuple[_Answer, Event]]:
+        # A Talker may end before its text does; the text is then written to its end all the same.
+        done = [a for a in self.answers if a.done == "interrupted" or (a.done is not None and a.text_done)]
+        self.answers = [a for a in self.answers if a not in done]
+        for a in done:
+            yield a, Done(reason=a.done or "", seconds=a.seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------- sessions
+
+
+class SpeechSession:
+    """A conversation that is answered aloud.
+
+    Args:
+        model, encoder: the model, and what encodes its prompts (`SampleEncoder`).
+        voice and other options: see `SpeechOptions`.
+        system: the persona, for the Thinker alone.
+        media_bytes: reads a segment's medium; default: its bytes, or the file at its path.
+        compile: see `Speaker`. Sessions of one batch need one `Speaker`: give it instead of the model with `speaker`.
+
+    Attributes:
+        history: the conversation so far. An answer that was interrupted, or whose iterator was closed, is cut to the
+            text that had been spoken by then (`_Answer.spoken_text`).
+
+    Raises:
+        ValueError: the model cannot speak, or has no such voice.
+    """
+
+    def __init__(
+        self,
+        model: OmniModel,
+        encoder: SampleEncoder,
+        *,
+        voice: str,
+        text: Sampling = GREEDY,
+        codes: Sampling = CODES,
+        residuals: Sampling = RESIDUALS,
+        max_new_tokens: int = 512,
+        max_frames: int = 1500,
+        prefill_chunk: int | None = None,
+        seed: int = 0,
+        edit_text: EditText | None = None,
+        system: str | None = None,
+        media_bytes: Callable[[Segment], bytes] | None = None,
+        compile: bool = False,
+        speaker: Speaker | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.speaker = speaker or Speaker(model, encoder.tokenizer, compile=compile)
+        self.options = SpeechOptions(
+            voice=voice, text=text, codes=codes, residuals=residuals, max_new_tokens=max_new_tokens,
+            max_frames=max_frames, prefill_chunk=prefill_chunk, seed=seed, edit_text=edit_text,
+        )  # fmt: skip
+        self.speaker.speaker_code(voice)
+        self.media_bytes = media_bytes or _media_bytes
+        self.history: list[Message] = []
+        if system is not None:
+            self.history.append(Message(role="system", segments=(Segment(type="text", text=system),)))
+        self._stop = threading.Event()
+        self._current: _Answer | None = None
+
+    def answer(self, *messages: Message) -> Generator[Event, None, None]:
+        """Events of the answer to `messages`, which are added to the history at the first event; the answer is when it
+        ends.
+
+        Raises:
+            RuntimeError: the last answer has not ended; close its iterator.
+            BadSample: a medium cannot be used.
+        """
+        with closing(speak_batch([self], [messages])) as events:
+            for _, event in events:
+                yield event
+
+    def speak_text(self, text: str, *messages: Message) -> Generator[Event, None, None]:
+        """As `answer`, but what is said is `text`: the Thinker does not write (and does not run, unless it has media to
+        hear).
+
+        Raises:
+            ValueError: `text` has no token. Others as `answer`.
+        """
+        with closing(speak_batch([self], [messages], texts=[text])) as events:
+            for _, event in events:
+                yield event
+
+    async def answer_async(self, *messages: Message) -> AsyncIterator[Event]:
+        """`answer` for an event loop: every step runs in a thread, so that the loop stays responsive."""
+        loop = asyncio.get_running_loop()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="speech")
+        events = self.answer(*messages)
+        try:
+            while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
+                yield event
+        finally:  # after a step that may still be running, since it is the same thread
+            await loop.run_in_executor(thread, events.close)
+            thread.shutdown(wait=False)
+
+    def interrupt(self) -> None:
+        """Stop after the current frame. May be called from any thread."""
+        self._stop.set()
+
+    def _begin(self, messages: Sequence[Message], text: str | None) -> _Answer:
+        if self._current is not None:
+            raise RuntimeError("the last answer has not ended: read its events to the end, or close their iterator")
+        self._stop.clear()
+        chat = [*self.history, *messages]
+        prompt = self.encoder.encode_prompt(
+            Sample(id="session", source="session", messages=tuple(chat)), self.media_bytes
+        )
+        words = None if text is None else self.encoder.tokenizer.encode(text)
+        answer = self.speaker.answer(self.options, prompt, words)
+        answer.interrupted = self._stop.is_set
+        self.history, self._current = chat, answer
+        return answer
+
+    def _end(self, answer: _Answer) -> None:
+        if self._current is answer:
+            self._current = None
+            said = Segment(type="text", text=answer.spoken_text(self.encoder.tokenizer))
+            self.history.append(Message(role="assistant", segments=(said,)))
+
+
+def _media_bytes(segment: Segment) -> bytes:
+    return segment.media if segment.media is not None else Path(segment.path or "").read_bytes()
+
+
+def speak_batch(
+    sessions: Sequence[SpeechSession],
+    messages: Sequence[Sequence[Message]],
+    *,
+    texts: Sequence[str | None] | None = None,
+) -> Generator[tuple[int, Event], None, None]:
+    """Answers of several sessions side by side, one packed call per component and frame.
+
+    Args:
+        sessions: of one model: give them the same `speaker`.
+        messages: what each is asked.  texts: what each says, or None where the Thinker writes.
+
+    Yields:
+        (session, event): each session's events are those that it has alone, up to rounding.
+
+    Raises:
+        ValueError: the sessions have several models.  Others as `SpeechSession.answer`.
+    """
+    if any(session.speaker is not sessions[0].speaker for session in sessions):
+        raise ValueError(
+            "sessions of one batch must share one Speaker: SpeechSession(..., speaker=Speaker(model, ...))"
+        )
+    answers: list[_Answer] = []
+    try:
+        for session, asked, text in zip(sessions, messages, texts or [None] * len(sessions), strict=True):
+            answers.append(session._begin(asked, text))
+        index = {id(a): i for i, a in enumerate(answers)}
+        batch = SpeechBatch(sessions[0].speaker, answers)
+        while batch.answers:
+            for a, event in batch.round():
+                if isinstance(event, Done):
+                    sessions[index[id(a)]]._end(a)
+                yield index[id(a)], event
+    finally:
+        for session, a in zip(sessions, answers, strict=False):
+            session._end(a)
+
+
+def speak_texts(
+    model: OmniModel | Speaker,
+    tokenizer: ChatTokenizer,
+    texts: Sequence[str],
+    voices: str | Sequence[str],
+    *,
+    questions: Sequence[str] | None = None,
+    codes: Sampling = CODES,
+    residuals: Sampling = RESIDUALS,
+    max_frames: int = 1500,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[Speech]:
+    """Speak given texts, without the Thinker.
+
+    Args:
+        voices: one for all, or one per text.
+        questions: text of a user's turn before each. A Talker that was trained on answers only expects one.
+        codes, residuals, max_frames: see `SpeechOptions`.
+        seed: text i draws with `seed` + i, so that it sounds the same in any batch.
+        batch_size: texts spoken side by side.
+
+    Raises:
+        ValueError: unknown voice, a text without a token, or not one voice or question per text.
+    """
+    speaker = model if isinstance(model, Speaker) else Speaker(model, tokenizer)
+    named = [voices] * len(texts) if isinstance(voices, str) else list(voices)
+    if len(named) != len(texts) or (questions is not None and len(questions) != len(texts)):
+        asked = "" if questions is None else f" and {len(questions)} questions"
+        raise ValueError(f"{len(named)} voices{asked} for {len(texts)} texts; give one for each")
+    answers = []
+    for i, (text, voice) in enumerate(zip(texts, named, strict=True)):
+        options = SpeechOptions(voice=voice, codes=codes, residuals=residuals, max_frames=max_frames, seed=seed + i)
+        words = tokenizer.encode(text)
+        if not words:
+            raise ValueError(f"texts[{i}] is {text!r}: it has no token that could be spoken")
+        answers.append(speaker.answer(options, _text_prompt(tokenizer, questions[i] if questions else None), words))
+    for first in range(0, len(answers), batch_size):
+        batch = SpeechBatch(speaker, answers[first : first + batch_size], stream=False)
+        while batch.answers:
+            for _ in batch.round():
+                pass
+    spoken = []
+    for a in answers:
+        frames = torch.stack(a.codes) if a.codes else torch.zeros(0, speaker.codec.codebooks, dtype=torch.int64)
+        wav = speaker.decode(frames) if a.codes else np.zeros(0, dtype=np.float32)
+        spoken.append(Speech(wav=wav, codes=frames.cpu().numpy(), hit_limit=a.done == "max_frames"))
+    return spoken
+
+
+def _text_prompt(tokenizer: ChatTokenizer, question: str | None) -> EncodedSample:
+    messages = [] if question is None else [Message(role="user", segments=(Segment(type="text", text=question),))]
+    chat = tokenizer.render(messages, for_generation=True)
+    positions = np.broadcast_to(np.arange(len(chat), dtype=np.float32), (3, len(chat)))
+    return EncodedSample(
+        id="text", source="text", task="tts", modality="text", languages=(), input_ids=chat.input_ids,
+        labels=chat.labels, token_types=chat.token_types, position_ids=positions,
+    )  # fmt: skip

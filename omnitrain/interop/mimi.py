@@ -1,0 +1,84 @@
+"""Mimi, a public codec at the rate of ours: codes without training one (Défossez et al., 2024, arXiv 2410.00037)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnitrain.interop.public_format import CheckpointError
+
+SAMPLE_RATE = 24000
+SAMPLES_PER_FRAME = 1920
+
+
+class MimiCodec(nn.Module):
+    """`transformers.MimiModel` with the interface of `omnitrain.models.codec.Codec` and its first codebooks.
+
+    The first codebook is the semantic one; the others refine the sound, so that any number from the first can be kept.
+    The weights are frozen.
+    """
+
+    def __init__(self, model: Any, quantizers: int = 16) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.quantizers = quantizers
+
+    @classmethod
+    def from_folder(cls, path: str | Path, quantizers: int = 16) -> MimiCodec:
+        """Load a Mimi from a local folder in the layout of transformers; nothing is downloaded.
+
+        Raises:
+            CheckpointError: if the folder holds no Mimi, or one of another sample rate or frame rate, or with fewer
+                codebooks than `quantizers`.
+            ImportError: without transformers.
+        """
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path / 'config.json'}: not found; expected the folder of a Mimi model")
+        try:
+            from transformers import MimiConfig, MimiModel
+        except ImportError as error:
+            raise ImportError("Mimi is run by transformers: pip install 'transformers>=5.20,<6'") from error
+
+        values, _ = MimiConfig.get_config_dict(path, local_files_only=True)
+        if values.get("model_type") != "mimi":
+            raise CheckpointError(
+                f"{path / 'config.json'}: model_type is {values.get('model_type')!r}; expected 'mimi'"
+            )
+        config = MimiConfig.from_dict(values)
+        if config.sampling_rate != SAMPLE_RATE:
+            raise CheckpointError(f"{path}: sampling_rate is {config.sampling_rate} Hz; expected {SAMPLE_RATE} Hz")
+        if config.frame_rate != SAMPLE_RATE / SAMPLES_PER_FRAME:
+            raise CheckpointError(
+                f"{path}: frame rate is {config.frame_rate:g} a second; expected {SAMPLE_RATE / SAMPLES_PER_FRAME:g}"
+            )
+        if config.num_quantizers < quantizers:
+            raise CheckpointError(
+                f"{path}: num_quantizers is {config.num_quantizers}; {quantizers} codebooks are needed"
+            )
+        return cls(MimiModel.from_pretrained(path, local_files_only=True), quantizers)
+
+    @torch.no_grad()
+    def encode(self, wav: Tensor) -> Tensor:
+        """[B, samples] at 24 kHz -> codes int64 [B, T, quantizers], T = samples / 1920 rounded up."""
+        codes = self.model.encode(wav[:, None], num_quantizers=self.quantizers).audio_codes
+        return codes.transpose(1, 2)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= quantizers -> [B, T * 1920]
+
+        Raises:
+            ValueError: if n is not within 1..quantizers, or a code is outside of its codebook.
+        """
+        size = self.model.config.codebook_size
+        if codes.ndim != 3 or not 1 <= codes.shape[2] <= self.quantizers:
+            raise ValueError(f"codes have shape {tuple(codes.shape)}; expected [batch, frames, 1 to {self.quantizers}]")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(
+                f"codes lie in {int(codes.min())}..{int(codes.max())}; those of a codebook in 0..{size - 1}"
+            )
+        return self.model.decode(codes.transpose(1, 2)).audio_values[:, 0]

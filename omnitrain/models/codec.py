@@ -1,0 +1,558 @@
+"""The codec: waveform <-> 16 codes a frame at 12.5 frames a second, 24 kHz (after Mimi: Défossez et al., 2024,
+arXiv 2410.00037).
+
+A causal encoder makes one latent of every 1920 samples, a split residual quantizer makes codes of the latent, and the
+decoder is a `Code2Wav`, so that a trained codec is at the same time the last part of the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from omnitrain.models.code2wav import (
+    DILATIONS,
+    Code2Wav,
+    Code2WavConfig,
+    ConvNeXtBlock,
+    ResidualUnit,
+    SlidingWindowTransformer,
+    SnakeBeta,
+    TransformerConfig,
+    TransformerState,
+    check_positive,
+    run,
+)
+from omnitrain.models.layers.causal_conv import CausalConv1d, StreamingModule, init_states, step_through
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """Sizes of the codec. Latents are as wide as the decoder's frames, D = decoder.d_model, and the decoder also says
+    how many codes there are and of how many values.
+
+    Attributes:
+        encoder_dim: channels behind the first convolution; doubled by each of
+        downsample_rates: the encoder's downsamplings from samples, `decoder.upsample_rates` in reverse
+        downsampling_ratios: its last downsamplings, at width D, `decoder.upsampling_ratios` in reverse
+        layers, heads, kv_heads, ffn, window, layer_scale, rope_theta, norm_eps: the encoder's transformer, as in
+            `Code2WavConfig`
+        codebook_dim: width in which vectors are compared with the codebooks
+        decay: of the codebooks' moving averages, per update
+        revive_below: a code whose average use falls below this part of the mean use is replaced
+        dropout: share of the training samples that are decoded from a random number of codebooks
+        kmeans_steps: of the codebooks' initialisation on the first batch
+    """
+
+    encoder_dim: int = 64
+    downsample_rates: tuple[int, ...] = (3, 4, 5, 8)
+    downsampling_ratios: tuple[int, ...] = (2, 2)
+    layers: int = 8
+    heads: int = 16
+    kv_heads: int = 16
+    ffn: int = 3072
+    window: int = 72
+    layer_scale: float = 0.01
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    codebook_dim: int = 256
+    decay: float = 0.99
+    revive_below: float = 0.1
+    dropout: float = 0.5
+    kmeans_steps: int = 10
+    decoder: Code2WavConfig = field(default_factory=lambda: Code2WavConfig(trim="causal"))
+
+    def __post_init__(self) -> None:
+        check_positive(self, may_be_zero=("decay", "revive_below", "dropout", "kmeans_steps"))
+        for name in ("decay", "revive_below", "dropout"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"CodecConfig: {name} is {getattr(self, name)}; it must lie within 0..1")
+        if self.samples_per_frame != self.decoder.samples_per_frame:
+            raise ValueError(
+                f"CodecConfig: downsample_rates {self.downsample_rates} and downsampling_ratios "
+                f"{self.downsampling_ratios} make frames of {self.samples_per_frame} samples, the decoder of "
+                f"{self.decoder.samples_per_frame}"
+            )
+        if self.quantizers < 2:
+            raise ValueError(
+                f"CodecConfig: decoder.quantizers is {self.quantizers}; one semantic and one more at least"
+            )
+        _ = self.transformer  # checks its sizes
+
+    @property
+    def d_model(self) -> int:
+        return self.decoder.d_model
+
+    @property
+    def quantizers(self) -> int:
+        return self.decoder.quantizers
+
+    @property
+    def codebook_size(self) -> int:
+        return self.decoder.codebook_size
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        return TransformerConfig(
+            d_model=self.d_model,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            ffn=self.ffn,
+            window=self.window,
+            layer_scale=self.layer_scale,
+            rope_theta=self.rope_theta,
+            norm_eps=self.norm_eps,
+        )
+
+    @property
+    def samples_per_frame(self) -> int:
+        return math.prod(self.downsample_rates) * math.prod(self.downsampling_ratios)
+
+
+# -------------------------------------------------------------------------------------------------------------- encoder
+
+
+class EncoderBlock(StreamingModule):
+    """Three residual units, then downsampling by `rate` to twice the channels: [B, C, T] -> [B, 2 C, T / rate]."""
+
+    def __init__(self, channels: int, rate: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            [
+                *[ResidualUnit(channels, dilation) for dilation in DILATIONS],
+                SnakeBeta(channels),
+                CausalConv1d(channels, 2 * channels, 2 * rate, stride=rate),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.block:
+            x = stage(x)
+        return x
+
+    def init_state(self, batch: int) -> list[Any]:
+        return init_states(cast(list[StreamingModule], list(self.block)), batch)
+
+    def step(self, x: Tensor, state: list[Any]) -> Tensor:
+        return step_through(cast(list[StreamingModule], list(self.block)), x, state)
+
+
+@dataclass
+class CodecEncoderState:
+    """Memory of a stream: of each convolutional stage in order, and of the transformer."""
+
+    stages: list[Any]
+    transformer: TransformerState
+
+
+class CodecEncoder(nn.Module):
+    """Waveform [B, samples] -> latents [B, samples / 1920, D], each from present and past samples only.
+
+    Code2Wav in a mirror: a convolution, blocks that downsample by `downsample_rates`, a convolution to width D,
+    ConvNeXt blocks with downsamplings by `downsampling_ratios`, and a sliding-window transformer over frames.
+
+    Initial weights: as those of `Code2Wav`.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, d = config.encoder_dim, config.d_model
+        stages: list[StreamingModule] = [CausalConv1d(1, channels, 7)]
+        for rate in config.downsample_rates:
+            stages.append(EncoderBlock(channels, rate))
+            channels *= 2
+        stages += [SnakeBeta(channels), CausalConv1d(channels, d, 7)]
+        for ratio in config.downsampling_ratios:
+            stages += [ConvNeXtBlock(d), CausalConv1d(d, d, 2 * ratio, stride=ratio)]
+        self.stages = nn.ModuleList(stages)
+        self.transformer = SlidingWindowTransformer(config.transformer)
+        self.activation_checkpointing = False
+
+    def forward(self, wav: Tensor) -> Tensor:
+        """[B, samples] -> [B, T, D].
+
+        Raises:
+            ValueError: if the samples are no whole number of frames.
+        """
+        self._check(wav)
+        self.transformer.activation_checkpointing = self.activation_checkpointing
+        x = wav[:, None]
+        for stage in self.stages:
+            x = run(stage, x, checkpointed=self.activation_checkpointing)
+        return self.transformer(rearrange(x, "b d t -> b t d"))
+
+    def init_state(self, batch: int) -> CodecEncoderState:
+        """The state of `batch` streams before their first sample."""
+        return CodecEncoderState(init_states(self._stages(), batch), self.transformer.init_state(batch))
+
+    def step(self, wav: Tensor, state: CodecEncoderState) -> Tensor:
+        """The next whole frames of samples [B, t * 1920] -> their latents [B, t, D]; raises as `forward`."""
+        self._check(wav)
+        x = step_through(self._stages(), wav[:, None], state.stages)
+        return self.transformer.step(rearrange(x, "b d t -> b t d"), state.transformer)
+
+    def _stages(self) -> list[StreamingModule]:
+        return cast(list[StreamingModule], list(self.stages))
+
+    def _check(self, wav: Tensor) -> None:
+        size = self.config.samples_per_frame
+        if wav.ndim != 2 or wav.shape[1] % size:
+            raise ValueError(f"wav has shape {tuple(wav.shape)}; expected [batch, a multiple of {size} samples]")
+
+
+# ------------------------------------------------------------------------------------------------------------ quantizer
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What the quantizer makes of latents [B, T, D].
+
+    quantized: [B, T, D], the sum over the codebooks in use; its gradient passes to the latents as if nothing had been
+        rounded (straight through).
+    codes: int64 [B, T, Q], of all codebooks, whether in use or not.
+    semantic: [B, T, D], the share of codebook 0 in `quantized`, for a loss that gives it its meaning.
+    n_used: int64 [B], codebooks from the first that `quantized` sums.
+    commitment: fp32 [Q], mean squared distance of what a codebook was given from what it made of it, over the samples
+        that use it; 0 where none does. The gradient goes to the latents alone.
+    histogram: int64 [Q, K], how often each code was chosen. Histograms of batches and ranks may be added up.
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    semantic: Tensor
+    n_used: Tensor
+    commitment: Tensor
+    histogram: Tensor
+
+    @property
+    def perplexity(self) -> Tensor:
+        """fp32 [Q]"""
+        return perplexity(self.histogram)
+
+    @property
+    def usage(self) -> Tensor:
+        """fp32 [Q]: share of the codes that were chosen at all."""
+        return (self.histogram > 0).float().mean(dim=-1)
+
+
+def perplexity(histogram: Tensor) -> Tensor:
+    """exp of the entropy of counts [..., K], fp32 [...]: K if all codes are equally frequent, 1 if only one occurs."""
+    p = histogram.float() / histogram.sum(dim=-1, keepdim=True).clamp_min(1)
+    return torch.special.entr(p).sum(dim=-1).exp()
+
+
+class Codebooks(nn.Module):
+    """`n` codebooks on one projection of the latents, each on what the ones before it left over.
+
+    The codebooks are moving averages, not parameters (van den Oord et al., 2017, arXiv 1711.00937, appendix A.1): with
+    n_k vectors of sum s_k assigned to code k in a batch,
+
+        N_k <- decay N_k + (1 - decay) n_k,   m_k <- decay m_k + (1 - decay) s_k,
+        e_k = m_k / N'_k,   N'_k = (N_k + eps) / (sum N + K eps) * sum N.
+
+    The first batch in training mode sets them by k-means. After each update, a code of which N_k is less than
+    `revive_below` times the mean becomes a vector of the batch, drawn at random, with the mean as its count; on a first
+    batch of fewer vectors than codes, this is also what fills the codebook in the batches that follow.
+
+    In a process group, sums and counts are those of all ranks, and so are the vectors that are drawn from: two
+    processes have the codebooks of one with both their batches, if rank 0 draws as it does. All ranks call in step.
+    """
+
+    EPS = 1e-5
+
+    codebooks: Tensor
+    counts: Tensor
+    sums: Tensor
+    initialised: Tensor
+
+    def __init__(self, config: CodecConfig, n: int) -> None:
+        super().__init__()
+        self.config = config
+        self.n = n
+        k, d = config.codebook_size, config.codebook_dim
+        self.input_proj = nn.Linear(config.d_model, d, bias=False)
+        self.output_proj = nn.Linear(d, config.d_model, bias=False)
+        self.register_buffer("codebooks", torch.zeros(n, k, d))
+        self.register_buffer("counts", torch.zeros(n, k))
+        self.register_buffer("sums", torch.zeros(n, k, d))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, latent: Tensor, n_used: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        """latent [B, T, D], n_used int64 [B] of these codebooks -> quantized [B, T, D], codes int64 [B, T, n],
+        commitment [n], histogram int64 [n, K]. In training mode the codebooks are updated after use."""
+        z = self.input_proj(latent).float()  # distances and averages in fp32, whatever the model's precision
+        if self.training and not self.initialised:
+            self._initialise(rearrange(z.detach(), "b t d -> (b t) d"), generator)
+        codes, residuals, chosen = self._assign(z)
+        used = torch.arange(self.n, device=z.device)[:, None] < n_used  # [n, B]
+
+        # What codebook i was given is z less what the ones before it made; only z has a gradient.
+        given = z + (residuals - z.detach())  # [n, B, T, d]
+        distance = (given - chosen).square().mean(dim=(2, 3))  # [n, B]
+        commitment = (distance * used).sum(dim=1) / used.sum(dim=1).clamp_min(1)
+
+        total = (chosen * used[:, :, None, None]).sum(dim=0)
+        straight = z + (total - z).detach()
+        # A sample that uses none of these codebooks gets nothing from them, and gives their projection no gradient.
+        straight = straight * (n_used > 0)[:, None, None]
+        histogram = torch.stack([torch.bincount(c.flatten(), minlength=self.counts.shape[1]) for c in codes.unbind(-1)])
+        if self.training:
+            self._update(rearrange(residuals, "n b t d -> n (b t) d"), rearrange(codes, "b t n -> n (b t)"), generator)
+        return self.output_proj(straight.to(latent.dtype)), codes, commitment, histogram
+
+    def encode(self, latent: Tensor) -> Tensor:
+        """[B, T, D] -> int64 [B, T, n]"""
+        return self._assign(self.input_proj(latent).float())[0]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """int64 [B, T, <= n] -> [B, T, D]"""
+        n = codes.shape[-1]
+        index = torch.arange(n, device=codes.device)
+        return self.output_proj(self.codebooks[index, codes].sum(dim=2))
+
+    def tables(self) -> Tensor:
+        """[n, K, D]: what each code adds to the quantized latent."""
+        return self.output_proj(self.codebooks)
+
+    @torch.no_grad()
+    def _assign(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Nearest codes of z [B, T, d]: codes [B, T, n], what each codebook was given and chose, both [n, B, T, d]."""
+        residual, codes, residuals, chosen = z.detach(), [], [], []
+        for codebook in self.codebooks.float().unbind(0):
+            residuals.append(residual)
+            codes.append(nearest(residual, codebook))
+            chosen.append(F.embedding(codes[-1], codebook))
+            residual = residual - chosen[-1]
+        return torch.stack(codes, dim=-1), torch.stack(residuals), torch.stack(chosen)
+
+    @torch.no_grad()
+    def _initialise(self, x: Tensor, generator: torch.Generator | None) -> None:
+        """k-means (Lloyd) on x [N, d] and on what is left of it, from vectors of x drawn at random."""
+        for i in range(self.n):
+            drawn = _draw(len(x), self.counts.shape[1], x.device, generator)
+            codebook = _vectors_of_all_ranks(x, drawn)
+            for _ in range(self.config.kmeans_steps):
+                counts, sums = self._sums(x, nearest(x, codebook))
+                codebook = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), codebook)
+            code = nearest(x, codebook)
+            counts, sums = self._sums(x, code)
+            self.codebooks[i], self.counts[i], self.sums[i] = codebook, counts, sums
+            x = x - F.embedding(code, codebook)
+        self.initialised.fill_(True)
+
+    def _sums(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors assigned to each code and their sums over all ranks, for x [..., N, d] and codes [..., N]."""
+        one_hot = F.one_hot(codes, self.counts.shape[1]).to(x.dtype)
+        with _full_precision(x):  # a product, since adding in place has no fixed order on CUDA
+            counts, sums = one_hot.sum(dim=-2), one_hot.transpose(-1, -2) @ x
+        both = _sum_over_ranks(torch.cat([counts[..., None], sums], dim=-1))
+        return both[..., 0], both[..., 1:]
+
+    @torch.no_grad()
+    def _update(self, x: Tensor, codes: Tensor, generator: torch.Generator | None) -> None:
+        """One step of the moving averages, from what the codebooks were given, x [n, N, d], and chose, codes [n, N]."""
+        decay = self.config.decay
+        counts, sums = self._sums(x, codes)
+        self.counts.lerp_(counts, 1 - decay)
+        self.sums.lerp_(sums, 1 - decay)
+        total = self.counts.sum(dim=1, keepdim=True)
+        smoothed = (self.counts + self.EPS) / (total + self.counts.shape[1] * self.EPS) * total
+        self.codebooks.copy_(self.sums / smoothed[..., None])
+
+        mean = total / self.counts.shape[1]  # [n, 1]
+        dead = self.counts < self.config.revive_below * mean
+        if dead.any():
+            drawn = _draw(x.shape[1], self.counts.shape[1], x.device, generator)
+            vectors = rearrange(_vectors_of_all_ranks(rearrange(x, "n m d -> m n d"), drawn), "k n d -> n k d")
+            self.codebooks.copy_(torch.where(dead[..., None], vectors, self.codebooks))
+            self.counts.copy_(torch.where(dead, mean, self.counts))
+            self.sums.copy_(torch.where(dead[..., None], vectors * mean[..., None], self.sums))
+
+
+def nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """Index int64 [...] of the row of codebook [K, d] next to each x [..., d]."""
+    with _full_precision(x):
+        return (codebook.square().sum(dim=1) - 2 * x @ codebook.T).argmin(dim=-1)
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """No products in 16 bit: codes and averages would depend on the rounding."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    if _grouped():
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def _draw(n_local: int, k: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """k random positions among the vectors of all ranks, equal on all of them; none twice before all were drawn."""
+    n = int(_sum_over_ranks(torch.tensor(n_local, device=device)))
+    order = torch.randperm(n, generator=generator, device=generator.device if generator else "cpu").to(device)
+    index = order[torch.arange(k, device=device) % n]
+    if _grouped():
+        torch.distributed.broadcast(index, src=0)
+    return index
+
+
+def _vectors_of_all_ranks(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [k] of the ranks' x [N, ...] laid end to end: [k, ...]."""
+    start = 0
+    if _grouped():
+        lengths = torch.zeros(torch.distributed.get_world_size(), dtype=torch.int64, device=x.device)
+        lengths[torch.distributed.get_rank()] = len(x)
+        start = int(_sum_over_ranks(lengths)[: torch.distributed.get_rank()].sum())
+    here = (index >= start) & (index < start + len(x))
+    rows = x[(index - start).clamp(0, len(x) - 1)]
+    return _sum_over_ranks(torch.where(here.view(-1, *[1] * (x.ndim - 1)), rows, 0))
+
+
+class ResidualVectorQuantizer(nn.Module):
+    """Mimi's split quantizer: codebook 0 (semantic) and the residual codebooks 1 to Q - 1 (acoustic) each read the
+    latent through a projection of their own, and their outputs are summed (arXiv 2410.00037, section 3.3).
+
+    In training a share `dropout` of the samples is decoded from the first 1 to Q codebooks, drawn per sample
+    (SoundStream, arXiv 2107.03312), so that fewer codes still give sound.
+
+    Initial weights: the projections as other linear maps; codebooks come from the first batch. All else that matters
+    is in the state dict.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.semantic = Codebooks(config, 1)
+        self.acoustic = Codebooks(config, config.quantizers - 1)
+
+    def forward(
+        self, latent: Tensor, n_quantizers: int | None = None, generator: torch.Generator | None = None
+    ) -> Quantized:
+        """latent [B, T, D] -> `Quantized`.
+
+        Args:
+            n_quantizers: codebooks in use, 1 to Q; default: in training mode drawn per sample, otherwise all.
+            generator: of the random draws in training mode; default: the global one of the CPU.
+        """
+        n_used = self._n_used(latent, n_quantizers, generator)
+        semantic, semantic_codes, semantic_commitment, semantic_histogram = self.semantic(
+            latent, torch.ones_like(n_used), generator
+        )
+        acoustic, codes, commitment, histogram = self.acoustic(latent, n_used - 1, generator)
+        return Quantized(
+            quantized=semantic + acoustic,
+            codes=torch.cat([semantic_codes, codes], dim=-1),
+            semantic=semantic,
+            n_used=n_used,
+            commitment=torch.cat([semantic_commitment, commitment]),
+            histogram=torch.cat([semantic_histogram, histogram]),
+        )
+
+    def encode(self, latent: Tensor) -> Tensor:
+        """[B, T, D] -> codes int64 [B, T, Q]"""
+        return torch.cat([self.semantic.encode(latent), self.acoustic.encode(latent)], dim=-1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= Q -> [B, T, D].
+
+        Raises:
+            ValueError: if n is not within 1..Q, or a code is outside of its codebook.
+        """
+        quantizers, size = self.config.quantizers, self.config.codebook_size
+        if codes.ndim != 3 or not 1 <= codes.shape[2] <= quantizers:
+            raise ValueError(f"codes have shape {tuple(codes.shape)}; expected [batch, frames, 1 to {quantizers}]")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(
+                f"codes lie in {int(codes.min())}..{int(codes.max())}; those of a codebook in 0..{size - 1}"
+            )
+        latent = self.semantic.decode(codes[..., :1])
+        return latent + self.acoustic.decode(codes[..., 1:]) if codes.shape[2] > 1 else latent
+
+    def _n_used(self, latent: Tensor, n_quantizers: int | None, generator: torch.Generator | None) -> Tensor:
+        batch, quantizers = len(latent), self.config.quantizers
+        if n_quantizers is not None:
+            if not 1 <= n_quantizers <= quantizers:
+                raise ValueError(f"n_quantizers is {n_quantizers}; expected 1 to {quantizers}")
+            return torch.full((batch,), n_quantizers, device=latent.device)
+        n_used = torch.full((batch,), quantizers)
+        if self.training and self.config.dropout:
+            device = generator.device if generator else torch.device("cpu")
+            drawn = torch.randint(1, quantizers + 1, (batch,), generator=generator, device=device)
+            dropped = torch.rand(batch, generator=generator, device=device) < self.config.dropout
+            n_used = torch.where(dropped, drawn, quantizers)
+        return n_used.to(latent.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- codec
+
+
+@dataclass(frozen=True)
+class CodecOutput(Quantized):
+    """What training needs of a waveform [B, samples]: beside the quantizer's output
+
+    wav: [B, samples], the reconstruction, not clamped (shorter if the decoder trims as the public one).
+    latent: [B, T, D], before quantization.
+    """
+
+    wav: Tensor
+    latent: Tensor
+
+
+class Codec(nn.Module):
+    """Encoder, quantizer and decoder; the decoder is a `Code2Wav` that is given quantized latents as its frames.
+
+    Code2Wav's own table of code embeddings is not trained here; `fold_codebooks` makes it from the codebooks.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = CodecEncoder(config)
+        self.quantizer = ResidualVectorQuantizer(config)
+        self.decoder = Code2Wav(config.decoder)
+        self.decoder.code_embedding.requires_grad_(False)
+
+    def forward(
+        self, wav: Tensor, n_quantizers: int | None = None, generator: torch.Generator | None = None
+    ) -> CodecOutput:
+        """wav [B, samples] -> `CodecOutput`; arguments as of the quantizer. In training mode the codebooks move on."""
+        latent = self.encoder(self._whole_frames(wav))
+        quantized = self.quantizer(latent, n_quantizers, generator)
+        reconstruction = self.decoder.decode(quantized.quantized, clamp=False)[:, : wav.shape[1]]
+        return CodecOutput(**vars(quantized), wav=reconstruction, latent=latent)
+
+    def encode(self, wav: Tensor) -> Tensor:
+        """[B, samples] -> codes int64 [B, T, Q], T = samples / 1920 rounded up (zeros fill the last frame)."""
+        return self.quantizer.encode(self.encoder(self._whole_frames(wav)))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 [B, T, n] of the first n codebooks -> waveform [B, samples] within [-1, 1].
+
+        Raises:
+            ValueError: if there are no or too many codebooks, or a code is outside of its codebook.
+        """
+        return self.decoder.decode(self.quantizer.decode(codes))
+
+    @torch.no_grad()
+    def fold_codebooks(self) -> None:
+        """Write Q times what each code adds to the latent into `decoder.code_embedding`: the decoder averages its Q
+        embeddings, so `decoder(codes)` then is `decode(codes)` and the decoder can leave without the quantizer."""
+        tables = torch.cat([self.quantizer.semantic.tables(), self.quantizer.acoustic.tables()])
+        self.decoder.code_embedding.weight.copy_(self.config.quantizers * rearrange(tables, "q k d -> (q k) d"))
+
+    def _whole_frames(self, wav: Tensor) -> Tensor:
+        if wav.ndim != 2 or wav.shape[1] == 0:
+            raise ValueError(f"wav has shape {tuple(wav.shape)}; expected [batch, samples], at least one sample")
+        return F.pad(wav, (0, -wav.shape[1] % self.config.samples_per_frame))

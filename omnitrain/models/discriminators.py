@@ -1,0 +1,102 @@
+"""Judges of waveforms, for adversarial training of the codec. They are training aids: no public checkpoint has them.
+
+Two kinds, because each hears what the other misses: folded waveforms show periodic errors (pitch, buzz), complex
+spectrograms at several resolutions show smeared harmonics and missing noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """
+    Attributes:
+        periods: of the period discriminators, in samples. Primes, so that their folds overlap as little as possible.
+        period_width: channels after the first convolution of a period discriminator; doubled by each, up to 16 times.
+        stft_windows: of the STFT discriminators, in samples; the hop is a quarter.
+        stft_width: channels of an STFT discriminator.
+    """
+
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    period_width: int = 32
+    stft_windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    stft_width: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.periods and not self.stft_windows:
+            raise ValueError("discriminator.periods and discriminator.stft_windows are both empty: nothing would judge")
+
+
+class PeriodDiscriminator(nn.Module):
+    """Looks at every `period`-th sample side by side (HiFi-GAN, Kong et al. 2020, arXiv 2010.05646, section 2.3)."""
+
+    def __init__(self, period: int, width: int) -> None:
+        super().__init__()
+        self.period = period
+        channels = [1, *(width * min(2**i, 16) for i in range(4))]
+        self.convs = nn.ModuleList(
+            weight_norm(nn.Conv2d(a, b, (5, 1), (3, 1), padding=(2, 0))) for a, b in pairwise(channels)
+        )
+        self.out = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
+
+    def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """wav [B, S] -> score map, features of each layer"""
+        wav = F.pad(wav, (0, -wav.shape[-1] % self.period), mode="reflect")
+        x = rearrange(wav, "b (t p) -> b 1 t p", p=self.period)
+        features = []
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.1)
+            features.append(x)
+        return self.out(x), features
+
+
+class STFTDiscriminator(nn.Module):
+    """Looks at the complex spectrogram (EnCodec, Défossez et al. 2022, arXiv 2210.13438, section 3.4)."""
+
+    hann: Tensor
+
+    def __init__(self, window: int, width: int) -> None:
+        super().__init__()
+        self.window = window
+        self.register_buffer("hann", torch.hann_window(window), persistent=False)
+        convs = [nn.Conv2d(2, width, (3, 9), padding=(1, 4))]
+        for dilation in (1, 2, 4):
+            convs.append(nn.Conv2d(width, width, (3, 9), stride=(1, 2), dilation=(dilation, 1), padding=(dilation, 4)))
+        convs.append(nn.Conv2d(width, width, (3, 3), padding=(1, 1)))
+        self.convs = nn.ModuleList(weight_norm(conv) for conv in convs)
+        self.out = weight_norm(nn.Conv2d(width, 1, (3, 3), padding=(1, 1)))
+
+    def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """wav [B, S] -> score map, features of each layer"""
+        spectrum = torch.stft(
+            wav, self.window, self.window // 4, window=self.hann, normalized=True, return_complex=True
+        )
+        x = rearrange(torch.view_as_real(spectrum), "b f t c -> b c t f")
+        features = []
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.2)
+            features.append(x)
+        return self.out(x), features
+
+
+class Discriminators(nn.Module):
+    """All judges. `forward(wav [B, S])` gives each one's score map and features."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.judges = nn.ModuleList(
+            [PeriodDiscriminator(period, config.period_width) for period in config.periods]
+            + [STFTDiscriminator(window, config.stft_width) for window in config.stft_windows]
+        )
+
+    def forward(self, wav: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+        return [judge(wav) for judge in self.judges]

@@ -1,0 +1,134 @@
+"""Layers of the language decoders: Thinker, Talker and MTP are made of these.
+
+The residual stream is packed, [N, D]; documents are kept apart by `cu_seqlens`. MTP, whose sequences all have the same
+length, uses `Attention.project` and attends on its own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnitrain.models.layers.attention import varlen_attention
+from omnitrain.models.layers.moe import SwiGLUExperts, TopKRouter
+from omnitrain.models.layers.norms import RMSNorm
+from omnitrain.models.layers.rope import NormRotate
+
+
+class KVCache(Protocol):
+    """What the attention layers need of a cache (`generation/cache.py` has one)."""
+
+    def append(self, layer: int, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the new positions of every document and return everything known so far.
+
+        Args:
+            layer: index of the decoder layer, from 0.
+            key, value: [N, H_kv, head_dim], the new positions, documents end to end; keys are already rotated.
+            cu_seqlens: int32 [B + 1], borders of the new positions.
+
+        Returns:
+            keys, values: [M, H_kv, head_dim], per document all positions up to now, documents end to end in the same
+            order; cu_seqlens_key: int32 [B + 1], their borders.
+        """
+        ...
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RMSNorm on every query and key head (Qwen3) and rotary positions.
+
+    The projections of queries, keys and values are one matrix: rows [q heads, k heads, v heads] x head_dim.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, norm_eps: float = 1e-6, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim, bias=bias)
+        self.out = nn.Linear(heads * head_dim, dim, bias=bias)
+        self.q_norm = RMSNorm(head_dim, norm_eps)
+        self.k_norm = RMSNorm(head_dim, norm_eps)
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, head_dim], keys and values [N, H_kv, head_dim] of x [N, D], normed and rotated; rope = (cos,
+        sin), each [N, head_dim / 2]."""
+        heads, kv_heads = self.heads, self.kv_heads
+        qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, self.head_dim)
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
+        qk = NormRotate.apply(qk, self.q_norm.weight, self.k_norm.weight, *rope, heads, self.q_norm.eps)
+        q, k = qk.split([heads, kv_heads], dim=1)
+        return q, k, v
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cu_seqlens: Tensor, layer: int, cache: KVCache | None
+    ) -> Tensor:
+        """x [N, D], rope = (cos, sin) each [N, head_dim / 2] -> [N, D]"""
+        q, k, v = self.project(x, rope)
+        cu_seqlens_key = None
+        if cache is not None:
+            k, v, cu_seqlens_key = cache.append(layer, k, v, cu_seqlens)
+        y = varlen_attention(q, k, v, cu_seqlens, causal=True, cu_seqlens_key=cu_seqlens_key)
+        return self.out(y.reshape(len(x), self.heads * self.head_dim))
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU (Shazeer, 2020, arXiv 2002.05202): down(silu(gate x) * up x). `gate_up` holds gate rows, then up rows."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * width, bias=False)
+        self.down = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, D] -> [N, D]"""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class SparseMLP(nn.Module):
+    """Router and experts, and where `shared_width` is positive one more expert that sees every token, weighted by a
+    sigmoid of its own (the Talker's)."""
+
+    def __init__(
+        self, dim: int, width: int, n_experts: int, top_k: int, *, normalise: bool = True, shared_width: int = 0
+    ) -> None:
+        super().__init__()
+        self.router = TopKRouter(dim, n_experts, top_k, normalise)
+        self.experts = SwiGLUExperts(dim, width, n_experts)
+        self.shared_expert = DenseMLP(dim, shared_width) if shared_width else None
+        self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_width else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, D] -> [N, D], router counts [E], router probability sums [E]"""
+        routing = self.router(x)
+        y = self.experts(x, routing)
+        if self.shared_expert is not None and self.shared_gate is not None:
+            y = y + self.shared_gate(x).sigmoid() * self.shared_expert(x)
+        return y, routing.counts, routing.prob_sums
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(
+        self, layer: int, dim: int, attention: Attention, mlp: SparseMLP | DenseMLP, *, norm_eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.layer = layer  # its index, from 0: its place in the cache
+        self.attention_norm = RMSNorm(dim, norm_eps)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(dim, norm_eps)
+        self.mlp = mlp
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cu_seqlens: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[N, D] -> [N, D], and the router's counts and probability sums [E] if this layer has experts"""
+        x = x + self.attention(self.attention_norm(x), rope, cu_seqlens, self.layer, cache)
+        y = self.mlp(self.mlp_norm(x))
+        if isinstance(y, tuple):
+            y, counts, prob_sums = y
+            return x + y, counts, prob_sums
+        return x + y, None, None

@@ -1,0 +1,211 @@
+"""MTP: the small decoder that completes one codec frame (report section 2.4; the public layout's "code predictor").
+
+The Talker decides codebook 0 of a frame; MTP then predicts codebooks 1 .. Q - 1, each from those before it. Its
+sequence is one frame long and always the same:
+
+    position    0                 1           2             ...    Q - 1
+    input       Talker's hidden   code 0      code 1        ...    code Q - 2
+    predicts    -                 code 1      code 2        ...    code Q - 1
+
+So many frames are a batch without padding, and generation is Q - 1 steps of fixed shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from omnitrain.models.layers.decoder import Attention, DenseMLP
+from omnitrain.models.layers.norms import RMSNorm
+from omnitrain.models.layers.rope import tm_rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTPConfig:
+    """The defaults are the public checkpoint's; its names stand beside ours where they differ.
+
+    Attributes:
+        d_model: width, the same as the Talker's (`hidden_size`)
+        heads, kv_heads, head_dim: grouped-query attention
+        ffn: width of the SwiGLU (`intermediate_size`)
+        codebooks: codes of a frame, the Talker's included (`num_code_groups`)
+        codebook_size: codes per codebook (`vocab_size`)
+        rope_theta: base of the rotary frequencies (one id per position: no TM-RoPE here)
+        max_positions: written to the public configuration, not read (`max_position_embeddings`)
+    """
+
+    d_model: int = 1024
+    layers: int = 5
+    heads: int = 16
+    kv_heads: int = 8
+    head_dim: int = 128
+    ffn: int = 3072
+    codebooks: int = 16
+    codebook_size: int = 2048
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    attention_bias: bool = False
+    max_positions: int = 32768
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"mtp.heads ({self.heads}) must be a multiple of mtp.kv_heads ({self.kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"mtp.head_dim ({self.head_dim}) must be even: rotary positions turn pairs")
+        if self.codebooks < 2:
+            raise ValueError(f"mtp.codebooks ({self.codebooks}) must be at least 2: the Talker predicts the first")
+
+
+class MTPLayer(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x), for sequences of one length."""
+
+    def __init__(self, c: MTPConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.attention = Attention(
+            c.d_model, c.heads, c.kv_heads, c.head_dim, norm_eps=c.norm_eps, bias=c.attention_bias
+        )
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.mlp = DenseMLP(c.d_model, c.ffn)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Tensor | None = None, start: int = 0) -> Tensor:
+        """One causal layer.
+
+        Args:
+            x: [F, n, D], positions start .. start + n.  rope: cos and sin, each [F * n, head_dim / 2].
+            past: [2, F, H_kv, Q, head_dim], keys and values; those of x are written to it, earlier ones read. With
+                start > 0, n must be 1.
+
+        Returns:
+            [F, n, D]
+        """
+        frames, n, _ = x.shape
+        projected = self.attention.project(self.attention_norm(x).flatten(0, 1), rope)
+        q, k, v = (rearrange(t, "(f n) heads d -> f heads n d", f=frames) for t in projected)
+        if past is not None:
+            past[0, :, :, start : start + n], past[1, :, :, start : start + n] = k, v
+            k, v = past[:, :, :, : start + n].unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=q.shape[1] != k.shape[1])
+        x = x + self.attention.out(rearrange(y, "f heads n d -> f n (heads d)"))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class MTP(nn.Module):
+    """Dense decoder over the codes of one frame.
+
+    code_embedding, code_head: [Q - 1, K, D], one matrix per codebook from 1 on. `code_head[q - 1]` is the weight that
+    codebook q's cross-entropy needs.
+    """
+
+    def __init__(self, config: MTPConfig) -> None:
+        super().__init__()
+        self.config = config
+        residuals = config.codebooks - 1
+        self.code_embedding = nn.Parameter(torch.empty(residuals, config.codebook_size, config.d_model))
+        self.layers = nn.ModuleList([MTPLayer(config) for _ in range(config.layers)])
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.code_head = nn.Parameter(torch.empty(residuals, config.codebook_size, config.d_model))
+        self.activation_checkpointing = False
+
+    def forward(self, talker_hidden: Tensor, first: Tensor, codes: Tensor) -> Tensor:
+        """All codebooks of all frames at once, from the true codes before them.
+
+        Args:
+            talker_hidden: [F, D], the Talker's hidden states that predicted the frames' codebook 0.
+            first: [F, D], embeddings of the codes of codebook 0 (`Talker.embed_codec`).
+            codes: int64 [F, Q]; codebook 0 and the last one are not read.
+
+        Returns:
+            [F, Q - 1, D] after the final norm; row q - 1 predicts codebook q (times `code_head[q - 1].T` = logits).
+
+        Raises:
+            ValueError: if codes has another number of codebooks, or a code outside its codebook.
+        """
+        self._check(codes, self.config.codebooks)
+        known = self._embed(codes[:, 1:-1])  # [F, Q - 2, D]
+        x = torch.cat([talker_hidden.to(first.dtype)[:, None], first[:, None], known.to(first.dtype)], dim=1)
+        cos, sin = self._rope(x.device)
+        rope = cos.repeat(len(x), 1), sin.repeat(len(x), 1)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, use_reentrant=False)
+            else:
+                x = layer(x, rope)
+        return self.norm(x[:, 1:])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[F, Q - 1, D] after the final norm -> [F, Q - 1, K]"""
+        return einsum(hidden, self.code_head, "f q d, q k d -> f q k")
+
+    def embed_sum(self, residuals: Tensor) -> Tensor:
+        """The sum of the embeddings of codebooks 1 .. Q - 1: int64 [F, Q - 1] -> [F, D].
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        self._check(residuals, self.config.codebooks - 1)
+        rows = residuals + self._offsets(residuals.shape[1], residuals.device)
+        return F.embedding_bag(rows, self.code_embedding.flatten(0, 1), mode="sum")
+
+    @torch.no_grad()
+    def generate(
+        self, talker_hidden: Tensor, first: Tensor, sample: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Codebooks 1 .. Q - 1 of one frame per document.
+
+        Every step has the same shapes for the same B, and nothing is read back, so that the whole of it can be captured
+        in one CUDA graph if `sample` can.
+
+        Args:
+            talker_hidden: [B, D].  first: [B, D], embedding of the frame's code of codebook 0.
+            sample: logits [B, K] -> chosen codes int64 [B].
+
+        Returns:
+            codes: int64 [B, Q - 1].  embedding: [B, D], the sum of their embeddings (what the Talker reads next,
+            without codebook 0 and text).
+        """
+        c, batch = self.config, len(first)
+        past = first.new_empty(c.layers, 2, batch, c.kv_heads, c.codebooks, c.head_dim)
+        cos, sin = (t[:, None].expand(-1, batch, -1) for t in self._rope(first.device))  # [Q, B, head_dim / 2]
+        codes = torch.empty(batch, c.codebooks - 1, dtype=torch.int64, device=first.device)
+        total = torch.zeros_like(first)
+        x, start = torch.stack([talker_hidden.to(first.dtype), first], dim=1), 0
+        for q in range(c.codebooks - 1):
+            end = start + x.shape[1]
+            rope = tuple(rearrange(t[start:end], "n b d -> (b n) d") for t in (cos, sin))
+            for i, layer in enumerate(self.layers):
+                x = layer(x, rope, past[i], start)
+            codes[:, q] = sample(F.linear(self.norm(x[:, -1]), self.code_head[q]))
+            embedding = F.embedding(codes[:, q], self.code_embedding[q])
+            total += embedding
+            x, start = embedding[:, None], end
+        return codes, total
+
+    def _embed(self, residuals: Tensor) -> Tensor:
+        """Codes of the first n codebooks from 1 on, int64 [F, n] -> [F, n, D]"""
+        rows = residuals + self._offsets(residuals.shape[1], residuals.device)
+        return F.embedding(rows, self.code_embedding.flatten(0, 1))
+
+    def _offsets(self, n: int, device: torch.device) -> Tensor:
+        return torch.arange(n, device=device) * self.config.codebook_size
+
+    def _rope(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [Q, head_dim / 2]"""
+        position = torch.arange(self.config.codebooks, device=device).expand(3, -1)
+        return tm_rope(position, (self.config.head_dim // 2, 0, 0), self.config.rope_theta)
+
+    def _check(self, codes: Tensor, width: int) -> None:
+        # A code beyond its codebook would silently read the next codebook's row.
+        if codes.ndim != 2 or codes.shape[1] != width:
+            raise ValueError(f"codes must be [F, {width}], found {list(codes.shape)}")
+        if len(codes) and not (int(codes.min()) >= 0 and int(codes.max()) < self.config.codebook_size):
+            raise ValueError(
+                f"codes must lie in 0..{self.config.codebook_size - 1} (codebook_size - 1), "
+                f"found {int(codes.min())} to {int(codes.max())}"
+            )

@@ -1,0 +1,304 @@
+"""Talker: the mixture-of-experts decoder that turns the answer's text into codec frames, 80 ms each (report section
+2.4).
+
+It does not read the Thinker's hidden states of text. Text reaches it as word embeddings through `text_projection`; only
+at the user's sound and pictures it reads the Thinker's hidden states, through `hidden_projection`. So what it says is
+the text that it is given, whoever wrote or edited it. Each step predicts codebook 0 of the next frame; MTP completes
+the frame. What stands where is data (`TalkerInputs`, made by `data/talker_layout.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from omnitrain.models.layers.decoder import Attention, DecoderLayer, KVCache, SparseMLP
+from omnitrain.models.layers.norms import RMSNorm
+from omnitrain.models.layers.rope import tm_rope
+from omnitrain.models.mtp import MTP, MTPConfig
+
+SPECIAL_CODES: Mapping[str, int] = {
+    "codec_pad": 100,
+    "codec_bos": 101,
+    "codec_eos": 102,
+    "codec_nothink": 107,
+    "codec_think_bos": 108,
+    "codec_think_eos": 109,
+}
+"""Public ids of the special codes, counted from the end of codebook 0."""
+
+SPEAKERS: Mapping[str, int] = {"chelsie": 253, "ethan": 254, "aiden": 255}
+"""Public ids of the voices, counted from the end of codebook 0."""
+
+CODES_BEYOND_CODEBOOK = 1024
+"""Room for special codes and voices. Programs that read public checkpoints forbid the last 1024 codes but `codec_eos`,
+so a vocabulary of another size would lose codes there."""
+
+
+def codec_vocabulary(codebook_size: int) -> dict[str, Any]:
+    """The `TalkerConfig` fields that depend on the size of codebook 0, laid out as in the public checkpoint."""
+    return {
+        "codebook_size": codebook_size,
+        "codec_vocab": codebook_size + CODES_BEYOND_CODEBOOK,
+        **{name: codebook_size + offset for name, offset in SPECIAL_CODES.items()},
+        "speakers": {name: codebook_size + offset for name, offset in SPEAKERS.items()},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkerConfig:
+    """The defaults are the public checkpoint's; its names stand beside ours where they differ.
+
+    Attributes:
+        d_model: width of the residual stream (`hidden_size`)
+        heads, kv_heads, head_dim: grouped-query attention
+        n_experts, top_k, expert_width: routed experts of every layer (`num_experts`, ...)
+        shared_expert_width: of the expert that sees every token (`shared_expert_intermediate_size`)
+        normalise_top_k: mixing weights sum to one (`norm_topk_prob`)
+        codec_vocab: codes of codebook 0, then special codes and voices (`vocab_size`)
+        thinker_dim: width of the Thinker (`thinker_hidden_size`)
+        projection_width: inner width of the two projections (`intermediate_size`)
+        accept_hidden_layer: the Thinker's layer that `hidden_projection` reads; equals the Thinker's own setting
+        codebooks, codebook_size: codes of a frame, codes of each codebook (`num_code_groups`)
+        codec_*: special codes (`codec_pad_id`, ...).  speakers: code of each voice (`speaker_id`)
+        balance_coefficient: weight of the balance loss (`router_aux_loss_coef`)
+    """
+
+    d_model: int = 1024
+    layers: int = 20
+    heads: int = 16
+    kv_heads: int = 2
+    head_dim: int = 128
+    n_experts: int = 128
+    top_k: int = 6
+    expert_width: int = 384
+    shared_expert_width: int = 768
+    normalise_top_k: bool = True
+    codec_vocab: int = 3072
+    mrope_sections: tuple[int, int, int] = (24, 20, 20)
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    attention_bias: bool = False
+    balance_coefficient: float = 0.001
+    max_positions: int = 65536
+    thinker_dim: int = 2048
+    projection_width: int = 2048
+    accept_hidden_layer: int = 24
+    codebooks: int = 16
+    codebook_size: int = 2048
+    codec_pad: int = 2148
+    codec_bos: int = 2149
+    codec_eos: int = 2150
+    codec_nothink: int = 2155
+    codec_think_bos: int = 2156
+    codec_think_eos: int = 2157
+    speakers: Mapping[str, int] = field(default_factory=lambda: {"chelsie": 2301, "ethan": 2302, "aiden": 2303})
+    mtp: MTPConfig = field(default_factory=MTPConfig)
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"talker.heads ({self.heads}) must be a multiple of talker.kv_heads ({self.kv_heads})")
+        if 2 * sum(self.mrope_sections) != self.head_dim:
+            raise ValueError(
+                f"talker.mrope_sections {self.mrope_sections} must sum to head_dim / 2 = {self.head_dim // 2}"
+            )
+        if not 1 <= self.top_k <= self.n_experts:
+            raise ValueError(f"talker.top_k ({self.top_k}) must lie in 1..n_experts ({self.n_experts})")
+        for name in ("d_model", "codebooks", "codebook_size"):
+            if getattr(self.mtp, name) != getattr(self, name):
+                raise ValueError(
+                    f"talker.mtp.{name} ({getattr(self.mtp, name)}) must equal talker.{name} ({getattr(self, name)})"
+                )
+        special = {name: getattr(self, name) for name in SPECIAL_CODES}
+        special |= {f"speakers.{name}": code for name, code in self.speakers.items()}
+        for name, code in special.items():
+            if not self.codebook_size <= code < self.codec_vocab:
+                raise ValueError(
+                    f"talker.{name} ({code}) must lie in codebook_size..codec_vocab - 1 "
+                    f"({self.codebook_size}..{self.codec_vocab - 1})"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkerInputs:
+    """What stands at each of the T positions of a pack of spoken answers, one document each. An embedding is the sum of
+    what a position names; -1 names nothing.
+
+    Attributes:
+        text_ids: int64 [T], word whose embedding goes through `text_projection`
+        hidden_rows: int64 [T], row of the Thinker's `accept_hidden` that goes through `hidden_projection`
+        codec_ids: int64 [T], special code or voice
+        frame_rows: int64 [T], row of `codes` whose Q embeddings are added
+        labels: int64 [T], code of codebook 0 to predict here, `codec_eos` at the last frame, or -100
+        position_ids: float32 [3, T], TM-RoPE ids.  cu_seqlens: int32 [S + 1], document borders
+        codes: int64 [F, Q].  frame_sources: int64 [F], the position whose hidden state predicts the frame
+    """
+
+    text_ids: Tensor
+    hidden_rows: Tensor
+    codec_ids: Tensor
+    frame_rows: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    codes: Tensor
+    frame_sources: Tensor
+
+
+@dataclass(frozen=True)
+class TalkerOutput:
+    """hidden [T, D]: after the final norm; `codec_head` reads it, and so does MTP.  router_counts, router_prob_sums:
+    [L, E] (see `Routing`)."""
+
+    hidden: Tensor
+    router_counts: Tensor
+    router_prob_sums: Tensor
+
+
+class Projection(nn.Module):
+    """Two linear layers with SiLU between them: [n, D_thinker] -> [n, D]."""
+
+    def __init__(self, config: TalkerConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.thinker_dim, config.projection_width)
+        self.linear_fc2 = nn.Linear(config.projection_width, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.silu(self.linear_fc1(x)))
+
+
+class Talker(nn.Module):
+    """Decoder with routed and shared experts and TM-RoPE, its codec vocabulary, and MTP."""
+
+    def __init__(self, config: TalkerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_projection = Projection(config)
+        self.hidden_projection = Projection(config)
+        self.codec_embedding = nn.Embedding(config.codec_vocab, config.d_model)
+        self.layers = nn.ModuleList([_layer(config, i) for i in range(config.layers)])
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.codec_head = nn.Linear(config.d_model, config.codec_vocab, bias=False)
+        self.mtp = MTP(config.mtp)
+        self.activation_checkpointing = False
+
+    def embed_text(self, thinker_embeddings: Tensor) -> Tensor:
+        """Word embeddings of the Thinker, [n, D_thinker] -> [n, D]"""
+        return self.text_projection(thinker_embeddings)
+
+    def embed_hidden(self, accept_hidden: Tensor) -> Tensor:
+        """The Thinker's hidden states at media positions, [n, D_thinker] -> [n, D]"""
+        return self.hidden_projection(accept_hidden)
+
+    def embed_codec(self, ids: Tensor) -> Tensor:
+        """Codes of codebook 0, special codes and voices, int64 [n] -> [n, D]"""
+        return self.codec_embedding(ids)
+
+    def embed_frames(self, codes: Tensor) -> Tensor:
+        """Sum of the embeddings of a frame's codes, int64 [F, Q] -> [F, D].
+
+        Raises:
+            ValueError: if codes has another number of codebooks, or a code outside its codebook.
+        """
+        return self.codec_embedding(codes[:, 0]) + self.mtp.embed_sum(codes[:, 1:])
+
+    def embed(
+        self,
+        inputs: TalkerInputs,
+        thinker_embedding: Tensor | Callable[[Tensor], Tensor],
+        accept_hidden: Tensor | None = None,
+    ) -> Tensor:
+        """What the Talker reads, before its first layer.
+
+        Args:
+            thinker_embedding: the Thinker's word embeddings [V, D_thinker], or a function of ids [n] that returns
+                [n, D_thinker].
+            accept_hidden: [N, D_thinker], see `ThinkerOutput`; not needed where no position names a row of it.
+                Gradients flow into both: detach them if the Thinker is not to learn from speech.
+
+        Returns:
+            [T, D]
+
+        Raises:
+            ValueError: if positions name rows of accept_hidden that are not there, or for impossible codes.
+        """
+        weight = self.codec_embedding.weight
+        x = torch.zeros(len(inputs.text_ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+        # Most frames come after the text has ended and carry the same filler: each word is projected once.
+        rows = _named(inputs.text_ids)
+        words, which = inputs.text_ids[rows].unique(return_inverse=True)
+        if isinstance(thinker_embedding, Tensor):
+            vectors = F.embedding(words, thinker_embedding)
+        else:
+            vectors = thinker_embedding(words)
+        x = x.index_add(0, rows, self.embed_text(vectors)[which].to(x.dtype))
+
+        rows = _named(inputs.hidden_rows)
+        if len(rows):
+            if accept_hidden is None:
+                raise ValueError("hidden_rows names rows of accept_hidden, which was not given")
+            heard = self.embed_hidden(accept_hidden[inputs.hidden_rows[rows]])
+            x = x.index_add(0, rows, heard.to(x.dtype))
+
+        rows = _named(inputs.codec_ids)
+        x = x.index_add(0, rows, self.embed_codec(inputs.codec_ids[rows]))
+
+        rows = _named(inputs.frame_rows)
+        return x.index_add(0, rows, self.embed_frames(inputs.codes)[inputs.frame_rows[rows]].to(x.dtype))
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: KVCache | None = None
+    ) -> TalkerOutput:
+        """Run the decoder over packed documents.
+
+        Args:
+            inputs_embeds: [T, D].  position_ids: [3, T].  cu_seqlens: int32 [S + 1].
+            cache: keys and values of earlier calls; `inputs_embeds` are then the new positions only.
+        """
+        rope = tm_rope(position_ids, self.config.mrope_sections, self.config.rope_theta)
+        x, counts, prob_sums = inputs_embeds, [], []
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x, count, prob_sum = checkpoint(layer, x, rope, cu_seqlens, None, use_reentrant=False)
+            else:
+                x, count, prob_sum = layer(x, rope, cu_seqlens, cache)
+            counts.append(count)
+            prob_sums.append(prob_sum)
+        return TalkerOutput(
+            hidden=self.norm(x), router_counts=torch.stack(counts), router_prob_sums=torch.stack(prob_sums)
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, D] after the final norm -> [n, codec_vocab], for codebook 0"""
+        return self.codec_head(hidden)
+
+    def residual_hidden(self, hidden: Tensor, inputs: TalkerInputs) -> Tensor:
+        """MTP's hidden states of all frames of the pack from the true codes: hidden [T, D] -> [F, Q - 1, D] (see
+        `MTP.forward`)."""
+        first = self.embed_codec(inputs.codes[:, 0])
+        return self.mtp(hidden[inputs.frame_sources], first, inputs.codes)
+
+
+def _named(ids: Tensor) -> Tensor:
+    """Positions that name something, int64 [n]."""
+    return (ids >= 0).nonzero().squeeze(1)
+
+
+def _layer(c: TalkerConfig, i: int) -> DecoderLayer:
+    attention = Attention(c.d_model, c.heads, c.kv_heads, c.head_dim, norm_eps=c.norm_eps, bias=c.attention_bias)
+    mlp = SparseMLP(
+        c.d_model,
+        c.expert_width,
+        c.n_experts,
+        c.top_k,
+        normalise=c.normalise_top_k,
+        shared_width=c.shared_expert_width,
+    )
+    return DecoderLayer(i, c.d_model, attention, mlp, norm_eps=c.norm_eps)

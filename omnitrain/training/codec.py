@@ -1,0 +1,267 @@
+"""Training of the codec: encoder, quantizer and Code2Wav against spectrograms, judges and the spoken text.
+
+Two optimizers take turns, so the optimisation is manual. A step is counted once (the generator's), `trainer.max_steps`
+and schedules count the same thing as everywhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from rich.table import Table
+from torch import Tensor
+
+from omnitrain.data.waveforms import WaveBatch
+from omnitrain.models.codec import Codec
+from omnitrain.models.discriminators import DiscriminatorConfig, Discriminators
+from omnitrain.training.codec_losses import (
+    CodecLossConfig,
+    ContentHead,
+    MelDistance,
+    generator_losses,
+    judge_loss,
+    si_sdr,
+)
+from omnitrain.training.losses import gather_objects, sum_over_ranks
+from omnitrain.training.module import TrainingModule
+from omnitrain.training.optim import OptimConfig, schedule_factor
+
+
+class CodecModule(TrainingModule):
+    """Trains a `Codec`.
+
+    Args:
+        model: the `Codec`.
+        optim: of the codec. The judges have their own AdamW at the same rate and schedule.
+        loss: weights of the terms, and when the judges come in.
+        discriminator: sizes of the judges.
+        clip: largest gradient norm of the codec, and of the judges.
+    """
+
+    def __init__(
+        self,
+        model: Codec,
+        optim: OptimConfig | None = None,
+        loss: CodecLossConfig | Mapping[str, Any] | None = None,
+        discriminator: DiscriminatorConfig | Mapping[str, Any] | None = None,
+        *,
+        clip: float = 1.0,
+        sample_rate: int = 24_000,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.optim_config = optim or OptimConfig()
+        self.loss_config = loss if isinstance(loss, CodecLossConfig) else CodecLossConfig(**_tuples(loss or {}))
+        judges = discriminator
+        if not isinstance(judges, DiscriminatorConfig):
+            judges = DiscriminatorConfig(**_tuples(judges or {}))
+        self.discriminators = Discriminators(judges)
+        self.content = ContentHead(model.config.d_model)
+        self.mel = MelDistance(sample_rate, self.loss_config.windows, self.loss_config.n_mels)
+        self.clip = clip
+        self._step_loss = math.nan
+        self._sums: dict[str, tuple[float, float]] = {}
+        """Since the last row: (sum, count) by name."""
+        self._histogram: Tensor | None = None
+        self._seen = {"frames": 0, "samples": 0}
+        self._skipped: dict[str, int] = {}
+        self._evaluation: list[dict[str, tuple[float, float]]] = []
+        self.evaluation: dict[str, float] = {}
+        """Means of the last evaluation."""
+
+    @property
+    def step_loss(self) -> float:
+        return self._step_loss
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: WaveBatch, batch_idx: int) -> None:
+        optimizers, schedule = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizers, list)
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        config = self.loss_config
+        adversarial = self.global_step >= config.adversarial_after
+        self.samples_in_step = list(batch.sample_ids)
+
+        output = self.model(batch.wav)
+        terms = self._reconstruction(output, batch)
+        if adversarial:
+            self._judge_step(batch.wav, output.wav.detach(), optimizers[1])
+            self.discriminators.requires_grad_(False)
+            with torch.no_grad():
+                real = self.discriminators(batch.wav)
+            hinge, features = generator_losses(real, self.discriminators(output.wav))
+            self.discriminators.requires_grad_(True)
+            terms |= {"adversarial": hinge, "features": features}
+        weights = vars(config)
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        optimizers[0].zero_grad()
+        self.manual_backward(loss)
+        parameters = [p for p in (*self.model.parameters(), *self.content.parameters()) if p.grad is not None]
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
+        # Of all ranks, so that each comes to the same decision about a spike.
+        self._step_loss = float(sum_over_ranks(loss.detach()) / self.trainer.world_size)
+        optimizers[0].step()
+        schedule.step()
+
+        if not self._discarded:
+            for name, term in terms.items():
+                self._add(name, float(term.detach()), 1.0)
+            self._add("loss", self._step_loss, 1.0)
+            counts = sum_over_ranks(output.histogram.double())
+            self._histogram = counts if self._histogram is None else self._histogram + counts
+            self.last_loss = self._step_loss
+        self._discarded = False
+        self._seen["frames"] += batch.frames
+        self._seen["samples"] += len(batch)
+        self._skipped = dict(batch.skipped)
+        self.mark_trained(batch)
+        if self.row_is_due(self.global_step):
+            self._log_row(self.global_step)
+
+    def _reconstruction(self, output: Any, batch: WaveBatch) -> dict[str, Tensor]:
+        """The terms that need no judge."""
+        terms = {
+            "mel": self.mel(output.wav, batch.wav),
+            "waveform": (output.wav - batch.wav).abs().mean(),
+            "commitment": output.commitment.mean(),
+        }
+        content = self.content(output.semantic, batch.spans) if self.loss_config.content else None
+        if content is not None:
+            terms["content"] = content
+        return terms
+
+    def _judge_step(self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer) -> None:
+        loss = judge_loss(self.discriminators(real), self.discriminators(fake))
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip)
+        for group in optimizer.optimizer.param_groups:  # one schedule for both
+            group["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        # Past Lightning's wrapper, which would count this as a second step of training.
+        optimizer.optimizer.step()
+        self._add("judges", float(loss.detach()), 1.0)
+
+    def _add(self, name: str, value: float, count: float) -> None:
+        before = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (before[0] + value, before[1] + count)
+
+    def _log_row(self, step: int) -> None:
+        totals: dict[str, tuple[float, float]] = {}
+        seen, skipped = dict.fromkeys(self._seen, 0), dict[str, int]()
+        for sums, seen_there, skipped_there in gather_objects((self._sums, self._seen, self._skipped)):
+            for name, (value, count) in sums.items():
+                a, b = totals.get(name, (0.0, 0.0))
+                totals[name] = (a + value, b + count)
+            seen = {name: n + seen_there[name] for name, n in seen.items()}
+            for reason, n in skipped_there.items():
+                skipped[reason] = skipped.get(reason, 0) + n
+        row = {f"train/{name}": value / count for name, (value, count) in totals.items()}
+        row["gradient_norm"] = self.gradient_norm
+        row["lr/codec"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        if self._histogram is not None:
+            row |= codebook_use(self._histogram)
+        row |= {f"seen/{name}": n for name, n in seen.items()}
+        row |= {f"skipped_samples/{reason}": n for reason, n in sorted(skipped.items())}
+        row["skipped_steps"] = self.skipped_steps
+        self.log_row(row, step)
+        self._sums, self._histogram = {}, None
+
+    def configure_optimizers(self) -> Any:
+        config = self.optim_config
+        codec, judges = (
+            torch.optim.AdamW(
+                [p for p in parameters if p.requires_grad],
+                lr=config.lr,
+                betas=tuple(config.betas),
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+            )
+            for parameters in (
+                [*self.model.parameters(), *self.content.parameters()],
+                self.discriminators.parameters(),
+            )
+        )
+        factor = schedule_factor(config, config.total_steps or self.trainer.max_steps)
+        return [codec, judges], [torch.optim.lr_scheduler.LambdaLR(codec, factor)]
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: WaveBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        output = self.model(batch.wav)
+        terms = {name: float(term) for name, term in self._reconstruction(output, batch).items()}
+        terms["si_sdr"] = float(si_sdr(output.wav, batch.wav).mean())
+        self._evaluation.append({name: (value, 1.0) for name, value in terms.items()})
+
+    def on_validation_epoch_end(self) -> None:
+        totals: dict[str, tuple[float, float]] = {}
+        for rank in gather_objects(self._evaluation):
+            for row in rank:
+                for name, (value, count) in row.items():
+                    a, b = totals.get(name, (0.0, 0.0))
+                    totals[name] = (a + value, b + count)
+        self._evaluation = []
+        self.evaluation = {name: value / count for name, (value, count) in totals.items()}
+        row = {f"validation/{name}": value for name, value in self.evaluation.items()}
+        if "mel" in self.evaluation:
+            row["validation/loss"] = self.evaluation["mel"]  # what sweepers minimise
+        self.log_dict(row, logger=False, sync_dist=True)
+        if not self.trainer.sanity_checking:
+            self.log_row(row, self.global_step)
+
+    def validation_losses(self) -> dict[str, float]:
+        return self.evaluation
+
+    def validation_tables(self, step: int) -> list[Table]:
+        table = Table("measure", "validation", title=f"codec, step {step}")
+        for name, value in self.evaluation.items():
+            table.add_row(name, f"{value:.4f}")
+        return [table]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.model.fold_codebooks()  # Code2Wav's own embedding says what the quantizer has learnt
+        for name, tensor in self.model.state_dict(prefix="model.").items():
+            checkpoint["state_dict"][name] = tensor
+        super().on_save_checkpoint(checkpoint)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {
+            "sums": {name: list(pair) for name, pair in self._sums.items()},
+            "histogram": None if self._histogram is None else self._histogram.cpu(),
+            "seen": dict(self._seen),
+            "skipped": dict(self._skipped),
+        }
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self._sums = {name: (pair[0], pair[1]) for name, pair in state["sums"].items()}
+        self._histogram = None if state["histogram"] is None else state["histogram"].to(self.device)
+        self._seen, self._skipped = dict(state["seen"]), dict(state["skipped"])
+
+
+def codebook_use(counts: Tensor) -> dict[str, float]:
+    """Of every codebook: `codebook/use/Q`, the share of its codes that occurred, and `codebook/perplexity/Q`, the
+    exponential of the entropy of their frequencies (as many codes if all were equally frequent).
+
+    Args:
+        counts: [Q, K], how often each code was chosen.
+    """
+    row: dict[str, float] = {}
+    for q, row_counts in enumerate(counts.double()):
+        total = row_counts.sum()
+        if total > 0:
+            share = row_counts / total
+            row[f"codebook/use/{q}"] = float((row_counts > 0).double().mean())
+            row[f"codebook/perplexity/{q}"] = float(torch.special.entr(share).sum().exp())
+    return row
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML has lists where the configurations have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -1,0 +1,150 @@
+"""What every training module of the project has in common, and what the callbacks may count on."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from rich.table import Table
+
+from omnitrain.training.losses import gather_objects
+
+
+class TrainingModule(L.LightningModule):
+    """A LightningModule whose runs resume bit for bit and whose bad steps can be dropped.
+
+    Subclasses fill `gradient_norm` and `step_loss` before the optimizer runs, call `log_row` for every row that is due,
+    and give `extra_state` / `load_extra_state` for counters that belong into the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples_in_step: list[str] = []
+        """Ids of the samples that this rank's current optimizer step has read."""
+        self.batch_end_time = 0.0
+        """When the last batch and all that follows it (checkpoint, logging) was done; from `time.perf_counter`."""
+        self.skipped_steps = 0
+        self.gradient_norm = 0.0
+        self.last_loss = math.nan
+        self._discarded = False
+        self._saved: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------------ for callbacks
+
+    @property
+    def step_loss(self) -> float:
+        """Loss of this optimizer step over the global batch."""
+        return math.nan
+
+    @property
+    def datamodule(self) -> Any:
+        """The trainer's datamodule, or None."""
+        return vars(self.trainer).get("datamodule")
+
+    def row_is_due(self, step: int) -> bool:
+        """Whether a row is logged after optimizer step number `step` (from 1)."""
+        return step % vars(self.trainer)["log_every_n_steps"] == 0 or step == self.trainer.max_steps
+
+    def discard_step(self) -> None:
+        """Drop this optimizer step: weights, moments and logged losses stay as they were. Call before the optimizer
+        runs (`on_before_optimizer_step`), on every rank. The schedule and the data go on."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self._discarded = True
+        self.skipped_steps += 1
+
+    def batch_flops(self, batch: Any) -> float:
+        """Operations of a training step on `batch`; NaN if they are not counted."""
+        return math.nan
+
+    def validation_losses(self) -> dict[str, float]:
+        """What the progress bar says after a validation, by name."""
+        return {}
+
+    def validation_tables(self, step: int) -> list[Table]:
+        """What is printed at the end of training."""
+        return []
+
+    def log_row(self, row: Mapping[str, float], step: int) -> None:
+        """Give `row` to every logger at once. (Lightning's own logging comes after the checkpoint of the same step; a
+        row would be lost if the run died in between.)"""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(row), step=step)
+
+    def mark_trained(self, batch: Any) -> None:
+        """The checkpoint after this batch continues behind it, whatever the loader has fetched ahead."""
+        mark = getattr(self.datamodule, "mark_trained", None)
+        if mark is not None:
+            mark(batch)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batch_end_time = time.perf_counter()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def extra_state(self) -> dict[str, Any]:
+        """This rank's counters; plain values and tensors."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Put back what `extra_state` returned."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what Lightning leaves out: random states and counters, one entry per rank."""
+        checkpoint["omnitrain"] = {
+            "ranks": gather_objects({"rng": rng_state(), **self.extra_state()}),
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("omnitrain")
+        if state is None:
+            raise ValueError(f"the checkpoint holds no 'omnitrain' entry: no {type(self).__name__} wrote it")
+        self._saved, self.skipped_steps = state["ranks"], state["skipped_steps"]
+
+    def on_fit_start(self) -> None:
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.precision=16-mixed scales the loss, which is not supported; use bf16-mixed")
+
+    def on_train_start(self) -> None:
+        if not self._saved:
+            return
+        if len(self._saved) != self.trainer.world_size:
+            raise ValueError(
+                f"the checkpoint was written by {len(self._saved)} processes, this run has {self.trainer.world_size}; "
+                "resume with as many, or start a new run from its weights"
+            )
+        mine = self._saved[self.trainer.global_rank]
+        self._saved = []
+        self.load_extra_state(mine)
+        set_rng_state(mine["rng"])
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the Python, NumPy, torch and CUDA generators, as tensors and plain numbers."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
+    return {
+        "python": (version, internal, gauss),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

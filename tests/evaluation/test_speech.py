@@ -1,0 +1,257 @@
+"""Judges of speech against known answers: the embedded synthetic pack, whose texts and voices are known, and real
+recordings of the embedded pack."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import omnitrain
+from omnitrain.data.media import decode_audio, encode_audio
+from omnitrain.data.shards import SampleSource
+from omnitrain.evaluation import metrics, speech
+from omnitrain.evaluation.speech import (
+    SILENT_PEAK,
+    Spoken,
+    Voices,
+    error_rates,
+    failures,
+    is_silent,
+    mel_distance,
+    pesq,
+    recognise,
+    score_speech,
+    speaker_embedding,
+    spoken_form,
+    spoken_seconds,
+    stoi,
+)
+
+RATE = 24_000
+ROOT = Path(omnitrain.__file__).parent
+
+
+def synthetic(voice: str, split: str, count: int) -> list[tuple[str, np.ndarray]]:
+    """Texts and recordings of the embedded speech pack."""
+    source = SampleSource(ROOT / "pack_speech", split=split, where={"source": f"synthetic_speech/{voice}"})
+    rows = [source[i] for i in range(count)]
+    return [(r.concept, decode_audio(source.media_bytes(r.messages[1].segments[0]), RATE)) for r in rows]
+
+
+@pytest.fixture(scope="module")
+def slt() -> list[tuple[str, np.ndarray]]:
+    return synthetic("slt", "heldout_concept", 12)
+
+
+@pytest.fixture(scope="module")
+def words() -> list[str]:
+    source = SampleSource(ROOT / "pack_speech")
+    return sorted({word for concept in source.light()["concept"].to_pylist() for word in concept.split()})
+
+
+@pytest.fixture(scope="module")
+def person() -> np.ndarray:
+    """A volunteer's recording, two seconds or longer, float32 at `RATE`."""
+    source = SampleSource(ROOT / "pack", split="train", where={"task": "asr", "languages": "fr"})
+    for i in range(len(source)):
+        segments = [s for m in source[i].messages for s in m.segments if s.type == "audio"]
+        wave = decode_audio(source.media_bytes(segments[0]), RATE)
+        if len(wave) > 2 * RATE:
+            return wave
+    raise AssertionError("the pack has no French recording of two seconds")
+
+
+def noisy(wave: np.ndarray, decibels: float) -> np.ndarray:
+    """White noise `decibels` below the speech's mean power."""
+    noise = np.random.default_rng(0).normal(size=len(wave)).astype(np.float32)
+    return wave + noise * np.float32(np.sqrt((wave**2).mean()) * 10 ** (-decibels / 20))
+
+
+# --------------------------------------------------------------------------------------------------- what was said
+
+
+def test_the_recogniser_hears_the_words(slt: list[tuple[str, np.ndarray]], words: list[str]) -> None:
+    texts = [text for text, _ in slt]
+    wide, _ = error_rates([recognise(wave, RATE) for _, wave in slt], texts)
+    loop, _ = error_rates([recognise(wave, RATE, words) for _, wave in slt], texts)
+    assert wide.mean < 0.25
+    assert loop.mean < 0.08
+    drowned, _ = error_rates([recognise(noisy(wave, -10), RATE, words) for _, wave in slt], texts)
+    assert drowned.mean > 0.5
+
+
+def test_the_order_and_the_loudness_change_nothing(slt: list[tuple[str, np.ndarray]], words: list[str]) -> None:
+    for grammar in (None, words):
+        forwards = [recognise(wave, RATE, grammar) for _, wave in slt[:3]]
+        recognise(np.random.default_rng(0).normal(size=RATE) * 0.3, RATE, grammar)
+        backwards = [recognise(wave, RATE, grammar) for _, wave in reversed(slt[:3])]
+        assert forwards == backwards[::-1]
+    assert recognise(slt[0][1] * 0.05, RATE, words) == recognise(slt[0][1], RATE, words)
+
+
+def test_silence_and_unknown_words() -> None:
+    assert recognise(np.zeros(RATE), RATE) == ""
+    assert recognise(np.zeros(0), RATE) == ""
+    assert recognise(np.zeros(10) + 0.1, RATE) == ""
+    with pytest.raises(ValueError, match="xyzzy"):
+        recognise(np.zeros(RATE), RATE, ["red", "xyzzy"])
+    with pytest.raises(ValueError, match="at least one word"):
+        recognise(np.zeros(RATE), RATE, [])
+    with pytest.raises(ValueError, match=r"\(24000, 2\)"):
+        recognise(np.zeros((RATE, 2)), RATE)
+
+
+def test_error_rates_are_those_of_the_corpus() -> None:
+    heard, texts = ["the red cat", "", "a b c d e"], ["The red bat.", "one two", "a, b - c"]
+    wer, cer = error_rates(heard, texts)
+    plain = [spoken_form(text) for text in texts]
+    assert plain == ["the red bat", "one two", "a b c"]
+    assert wer.mean == pytest.approx(metrics.wer(heard, plain)) == pytest.approx(5 / 8)
+    assert cer.mean == pytest.approx(metrics.cer(heard, plain))
+    assert (wer.n, wer.groups) == (8, 3)
+    assert wer.low < wer.mean < wer.high
+    assert spoken_form("Don't -- 'stop' it, she said!") == "don't stop it she said"
+    with pytest.raises(ValueError, match="at least one word"):
+        error_rates(["a"], ["..."])
+    with pytest.raises(ValueError, match="1 recognised utterances against 2 texts"):
+        error_rates(["a"], ["a", "b"])
+
+
+# ------------------------------------------------------------------------------------------------------ whose voice
+
+
+def test_a_voice_is_nearest_to_itself(slt: list[tuple[str, np.ndarray]]) -> None:
+    known = {name: [(wave, RATE) for _, wave in synthetic(name, "train", 8)] for name in ("slt", "rms")}
+    state = torch.random.get_rng_state()
+    voices = Voices(known)
+    assert torch.equal(state, torch.random.get_rng_state())
+    for _, wave in slt[:4]:  # sentences that neither mean has heard
+        match = voices.match(wave, RATE, "slt")
+        assert match.nearest == "slt"
+        assert match.own > 0.75 > 0.7 > match.other
+        wrong = voices.match(wave, RATE, "rms")
+        assert (wrong.nearest, wrong.own, wrong.other) == ("slt", match.other, match.own)
+    assert voices.match(np.zeros(RATE), RATE, "slt").nearest == ""
+    assert speaker_embedding(np.zeros(RATE), RATE) is None
+    with pytest.raises(KeyError, match="nobody"):
+        voices.match(slt[0][1], RATE, "nobody")
+    with pytest.raises(ValueError, match="at least two"):
+        Voices({"slt": known["slt"]})
+
+
+# ------------------------------------------------------------------------------------------------- what a codec loses
+
+
+def test_identical_recordings_are_perfect_and_noise_lowers_them(
+    person: np.ndarray, slt: list[tuple[str, np.ndarray]]
+) -> None:
+    for wave in (person, slt[0][1]):
+        assert mel_distance(wave, wave, RATE) == 0
+        assert pesq(wave, wave, RATE) == pytest.approx(4.64, abs=0.02)
+        assert stoi(wave, wave, RATE) == pytest.approx(1, abs=1e-4)
+        scores = [[f(wave, noisy(wave, db), RATE) for db in (30, 10, -5)] for f in (mel_distance, pesq, stoi)]
+        assert 0 < scores[0][0] < scores[0][1] < scores[0][2]
+        assert 4.64 > scores[1][0] > scores[1][1] > scores[1][2] >= 1
+        assert 1 > scores[2][0] > scores[2][1] > scores[2][2] > 0
+        opus = decode_audio(encode_audio(wave, RATE, "opus", 24_000), RATE)
+        assert pesq(wave, opus, RATE) > 3
+        assert stoi(wave, opus, RATE) > 0.9
+
+
+def test_the_mel_distance_is_in_decibels(person: np.ndarray) -> None:
+    loud = np.random.default_rng(0).normal(size=RATE).astype(np.float32) * 0.1
+    assert mel_distance(loud, loud / 10, RATE) == pytest.approx(20, abs=0.1)
+    silence = np.zeros(RATE, dtype=np.float32)
+    assert mel_distance(silence, silence + 1e-7, RATE) == 0  # both below the floor
+    with pytest.raises(ValueError, match="same samples in time"):
+        mel_distance(person, person[: len(person) // 2], RATE)
+    with pytest.raises(ValueError, match="one window"):
+        mel_distance(person[:100], person[:100], RATE)
+
+
+def test_measures_of_speech_need_speech(person: np.ndarray) -> None:
+    silence = np.zeros(RATE, dtype=np.float32)
+    with pytest.raises(ValueError, match="silence"):
+        pesq(silence, silence, RATE)
+    with pytest.raises(ValueError, match="STOI needs"):
+        stoi(person[:2000], person[:2000], RATE)
+    with pytest.raises(ValueError, match="PESQ finds no speech"):
+        pesq(person[:1000], person[:1000], RATE)
+
+
+# -------------------------------------------------------------------------------------------------------- all together
+
+
+def test_failures_are_counted(slt: list[tuple[str, np.ndarray]]) -> None:
+    text, wave = slt[0]
+    silence = np.zeros(RATE, dtype=np.float32)
+    good = Spoken(text=text, wav=wave, sample_rate=RATE, reference=wave)
+    cut = Spoken(text=text, wav=np.concatenate([wave[: len(wave) // 3], silence]), sample_rate=RATE, reference=wave)
+    endless = Spoken(text=text, wav=np.tile(wave, 4), sample_rate=RATE, hit_limit=True)
+    assert failures([good, good]) == {"never_ends": 0, "stops_early": 0, "silent": 0}
+    silent = Spoken(text=text, wav=silence + SILENT_PEAK / 2, sample_rate=RATE, reference=wave)
+    assert failures([good, cut, endless, silent]) == {"never_ends": 1, "stops_early": 1, "silent": 1}
+    # Without a reference the pace of the others tells how long it should last.
+    alone = Spoken(text=text, wav=cut.wav, sample_rate=RATE)
+    assert failures([good, alone])["stops_early"] == 1
+    assert failures([alone])["stops_early"] == 0
+    assert failures([alone], characters_per_second=15)["stops_early"] == 1
+    assert spoken_seconds(np.concatenate([silence, wave, silence]), RATE) == pytest.approx(
+        spoken_seconds(wave, RATE), abs=0.011
+    )
+    assert spoken_seconds(silence, RATE) == 0
+    assert is_silent(silence)
+
+
+def test_all_scores(slt: list[tuple[str, np.ndarray]], words: list[str]) -> None:
+    known = {name: [(wave, RATE) for _, wave in synthetic(name, "train", 4)] for name in ("slt", "rms")}
+
+    def said(waves: Sequence[np.ndarray]) -> list[Spoken]:
+        return [
+            Spoken(
+                text=text,
+                wav=generated,
+                sample_rate=RATE,
+                reference=wave,
+                round_trip=noisy(wave, 20),
+                voice="slt",
+                id=str(i),
+            )
+            for i, ((text, wave), generated) in enumerate(zip(slt, waves, strict=False))
+        ]
+
+    good = score_speech(
+        said([wave for _, wave in slt[:4]]), voices=Voices(known), grammar_words=words, open_vocabulary=False
+    )
+    wrong = score_speech(said([wave for _, wave in slt[4:8]]), grammar_words=words, open_vocabulary=False)
+    assert good.n == 4
+    assert set(good.wer) == {"word_loop"}
+    assert good.wer["word_loop"]["generated"] == good.wer["word_loop"]["reference"]
+    assert wrong.wer["word_loop"]["generated"].mean > 0.3 > good.wer["word_loop"]["generated"].mean
+    assert set(wrong.cer["word_loop"]) == {"generated", "reference", "round_trip"}
+    assert good.right_voice["generated"].mean == 1
+    assert good.own_voice["generated"].low > good.other_voice["generated"].high
+    assert wrong.own_voice == {}
+    assert good.pace is not None
+    assert good.pace.mean == 1
+    assert good.pesq is not None
+    assert 1 < good.pesq.mean < 4
+    assert good.stoi is not None
+    assert good.mel_db is not None
+    assert good.heard[0]["word_loop/generated"] == good.heard[0]["word_loop/reference"]
+    assert good.to_dict()["wer"]["word_loop"]["reference"]["n"] > 4
+    with pytest.raises(ValueError, match="no utterances"):
+        score_speech([])
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    speech._decoder.cache_clear()
+    with pytest.raises(ImportError, match=r'pip install "omnitrain\[eval\]"'):
+        recognise(np.zeros(RATE), RATE)
+    speech._decoder.cache_clear()

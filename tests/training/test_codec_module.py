@@ -1,0 +1,297 @@
+"""The codec's training: what the losses measure, both optimizers, and resume to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from torch.nn import functional as F
+
+from omnitrain.data.media import encode_audio
+from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.data.shards import write_shards
+from omnitrain.data.waveforms import WaveformDataModule
+from omnitrain.models.codec import Codec
+from omnitrain.models.presets import build_codec, init_codec_weights
+from omnitrain.training.callbacks import AtomicCheckpoint
+from omnitrain.training.codec import CodecModule, codebook_use
+from omnitrain.training.codec_losses import (
+    CodecLossConfig,
+    ContentHead,
+    MelDistance,
+    generator_losses,
+    judge_loss,
+    si_sdr,
+)
+from omnitrain.training.logging import ExactCsvLogger
+from omnitrain.training.optim import OptimConfig
+
+TOKENIZER = Path(__file__).parents[2] / "omnitrain/pack/tokenizer.json"
+WORDS = ("one red cat", "two blue dogs", "three old birds")
+
+
+def tiny_codec(seed: int = 0) -> Codec:
+    codec = build_codec(
+        "tiny",
+        encoder_dim=2,
+        layers=1,
+        heads=2,
+        kv_heads=2,
+        ffn=16,
+        codebook_dim=4,
+        decoder={
+            "quantizers": 3,
+            "codebook_size": 8,
+            "d_model": 16,
+            "layers": 1,
+            "heads": 2,
+            "kv_heads": 2,
+            "ffn": 16,
+            "decoder_dim": 16,
+        },
+    )
+    init_codec_weights(codec, seed)
+    return codec
+
+
+def tone(hertz: float, seconds: float) -> np.ndarray:
+    t = np.arange(int(seconds * 24_000)) / 24_000
+    return (0.4 * np.sin(2 * np.pi * hertz * t) * np.minimum(1, 20 * t)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine tones of 0.3 to 0.9 s, and a silent recording."""
+    samples = [
+        Sample(
+            id=f"tone/{i}",
+            source="tones",
+            task="tts",
+            languages=("en",),
+            meta={"voice": "flute"},
+            messages=(
+                Message(role="user", segments=(Segment(type="text", text="Say it."),)),
+                Message(
+                    role="assistant",
+                    segments=(
+                        Segment(
+                            type="speech",
+                            text=WORDS[i % 3],
+                            media=encode_audio(tone(150 + 40 * i, 0.3 + 0.075 * i) * (i < 9), 24_000, "flac"),
+                        ),
+                    ),
+                ),
+            ),
+        )
+        for i in range(10)
+    ]
+    folder = tmp_path_factory.mktemp("tones")
+    write_shards(samples, folder, "tones")
+    return folder
+
+
+def data(shards: Path, **changes: object) -> WaveformDataModule:
+    options: dict = {"sources": {"tones": {"path": shards}}, "tokenizer": TOKENIZER, "rows": 2, "row_seconds": 0.96}
+    options |= {"validation_sources": {"tones": {"path": shards}}, "max_bad_fraction": 0.5} | changes
+    return WaveformDataModule(**options)
+
+
+# ----------------------------------------------------------------------------------------------------------- the rows
+
+
+def test_rows_are_full_and_texts_stand_where_they_say(shards: Path) -> None:
+    module = data(shards)
+    module.setup("fit")
+    batches = iter(module.train_dataloader())
+    waves = {s.id: tone(150 + 40 * i, 0.3 + 0.075 * i) for i, s in enumerate(module.opened("sources")["tones"])}
+    found = 0
+    for _ in range(8):
+        batch = next(batches)
+        assert batch.wav.shape == (2, 23_040)
+        assert batch.frames == batch.n_tokens == 24
+        assert (batch.wav.abs() > 1e-3).float().mean() > 0.9  # nothing is padded
+        for row, first, end, text in batch.spans:
+            assert 0 <= first < end <= 12
+            assert text in WORDS
+            found += 1
+            piece = batch.wav[row, first * 1920 : end * 1920].numpy()
+            likeness = max(  # the tone of an utterance with this text is in that place
+                float(np.abs(np.correlate(piece, wave[:2000], "valid")).max())
+                for i, wave in enumerate(waves.values())
+                if i < 9 and WORDS[i % 3] == text
+            )
+            assert likeness > 0.5 * float(np.abs(np.correlate(wave_of(piece), wave_of(piece), "valid")).max())
+    assert found > 10
+
+
+def wave_of(piece: np.ndarray) -> np.ndarray:
+    return piece[:2000]
+
+
+def test_silence_is_skipped_and_counted(shards: Path, tmp_path: Path) -> None:
+    module = data(shards, bad_samples_path=tmp_path / "bad.jsonl")
+    module.setup("fit")
+    batches = iter(module.train_dataloader())
+    for _ in range(12):
+        batch = next(batches)
+    assert batch.skipped["audio_silent"] > 0
+    assert "tone/9" in (tmp_path / "bad.jsonl").read_text()
+
+
+def test_a_row_that_is_no_whole_number_of_frames_is_refused(shards: Path) -> None:
+    with pytest.raises(ValueError, match="multiple of 0.08 s"):
+        data(shards, row_seconds=1.0)
+
+
+def test_the_stream_goes_on_where_it_was(shards: Path) -> None:
+    first = data(shards)
+    first.setup("fit")
+    batches = iter(first.train_dataloader())
+    for _ in range(3):
+        batch = next(batches)
+    first.mark_trained(batch)
+    expected = [next(batches).wav for _ in range(3)]
+    second = data(shards)
+    second.setup("fit")
+    second.load_state_dict(first.state_dict())
+    again = iter(second.train_dataloader())
+    for wav in expected:
+        assert torch.equal(next(again).wav, wav)
+
+
+# --------------------------------------------------------------------------------------------------------- the losses
+
+
+def test_mel_distance_is_that_of_torchaudio() -> None:
+    a, b = torch.randn(2, 2, 8000).unbind(0)
+    distance = MelDistance(24_000, (512,), (40,))
+    assert float(distance(a, a)) == 0.0
+    mel = torchaudio.transforms.MelSpectrogram(
+        24_000, 512, hop_length=128, n_mels=40, power=1.0, norm="slaney", mel_scale="slaney", pad_mode="constant"
+    )
+    expected = (mel(a).clamp(min=1e-5).log10() - mel(b).clamp(min=1e-5).log10()).abs().mean()
+    assert float(distance(a, b)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_mel_distance_of_silence_has_a_gradient() -> None:
+    wav = torch.zeros(1, 4000, requires_grad=True)
+    MelDistance(24_000, (256,), (20,))(wav, torch.randn(1, 4000)).backward()
+    assert wav.grad is not None
+    assert torch.isfinite(wav.grad).all()
+
+
+def test_content_loss_is_ctc_over_the_frames_of_the_utterance() -> None:
+    torch.manual_seed(0)
+    head = ContentHead(8)
+    semantic = torch.randn(2, 10, 8)
+    loss = head(semantic, [(1, 2, 9, "Hello")])
+    log_probs = head.log_probs(semantic)[1, 6:27]
+    expected = F.ctc_loss(
+        log_probs[:, None], torch.tensor([list(b"hello")]), torch.tensor([21]), torch.tensor([5]), 256, reduction="sum"
+    )
+    assert loss is not None
+    assert float(loss) == pytest.approx(float(expected) / 5, rel=1e-5)
+    assert head(semantic, [(0, 0, 1, "far too long for one frame")]) is None
+    assert head(semantic, []) is None
+
+
+def test_adversarial_losses() -> None:
+    real = [(torch.full((2, 3), 2.0), [torch.ones(2, 4)])]
+    fake = [(torch.full((2, 3), -2.0), [torch.full((2, 4), 1.5)])]
+    assert float(judge_loss(real, fake)) == 0.0  # both judged right, beyond the margin
+    assert float(judge_loss(fake, real)) == 6.0  # relu(1 + 2) twice
+    hinge, features = generator_losses(real, fake)
+    assert float(hinge) == 2.0
+    assert float(features) == pytest.approx(0.5)
+
+
+def test_si_sdr_ignores_scale_and_is_the_ratio_in_decibels() -> None:
+    torch.manual_seed(0)
+    target = torch.randn(1, 48_000)
+    noise = torch.randn(1, 48_000)
+    assert float(si_sdr(3 * (target + 0.1 * noise), target)) == pytest.approx(20.0, abs=0.2)
+
+
+def test_codebook_use() -> None:
+    use = codebook_use(torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1]]))
+    assert use["codebook/use/0"] == 0.5
+    assert use["codebook/perplexity/0"] == pytest.approx(2.0)
+    assert use["codebook/perplexity/1"] == pytest.approx(4.0)
+
+
+# ------------------------------------------------------------------------------------------------------- the training
+
+
+def fit(folder: Path, shards: Path, steps: int, *, resume: bool = False, after: int = 3) -> CodecModule:
+    L.seed_everything(1, verbose=False)
+    module = CodecModule(
+        tiny_codec(),
+        OptimConfig(lr=1e-3, warmup_steps=2, schedule="wsd", total_steps=8),
+        CodecLossConfig(adversarial_after=after, windows=(512, 128), n_mels=(20, 10)),
+        {"periods": [2, 3], "period_width": 2, "stft_windows": [256], "stft_width": 2},
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        log_every_n_steps=2,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        limit_val_batches=2,
+        logger=[ExactCsvLogger(folder)],
+        callbacks=[AtomicCheckpoint(folder / "checkpoints", every_n_steps=1)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    last = folder / "checkpoints/last.ckpt" if resume else None
+    trainer.fit(module, data(shards, validation_rows=2), ckpt_path=last, weights_only=True)
+    assert trainer.global_step == steps
+    return module
+
+
+def test_an_interrupted_run_ends_bit_equal(shards: Path, tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", shards, 8)
+    fit(tmp_path / "parts", shards, 3)
+    fit(tmp_path / "parts", shards, 5, resume=True)
+    parts = fit(tmp_path / "parts", shards, 8, resume=True)
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(whole.trainer.optimizers, parts.trainer.optimizers, strict=True):
+        for x, y in zip(a.state.values(), b.state.values(), strict=True):
+            assert torch.equal(x["exp_avg"], y["exp_avg"])
+    rows = (tmp_path / "whole/metrics.csv").read_text().splitlines()
+    again = (tmp_path / "parts/metrics.csv").read_text().splitlines()
+    steps = {line.split(",")[0]: line for line in again}
+    assert rows[-1] == steps[rows[-1].split(",")[0]] or rows == again
+
+
+def test_judges_learn_only_once_they_come_in(shards: Path, tmp_path: Path) -> None:
+    untouched = fit(tmp_path / "before", shards, 2, after=10).discriminators
+    learnt = fit(tmp_path / "after", shards, 4, after=2).discriminators
+    L.seed_everything(1, verbose=False)
+    fresh = CodecModule(
+        tiny_codec(), None, None, {"periods": [2, 3], "period_width": 2, "stft_windows": [256], "stft_width": 2}
+    ).discriminators
+    pairs = list(zip(fresh.parameters(), untouched.parameters(), learnt.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert all(not torch.equal(a, c) for a, _, c in pairs)
+    text = (tmp_path / "after/metrics.csv").read_text()
+    assert "train/judges" in text
+    assert "train/features" in text
+    assert "train/judges" not in (tmp_path / "before/metrics.csv").read_text()
+
+
+def test_the_checkpoint_holds_a_code2wav_that_decodes_codes(shards: Path, tmp_path: Path) -> None:
+    fit(tmp_path, shards, 3)
+    state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    codec = tiny_codec(seed=5)
+    codec.load_state_dict({n.removeprefix("model."): x for n, x in state.items() if n.startswith("model.")})
+    codec.eval()
+    codes = codec.encode(torch.from_numpy(tone(200, 0.8))[None])
+    torch.testing.assert_close(codec.decoder(codes), codec.decode(codes), atol=1e-5, rtol=0)
