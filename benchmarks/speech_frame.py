@@ -101,9 +101,7 @@ def omnitrain_answer(folder: Path, tokenizer: Any, frames: int, tokens: int, com
     options = dict(voice="ethan", codes=Sampling(repetition_penalty=1.05), residuals=Sampling())
 
     def answer(n: int) -> tuple[float, float, Any]:
-        session = SpeechSession(
-            model, encoder, speaker=speaker, max_frames=n, max_new_tokens=tokens, **options
-        )
+        session = SpeechSession(model, encoder, speaker=speaker, max_frames=n, max_new_tokens=tokens, **options)
         start, first, codes = time.perf_counter(), 0.0, []
         for event in session.answer(Message(role="user", segments=(Segment(type="text", text="what is red?"),))):
             if isinstance(event, AudioPiece):
@@ -115,7 +113,7 @@ def omnitrain_answer(folder: Path, tokenizer: Any, frames: int, tokens: int, com
     clock = Clock()
     clock.wrap("Thinker", speaker, "write", lambda answers: True)
     clock.wrap("Talker", speaker, "advance")
-    clock.wrap("MTP", speaker, "_mtp")
+    clock.wrap("MTP", speaker, "_complete")
     clock.wrap("Code2Wav", speaker, "sound")
     seconds, first, codes = answer(frames)
     return {
@@ -213,7 +211,9 @@ def main() -> None:
         print(f"codes of both: {'the same' if same else 'DIFFERENT'}")
         print(f"transformers / omnitrain per frame: {theirs['frame'] / ours['frame']:.1f} x")
     if args.json:
-        figures = {k: {n: x for n, x in v.items() if n != "codes"} for k, v in (("ours", ours), ("theirs", theirs)) if v}
+        figures = {
+            k: {n: x for n, x in v.items() if n != "codes"} for k, v in (("ours", ours), ("theirs", theirs)) if v
+        }
         args.json.write_text(json.dumps({"preset": args.preset, "rtf": rtf, **figures}, indent=2))
 
 

@@ -19,6 +19,7 @@ HYDRA_VERBS = {
 }
 TOOL_VERBS = {
     "generate": "answer a prompt with pictures, audio or video",
+    "talk": "answer aloud, or speak a text; writes a WAV file as it goes",
     "data": "inspect, verify, summarise or import data",
     "report": "one HTML file about a run",
 }
@@ -34,7 +35,7 @@ usage: python -m omnitrain VERB [arguments]
 first steps:
   python -m omnitrain fit +recipe=quickstart        train a small model on the embedded data, a few minutes
   python -m omnitrain fit --help                    what can be configured
-  python -m omnitrain generate RUN_DIR "prompt"     talk to what was trained
+  python -m omnitrain generate RUN_DIR "prompt"     ask what was trained
   eval "$(omnitrain -sc install=bash)"              tab completion in bash
 """
 

@@ -68,7 +68,7 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     """
     try:
         run_dir, hydra_arguments = _split_run_dir(arguments)
-        hydra_arguments = quote_stage_overrides(hydra_arguments)
+        hydra_arguments = read_stage_overrides(hydra_arguments)
         register_recipes(hydra_arguments)
         check_command_line(hydra_arguments, "config" if run_dir is None else _register_run(run_dir))
     except (ConfigError, ForbiddenTarget) as error:
@@ -221,22 +221,29 @@ def check_stage(name: str, command: Sequence[str]) -> None:
     arguments = list(command[1:])
     if arguments and not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]:
         return
+    running, job = GlobalHydra.instance().hydra, HydraConfig.instance().cfg  # there is one of each in a process
+    GlobalHydra.instance().clear()
     try:
         register_recipes(arguments)
         check_command_line(arguments)
     except (ConfigError, ForbiddenTarget) as error:
         raise type(error)(f"stage '{name}': {error}") from error
+    finally:
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = running, job
 
 
-def quote_stage_overrides(arguments: list[str]) -> list[str]:
-    """``stage_overrides.NAME=[a=1,b=2]`` with its overrides in quotes: in Hydra's lists a bare word has no "="."""
+def read_stage_overrides(arguments: list[str]) -> list[str]:
+    """``stage_overrides.NAME=[a=1,b=2]`` as Hydra takes it: its overrides in quotes, since in a list a bare word has no
+    "=", and with ++, since a recipe need not name its stages there."""
     quoted = []
     for text in arguments:
         key, _, value = text.partition("=")
-        if key.lstrip("+").startswith("stage_overrides.") and value.startswith("[") and value.endswith("]"):
+        if key.lstrip("+").startswith("stage_") and value.startswith("[") and value.endswith("]"):
             words = _split_at_commas(value[1:-1])
             words = [w if w[0] in "'\"" else "'" + w.replace("'", "\\'") + "'" for w in words]
             text = f"{key}=[{','.join(words)}]"
+        if key.lstrip("+").startswith("stage_overrides."):
+            text = "++" + text.lstrip("+")
         quoted.append(text)
     return quoted
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from omnitrain.data.batch import EncodedSample
     from omnitrain.data.chat import ChatTokenizer
     from omnitrain.data.encode import SampleEncoder
+    from omnitrain.data.sample import Segment
     from omnitrain.models.omni import OmniModel
 
 EXAMPLES = """\
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
         print(file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_explained(error):
+        if not is_explained(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -55,10 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="DIR", type=Path, help="a run folder, or a folder in the public format")
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what is asked, after the media")
-    media = parser.add_argument_group("media, which stand before the text in the order given; each can be repeated")
-    for kind, what in (("image", "a picture"), ("audio", "a recording"), ("video", "a video, with its sound")):
-        media.add_argument(f"--{kind}", metavar="FILE", type=Path, action=_Medium, dest="media", default=[], help=what)
-    media.add_argument("--mute", action="store_true", help="look at videos without hearing their sound")
+    add_media_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt (persona)")
     parser.add_argument("--plain", action="store_true", help="continue each prompt as plain text, without chat markup")
     sampling = parser.add_argument_group("sampling")
@@ -85,46 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     running = parser.add_argument_group("running")
     running.add_argument("--stream", action="store_true", help="print words as they come")
     running.add_argument("--prefill-chunk", type=int, metavar="N", help="read prompts N tokens at a time (less memory)")
-    running.add_argument(
-        "--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one"
-    )
-    running.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32 on CPU, else bfloat16"
-    )
+    add_device_options(running)
     return parser
 
 
-class _Medium(argparse.Action):
-    """Collects (kind, file) of all media options in one list, so that their order is kept."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        namespace.media = [*namespace.media, ((option_string or "").removeprefix("--"), values)]
-
-
 def _generate(options: argparse.Namespace) -> None:
-    for kind, path in options.media:
-        if not path.is_file():
-            raise GenerateError(f"--{kind} {path}: no such file")
-
-    import torch
+    media = media_segments(options.media, options.mute)
 
     from omnitrain.data.batch import PackedBatch
     from omnitrain.generation.text import generate
 
-    wanted = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
-    if options.dtype == "auto":
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    else:
-        dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
+    device, dtype = device_and_dtype(options.device, options.dtype)
     model, encoder = load(options.model, device=device, dtype=dtype)
-    batch = PackedBatch.pack(_encoded_prompts(options, encoder))
+    batch = PackedBatch.pack(_encoded_prompts(options, media, encoder))
     stop_ids = encoder.tokenizer.stop_ids
     output = _OrderedOutput(encoder.tokenizer, options.prompts, stop_ids, options.max_new_tokens, sys.stdout)
     answers = generate(
@@ -146,13 +117,11 @@ def _generate(options: argparse.Namespace) -> None:
                 output(document, token)
 
 
-def _encoded_prompts(options: argparse.Namespace, encoder: SampleEncoder) -> list[EncodedSample]:
+def _encoded_prompts(
+    options: argparse.Namespace, media: tuple[Segment, ...], encoder: SampleEncoder
+) -> list[EncodedSample]:
     from omnitrain.data.sample import BadSample, Message, Sample, Segment
 
-    media = tuple(
-        Segment(type=kind, path=str(path), with_audio=kind == "video" and not options.mute)
-        for kind, path in options.media
-    )
     reading: list[str] = []  # files opened so far: the last one is at fault when a medium cannot be used
 
     def media_bytes(segment: Segment) -> bytes:
@@ -213,16 +182,87 @@ class _OrderedOutput:
             print(f"[{self.current + 1}] {self.prompts[self.current]}", file=self.out, flush=True)
 
 
+# --- shared with `talk` ----------------------------------------------------------------------------------------------
+
+
+class MediaOption(argparse.Action):
+    """Collects (kind, file) of all media options in one list, so that their order is kept."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.media = [*namespace.media, ((option_string or "").removeprefix("--"), values)]
+
+
+def add_media_options(parser: argparse.ArgumentParser) -> None:
+    """``--image``, ``--audio``, ``--video`` and ``--mute``."""
+    media = parser.add_argument_group("media, which stand before the text in the order given; each can be repeated")
+    for kind, what in (("image", "a picture"), ("audio", "a recording"), ("video", "a video, with its sound")):
+        media.add_argument(
+            f"--{kind}", metavar="FILE", type=Path, action=MediaOption, dest="media", default=[], help=what
+        )
+    media.add_argument("--mute", action="store_true", help="look at videos without hearing their sound")
+
+
+def add_device_options(group: argparse._ArgumentGroup) -> None:
+    """``--device`` and ``--dtype``."""
+    group.add_argument(
+        "--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one"
+    )
+    group.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32 on CPU, else bfloat16"
+    )
+
+
+def media_segments(media: Sequence[tuple[str, Path]], mute: bool) -> tuple[Segment, ...]:
+    """The segments of the media options.
+
+    Raises:
+        GenerateError: a file does not exist.
+    """
+    from omnitrain.data.sample import Segment
+
+    for kind, path in media:
+        if not path.is_file():
+            raise GenerateError(f"--{kind} {path}: no such file")
+    return tuple(
+        Segment(type=kind, path=str(path), with_audio=kind == "video" and not mute)  # ty: ignore[invalid-argument-type]
+        for kind, path in media
+    )
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What ``--device`` and ``--dtype`` mean."""
+    import torch
+
+    chosen = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        return chosen, torch.float32 if chosen.type == "cpu" else torch.bfloat16
+    return chosen, torch.float32 if dtype == "float32" else torch.bfloat16
+
+
+def is_explained(error: Exception) -> bool:
+    """Whether the message alone tells the user what to do."""
+    from omnitrain.cli.targets import MissingTarget
+
+    return isinstance(error, (GenerateError, OSError, ValueError, MissingTarget))
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
 def load(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, speech: bool = False
 ) -> tuple[OmniModel, SampleEncoder]:
     """A model and the encoder of its prompts, from a run folder or a folder in the public format.
 
     Args:
         dtype: of the weights; None keeps the stored one.
+        speech: also load what speaks from a folder in the public format. A run has what it was trained with.
 
     Raises:
         GenerateError: the folder is neither, or something in it is missing.
@@ -230,7 +270,7 @@ def load(
     if (folder / "config.yaml").is_file():
         model, encoder = _load_run(folder)
     elif (folder / "config.json").is_file():
-        model, encoder = _load_public(folder, device, dtype)
+        model, encoder = _load_public(folder, device, dtype, speech)
     elif not folder.is_dir():
         raise GenerateError(f"{folder}: no such folder")
     else:
@@ -274,7 +314,7 @@ def _load_run(run_dir: Path) -> tuple[OmniModel, SampleEncoder]:
 
 
 def _load_public(
-    folder: Path, device: torch.device | str, dtype: torch.dtype | None
+    folder: Path, device: torch.device | str, dtype: torch.dtype | None, speech: bool
 ) -> tuple[OmniModel, SampleEncoder]:
     from omnitrain.data.chat import ChatTokenizer
     from omnitrain.data.encode import SampleEncoder
@@ -283,7 +323,7 @@ def _load_public(
     from omnitrain.interop.public_format import load_pretrained
 
     tokenizer = ChatTokenizer.from_dir(folder)
-    model = load_pretrained(folder, dtype=dtype, device=device, speech=False)  # text only
+    model = load_pretrained(folder, dtype=dtype, device=device, speech=speech)
     config = model.config
     encoder = SampleEncoder(
         tokenizer=tokenizer,
@@ -312,10 +352,3 @@ def _pixel_bounds(path: Path) -> dict[str, int]:
         "max_pixels": stored.get("max_pixels") or size.get("longest_edge"),
     }
     return {name: int(value) for name, value in bounds.items() if value}
-
-
-def _is_explained(error: Exception) -> bool:
-    """Whether the message alone tells the user what to do."""
-    from omnitrain.cli.targets import MissingTarget
-
-    return isinstance(error, (GenerateError, OSError, ValueError, MissingTarget))

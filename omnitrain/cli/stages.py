@@ -5,7 +5,6 @@
         command: [fit, +recipe=codec, "paths.run_dir=${paths.run_dir}/codec", ckpt_path=last]
       - name: codes
         command: [data, encode, "${paths.run_dir}/codec", data/speech, --out, "${paths.run_dir}/codes"]
-    stage_overrides: {codec: [], codes: []}
 
 A stage that has ended well is noted in ``stages.json`` of the run folder and not run again; so the same line continues
 an interrupted run, and a stage that can continue (`ckpt_path=last`, `data encode`) goes on where it was.
@@ -95,7 +94,9 @@ def read_stages(stages: Any, overrides: Any) -> list[Stage]:
             raise ConfigError(f"stages[{number}].command ({name}): there is no verb '{stage.command[0]}'; {hint}")
     for name in overrides:
         if name not in found:
-            raise ConfigError(f"stage_overrides.{name}: there is no such stage; there are {', '.join(found)}")
+            near = difflib.get_close_matches(name, found, n=1)
+            hint = f"did you mean stage_overrides.{near[0]}?" if near else f"there are {', '.join(found)}"
+            raise ConfigError(f"stage_overrides.{name}: there is no such stage; {hint}")
     return list(found.values())
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from omegaconf import DictConfig
 
 from omnitrain.cli.config import ConfigError
 from omnitrain.cli.experiment import Experiment, build, trained_checkpoint
+from omnitrain.data.waveforms import Utterance
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 
@@ -72,15 +74,30 @@ def _judge_codec(experiment: Experiment, model: OmniModel | Codec, cfg: DictConf
 
 def _judge_speech(experiment: Experiment, model: OmniModel | Codec, cfg: DictConfig, settings: dict) -> None:
     from omnitrain.cli.codec import load_codec
-    from omnitrain.evaluation.spoken import Said, judge_talker
+    from omnitrain.evaluation.spoken import SAMPLE_RATE, Said, judge_talker
+    from omnitrain.generation.sampling import Sampling
     from omnitrain.generation.speech import speak_texts
 
     data = experiment.datamodule
     assert isinstance(model, OmniModel)
-    options = {name: settings.pop(name) for name in ("seconds_limit", "temperature", "top_k", "seed")}
+    assert model.code2wav is not None
+    residuals = Sampling(temperature=settings.pop("temperature"), top_k=settings.pop("top_k"))
+    codes = replace(residuals, repetition_penalty=settings.pop("repetition_penalty"))
+    frames_per_second = SAMPLE_RATE / model.code2wav.config.samples_per_frame
+    seed, max_frames = settings.pop("seed"), max(1, round(settings.pop("seconds_limit") * frames_per_second))
 
-    def speak(texts: Sequence[str], voices: Sequence[str]) -> list[Said]:
-        spoken = speak_texts(model, data.tokenizer, texts, voices, **options)
+    def speak(utterances: Sequence[Utterance]) -> list[Said]:
+        spoken = speak_texts(
+            model,
+            data.tokenizer,
+            [u.text for u in utterances],
+            [u.voice for u in utterances],
+            questions=[u.question for u in utterances],
+            codes=codes,
+            residuals=residuals,
+            max_frames=max_frames,
+            seed=seed,
+        )
         return [Said(wav=s.wav, hit_limit=s.hit_limit) for s in spoken]
 
     judge_talker(

@@ -30,13 +30,15 @@ SILENCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """One recording: `wav` float32 [S] in [-1, 1], what is said in it (or ""), and whose voice it is (or "")."""
+    """One recording: `wav` float32 [S] in [-1, 1], what is said in it, whose voice it is, and the text of the user's
+    turns before it (each "" if unknown)."""
 
     id: str
     source: str
     wav: np.ndarray
     text: str = ""
     voice: str = ""
+    question: str = ""
     languages: tuple[str, ...] = ()
 
 
@@ -101,6 +103,7 @@ class UtteranceReader:
                         wav=np.clip(wav, -1, 1).astype(np.float32),
                         text=said or "",
                         voice=sample.meta.get("voice", ""),
+                        question="".join(s.text or "" for m in sample.messages if m.role == "user" for s in m.segments),
                         languages=sample.languages,
                     )
         raise BadSample("no_recording", "the sample has neither an audio nor a speech segment with a recording")

@@ -51,8 +51,8 @@ class Said:
     hit_limit: bool
 
 
-Speak = Callable[[Sequence[str], Sequence[str]], list[Said]]
-"""(texts, voices) -> speech."""
+Speak = Callable[[Sequence[Utterance]], list[Said]]
+"""Speech of the texts, after their questions and in their voices."""
 
 
 def judge_codec(
@@ -114,7 +114,7 @@ def judge_talker(
     batches = [recordings[i : i + batch] for i in range(0, len(recordings), batch)]
     for group in track(batches, "speaking", console=Console(stderr=True)):
         group = [u if voice is None else replace(u, voice=voice) for u in group]
-        for u, said in zip(group, speak([u.text for u in group], [u.voice for u in group]), strict=True):
+        for u, said in zip(group, speak(group), strict=True):
             trip = None if codec is None else round_trip(codec, u.wav)
             spoken.append(_spoken(u, generated=said.wav, round_trip=trip, hit_limit=said.hit_limit))
     return _judge(spoken, recordings, train_sources, out_dir, players=players, kind="talker", grammar=grammar_words)

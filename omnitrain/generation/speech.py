@@ -267,9 +267,8 @@ class Speaker:
         self.device = self.talker.codec_embedding.weight.device
         self.forbidden = torch.arange(c.codec_vocab, device=self.device) >= c.codebook_size
         self.forbidden[c.codec_eos] = False
-        self._mtp = torch.compile(self.talker.mtp.generate) if compile else self.talker.mtp.generate
-        self._decode = torch.compile(self.code2wav.decode) if compile else self.code2wav.decode
-        self._decode_step = torch.compile(self.code2wav.step) if compile else self.code2wav.step
+        self._through = torch.compile(self.talker.mtp.through) if compile else None
+        self._decode_step = torch.compile(self.code2wav.decode_step) if compile else self.code2wav.decode_step
 
     def speaker_code(self, voice: str) -> int:
         """Code of a voice.
@@ -415,12 +414,15 @@ class Speaker:
         residuals, generators = [a.options.residuals for a in left], [a.code_generator for a in left]
         none = [None] * len(left)
         first = self.talker.embed_codec(chosen)
-        codes, embedding = self._mtp(hidden, first, lambda scores: _choose(residuals, scores, none, generators))
+        codes, embedding = self._complete(hidden, first, lambda scores: _choose(residuals, scores, none, generators))
         frames, embeddings = torch.cat([chosen[:, None], codes], dim=1), first + embedding
         for a, frame, vector in zip(left, frames, embeddings, strict=True):
             a.codes.append(frame)
             a.frame_embedding = vector
         return left
+
+    def _complete(self, hidden: Tensor, first: Tensor, sample: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        return self.talker.mtp.generate(hidden, first, sample, self._through)
 
     @torch.no_grad()
     def sound(self, answers: Sequence[_Answer]) -> list[np.ndarray]:
@@ -432,7 +434,8 @@ class Speaker:
         for group in groups.values():
             states = [a.wave or self.code2wav.init_state(1) for a in group]
             state = states[0] if len(states) == 1 else join_states(states)
-            wav = self._decode_step(torch.stack([a.codes[-1] for a in group])[:, None], state)
+            frames = self.code2wav.embed(torch.stack([a.codes[-1] for a in group])[:, None])
+            wav = self._decode_step(frames, state)
             parts = [state] if len(states) == 1 else split_state(state, len(states))
             for a, part, samples in zip(group, parts, wav.float().cpu().numpy(), strict=True):
                 a.wave = part
@@ -442,7 +445,7 @@ class Speaker:
     @torch.no_grad()
     def decode(self, codes: Tensor) -> np.ndarray:
         """All frames [F, Q] of one answer at once."""
-        return self._decode(self.code2wav.embed(codes[None]))[0].float().cpu().numpy()
+        return self.code2wav(codes[None])[0].float().cpu().numpy()
 
 
 def _thinker_caches(answers: Sequence[_Answer]) -> JoinedKVCache:

@@ -300,7 +300,19 @@ class SnakeBeta(StreamingModule):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Snake.apply(x, self.alpha.float().exp()[:, None], 1 / (self.beta.float().exp()[:, None] + 1e-9))
+        return _Snake.apply(x, *self._frequency_and_size())
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        """What does not change in a stream."""
+        return self._frequency_and_size()
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
+        frequency, size = state
+        return torch.addcmul(x, (x * frequency).sin_().square_(), size).to(x.dtype)
+
+    def _frequency_and_size(self) -> tuple[Tensor, Tensor]:
+        """fp32, each [C, 1]"""
+        return self.alpha.float().exp()[:, None], 1 / (self.beta.float().exp()[:, None] + 1e-9)
 
 
 class _Snake(torch.autograd.Function):
@@ -370,11 +382,11 @@ class ResidualUnit(StreamingModule):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.act2(self.conv1(self.act1(x))))
 
-    def init_state(self, batch: int) -> ConvState:
-        return self.conv1.init_state(batch)
+    def init_state(self, batch: int) -> list[Any]:
+        return init_states([self.act1, self.conv1, self.act2], batch)
 
-    def step(self, x: Tensor, state: ConvState) -> Tensor:
-        return x + self.conv2(self.act2(self.conv1.step(self.act1(x), state)))
+    def step(self, x: Tensor, state: list[Any]) -> Tensor:
+        return x + self.conv2(step_through([self.act1, self.conv1, self.act2], x, state))
 
 
 class DecoderBlock(StreamingModule):
@@ -449,17 +461,17 @@ def split_state(state: Code2WavState, streams: int) -> list[Code2WavState]:
 
 
 def _joined(states: Sequence[Any]) -> Any:
-    """States of one stage (None, `ConvState`, or a list of these) as one."""
+    """States of one stage as one: a `ConvState`, a list of states, or what all streams have alike."""
     first = states[0]
     if isinstance(first, ConvState):
         return ConvState(torch.cat([state.context for state in states]), first.skip)
-    return [_joined(inner) for inner in zip(*states, strict=True)] if isinstance(first, list) else None
+    return [_joined(inner) for inner in zip(*states, strict=True)] if isinstance(first, list) else first
 
 
 def _one_of(state: Any, b: int) -> Any:
     if isinstance(state, ConvState):
         return ConvState(state.context[b : b + 1], state.skip)
-    return [_one_of(inner, b) for inner in state] if isinstance(state, list) else None
+    return [_one_of(inner, b) for inner in state] if isinstance(state, list) else state
 
 
 class Code2Wav(nn.Module):

@@ -74,25 +74,33 @@ class MTPLayer(nn.Module):
         self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
         self.mlp = DenseMLP(c.d_model, c.ffn)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Tensor | None = None, start: int = 0) -> Tensor:
-        """One causal layer.
-
-        Args:
-            x: [F, n, D], positions start .. start + n.  rope: cos and sin, each [F * n, head_dim / 2].
-            past: [2, F, H_kv, Q, head_dim], keys and values; those of x are written to it, earlier ones read. With
-                start > 0, n must be 1.
-
-        Returns:
-            [F, n, D]
-        """
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [F, n, D]; rope: cos and sin, each [F * n, head_dim / 2] -> [F, n, D], causal."""
         frames, n, _ = x.shape
         projected = self.attention.project(self.attention_norm(x).flatten(0, 1), rope)
         q, k, v = (rearrange(t, "(f n) heads d -> f heads n d", f=frames) for t in projected)
-        if past is not None:
-            past[0, :, :, start : start + n], past[1, :, :, start : start + n] = k, v
-            k, v = past[:, :, :, : start + n].unbind(0)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=q.shape[1] != k.shape[1])
         x = x + self.attention.out(rearrange(y, "f heads n d -> f n (heads d)"))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def step(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Tensor, start: int) -> Tensor:
+        """The same for the next positions of sequences whose first ones are known.
+
+        Args:
+            x: [B, n, D], positions start .. start + n; n is 1 unless start is 0.
+            rope: cos and sin, each [B * n, head_dim / 2].
+            past: [2, B, H_kv, Q, head_dim], keys and values of the positions before; those of x are written to it.
+
+        Returns:
+            [B, n, D]
+        """
+        batch, n, _ = x.shape
+        projected = self.attention.project(self.attention_norm(x).flatten(0, 1), rope)
+        q, k, v = (t.view(batch, n, *t.shape[1:]).transpose(1, 2) for t in projected)  # no einops: 15 steps a frame
+        past[0, :, :, start : start + n], past[1, :, :, start : start + n] = k, v
+        keys, values = past[0, :, :, : start + n], past[1, :, :, : start + n]
+        y = F.scaled_dot_product_attention(q, keys, values, is_causal=n > 1, enable_gqa=q.shape[1] != k.shape[1])
+        x = x + self.attention.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -155,7 +163,11 @@ class MTP(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, talker_hidden: Tensor, first: Tensor, sample: Callable[[Tensor], Tensor]
+        self,
+        talker_hidden: Tensor,
+        first: Tensor,
+        sample: Callable[[Tensor], Tensor],
+        through: Callable[[Tensor, tuple[Tensor, Tensor], Tensor, int], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Codebooks 1 .. Q - 1 of one frame per document.
 
@@ -165,6 +177,7 @@ class MTP(nn.Module):
         Args:
             talker_hidden: [B, D].  first: [B, D], embedding of the frame's code of codebook 0.
             sample: logits [B, K] -> chosen codes int64 [B].
+            through: `self.through`, compiled.
 
         Returns:
             codes: int64 [B, Q - 1].  embedding: [B, D], the sum of their embeddings (what the Talker reads next,
@@ -172,20 +185,26 @@ class MTP(nn.Module):
         """
         c, batch = self.config, len(first)
         past = first.new_empty(c.layers, 2, batch, c.kv_heads, c.codebooks, c.head_dim)
-        cos, sin = (t[:, None].expand(-1, batch, -1) for t in self._rope(first.device))  # [Q, B, head_dim / 2]
+        cos, sin = self._rope(first.device)  # [Q, head_dim / 2]
         codes = torch.empty(batch, c.codebooks - 1, dtype=torch.int64, device=first.device)
         total = torch.zeros_like(first)
-        x, start = torch.stack([talker_hidden.to(first.dtype), first], dim=1), 0
+        x, start = torch.stack([talker_hidden.to(first.dtype), first], dim=1), 0  # [B, 2, D], then [B, 1, D]
         for q in range(c.codebooks - 1):
             end = start + x.shape[1]
-            rope = tuple(rearrange(t[start:end], "n b d -> (b n) d") for t in (cos, sin))
-            for i, layer in enumerate(self.layers):
-                x = layer(x, rope, past[i], start)
-            codes[:, q] = sample(F.linear(self.norm(x[:, -1]), self.code_head[q]))
+            rope = cos[start:end].repeat(batch, 1), sin[start:end].repeat(batch, 1)
+            hidden = (through or self.through)(x, rope, past, start)
+            codes[:, q] = sample(F.linear(hidden, self.code_head[q]))
             embedding = F.embedding(codes[:, q], self.code_embedding[q])
             total += embedding
             x, start = embedding[:, None], end
         return codes, total
+
+    def through(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Tensor, start: int) -> Tensor:
+        """All layers for the next positions: x [B, n, D] (see `MTPLayer.step`; past has a layer axis before its others)
+        -> [B, D], the last one after the final norm."""
+        for i, layer in enumerate(self.layers):
+            x = layer.step(x, rope, past[i], start)
+        return self.norm(x[:, -1])
 
     def _embed(self, residuals: Tensor) -> Tensor:
         """Codes of the first n codebooks from 1 on, int64 [F, n] -> [F, n, D]"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class CodecModule(TrainingModule):
         optim: of the codec. The judges have their own AdamW at the same rate and schedule.
         loss: weights of the terms, and when the judges come in.
         discriminator: sizes of the judges.
+        init_from: folder of a codec's run; its codec, judges and content head are where this one starts (same sizes).
         clip: largest gradient norm of the codec, and of the judges.
     """
 
@@ -49,6 +51,7 @@ class CodecModule(TrainingModule):
         loss: CodecLossConfig | Mapping[str, Any] | None = None,
         discriminator: DiscriminatorConfig | Mapping[str, Any] | None = None,
         *,
+        init_from: str | None = None,
         clip: float = 1.0,
         sample_rate: int = 24_000,
     ) -> None:
@@ -63,6 +66,8 @@ class CodecModule(TrainingModule):
         self.discriminators = Discriminators(judges)
         self.content = ContentHead(model.config.d_model)
         self.mel = MelDistance(sample_rate, self.loss_config.windows, self.loss_config.n_mels)
+        if init_from is not None:
+            self._start_from(Path(init_from) / "checkpoints" / "last.ckpt")
         self.clip = clip
         self._step_loss = math.nan
         self._sums: dict[str, tuple[float, float]] = {}
@@ -73,6 +78,15 @@ class CodecModule(TrainingModule):
         self._evaluation: list[dict[str, tuple[float, float]]] = []
         self.evaluation: dict[str, float] = {}
         """Means of the last evaluation."""
+
+    def _start_from(self, checkpoint: Path) -> None:
+        if not checkpoint.is_file():
+            raise ValueError(f"module.init_from: there is no {checkpoint}; give the folder of a codec's run")
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        try:
+            self.load_state_dict(saved)
+        except RuntimeError as error:
+            raise ValueError(f"module.init_from: {checkpoint} holds a codec of other sizes: {error}") from error
 
     @property
     def step_loss(self) -> float:

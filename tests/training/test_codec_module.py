@@ -143,7 +143,7 @@ def test_silence_is_skipped_and_counted(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_no_whole_number_of_frames_is_refused(shards: Path) -> None:
-    with pytest.raises(ValueError, match="multiple of 0.08 s"):
+    with pytest.raises(ValueError, match=r"multiple of 0\.08 s"):
         data(shards, row_seconds=1.0)
 
 

@@ -72,11 +72,14 @@ def _sdpa_per_document(
     scale: float | None,
 ) -> Tensor:
     borders_q, borders_k = cu_seqlens.tolist(), cu_seqlens_key.tolist()
+    gqa = query.shape[1] != key.shape[1]
+    if len(query) == 1 and len(borders_q) == 2:  # a generated token: nothing to sort, nothing to mask
+        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa).view(query.shape)
+
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for b in range(len(borders_q) - 1):
         groups[(borders_q[b + 1] - borders_q[b], borders_k[b + 1] - borders_k[b])].append(b)
-    gqa = query.shape[1] != key.shape[1]
-
     q_parts = query.split([b - a for a, b in pairwise(borders_q)])
     same = borders_q == borders_k
     k_parts = key.split([b - a for a, b in pairwise(borders_k)])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnitrain.models.layers.attention import varlen_attention
 from omnitrain.models.layers.moe import SwiGLUExperts, TopKRouter
 from omnitrain.models.layers.norms import RMSNorm
-from omnitrain.models.layers.rope import NormRotate
+from omnitrain.models.layers.rope import NormRotate, norm_rotate
 
 
 class KVCache(Protocol):
@@ -57,7 +58,8 @@ class Attention(nn.Module):
         heads, kv_heads = self.heads, self.kv_heads
         qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, self.head_dim)
         qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
-        qk = NormRotate.apply(qk, self.q_norm.weight, self.k_norm.weight, *rope, heads, self.q_norm.eps)
+        turn = NormRotate.apply if torch.is_grad_enabled() else norm_rotate
+        qk = turn(qk, self.q_norm.weight, self.k_norm.weight, *rope, heads, self.q_norm.eps)
         q, k = qk.split([heads, kv_heads], dim=1)
         return q, k, v
 

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW_TOKENS = 4
+"""Up to here tokens are not sorted by expert where nothing is learnt (on two CPU cores)."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -67,7 +70,20 @@ class SwiGLUExperts(nn.Module):
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
         if x.is_cuda and dtype == torch.bfloat16:
             return self._grouped(x.to(dtype), routing, dtype).to(x.dtype)
+        if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
+            return self._one_by_one(x, routing)
         return _ExpertLoop.apply(x, self.gate_up, self.down, routing.weights, *sort_by_expert(routing))
+
+    def _one_by_one(self, x: Tensor, routing: Routing) -> Tensor:
+        """For a few generated tokens: sorting them would take longer than their experts."""
+        rows = []
+        for token, experts, weights in zip(x, routing.experts.tolist(), routing.weights, strict=True):
+            inner = []
+            for e in experts:
+                gate, up = torch.mv(self.gate_up[e], token).chunk(2)
+                inner.append(torch.mv(self.down[e], F.silu(gate).mul_(up)))
+            rows.append(torch.mv(torch.stack(inner, dim=1), weights))
+        return torch.stack(rows)
 
     def _grouped(self, x: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
         order, _, counts = sort_by_expert(routing)
