@@ -54,7 +54,7 @@ class Stage:
     @property
     def folder(self) -> Path | None:
         """Where it writes, as far as its command says: `paths.run_dir`, or what follows ``--out``."""
-        for word in self.command:
+        for word in reversed(self.command):  # the last one counts
             if word.startswith("paths.run_dir="):
                 return Path(word.partition("=")[2].strip("'\""))
         if "--out" in self.command[:-1]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -202,8 +203,8 @@ class MTP(nn.Module):
     def through(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Tensor, start: int) -> Tensor:
         """All layers for the next positions: x [B, n, D] (see `MTPLayer.step`; past has a layer axis before its others)
         -> [B, D], the last one after the final norm."""
-        for i, layer in enumerate(self.layers):
-            x = layer.step(x, rope, past[i], start)
+        for layer, known in zip(self.layers, past, strict=True):
+            x = cast(MTPLayer, layer).step(x, rope, known, start)
         return self.norm(x[:, -1])
 
     def _embed(self, residuals: Tensor) -> Tensor:

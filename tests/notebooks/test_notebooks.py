@@ -15,6 +15,13 @@ FEW = (
 )
 
 
+_TWO_STEPS = "trainer.max_steps=2,trainer.val_check_interval=2,data.num_workers=0,evaluation.max_samples=2"
+FEW_SPEECH = (
+    f"stage_overrides.codec=[{_TWO_STEPS},data.rows=1,trainer.log_every_n_steps=1]"
+    f" stage_overrides.talker=[{_TWO_STEPS},data.max_frames=120,evaluation.seconds_limit=0.4]"
+)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_are_stripped(path: Path) -> None:
     for cell in nbformat.read(path, as_version=4).cells:
@@ -29,8 +36,9 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from nbclient import NotebookClient
 
     monkeypatch.setenv("OMNITRAIN_NOTEBOOK_OVERRIDES", os.environ.get("OMNITRAIN_NOTEBOOK_OVERRIDES", FEW))
+    monkeypatch.setenv("OMNITRAIN_NOTEBOOK_SPEECH_OVERRIDES", FEW_SPEECH)
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
-    assert list(tmp_path.glob("runs/*/report.html"))
+    assert list(tmp_path.glob("runs/**/report.html"))
