@@ -12,6 +12,8 @@ What a row is:
   Code2Wav          samples of one frame. omnitrain decodes each frame as it comes; transformers decodes once, when
                     everything is there (so it has no stream), and its time is divided by the frames
   frame             the whole answer over its frames: the Thinker's steps, prompts and everything between the parts
+  first             from the question to the first sound that can be played
+  of N answers      N answers side by side (`speak_batch`): time over the frames of all, to compare with `frame`
 RTF: time of the answer over the duration of its sound. Below 1 a voice can be streamed without a gap.
 """
 
@@ -29,6 +31,7 @@ from typing import Any
 
 FRAME_SECONDS = 0.08
 WORDS = ["system\n", "user\n", "assistant\n"] * 50
+TOGETHER = (4, 8)
 CLASSES = ("Thinker", "Talker", "MTP", "Code2Wav")
 
 
@@ -96,7 +99,7 @@ def omnitrain_answer(
     from omnitrain.data.media import MediaLimits
     from omnitrain.data.sample import Message, Segment
     from omnitrain.generation.sampling import Sampling
-    from omnitrain.generation.speech import AudioPiece, Speaker, SpeechSession
+    from omnitrain.generation.speech import AudioPiece, Speaker, SpeechSession, speak_batch
     from omnitrain.interop.public_format import load_pretrained
 
     model = load_pretrained(folder).eval()
@@ -106,16 +109,28 @@ def omnitrain_answer(
     speaker = Speaker(model, tokenizer, compile=compile)
     options = dict(voice="ethan", codes=Sampling(repetition_penalty=1.05), residuals=Sampling())
 
+    question = Message(role="user", segments=(Segment(type="text", text="what is red?"),))
+
     def answer(n: int) -> tuple[float, float, Any]:
         session = SpeechSession(model, encoder, speaker=speaker, max_frames=n, max_new_tokens=tokens, **options)
         start, first, codes = time.perf_counter(), 0.0, []
-        for event in session.answer(Message(role="user", segments=(Segment(type="text", text="what is red?"),))):
+        for event in session.answer(question):
             if isinstance(event, AudioPiece):
                 first = first or event.seconds
                 codes.append(event.codes)
         return time.perf_counter() - start, first, np.array(codes)
 
+    def together(n: int) -> float:
+        sessions = [
+            SpeechSession(model, encoder, speaker=speaker, max_frames=frames, max_new_tokens=tokens, **options)
+            for _ in range(n)
+        ]
+        start = time.perf_counter()
+        made = sum(isinstance(event, AudioPiece) for _, event in speak_batch(sessions, [[question]] * n))
+        return 1000 * (time.perf_counter() - start) / made
+
     answer(frames)
+    side_by_side = {n: min(together(n) for _ in range(2)) for n in TOGETHER}
     clock = Clock()
     clock.wrap("Thinker", speaker, "write")
     clock.wrap("Talker", speaker, "advance")
@@ -129,6 +144,7 @@ def omnitrain_answer(
             **{name: clock.milliseconds(name) for name in CLASSES},
             "frame": 1000 * seconds / len(codes),
             "first": 1000 * first,
+            "together": side_by_side,
             "codes": codes,
         }
 
@@ -224,6 +240,8 @@ def main() -> None:
         if theirs is not None:
             row += f"{theirs[name]:14.2f}{theirs[name] / ours[name]:8.1f}"
         print(row)
+    for n, ms in ours["together"].items():
+        print(f"{f'of {n} answers':12}{ms:12.2f}")
     rtf = {k: v["frame"] / 1000 / FRAME_SECONDS for k, v in (("omnitrain", ours), ("transformers", theirs)) if v}
     print("RTF         " + "".join(f"{value:12.2f}  " for value in rtf.values()))
     if theirs is not None:

@@ -50,7 +50,7 @@ from omnitrain.training.codec_losses import si_sdr
 RECORD = "encode.json"
 CHECKED = 4
 """Samples that are decoded again at the end."""
-_ROWS = 16  # of a worker's task
+_ROWS = 4  # of a worker's task
 
 
 # -------------------------------------------------------------------------------------------------------- one sample

@@ -90,7 +90,10 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
     if codec_run is not None:
         from omnitrain.cli.codec import codec_fingerprint, load_codec
 
-        codec = load_codec(codec_run)
+        try:
+            codec = load_codec(codec_run)
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(f"codec={codec_run}: {error}") from error
         fingerprint = codec_fingerprint(codec)
         if isinstance(codec, Codec):  # Mimi's frames are decoded by the public checkpoint's own Code2Wav
             ours, theirs = model.config.code2wav, codec.config.decoder
