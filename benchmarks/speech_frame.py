@@ -9,8 +9,8 @@ process, in turn; the first answer of each is a warm-up. The codes of both are c
 What a row is:
   Thinker, Talker   one step (one token, one position), its head included
   MTP               all codebooks of one frame but the first
-  Code2Wav          samples of one frame. omnitrain decodes each frame as it comes; transformers decodes once, when
-                    everything is there (so it has no stream), and its time is divided by the frames
+  Code2Wav          samples of one frame. omnitrain decodes each frame as it comes and reads all weights each time;
+                    transformers decodes once, when everything is there, and its time is divided by the frames
   frame             the whole answer over its frames: the Thinker's steps, prompts and everything between the parts
   first             from the question to the first sound that can be played
   of N answers      N answers side by side (`speak_batch`): time over the frames of all, to compare with `frame`

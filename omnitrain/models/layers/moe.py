@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_TOKENS = 2
-"""Up to here tokens are not sorted by expert where nothing is learnt: half the time for one token (one CPU core, 8 experts
-of width 192), nothing gained from four on."""
+"""Up to here tokens are not sorted by expert where nothing is learnt: less than half the time for one token (one CPU
+core, 8 experts of width 192), nothing gained from four on."""
 
 
 @dataclass(frozen=True)
