@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,9 @@ class TalkerModule(ThinkerModule):
     Args:
         train: parts that learn. With a part of the Thinker among them the two are trained jointly, and gradients of
             speech reach the word embeddings and, at user media, the Thinker's lower layers.
+        frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone.
+            A Talker that always sees true codes learns to continue sounds and hardly listens to the text; left to
+            itself it then babbles fluently (word dropout: Bowman et al. 2016, arXiv 1511.06349, section 3.1).
         Others: see `ThinkerModule`.
 
     Raises:
@@ -57,12 +60,16 @@ class TalkerModule(ThinkerModule):
         loss: TalkerLossConfig | None = None,
         *,
         train: Sequence[str] = TALKER_PARTS,
+        frame_dropout: float = 0.0,
         **options: Any,
     ) -> None:
+        if not 0 <= frame_dropout < 1:
+            raise ValueError(f"module.frame_dropout={frame_dropout}: must lie in [0, 1)")
         if model.talker is None:
             raise ValueError("the model has no Talker: set model.speech=true")
         super().__init__(model, optim, loss or TalkerLossConfig(), train=train, **options)
         self.joint = any(part in THINKER_PARTS for part in train)
+        self.frame_dropout = frame_dropout
 
     @property
     def talker(self) -> Talker:
@@ -86,6 +93,9 @@ class TalkerModule(ThinkerModule):
         talker, config = self.talker, self.loss_config
         assert isinstance(config, TalkerLossConfig)
         inputs = TalkerInputs(**spoken.inputs())
+        if self.training and self.frame_dropout:
+            hidden = torch.rand(len(inputs.frame_rows), device=inputs.frame_rows.device) < self.frame_dropout
+            inputs = replace(inputs, frame_rows=inputs.frame_rows.masked_fill(hidden, -1))
         x = talker.embed(inputs, self.model.thinker.embed_tokens, accept_hidden)
         output = talker(x, inputs.position_ids, inputs.cu_seqlens)
         first = chunked_cross_entropy(output.hidden, talker.codec_head.weight, inputs.labels, chunk=config.chunk)

@@ -201,6 +201,17 @@ def test_text_alone_needs_no_thinker(shards: Path, monkeypatch: pytest.MonkeyPat
     assert torch.isfinite(TalkerModule(model).losses(batch).total)
 
 
+def test_frame_dropout_hides_codes_in_training_alone(shards: Path) -> None:
+    batch = a_batch(shards)
+    assert batch.spoken is not None
+    other = replace(batch, spoken=replace(batch.spoken, codes=(batch.spoken.codes + 1) % 16))
+    module = TalkerModule(talking_model(), frame_dropout=0.999999)
+    module.loss_config = TalkerLossConfig(residual=0.0)
+    # Nothing of the codes is seen: with the same labels, other codes give the same loss of codebook 0.
+    assert torch.equal(module.train().losses(batch).total, module.losses(other).total)
+    assert not torch.equal(module.eval().losses(batch).total, module.losses(other).total)
+
+
 # ------------------------------------------------------------------------------------------------------- the training
 
 
