@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -32,9 +32,13 @@ class GenerateError(Exception):
 
 def main(arguments: list[str]) -> int:
     """Run the verb. Returns the exit status."""
-    options = _parser().parse_intermixed_args(arguments)
+    return explained(lambda: _generate(_parser().parse_intermixed_args(arguments)))
+
+
+def explained(verb: Callable[[], None]) -> int:
+    """Run what a verb does. What the user can mend is printed, without a traceback. Returns the exit status."""
     try:
-        _generate(options)
+        verb()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

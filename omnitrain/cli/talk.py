@@ -17,7 +17,7 @@ from omnitrain.cli.generate import (
     add_device_options,
     add_media_options,
     device_and_dtype,
-    is_explained,
+    explained,
     load,
     media_segments,
 )
@@ -39,18 +39,7 @@ FRAMES_PER_SECOND = 12.5
 
 def main(arguments: list[str]) -> int:
     """Run the verb. Returns the exit status."""
-    options = _parser().parse_intermixed_args(arguments)
-    try:
-        _talk(options)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not is_explained(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return explained(lambda: _talk(_parser().parse_intermixed_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -63,7 +63,7 @@ class OmniDataModule(LightningDataModule):
         window: packs kept open by the packer. More packs fill better and hold more decoded media in memory.
         stages: see `Stage`.
         num_workers: worker processes of the training loader; the batches do not depend on it.
-        worker_buffer: encoded samples that each worker keeps ready.
+        worker_buffer: encoded samples that each worker keeps ready: more than a pack holds, or training waits for each.
         seed: of the order.
         max_bad_fraction: see `PackedStream`.
         audio, vision, limits: geometry of the features and limits on media, as dataclasses or mappings of their fields.
@@ -96,7 +96,7 @@ class OmniDataModule(LightningDataModule):
         window: int = 8,
         stages: Sequence[Stage | Mapping[str, Any]] = (),
         num_workers: int = 0,
-        worker_buffer: int = 4,
+        worker_buffer: int = 64,
         seed: int = 0,
         max_bad_fraction: float = 0.01,
         audio: AudioGeometry | Mapping[str, Any] | None = None,
