@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from omnitrain.cli.config import ConfigError
@@ -16,7 +20,10 @@ from omnitrain.models.omni import OmniModel
 
 
 def run(cfg: DictConfig) -> None:
-    """Score the checkpoint that `cfg` names, and write the report into the run folder."""
+    """Score the checkpoint that `cfg` names, and write the report into the run folder; with ``+eval=NAME``, run
+    benchmarks instead."""
+    if cfg.get("eval") is not None:
+        return run_benchmarks(cfg)
     checkpoint = trained_checkpoint(cfg, "test")
     experiment = build(cfg, "test")
     if checkpoint is not None:
@@ -24,6 +31,52 @@ def run(cfg: DictConfig) -> None:
         experiment.module.load_state_dict(state)
     if experiment.trainer.is_global_zero:
         evaluate_and_report(experiment, cfg)
+
+
+EVAL_KEYS = ("path", "limit", "batch", "restart", "device", "dtype", "tasks")
+
+
+def run_benchmarks(cfg: DictConfig) -> None:
+    """Run the tasks of ``cfg.eval`` (``conf/eval``) on the run folder's last checkpoint, or on ``model.folder``."""
+    from hydra.utils import instantiate
+
+    from omnitrain.cli.generate import GenerateError, device_and_dtype, load
+    from omnitrain.evaluation.tasks.run import model_fingerprint, print_result, run_task
+    from omnitrain.evaluation.tasks.task import Task
+
+    settings = {str(key): value for key, value in cfg.eval.items()}
+    for key in settings:
+        if key not in EVAL_KEYS:
+            near = difflib.get_close_matches(key, EVAL_KEYS, n=1)
+            raise ConfigError(f"eval.{key}: there is no such key; " + (f"did you mean {near[0]}?" if near else ""))
+    if cfg.ckpt_path not in (None, "last"):
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: benchmarks run on the last checkpoint of a run folder")
+    run_dir = Path(cfg.paths.run_dir)
+    folder = Path(cfg.model.folder) if "folder" in cfg.model else run_dir
+    try:
+        tasks = [instantiate(task, _convert_="all") for task in cfg.eval.tasks.values() if task]
+        for task in tasks:
+            if isinstance(task, Task) and not task.path:
+                raise ConfigError(
+                    f"eval.tasks.{task.name}.path: name the benchmark's file or folder with eval.path=PATH"
+                )
+        device, dtype = device_and_dtype(settings.get("device") or "auto", settings.get("dtype") or "auto")
+        model, encoder = load(folder, device=device, dtype=dtype)
+        options: dict[str, Any] = {
+            "limit": settings.get("limit"),
+            "batch": settings.get("batch") or 16,
+            "restart": bool(settings.get("restart")),
+            "fingerprint": model_fingerprint(model, encoder),
+        }
+        out = run_dir / "eval" / "tasks"
+        for task in tasks:
+            if isinstance(task, Task):
+                result = run_task(task, model, encoder, out, **options)
+            else:
+                result = task.run(model, encoder, out, **options)
+            print_result(result)
+    except (InstantiationException, GenerateError, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def evaluate_and_report(experiment: Experiment, cfg: DictConfig) -> None:
@@ -40,8 +93,11 @@ def evaluate_and_report(experiment: Experiment, cfg: DictConfig) -> None:
     judges = {"heldout": _judge_answers, "codec": _judge_codec, "speech": _judge_speech}
     if judge not in judges:
         raise ConfigError(f"evaluation.judge={judge}: there are {', '.join(judges)}")
-    with trainer.precision_plugin.forward_context():
-        judges[judge](experiment, model, cfg, settings)
+    if experiment.datamodule.test_sources:
+        with trainer.precision_plugin.forward_context():
+            judges[judge](experiment, model, cfg, settings)
+    else:
+        print("nothing is held out to score: name data in data.test_sources", flush=True)
     if report:
         print(f"report: {write_report(experiment.run_dir)}", flush=True)
 

@@ -30,13 +30,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from omnitrain.data.batch import EncodedSample, PackedBatch
+from omnitrain.data.batch import EncodedSample
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.media import decode_image
 from omnitrain.data.packing import Budget
 from omnitrain.data.sample import BadSample, Message, Sample
 from omnitrain.data.shards import Source
+from omnitrain.evaluation.answers import Decoding, answer_prompts
 from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, media_segments, media_swap, swap_gain
 from omnitrain.evaluation.metrics import (
     UnigramBaseline,
@@ -49,8 +50,7 @@ from omnitrain.evaluation.metrics import (
     sentence_chrf,
     wer,
 )
-from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, evaluating, packs, sample_losses
-from omnitrain.generation.text import generate
+from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, sample_losses
 from omnitrain.models.omni import OmniModel
 
 ERROR_RATE_TASKS = ("asr",)
@@ -377,12 +377,11 @@ def _generate(
         if prompt is not None:
             prompts.append(prompt)
             asked.append(row)
-    with evaluating(model):
-        for pack in packs(prompts, budget):
-            batch = PackedBatch.pack([prompt for _, prompt in pack])
-            answers = generate(model, batch, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids)
-            for (index, _), ids in zip(pack, answers, strict=True):
-                asked[index].prediction = tokenizer.decode(ids).strip()
+    decoding = Decoding(max_new_tokens=max_new_tokens)
+    for row, answer in zip(
+        asked, answer_prompts(model, tokenizer, prompts, decoding=decoding, budget=budget), strict=True
+    ):
+        row.prediction = answer
 
 
 def _keep_medium(row: _Row, encoder: SampleEncoder) -> None:

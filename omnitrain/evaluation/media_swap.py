@@ -26,7 +26,7 @@ from omnitrain.evaluation.metrics import Interval, bootstrap_interval
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, sample_losses
 from omnitrain.models.omni import OmniModel
 
-PARTNERS = 4
+PARTNERS = 8
 """Others' media that each sample is scored with."""
 _LENGTH_CLASS = 24  # samples of similar answer length among which partners are chosen
 

@@ -16,7 +16,7 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import BadSample, Sample
 from omnitrain.data.shards import SampleSource, write_shards
-from omnitrain.evaluation import heldout
+from omnitrain.evaluation import answers as evaluation_answers
 from omnitrain.evaluation.heldout import draw, evaluate, print_table, prompt_text, targets, unigram_baselines
 
 from .conftest import WORDS, Reader, Samples, grey_sample, text_sample
@@ -27,7 +27,7 @@ HELDOUT = [grey_sample(i, split=SPLITS[i % 2]) for i in range(40)] + [
 ]
 
 
-def answers(model: Reader, batch: Any, *, max_new_tokens: int, stop_ids: tuple[int, ...]) -> list[list[int]]:
+def answers(model: Reader, batch: Any, *, stop_ids: tuple[int, ...], **_: Any) -> list[list[int]]:
     """Greedy answer of the reader: one word."""
     logits = model(**batch.model_inputs()).hidden[batch.cu_seqlens[1:].long() - 1]
     return [[token, stop_ids[0]] for token in logits.argmax(-1).tolist()]
@@ -37,7 +37,7 @@ def answers(model: Reader, batch: Any, *, max_new_tokens: int, stop_ids: tuple[i
 def scored(
     tokenizer: ChatTokenizer, encoder: SampleEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, Any], Path]:
-    monkeypatch.setattr(heldout, "generate", answers)
+    monkeypatch.setattr(evaluation_answers, "generate", answers)
     train = Samples([text_sample(i, split="train") for i in range(50)])
     scores = evaluate(
         Reader(tokenizer, reads=True),

@@ -1,0 +1,296 @@
+"""What a benchmark is: where rows come from, what is asked, how it is decoded, by which rule answers are scored.
+
+    row of the benchmark's own files --Benchmark--> Item (a Sample and the truth) --model--> answer --Rule--> Scored
+
+A task is put together in a YAML file of ``conf/eval``; this package only holds the parts.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from omnitrain.data.sample import BadSample, Message, Sample, Segment
+from omnitrain.evaluation.answers import Decoding
+from omnitrain.evaluation.metrics import Interval
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question.
+
+    Attributes:
+        sample: what the model is given; a last assistant message is the reference, which it does not see.
+        truth: what the rule needs, as JSON values; it is kept beside the answer, so that answers can be scored again.
+        category: group that is scored by itself in the table, e.g. a subject; "" for none.
+        group: items of one group share a picture, recording or video and are redrawn together by the bootstrap.
+        options: possible answers, for ``scoring="likelihood"``.
+    """
+
+    sample: Sample
+    truth: dict[str, Any] = field(default_factory=dict)
+    category: str = ""
+    group: str = ""
+    options: tuple[str, ...] = ()
+
+
+class Benchmark(ABC):
+    """Reads a benchmark in its own format."""
+
+    @abstractmethod
+    def rows(self, path: str) -> Sequence[Any]:
+        """All rows, light: media are read later. `path` is what `Task.path` says.
+
+        Raises:
+            FileNotFoundError, ValueError: the data are not there or not in this format; the message says what is
+                expected where.
+        """
+
+    @abstractmethod
+    def item(self, row: Any, prompt: str) -> Item:
+        """One row as a question.
+
+        Raises:
+            BadSample: the row cannot be used; it is skipped and counted.
+        """
+
+    def media_folder(self, path: str) -> Path:
+        """The folder that media paths are relative to: that of the file, or the folder itself."""
+        return Path(path).parent if Path(path).is_file() else Path(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """An item with the model's answer."""
+
+    id: str
+    truth: Mapping[str, Any]
+    prediction: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a rule makes of an answer: the answer it read out of the text, and the statistics of each metric, whose sums
+    over items give the metric. A metric that an item says nothing about is left out."""
+
+    answer: str | None
+    statistics: dict[str, tuple[float, ...]]
+
+
+def ratio(sums: np.ndarray) -> float:
+    """sums[0] / sums[1]; NaN where there is nothing to divide by."""
+    return float(sums[0] / sums[1]) if sums[1] else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """`combine` turns sums of statistics, float64 [S], into the score."""
+
+    name: str
+    higher_is_better: bool
+    percent: bool = True
+    combine: Callable[[np.ndarray], float] = ratio
+
+
+class Rule(ABC):
+    """Scores answers as a benchmark does."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics in the order they are shown; the first is the benchmark's own."""
+
+    def score(self, answered: Sequence[Answered]) -> list[Scored]:
+        """Score all answers, in their order."""
+        return [self.score_one(item) for item in answered]
+
+    def score_one(self, item: Answered) -> Scored:
+        """Score one answer (rules that need the others override `score`)."""
+        raise NotImplementedError(f"{type(self).__name__} scores answers together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A benchmark ready to be run.
+
+    Args:
+        name: of the files in ``eval/tasks`` and in the table.
+        path: file, folder or Hub name that `benchmark` reads.
+        benchmark: reads rows.
+        prompt: what is asked; fields such as ``{question}`` and ``{options}`` are those that the benchmark fills in.
+        rule: scores answers.
+        metric, higher_is_better: the number that the benchmark is known by, and its direction; checked against `rule`.
+        decoding: how answers are generated.
+        scoring: ``generate``, or ``likelihood``: the answer is the option that the model finds most probable.
+
+    Raises:
+        ValueError: metric, direction or scoring do not fit.
+    """
+
+    name: str
+    path: str | None
+    benchmark: Benchmark
+    prompt: str
+    rule: Rule
+    metric: str
+    higher_is_better: bool
+    decoding: Decoding = field(default_factory=Decoding)
+    scoring: Literal["generate", "likelihood"] = "generate"
+
+    def __post_init__(self) -> None:
+        known = {metric.name: metric.higher_is_better for metric in self.rule.metrics}
+        if self.metric not in known:
+            raise ValueError(f"task {self.name}: metric {self.metric!r} is not one of the rule's: {', '.join(known)}")
+        if known[self.metric] != self.higher_is_better:
+            raise ValueError(f"task {self.name}: higher_is_better of {self.metric} is {known[self.metric]}")
+        if self.scoring not in ("generate", "likelihood"):
+            raise ValueError(f"task {self.name}: scoring is {self.scoring!r}; it is 'generate' or 'likelihood'")
+
+
+def score_interval(
+    metric: Metric,
+    statistics: Sequence[Sequence[float]],
+    groups: Sequence[str],
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """A metric over items with its percentile bootstrap interval, whole groups redrawn. For a plain mean this is
+    `metrics.bootstrap_interval`; it also covers scores of a corpus (WER, BLEU), whose parts are summed first.
+
+    Args:
+        statistics: float [n, S], one row per item.  groups: one name per item.
+
+    Raises:
+        ValueError: no items, or not one group per item.
+    """
+    data = np.asarray(statistics, dtype=np.float64)
+    if data.ndim != 2 or len(data) != len(groups):
+        raise ValueError(f"{metric.name}: statistics of shape {data.shape} for {len(groups)} groups")
+    names, member = np.unique(np.asarray(list(groups), dtype=str), return_inverse=True)
+    sums = np.stack([np.bincount(member, weights=column, minlength=len(names)) for column in data.T], axis=1)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples) @ sums  # [resamples, S]
+    scores = np.array([metric.combine(row) for row in drawn])
+    low, high = np.nanquantile(scores, [(1 - level) / 2, (1 + level) / 2]) if np.isfinite(scores).any() else (0.0, 0.0)
+    return Interval(
+        mean=metric.combine(data.sum(0)), low=float(low), high=float(high), n=len(data), groups=len(names), level=level
+    )
+
+
+# --- building items --------------------------------------------------------------------------------------------------
+
+
+def get(row: Mapping[str, Any], *names: str, default: Any = ...) -> Any:
+    """The first of `names` that the row has a value for; a name may be a path such as ``answer.text``.
+
+    Raises:
+        BadSample: ``row_invalid`` if there is none and no `default`.
+    """
+    for name in names:
+        value: Any = row
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    if default is ...:
+        raise BadSample("row_invalid", f"the row has no {' or '.join(names)}; it has {', '.join(map(str, row))}")
+    return default
+
+
+def medium(type: Literal["image", "audio", "video"], value: Any, *, with_audio: bool = False) -> Segment:
+    """A segment of a file's bytes, its path (relative to the media folder), or the struct of both that the Hub uses.
+
+    Raises:
+        BadSample: ``media_missing``.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes) and value:
+        return Segment(type=type, media=value, with_audio=with_audio)
+    if isinstance(value, str) and value:
+        return Segment(type=type, path=value, with_audio=with_audio)
+    raise BadSample("media_missing", f"the {type} is {value!r}; it must be bytes or a path")
+
+
+def text(value: str) -> Segment:
+    return Segment(type="text", text=value)
+
+
+def fill(prompt: str, **fields: str) -> str:
+    """`prompt` with its ``{fields}``.
+
+    Raises:
+        ValueError: it names a field that the benchmark does not fill in.
+    """
+    try:
+        return prompt.format(**fields)
+    except (KeyError, IndexError) as error:
+        known = ", ".join("{" + name + "}" for name in fields) or "none"
+        raise ValueError(f"prompt {prompt!r} names the field {error}; this benchmark fills in: {known}") from error
+
+
+def question(
+    id: str,
+    segments: Sequence[Segment],
+    reference: str,
+    *,
+    source: str,
+    languages: tuple[str, ...] = (),
+    meta: dict[str, str] | None = None,
+) -> Sample:
+    """A sample of one user turn and its reference."""
+    return Sample(
+        id=id,
+        source=source,
+        task=source,
+        split="heldout_concept",
+        languages=languages,
+        messages=(
+            Message(role="user", segments=tuple(segments)),
+            Message(role="assistant", segments=(text(reference),)),
+        ),
+        meta=meta or {},
+    )
+
+
+def lettered(options: Sequence[str], form: str = "{letter}. {option}") -> str:
+    """Options below each other, with their letters.
+
+    Raises:
+        BadSample: ``row_invalid`` for none, or more than there are letters.
+    """
+    if not 1 <= len(options) <= len(LETTERS):
+        raise BadSample("row_invalid", f"{len(options)} options for {len(LETTERS)} letters")
+    return "\n".join(
+        form.format(letter=letter, option=option) for letter, option in zip(LETTERS, options, strict=False)
+    )
+
+
+def listed(value: Any, what: str) -> list[str]:
+    """A list that may come as its JSON or Python spelling.
+
+    Raises:
+        BadSample: ``row_invalid``.
+    """
+    if isinstance(value, str):
+        import ast
+
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(value)
+                break
+            except (ValueError, SyntaxError):
+                continue
+    if not isinstance(value, list | tuple):
+        raise BadSample("row_invalid", f"{what} is {value!r}, not a list")
+    return [str(entry) for entry in value]
