@@ -14,6 +14,7 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+import omnitrain.cli.mix  # noqa: F401  (a resolver)
 from omnitrain.cli.locations import CONF, PACK, PACK_SPEECH, RECIPES
 from omnitrain.cli.targets import EXTRA_VARIABLE, ForbiddenTarget, MissingTarget, check_origins, check_targets
 
 OmegaConf.register_new_resolver("omnitrain.pack", lambda: str(PACK), replace=True)
 OmegaConf.register_new_resolver("omnitrain.pack_speech", lambda: str(PACK_SPEECH), replace=True)
+# conf/hydra/launcher/submitit_slurm.yaml has the plugin's own name on purpose: its usual spelling gets our defaults.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
 
 SAVED_RUN = "saved_run"
 """Name under which the configuration of an existing run folder is composed (`omnitrain test RUN_DIR`)."""

@@ -58,9 +58,11 @@ def build(cfg: DictConfig, stage: str) -> Experiment:
             init_weights(model, cfg.seed)
     if isinstance(model, OmniModel) and model.talker is not None:
         datamodule.speech = give_voice(model, cfg.codec)
-    module: TrainingModule = instantiate(cfg.module, _convert_="all", _partial_=True)(
-        model, instantiate(cfg.optim, _convert_="all")
-    )
+    optim = instantiate(cfg.optim, _convert_="all")
+    try:
+        module: TrainingModule = instantiate(cfg.module, _convert_="all", _partial_=True)(model, optim)
+    except ValueError as error:  # parts, weights to start from
+        raise ConfigError(str(error)) from error
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
         callbacks=[instantiate(callback, _convert_="all") for callback in cfg.callbacks.values() if callback],
         logger=[instantiate(logger, _convert_="all") for logger in cfg.logger.values() if logger],

@@ -7,11 +7,13 @@
         command: [data, encode, "${paths.run_dir}/codec", data/speech, --out, "${paths.run_dir}/codes"]
 
 A stage that has ended well is noted in ``stages.json`` of the run folder and not run again; so the same line continues
-an interrupted run, and a stage that can continue (`ckpt_path=last`, `data encode`) goes on where it was.
+an interrupted run, and a stage that can continue (`ckpt_path=last`, `data encode`) goes on where it was. At the end,
+``report.html`` of the run folder covers all stages.
 """
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import hashlib
 import json
@@ -22,16 +24,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from omnitrain.__main__ import HYDRA_VERBS, VERBS
 from omnitrain.cli.config import ConfigError, check_stage
 
 RECORD = "stages.json"
+ALL = "all"
+"""What `stage_overrides` has for every stage that is a ``fit``."""
 _INSIDE = "OMNITRAIN_STAGE"
 """Environment variable with the name of the stage that this process is."""
 
@@ -67,7 +73,7 @@ def read_stages(stages: Any, overrides: Any) -> list[Stage]:
 
     Args:
         stages: list of ``{name, command}``.
-        overrides: stage -> list of further words.
+        overrides: stage -> list of further words, or None to leave it out; `ALL` -> words for every ``fit`` among them.
 
     Raises:
         ConfigError: one that cannot be run; the message names it and what to write.
@@ -80,24 +86,38 @@ def read_stages(stages: Any, overrides: Any) -> list[Stage]:
         if not isinstance(given, dict) or set(given) != {"name", "command"}:
             raise ConfigError(f"stages[{number}]: write {{name: NAME, command: [VERB, ARGUMENT, ...]}}, not {given}")
         name, command = str(given["name"]), given["command"]
+        if name == ALL:
+            raise ConfigError(
+                f"stages[{number}]: no stage can be called {ALL}, which stage_overrides takes for every one"
+            )
         if name in found:
             raise ConfigError(f"stages[{number}]: two stages are called {name}")
         if not isinstance(command, list) or not command or not all(isinstance(w, str | int | float) for w in command):
             raise ConfigError(f"stages[{number}].command ({name}): write a list of words, such as [fit, +recipe=codec]")
-        extra = overrides.get(name) or []
-        if not isinstance(extra, list):
-            raise ConfigError(f"stage_overrides.{name}={extra}: write a list, such as [trainer.max_steps=50]")
+        extra = _words(overrides, name)
+        if command[0] == "fit":
+            extra = [*_words(overrides, ALL), *extra]
         stage = found[name] = Stage(name, tuple(str(word) for word in (*command, *extra)))
         if stage.command[0] not in VERBS:
             near = difflib.get_close_matches(stage.command[0], VERBS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"verbs are: {', '.join(VERBS)}"
             raise ConfigError(f"stages[{number}].command ({name}): there is no verb '{stage.command[0]}'; {hint}")
     for name in overrides:
-        if name not in found:
+        if name not in found and name != ALL:
             near = difflib.get_close_matches(name, found, n=1)
             hint = f"did you mean stage_overrides.{near[0]}?" if near else f"there are {', '.join(found)}"
             raise ConfigError(f"stage_overrides.{name}: there is no such stage; {hint}")
-    return list(found.values())
+    kept = [stage for name, stage in found.items() if overrides.get(name, ...) is not None]
+    if not kept:
+        raise ConfigError("stage_overrides: every stage is left out (null)")
+    return kept
+
+
+def _words(overrides: Mapping[str, Any], name: str) -> list[Any]:
+    words = overrides.get(name) or []
+    if not isinstance(words, list):
+        raise ConfigError(f"stage_overrides.{name}={words}: write a list, such as [trainer.max_steps=50], or null")
+    return words
 
 
 def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
@@ -112,7 +132,7 @@ def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ConfigError("stages: every process would run them; start one, and give each stage trainer=ddp")
     record = run_dir / RECORD
-    done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    done = _read_record(record)
     for stage in stages:
         if stage.name in done and done[stage.name]["hash"] != stage.hash:
             raise ConfigError(
@@ -151,11 +171,60 @@ def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> 
             _write_record(run_dir / RECORD, done)
             print(f"{header}: {seconds:g} s", flush=True)
     _print_folders(stages)
+    print(f"report over all stages: {write_report(stages, run_dir)[0]}")
     return 0
+
+
+def write_report(stages: Sequence[Stage], run_dir: Path, out: Path | None = None) -> tuple[Path, list[str]]:
+    """One page over all stages, of what there is so far. Returns its path, and what is missing in it."""
+    from omnitrain.evaluation.stages_report import StageRecord, write_stages_report
+
+    done = _read_record(run_dir / RECORD)
+    return write_stages_report(
+        run_dir,
+        [
+            StageRecord(name=stage.name, command=stage.line, folder=stage.folder, finished=stage.name in done)
+            for stage in stages
+        ],
+        out,
+    )
+
+
+def stages_of(run_dir: Path) -> list[Stage] | None:
+    """The stages of a run folder, from its ``config.yaml``; None if it is not a run of stages.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+    if not isinstance(saved, dict) or saved.get("stages") is None:
+        return None
+    return read_stages(saved["stages"], saved.get("stage_overrides"))
 
 
 def _continue(run_dir: Path) -> str:
     return f"python -m omnitrain fit {shlex.quote(str(run_dir))}"
+
+
+def _ends_with_its_parent() -> Callable[[], None] | None:
+    """What a stage's process calls first: after a kill -9 of ours nobody would forward signals to it, and the next call
+    of the same line would train in its folder beside it. (Only Linux can promise this.)"""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def follow() -> None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended in between
+            os._exit(1)
+
+    return follow
 
 
 class _Child:
@@ -173,6 +242,7 @@ class _Child:
             [sys.executable, "-m", "omnitrain", *stage.command],
             env={**os.environ, _INSIDE: stage.name},
             process_group=0,
+            preexec_fn=_ends_with_its_parent(),
         )
         if self.signal:  # it came in between
             self.process.send_signal(self.signal)
@@ -199,6 +269,10 @@ def _forwarded() -> Generator[_Child]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _write_record(path: Path, done: Mapping[str, Any]) -> None:

@@ -27,6 +27,13 @@ MODALITY_COLOURS = {
     "audio_video": "#d1607f",
 }
 _OTHER = "#8a8f98"
+ARM_COLOURS = {
+    "text": "#5b83d6",
+    "vision": "#d98a3d",
+    "audio": "#36a185",
+    "omni_early": "#d1607f",
+    "omni_late": "#a86cc4",
+}
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -160,6 +167,43 @@ def learning_curves(curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarr
 
 
 @_styled
+def stage_curves(
+    curves: Mapping[str, Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]],
+    borders: Sequence[tuple[str, float]],
+) -> str:
+    """Loss over all tokens of a run of stages, end to end: one panel per modality, a line where a stage begins.
+
+    Args:
+        curves: modality -> for each stage {"train": (tokens [n], losses [n]), "validation": ...}, either may be absent.
+        borders: name of each stage, and tokens (of the whole run) at its start.
+    """
+    figure, panels = _axes(9.2, 1.8 * len(curves) + 0.3, len(curves), 1)
+    end = max(float(line[0][-1]) for parts in curves.values() for part in parts for line in part.values())
+    for number, (axes, (modality, parts)) in enumerate(zip(panels, curves.items(), strict=True)):
+        c = colour(modality)
+        for part in parts:
+            if "train" in part:
+                tokens, losses = part["train"]
+                axes.plot(tokens, losses, color=c, linewidth=0.7, alpha=0.3)
+                axes.plot(tokens, _smooth(losses, len(losses) // 10), color=c, linewidth=1.7)
+            if "validation" in part:
+                axes.plot(*part["validation"], "o-", color=_INK, markersize=3.5, linewidth=1.1)
+        for name, start in borders:
+            axes.axvline(start, color=_INK, linewidth=0.7, linestyle=(0, (2, 3)))
+            if number == 0:
+                axes.annotate(
+                    name, (start, 1.0), xycoords=("data", "axes fraction"), xytext=(2, 3), textcoords="offset points",
+                    fontsize=7.5, rotation=20,
+                )  # fmt: skip
+        axes.set_ylabel(title(modality), color=c, fontweight="bold")
+        axes.set_xlim(0, 1.01 * end)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.tick_params(labelbottom=number == len(curves) - 1)
+    panels[-1].set_xlabel("tokens trained on, all stages")
+    return _svg(figure, "learning curves over all stages")
+
+
+@_styled
 def expert_load(load: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Heat map of how often each expert of each layer was used, by modality; 1 is an even share."""
     first = np.asarray(next(iter(load.values())))
@@ -203,3 +247,119 @@ def lines(series: Mapping[str, tuple[np.ndarray, np.ndarray]], ylabel: str, *, s
     if len(series) > 1:
         axes.legend(fontsize=8.5, handlelength=1.2)
     return _svg(figure, f"{ylabel} over steps")
+
+
+@_styled
+def forest(panels: Sequence[Mapping[str, Any]]) -> str:
+    """Differences with their intervals against a margin, one panel per row of a table.
+
+    Args:
+        panels: each ``title``, ``unit``, ``margin``, and ``lines``: label, arm, value, low, high (None: no interval).
+    """
+    rows = max(len(panel["lines"]) for panel in panels)
+    figure, axes_of = _axes(3.2 * len(panels) + 0.4, 1.25 + 0.34 * rows, 1, len(panels))
+    for axes, panel in zip(axes_of, panels, strict=True):
+        lines, margin = panel["lines"], panel["margin"]
+        ends = [abs(v) for line in lines for v in (line["low"], line["high"], line["value"]) if v is not None]
+        reach = 1.15 * max([1.4 * margin, *ends])
+        axes.axvspan(margin, reach, color=_OTHER, alpha=0.16, linewidth=0)
+        axes.axvline(margin, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(0, color=_INK, linewidth=1)
+        for y, line in enumerate(lines):
+            c = ARM_COLOURS.get(line["arm"], _OTHER)
+            if line["low"] is not None:
+                axes.plot([line["low"], line["high"]], [y, y], color=c, linewidth=3)
+            inside = c if line["low"] is not None else "none"
+            axes.plot(line["value"], y, "o", color=c, markerfacecolor=inside, markersize=7)
+        axes.set_yticks(range(len(lines)))
+        axes.set_yticklabels([line["label"] for line in lines])
+        axes.set_ylim(rows - 0.4, -0.6)
+        axes.set_xlim(-reach, reach)
+        axes.locator_params(axis="x", nbins=4)
+        axes.grid(axis="y", visible=False)
+        axes.set_title(panel["title"], fontweight="bold")
+        axes.set_xlabel(f"{panel['unit']}; dashed: margin")
+    return _svg(figure, "differences to the unimodal arm")
+
+
+@_styled
+def arm_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]],
+    xlabel: str,
+    ylabel: str,
+    colours: Mapping[str, str] = ARM_COLOURS,
+) -> str:
+    """Mean curve of each arm over its seeds, with a band from the lowest to the highest seed.
+
+    Args:
+        panels: title -> arm -> for each seed (x [n], losses [n]), x rising; lengths may differ.
+        colours: by arm.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes_of = _axes(3.0 * columns + 0.6, 2.5 * rows, rows, columns)
+    named: dict[str, Any] = {}
+    for axes, (name, arms) in zip(axes_of, panels.items(), strict=False):
+        for arm, curves in arms.items():
+            # Only where every seed has a value.
+            grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
+            values = np.stack([np.interp(grid, x, y) for x, y in curves])
+            c = colours.get(arm, _OTHER)
+            axes.fill_between(grid, values.min(axis=0), values.max(axis=0), color=c, alpha=0.18, linewidth=0)
+            named[title(arm) if colours is ARM_COLOURS else arm] = axes.plot(
+                grid, values.mean(axis=0), color=c, linewidth=1.7
+            )[0]
+        axes.set_title(name, fontweight="bold")
+        axes.set_xlabel(xlabel)
+    for axes in axes_of[len(panels) :]:
+        axes.set_axis_off()
+    axes_of[0].set_ylabel(ylabel)
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, fontsize=9, handlelength=1.4)
+    return _svg(figure, f"learning curves by arm over {xlabel}")
+
+
+@_styled
+def cell_maps(
+    maps: Mapping[str, np.ndarray],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    form: str,
+    marks: Mapping[str, np.ndarray],
+    lower_is_better: bool,
+    reach: float,
+) -> str:
+    """Heat maps of kind of input x language of the answer: the first of values, the others of differences.
+
+    Args:
+        maps: title -> float [rows, columns]; NaN: no such cell.
+        marks: title -> bool [rows, columns] for differences: cells in bold, with a star.
+        lower_is_better: colours improvements blue.
+        reach: the difference at which colours end, unless there are larger ones: small ones shall look small.
+    """
+    figure, axes_of = _axes(7.8, (0.36 + 0.25 * len(rows)) * len(maps) + 0.2, len(maps), 1)
+    differences = [values for name, values in maps.items() if name in marks]
+    reach = max([reach, *(float(np.nanmax(np.abs(d))) for d in differences if np.isfinite(d).any())])
+    for axes, (name, values) in zip(axes_of, maps.items(), strict=True):
+        # Values run from light to dark; the middle of the colours of differences is zero.
+        colours = ("RdBu_r" if lower_is_better else "RdBu") if name in marks else "YlGnBu"
+        norm = TwoSlopeNorm(0.0, -reach, reach) if name in marks else None
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, norm=norm)
+        axes.grid(visible=False)
+        for r, c in np.argwhere(np.isfinite(values)):
+            red, green, blue, _ = image.cmap(image.norm(values[r, c]))
+            light = 0.3 * red + 0.59 * green + 0.11 * blue > 0.55
+            bold = name in marks and bool(marks[name][r, c])
+            shown = f"{values[r, c]:{'+' if name in marks else ''}{form}}{'*' if bold else ''}".replace("-", "−")
+            axes.text(
+                c, r, shown, ha="center", va="center", fontsize=8.5, color="#14171a" if light else "#ffffff",
+                fontweight="bold" if bold else "normal",
+            )  # fmt: skip
+        axes.set_title(name, fontweight="bold")
+        axes.set_yticks(range(len(rows)))
+        axes.set_yticklabels([title(r) for r in rows])
+        axes.set_xticks(range(len(columns)))
+        axes.set_xticklabels(columns if axes is axes_of[-1] else [])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return _svg(figure, "cells of input and language")

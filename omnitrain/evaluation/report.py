@@ -25,6 +25,7 @@ from omnitrain.data.media import MediaLimits, decode_video, encode_image
 from omnitrain.data.sample import BadSample, Segment
 from omnitrain.evaluation import figures
 from omnitrain.evaluation.heldout import MODALITIES
+from omnitrain.evaluation.mix import mixture
 
 SAMPLES_PER_MODALITY = 8
 
@@ -67,8 +68,11 @@ class Run:
         return float(self.metrics[column][1][-1]) if column in self.metrics else None
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path, *, samples: bool = True) -> Run:
     """Read a run folder.
+
+    Args:
+        samples: False leaves out predictions and speech, which are large.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -106,12 +110,12 @@ def read_run(folder: str | Path) -> Run:
     if (run.config.get("evaluation") or {}).get("judge", "heldout") == "heldout":
         if path := there("eval/scores.json", "held-out scores, media swap, expert load", test):
             run.scores = _json(path)
-        if path := there("eval/predictions.parquet", "samples and predictions", test):
+        if samples and (path := there("eval/predictions.parquet", "samples and predictions", test)):
             run.predictions = pq.read_table(path).to_pylist()
     else:
         if path := there("eval/speech.json", "scores of the speech", test):
             run.speech = _json(path)
-        if path := there("eval/speech.parquet", "speech to listen to", test):
+        if samples and (path := there("eval/speech.parquet", "speech to listen to", test)):
             run.spoken = pq.read_table(path).to_pylist()
     # These exist only when there is something to tell.
     run.bad_samples = [row for path in sorted(run.folder.glob("bad_samples*.jsonl")) for row in _json_lines(path)]
@@ -310,40 +314,6 @@ def _shares(counts: Mapping[str, float]) -> list[tuple[str, float, float]]:
     return sorted(((str(k), v, v / total) for k, v in counts.items()), key=lambda item: -item[1])
 
 
-def _mixture(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Planned and drawn shares per source; samples and tokens seen per modality and language of the answer."""
-    seen = data.get("seen", {})
-    stages = data.get("planned", [])
-    drawn = {name: share for name, _, share in _shares(data.get("drawn", {}))}
-    names = list(dict.fromkeys([*(name for stage in stages for name in stage.get("shares", {})), *drawn]))
-    by_source = seen.get("source", {})
-    languages: dict[str, float] = {}
-    for key, tokens in seen.get("languages", {}).get("tokens", {}).items():
-        written = key.rpartition(">")[2]
-        languages[written] = languages.get(written, 0) + tokens
-    modality = seen.get("modality", {})
-    tokens_of = {name: (n, share) for name, n, share in _shares(modality.get("tokens", {}))}
-    return {
-        "stages": stages,
-        "sources": [
-            {
-                "name": name,
-                "planned": [stage.get("shares", {}).get(name, 0) for stage in stages],
-                "drawn": drawn.get(name, 0),
-                "drawn_count": data.get("drawn", {}).get(name, 0),
-                "samples": by_source.get("samples", {}).get(name, 0),
-                "tokens": by_source.get("tokens", {}).get(name, 0),
-            }
-            for name in names
-        ],
-        "modalities": [(m, modality["samples"].get(m, 0), *tokens_of[m]) for m in _by_modality(tokens_of)],
-        "languages": _shares(languages)[:24],
-        "skipped": _shares(data.get("skipped", {})),
-        "packing_efficiency": data.get("packing_efficiency"),
-        "tokens": data.get("tokens"),
-    }
-
-
 def _speed(run: Run) -> list[tuple[str, str]]:
     """Figures of the throughput file: medians over the rows after the first."""
     forms = {
@@ -400,8 +370,8 @@ def _formatted(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def render(run: Run) -> str:
-    """The page."""
+def templates() -> jinja2.Environment:
+    """Where the pages' templates are found, with the filters that they use."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("omnitrain.evaluation", "."),
         autoescape=True,
@@ -419,7 +389,13 @@ def render(run: Run) -> str:
         "percent1": partial(_formatted, form=".1%"),
         "count": lambda value: _formatted(value, ",.0f"),
         "signed": partial(_formatted, form="+.3f"),
+        "signed1": partial(_formatted, form="+.1f"),
     }
+    return environment
+
+
+def render(run: Run) -> str:
+    """The page."""
     curves = _curves(run)
     swap, loads = run.scores.get("media_swap", []), run.scores.get("expert_load", {})
     experts = _named(run.metrics, {"experts/entropy": "mean of layers", "experts/entropy_min": "worst layer"})
@@ -431,34 +407,38 @@ def render(run: Run) -> str:
     def figure(draw: Any, *args: Any, **kwargs: Any) -> Markup | None:
         return Markup(draw(*args, **kwargs)) if args[0] else None  # SVG of our own making
 
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        speaks=(run.config.get("evaluation") or {}).get("judge", "heldout") != "heldout",
-        name=run.config.get("name") or run.folder.resolve().name,
-        folder=run.folder.resolve().name,
-        facts=_facts(run),
-        headline=_headline(run),
-        scores=run.scores.get("scores", []),
-        languages=run.scores.get("languages", []),
-        swap=swap,
-        swap_figure=figure(figures.swap_intervals, [r for r in swap if r["gain"]]),
-        curves_figure=figure(figures.learning_curves, curves),
-        expert_figure=figure(figures.expert_load, {m: loads[m] for m in _by_modality(loads)}),
-        entropy_figure=figure(figures.lines, experts, "expert load entropy (1: even)", share=True),
-        speed_figure=figure(figures.lines, tokens, "tokens per second"),
-        waiting_figure=figure(figures.lines, waiting, "share of time and of peak", share=True),
-        norm_figure=figure(figures.lines, norms, "gradient norm"),
-        rate_figure=figure(figures.lines, rates, "learning rate"),
-        samples=_samples(run),
-        speech=_speech(run.speech) if run.speech else None,
-        players=_players(run.spoken),
-        codec_figure=figure(figures.lines, _named(run.metrics, CODEC_TERMS), "terms of the loss"),
-        codec_validation_figure=figure(figures.lines, _named(run.metrics, CODEC_VALIDATION), "validation"),
-        use_figure=figure(figures.lines, _codebooks(run, "perplexity"), "perplexity of the codebooks"),
-        mixture=_mixture(run.data) if run.data else None,
-        speed=_speed(run),
-        evaluation_skipped=_shares(run.scores.get("skipped", {})),
-        environment_rows=_flat(run.environment),
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            speaks=(run.config.get("evaluation") or {}).get("judge", "heldout") != "heldout",
+            name=run.config.get("name") or run.folder.resolve().name,
+            folder=run.folder.resolve().name,
+            facts=_facts(run),
+            headline=_headline(run),
+            scores=run.scores.get("scores", []),
+            languages=run.scores.get("languages", []),
+            swap=swap,
+            swap_figure=figure(figures.swap_intervals, [r for r in swap if r["gain"]]),
+            curves_figure=figure(figures.learning_curves, curves),
+            expert_figure=figure(figures.expert_load, {m: loads[m] for m in _by_modality(loads)}),
+            entropy_figure=figure(figures.lines, experts, "expert load entropy (1: even)", share=True),
+            speed_figure=figure(figures.lines, tokens, "tokens per second"),
+            waiting_figure=figure(figures.lines, waiting, "share of time and of peak", share=True),
+            norm_figure=figure(figures.lines, norms, "gradient norm"),
+            rate_figure=figure(figures.lines, rates, "learning rate"),
+            samples=_samples(run),
+            speech=_speech(run.speech) if run.speech else None,
+            players=_players(run.spoken),
+            codec_figure=figure(figures.lines, _named(run.metrics, CODEC_TERMS), "terms of the loss"),
+            codec_validation_figure=figure(figures.lines, _named(run.metrics, CODEC_VALIDATION), "validation"),
+            use_figure=figure(figures.lines, _codebooks(run, "perplexity"), "perplexity of the codebooks"),
+            mixture=mixture(run.data, run.config.get("mix"), MODALITIES) if run.data else None,
+            speed=_speed(run),
+            evaluation_skipped=_shares(run.scores.get("skipped", {})),
+            environment_rows=_flat(run.environment),
+        )
     )
 
 

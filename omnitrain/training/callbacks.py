@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.optim import Optimizer
 
 from omnitrain.data.batch import PackedBatch
+from omnitrain.data.composition import composition
 from omnitrain.training.flops import peak_flops
 from omnitrain.training.logging import ExactCsvLogger
 from omnitrain.training.losses import gather_objects, sum_over_ranks
@@ -50,10 +51,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class AtomicCheckpoint(Checkpoint):
-    """`last.ckpt`: the whole training state, every N steps, before each validation, at the end and on SIGTERM.
+    """`last.ckpt`: the whole training state, every N steps, before each validation, at the end, on SIGTERM and SIGUSR2.
 
     The file is written beside its place, forced to disk and renamed, so a kill at any moment leaves a whole checkpoint.
-    On SIGTERM the current optimizer step is finished, the state is saved and the process exits with status 143.
+    On SIGTERM the current optimizer step is finished, the state is saved and the process exits with status 143. SIGUSR2
+    is how Slurm tells a job that its time runs out: the same. In a job of submitit, SIGUSR2 queues it again
+    once the state is saved, and SIGTERM only saves.
     A run that resumes from here continues bit for bit, `metrics.csv` included.
 
     Args:
@@ -61,6 +64,8 @@ class AtomicCheckpoint(Checkpoint):
         every_n_steps: optimizer steps between checkpoints.
         keep_every_n_steps: also keep `step=N.ckpt` at multiples of this; None keeps only the last.
     """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
     def __init__(
         self, dirpath: str | os.PathLike[str], every_n_steps: int = 100, keep_every_n_steps: int | None = None
@@ -73,8 +78,8 @@ class AtomicCheckpoint(Checkpoint):
         self.last_step: int | None = None
         self._saved: dict[str, Any] | None = None
         self._validation_due = False
-        self._terminated = False
-        self._handler: Any = None
+        self._received: set[int] = set()
+        self._handlers: dict[int, Any] = {}  # what was there before ours
 
     @property
     def path(self) -> Path:
@@ -97,8 +102,8 @@ class AtomicCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, ExactCsvLogger):
                 logger.begin(None if saved is None else saved["csv"])
-        self._terminated = False
-        self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._received.clear()
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
         if saved is not None and saved["validation_due"]:
             # Lightning takes the validation that follows this checkpoint as done; it was not.
             validation = trainer.fit_loop.epoch_loop.val_loop
@@ -107,12 +112,27 @@ class AtomicCheckpoint(Checkpoint):
             validation.run()
             trainer.training = True
 
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
-        self._terminated = True
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self._received.add(signum)
 
-    def _any_rank_terminated(self, trainer: L.Trainer) -> bool:
-        flag = torch.tensor([float(self._terminated)], device=trainer.strategy.root_device)
-        return bool(sum_over_ranks(flag) > 0)
+    def _signals_of_any_rank(self, trainer: L.Trainer) -> list[int]:
+        flags = [float(number in self._received) for number in self._SIGNALS]
+        counts = sum_over_ranks(torch.tensor(flags, device=trainer.strategy.root_device)).tolist()
+        return [number for number, count in zip(self._SIGNALS, counts, strict=True) if count > 0]
+
+    def _leave(self, trainer: L.Trainer, received: list[int]) -> None:
+        """End the process, whose state is saved. Only a job of submitit that gets SIGTERM goes on until it is killed:
+        where Slurm preempts with a time of grace, a job that ends within it is not queued again."""
+        launcher = self._handlers[signal.SIGUSR2]
+        if not callable(launcher):
+            raise SIGTERMException(143)
+        self._received.clear()
+        if signal.SIGUSR2 in received:
+            try:
+                launcher(signal.SIGUSR2, None)  # queues the job again from rank 0, and exits there
+            finally:
+                trainer.strategy.barrier()  # before another rank's exit can end the job
+            raise SIGTERMException(143)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,7 +140,7 @@ class AtomicCheckpoint(Checkpoint):
         if not _step_ended(trainer):
             return
         step = trainer.global_step
-        terminated = self._any_rank_terminated(trainer)
+        terminated = self._signals_of_any_rank(trainer)
         final = step == trainer.max_steps
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
@@ -130,7 +150,7 @@ class AtomicCheckpoint(Checkpoint):
         if terminated or final or self._validation_due or step % self.every_n_steps == 0:
             self.save(trainer)
         if terminated:
-            raise SIGTERMException(143)
+            self._leave(trainer, terminated)
 
     def on_validation_batch_end(
         self,
@@ -141,8 +161,10 @@ class AtomicCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._any_rank_terminated(trainer):
-            raise SIGTERMException(143)  # the checkpoint before this validation stands
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if terminated := self._signals_of_any_rank(trainer):
+            self._leave(trainer, terminated)  # the checkpoint before this validation stands
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and self._validation_due and trainer.global_step == trainer.max_steps:
@@ -167,9 +189,9 @@ class AtomicCheckpoint(Checkpoint):
         self.last_step = trainer.global_step
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
 
 class TrainingDiverged(RuntimeError):
@@ -365,6 +387,7 @@ class RunRecord(Callback):
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self.run_dir = Path(run_dir)
+        self._composition: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -389,7 +412,15 @@ class RunRecord(Callback):
             seen["packing_efficiency"] /= trainer.world_size
         seen["stage"] = seen.get("stage", 0) // trainer.world_size
         if trainer.is_global_zero:
-            record = {"step": trainer.global_step, "planned": data.planned_mixture(), **seen}
+            if self._composition is None:
+                self._composition = {name: composition(source) for name, source in data.opened("sources").items()}
+            record = {
+                "step": trainer.global_step,
+                "processes": trainer.world_size,
+                "planned": data.planned_mixture(),
+                "composition": self._composition,
+                **seen,
+            }
             text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
             write_atomically(self.run_dir / "data.json", text + "\n")
 

@@ -115,7 +115,7 @@ def test_overrides_reach_their_stage(own, tmp_path, toy, capfd) -> None:
     out = capfd.readouterr().out
     assert shlex.join(["trainer.max_steps=2", "optim.lr=1e-3"]) in out
     assert f"train: {tmp_path}/run/toy\n" in out
-    assert "report.html" not in out
+    assert "train: report:" not in out
     assert OmegaConf.load(tmp_path / "run" / "toy" / "config.yaml").trainer.max_steps == 2
     (tmp_path / "run" / "toy" / "report.html").write_text("")
     assert main([*line, "stage_overrides.train=[trainer.max_steps=2,optim.lr=1e-3]"]) == 0
@@ -171,6 +171,39 @@ def test_a_stage_has_no_stages(own, capfd) -> None:
 def test_what_is_no_list_of_stages(stages, message) -> None:
     with pytest.raises(ConfigError, match=message):
         read_stages(stages, {})
+
+
+def test_overrides_for_all_and_for_none() -> None:
+    given = [
+        {"name": "codec", "command": ["fit", "+recipe=codec"]},
+        {"name": "codes", "command": ["data", "encode"]},
+        {"name": "talker", "command": ["fit", "+recipe=talker_pretrain"]},
+    ]
+    words = read_stage_overrides(["stage_overrides.all=[seed=1]", "stage_overrides.codes=null"])
+    assert words == ["++stage_overrides.all=['seed=1']", "++stage_overrides.codes=null"]
+    stages = read_stages(given, {"all": ["seed=1"], "talker": ["seed=2"], "codes": None})
+    assert [stage.command for stage in stages] == [
+        ("fit", "+recipe=codec", "seed=1"),
+        ("fit", "+recipe=talker_pretrain", "seed=1", "seed=2"),  # its own words come last and count
+    ]
+    assert read_stages(given, {"all": ["seed=1"]})[1].command == ("data", "encode")
+    with pytest.raises(ConfigError, match="every stage is left out"):
+        read_stages(given, dict.fromkeys(["codec", "codes", "talker"]))
+    with pytest.raises(ConfigError, match="no stage can be called all"):
+        read_stages([{"name": "all", "command": ["fit"]}], {})
+
+
+def test_a_report_over_what_there_is(own, tmp_path, capfd) -> None:
+    line = own({"name": "count", "command": QUICK}, {"name": "last", "command": ["data", "verify", "nowhere"]})
+    assert main(line) == 1
+    capfd.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    captured = capfd.readouterr()
+    assert "missing: stage last: not begun" in captured.err
+    assert "stage count" not in captured.err
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "1 of 2 stages" in page
+    assert "No stage has logged a loss" in page
 
 
 def test_folders_are_read_from_commands() -> None:

@@ -13,10 +13,14 @@ from omnitrain.cli.locations import PACK, PACK_SPEECH, RECIPES
 NAMES = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
 SPEECH = {"codec", "talker_pretrain", "talker_continue", "speaker_finetune", "speech_quickstart", "speech"}
 """These build on one another, and run as such below."""
+PRETRAIN = {name for name in NAMES if name.startswith("pretrain")}
+"""So do these, all in tests/cli/test_pretrain.py."""
+SEARCH = {"nondegradation_lr", "nondegradation_lr_arm"}
+"""Sweeps of `nondegradation`, in tests/cli/test_sweeps.py."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NAMES - SPEECH))
+@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH))
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A recipe's prepared data need not be there: the pack has rows of the same tasks and languages.
     for folder in ("stamps", "moving_stamps"):

@@ -1,0 +1,165 @@
+"""Text models in the public Qwen3 format (`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`) as a Thinker to start from.
+
+On text the three axes of TM-RoPE carry the same id, so that it turns queries and keys exactly as the text model's
+rotary embedding does; the decoder layers are the same. So the Thinker computes the text model's logits, number for
+number, and learns to hear and see from there (report section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnitrain.interop.public_format import (
+    CheckpointError,
+    _Checkpoint,
+    _read_json,
+    _require_plain_decoder,
+    _Section,
+    _theta,
+)
+from omnitrain.models.omni import OmniModel
+from omnitrain.models.thinker import ThinkerConfig
+
+DENSE, SPARSE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+_PER_TOKEN = ("embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class TextWeights:
+    """
+    Attributes:
+        weights: the Thinker's parameters by the names that they have in `OmniModel` (``thinker.layers.0...``).
+        missing_rows: token ids from here on have no row in the file; theirs is the mean of the file's rows. None: all
+            have one.
+    """
+
+    weights: dict[str, Tensor]
+    missing_rows: int | None
+
+
+def is_text_model(folder: str | Path) -> bool:
+    """Whether `folder`/config.json names one of the two public text architectures."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and (_read_json(path).get("architectures") or [None])[0] in (DENSE, SPARSE)
+
+
+def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
+    """The weights of a text model for `model`'s Thinker, in its dtypes; the model itself is left as it is.
+
+    Word embeddings and output layer may be tied in the file; the Thinker's start equal and are trained apart. If the
+    file has fewer rows than the model's vocabulary, the rows of further ids (special tokens, padding) are the mean of
+    the file's rows: a token that nobody has seen is then as likely as an average one, not likelier than all others.
+
+    Raises:
+        CheckpointError: another architecture, other sizes than the model's (the message says which to set), more rows
+            than the model's vocabulary, a missing, unknown or wrong tensor.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    values = _read_json(path)
+    architecture = (values.get("architectures") or [None])[0]
+    if architecture not in (DENSE, SPARSE):
+        raise CheckpointError(f"{path}: architectures is {architecture!r}; expected {SPARSE} or {DENSE}")
+    section = _Section(values, path)
+    _check_sizes(section, architecture == SPARSE, model.config.thinker)
+    tied = section.get("tie_word_embeddings", False)
+    weights: dict[str, Tensor] = {}
+    missing: int | None = None
+    with _Checkpoint(folder, "") as checkpoint:
+        for name, parameter in model.thinker.named_parameters():
+            if name in _PER_TOKEN:
+                key = name if name == "lm_head.weight" else f"model.{name}"
+                if tied and key not in checkpoint.file_of:
+                    key = "model.embed_tokens.weight"
+                rows = checkpoint.get(key)
+                weights[f"thinker.{name}"], missing = _fill(rows, parameter, checkpoint.file_of[key], key)
+            else:
+                full = f"thinker.{name}"
+                weights[full] = checkpoint.assemble(full, parameter, model.config, parameter.dtype, "cpu")
+        checkpoint.check_all_read(())
+    return TextWeights(weights, missing)
+
+
+def _fill(rows: Tensor, parameter: Tensor, file: Path, key: str) -> tuple[Tensor, int | None]:
+    """`rows` [n, D] as a tensor like `parameter` [V, D], and n if it is less than V."""
+    vocabulary, width = parameter.shape
+    if rows.shape[1:] != (width,):
+        raise CheckpointError(
+            f"{file}: key {key!r} has shape {list(rows.shape)}, config.json asks for a width of {width}"
+        )
+    if len(rows) > vocabulary:
+        raise CheckpointError(
+            f"{file}: key {key!r} has {len(rows)} rows, the model's vocabulary {vocabulary}; use the tokenizer of this "
+            f"text model (data.tokenizer=FOLDER), and model.vocab_size={len(rows)} if its rows are padded"
+        )
+    filled = torch.empty(parameter.shape, dtype=parameter.dtype)
+    filled[: len(rows)] = rows.to(parameter.dtype)
+    if len(rows) == vocabulary:
+        return filled, None
+    filled[len(rows) :] = rows.double().mean(0).to(parameter.dtype)
+    return filled, len(rows)
+
+
+def _check_sizes(c: _Section, sparse: bool, ours: ThinkerConfig) -> None:
+    """Compare config.json with the Thinker.
+
+    Raises:
+        CheckpointError: they differ; the message has the override that makes the Thinker fit.
+    """
+    _require_plain_decoder(c)
+    for place in ("rope_parameters", "rope_scaling"):
+        if c.get(place, None):
+            rope = c.section(place)
+            rope.require("rope_type" if "rope_type" in rope.values else "type", "default")
+    heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
+    theirs: dict[str, Any] = {
+        "d_model": c["hidden_size"],
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": c["num_key_value_heads"],
+        "head_dim": c.get("head_dim", c["hidden_size"] // heads),
+        "rope_theta": _theta(c),
+        "norm_eps": c["rms_norm_eps"],
+        "attention_bias": c.get("attention_bias", False),
+    }
+    with_experts = _sparse_layers(c, layers) if sparse else ()
+    if len(with_experts) < layers:
+        theirs["ffn"] = c["intermediate_size"]
+    if with_experts:
+        theirs |= {
+            # transformers writes the second name, published files have the first
+            "n_experts": c["num_experts" if "num_experts" in c.values else "num_local_experts"],
+            "top_k": c["num_experts_per_tok"],
+            "expert_width": c["moe_intermediate_size"],
+            "normalise_top_k": c["norm_topk_prob"],
+        }
+    wrong = {name: value for name, value in theirs.items() if getattr(ours, name) != value}
+    if with_experts != tuple(i for i in range(ours.layers) if ours.is_sparse(i)):
+        wrong |= {"sparse_step": 1, "dense_layers": [i for i in range(layers) if i not in with_experts]}
+    if not wrong:
+        return
+    said = ", ".join(f"{name} {value} (model: {_listed(getattr(ours, name))})" for name, value in wrong.items())
+    if "layers" in wrong:
+        wrong["accept_hidden_layer"] = layers // 2
+    if "head_dim" in wrong:  # the public checkpoint's proportions of t, h and w, 24 : 20 : 20
+        half = theirs["head_dim"] // 2
+        side = half * 5 // 16
+        wrong["mrope_sections"] = [half - 2 * side, side, side]
+    override = ",".join(f"{name}:{str(value).replace(' ', '')}" for name, value in wrong.items())
+    raise CheckpointError(
+        f"{c.path}: the text model has other sizes than the Thinker: {said}. Write '+model.thinker={{{override}}}'"
+    )
+
+
+def _sparse_layers(c: _Section, layers: int) -> tuple[int, ...]:
+    dense, step = c.get("mlp_only_layers", ()), c.get("decoder_sparse_step", 1)
+    return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
