@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from omnitrain.cli.config import ConfigError
-from omnitrain.cli.experiment import build, save_config, starting_checkpoint
+from omnitrain.cli.experiment import Experiment, build, save_config, starting_checkpoint
 from omnitrain.cli.stages import finished_stages, read_stages, run_stages
+from omnitrain.cli.study import run_arm
 from omnitrain.cli.test import evaluate_and_report
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Train as `cfg` says, or run its stages. Returns the last validation loss, which sweepers minimise."""
+    """Train as `cfg` says, or run its stages, or the arm of its study. Returns the last validation loss, which sweepers
+    minimise."""
+    if cfg.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
+        cfg.ckpt_path = "last"  # a job that Slurm has queued again goes on where it was
     if cfg.get("stages") is not None:  # a run from before there were stages has no such key
         return _run_stages(cfg)
+    if cfg.get("study") is not None:
+        return run_arm(cfg, train)
+    loss = train(cfg).trainer.callback_metrics.get("validation/loss")
+    return None if loss is None else float(loss)
+
+
+def train(cfg: DictConfig) -> Experiment:
+    """Train one model, then score it and write its report, if the configuration says so.
+
+    Raises:
+        ConfigError: the run folder holds a run already, and `cfg.ckpt_path` does not continue it.
+    """
     checkpoint = starting_checkpoint(cfg)
     experiment = build(cfg, "fit")
     run_dir, trainer = experiment.run_dir, experiment.trainer
@@ -28,10 +45,9 @@ def run(cfg: DictConfig) -> float | None:
         experiment.datamodule.tokenizer.save(run_dir / "tokenizer.json")
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
     trainer.fit(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
-    loss = trainer.callback_metrics.get("validation/loss")
     if cfg.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
         evaluate_and_report(experiment, cfg)
-    return None if loss is None else float(loss)
+    return experiment
 
 
 def _run_stages(cfg: DictConfig) -> None:

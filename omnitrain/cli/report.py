@@ -1,4 +1,4 @@
-"""``omnitrain report``: one HTML file about a run."""
+"""``omnitrain report``: one HTML file about a run, about several side by side, or about a study."""
 
 from __future__ import annotations
 
@@ -8,24 +8,62 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """Write the report of a run. Returns the exit status: 0, or 1 with an explanation on stderr."""
+    """Write a report. Returns the exit status: 0, or 1 with an explanation on stderr."""
     parser = argparse.ArgumentParser(
         prog="omnitrain report",
-        description="Write one self-contained HTML file about a run: scores, learning curves, samples, data, speed.",
+        description="Write one self-contained HTML file about a run (scores, learning curves, samples, data, speed), "
+        "about several runs side by side, or about a non-degradation study.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run (paths.run_dir)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write; default: RUN_DIR/report.html")
+    parser.add_argument("run_dir", type=Path, nargs="*", metavar="RUN_DIR", help="folder of a run (paths.run_dir)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write; default: report.html in RUN_DIR or the study's folder"
+    )
+    parser.add_argument(
+        "--study", type=Path, metavar="DIR", help="folder of a study (paths.study_dir); table.md goes beside the page"
+    )
+    parser.add_argument(
+        "--collect", type=Path, metavar="DIR", help="with --study: its scores as a few small files, the page with them"
+    )
     options = parser.parse_args(argv)
-
-    from omnitrain.evaluation.report import read_run, write_report
+    if (options.study is None) == (not options.run_dir):
+        parser.error("give the folder of a run, those of several, or --study DIR")
+    if options.collect is not None and options.study is None:
+        parser.error("--collect is for a study: add --study DIR")
+    if len(options.run_dir) > 1 and options.out is None:
+        parser.error("several runs side by side need --out FILE")
 
     try:
-        run = read_run(options.run_dir)
-        path = write_report(run, options.out)
+        if options.study is not None:
+            path, missing = _study(options.study, options.out, options.collect)
+        elif len(options.run_dir) > 1:
+            from omnitrain.evaluation.comparison_report import write_comparison
+
+            path, missing = write_comparison(options.run_dir, options.out)
+        else:
+            path, missing = _run(options.run_dir[0], options.out)
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for part in run.missing:
-        print(f"missing: {part.part} ({part.file}): {part.fix}", file=sys.stderr)
+    for line in missing:
+        print(f"missing: {line}", file=sys.stderr)
     print(path)
     return 0
+
+
+def _run(run_dir: Path, out: Path | None) -> tuple[Path, list[str]]:
+    """The page about a run, or about all stages of one; its path and what is missing in it."""
+    from omnitrain.cli import stages
+    from omnitrain.evaluation.report import read_run, write_report
+
+    staged = stages.stages_of(run_dir)
+    if staged is not None:
+        return stages.write_report(staged, run_dir, out)
+    run = read_run(run_dir)
+    return write_report(run, out), [f"{part.part} ({part.file}): {part.fix}" for part in run.missing]
+
+
+def _study(folder: Path, out: Path | None, collect: Path | None) -> tuple[Path, list[str]]:
+    from omnitrain.evaluation.study_report import missing_runs, write_study_report
+
+    path, study = write_study_report(folder, out, collect=collect)
+    return path, missing_runs(study)

@@ -45,12 +45,13 @@ class OmniDataModule(LightningDataModule):
         max_patches: 8192
         stages:                       # optional: change mixture and lengths at a token count of the whole run
           - {until_tokens: 2000000, weights: {captions: 1, speech: 1}, max_tokens: 2048}
-          - {}                        # the weights and budgets above
+          - {}                        # the weights and budgets above; or {samples: {captions: 300}}, exactly
         num_workers: 2
         seed: 0
 
-    The training loader is endless: a trainer needs `max_steps`. Call :meth:`mark_trained` with each batch once it has
-    been trained on; checkpoints then hold the position after it, however far the loader has read ahead.
+    The training loader is endless (unless the last stage counts `samples`): a trainer needs `max_steps`. Call
+    :meth:`mark_trained` with each batch once it has been trained on; checkpoints then hold the position after it,
+    however far the loader has read ahead.
 
     Args:
         sources: what is trained on, see `SourceConfig`.
@@ -274,9 +275,10 @@ class OmniDataModule(LightningDataModule):
             state=state,
         )
 
-    def next_batch(self, stream: PackedStream) -> PackedBatch:
-        batch = next(stream)
-        if stream is self._stream:
+    def next_batch(self, stream: PackedStream) -> PackedBatch | None:
+        """The next batch of `stream`; None after its last."""
+        batch = next(stream, None)
+        if batch is not None and stream is self._stream:
             self._emitted = batch.stream_state
         return batch
 
@@ -309,7 +311,8 @@ class OmniDataModule(LightningDataModule):
 
         Raises:
             ValueError: another number of ranks, or settings that make another stream; the message names them. The
-                number of workers may differ, and so may `until_tokens` of the current stage and all later stages.
+                number of workers may differ, and so may the end of the current stage (`until_tokens`) and all later
+                stages.
         """
         self._loaded = state_dict
         self._take_over_loaded()
@@ -363,7 +366,7 @@ class OmniDataModule(LightningDataModule):
     # --- what was planned and what was seen ----------------------------------------------------------------------
 
     def planned_mixture(self) -> list[dict[str, Any]]:
-        """Per stage: `until_tokens`, and each source's share of the samples that are drawn."""
+        """See `stream.planned_mixture`."""
         return planned_mixture(self.stages, self._weights())
 
     def seen_mixture(self) -> dict[str, Any]:
@@ -395,9 +398,17 @@ class TrainLoader(Iterable[PackedBatch]):
         self._module = module
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        stream = self._module.stream()
-        while True:
-            yield self._module.next_batch(stream)
+        stream, batches = self._module.stream(), 0
+        while (batch := self._module.next_batch(stream)) is not None:
+            batches += 1
+            yield batch
+        trainer = self._module.trainer
+        finished = trainer is not None and 0 <= trainer.max_steps <= trainer.global_step
+        if not batches and not finished:  # Lightning would ask again for ever
+            raise RuntimeError(
+                "the data stages hold no further batch (their `samples` are all drawn), but trainer.max_steps asks for "
+                "more; lower it, or raise `samples`"
+            )
 
 
 def _sources(configs: Sources, argument: str) -> list[SourceConfig]:

@@ -36,11 +36,15 @@ class Stage:
 
     Attributes:
         until_tokens: the stage ends once the run (all ranks) has emitted so many tokens; None: never (last stage only).
+        samples: by source name, instead of `until_tokens` and `weights`: the stage draws exactly so many samples of
+            each, evenly interleaved, hands out its open packs and ends. If it is the last stage, the stream ends too.
+            One process only, since ranks would end after different numbers of batches.
         weights: by source name; sources left out are not drawn. None: the sources' own weights.
         max_tokens, max_mel_frames, max_patches: budgets of a pack. None: the data module's own.
     """
 
     until_tokens: int | None = None
+    samples: Mapping[str, int] | None = None
     weights: Mapping[str, float] | None = None
     max_tokens: int | None = None
     max_mel_frames: int | None = None
@@ -87,13 +91,13 @@ class BadSampleLog:
 
 
 class PackedStream(Iterator[PackedBatch]):
-    """Endless packed batches of one rank; each carries the state after it.
+    """Packed batches of one rank, without end unless the last stage has one; each carries the state after it.
 
     Args:
         mixture: gives the samples.
         weights: by source name, for stages without weights of their own.
         budget: of a pack, for stages without budgets of their own.
-        stages: in order; only the last may lack `until_tokens`, and it must.
+        stages: in order; each but the last has `until_tokens` or `samples`, the last may have `samples`.
         window: packs kept open.
         n_bytes: UTF-8 bytes that token ids stand for (`ChatTokenizer.n_bytes`).
         max_bad_fraction: the run stops when more than this share of the drawn samples is bad. Samples that are too long
@@ -123,6 +127,11 @@ class PackedStream(Iterator[PackedBatch]):
     ) -> None:
         self._mixture = mixture
         self._stages = check_stages(stages, mixture.names)
+        if mixture.world_size > 1 and any(stage.samples is not None for stage in self._stages):
+            raise ValueError(
+                f"data stages with `samples` need one process, not {mixture.world_size}: ranks would end after "
+                "different numbers of batches. Use until_tokens, or trainer.devices=1"
+            )
         self._weights, self._budget, self._window = dict(weights), budget, window
         self._n_bytes, self._max_bad_fraction = n_bytes, max_bad_fraction
         self._num_workers, self._ahead = num_workers, ahead
@@ -148,6 +157,14 @@ class PackedStream(Iterator[PackedBatch]):
                 closed = self._packer.add(self._pending.pop(0))
                 if closed:
                     return self._emit(closed)
+            if self._drawn_out():
+                if closed := self._packer.close_fullest():
+                    return self._emit(closed)
+                if self._stage + 1 == len(self._stages):
+                    self.close()
+                    raise StopIteration
+                self._enter(self._stage + 1)
+                continue
             if self._draws is None:
                 self._draws = self._mixture.draws(
                     self._stage_weights(), self._drawn, self._before, self._num_workers, self._ahead
@@ -225,6 +242,7 @@ class PackedStream(Iterator[PackedBatch]):
             sum(item.sample.frames for item in items),
         )
         until = self._stages[self._stage].until_tokens
+        # (A stage with `samples` is left once all its packs are out, when the next batch is asked for.)
         while until is not None and self._tokens * self._mixture.world_size >= until:
             self._enter(self._stage + 1)
             until = self._stages[self._stage].until_tokens
@@ -233,8 +251,14 @@ class PackedStream(Iterator[PackedBatch]):
     # --- stages --------------------------------------------------------------------------------------------------
 
     def _stage_weights(self) -> list[float]:
-        weights = self._stages[self._stage].weights or self._weights
+        weights = _weights(self._stages[self._stage], self._weights)
         return [weights.get(name, 0) for name in self._mixture.names]
+
+    def _drawn_out(self) -> bool:
+        """Whether all samples that a stage with `samples` asks for are drawn. In weights n_i of sum n, the schedule has
+        given source i within less than one of n_i after n draws, hence exactly n_i."""
+        samples = self._stages[self._stage].samples
+        return samples is not None and sum(self._drawn) >= sum(samples.values())
 
     def _stage_budget(self) -> Budget:
         stage = self._stages[self._stage]
@@ -315,36 +339,55 @@ class PackedStream(Iterator[PackedBatch]):
 
 
 def planned_mixture(stages: Sequence[Stage], weights: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Per stage: `until_tokens`, and each source's share of the samples drawn.
+    """Per stage: `until_tokens`, `samples` where the stage counts them, and each source's share of the samples drawn.
 
     Args:
         weights: by source name, for stages without weights of their own.
     """
     plan = []
     for stage in check_stages(stages, list(weights)):
-        shares = Schedule([(stage.weights or weights).get(name, 0) for name in weights]).shares
-        plan.append({"until_tokens": stage.until_tokens, "shares": dict(zip(weights, shares, strict=True))})
+        shares = Schedule([_weights(stage, weights).get(name, 0) for name in weights]).shares
+        counted = {} if stage.samples is None else {"samples": dict(stage.samples)}
+        plan.append({"until_tokens": stage.until_tokens, **counted, "shares": dict(zip(weights, shares, strict=True))})
     return plan
+
+
+def _weights(stage: Stage, own: Mapping[str, float]) -> Mapping[str, float]:
+    """The weights of `stage`: its counts, its weights, or the sources' `own`."""
+    return stage.samples or stage.weights or own
 
 
 def check_stages(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
     """`stages`, or one endless stage if there is none.
 
     Raises:
-        ValueError: ends that do not rise, an end on the last stage or none on another, weights for unknown sources.
+        ValueError: ends that do not rise, an end in tokens on the last stage or none on another, weights or samples for
+            unknown sources, a stage with `samples` and `weights` or `until_tokens`, or without a sample.
     """
     stages = list(stages) or [Stage()]
-    ends = [stage.until_tokens for stage in stages]
-    if ends[-1] is not None:
+    ends = [stage.until_tokens for stage in stages if stage.samples is None]
+    if stages[-1].until_tokens is not None:
         raise ValueError(
             f"the last data stage has until_tokens {ends[-1]}; leave it out, the trainer's max_steps ends a run"
         )
     given = [end for end in ends if end is not None]
-    if len(given) < len(ends) - 1 or sorted(set(given)) != given:
-        raise ValueError(f"until_tokens of the data stages must be given and rise, except the last; they are {ends}")
+    endless = [number for number, stage in enumerate(stages[:-1]) if stage.samples is None is stage.until_tokens]
+    if endless or sorted(set(given)) != given:
+        raise ValueError(
+            f"until_tokens of the data stages must be given and rise, except the last (or `samples` be given); "
+            f"they are {ends}"
+        )
     for number, stage in enumerate(stages):
-        if unknown := sorted(set(stage.weights or ()) - set(names)):
-            raise ValueError(f"data stage {number} has weights for {unknown}; the sources are {list(names)}")
+        for field_name, by_source in (("weights", stage.weights), ("samples", stage.samples)):
+            if unknown := sorted(set(by_source or ()) - set(names)):
+                raise ValueError(f"data stage {number} has {field_name} for {unknown}; the sources are {list(names)}")
+        if stage.samples is None:
+            continue
+        if stage.weights is not None or stage.until_tokens is not None:
+            raise ValueError(f"data stage {number} has samples, so leave out its weights and until_tokens")
+        counts = list(stage.samples.values())
+        if min(counts, default=0) < 0 or sum(counts) < 1 or any(int(n) != n for n in counts):
+            raise ValueError(f"samples of data stage {number} must be whole, not negative, and at least one; {counts}")
     return stages
 
 

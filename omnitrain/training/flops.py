@@ -8,6 +8,8 @@ utilisation, MFU, Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,10 +26,36 @@ def _matrices(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters() if p.ndim >= 2)
 
 
-def forward_flops(model: OmniModel, batch: PackedBatch) -> dict[str, float]:
-    """Operations of one forward pass over `batch`, by part: `thinker`, `aut`, `visual`."""
+@dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """What the operations on a batch depend on.
+
+    Attributes:
+        lengths: tokens of each sequence, within which attention stays
+        targets: positions that predict something
+        mel_lengths: frames of each recording
+        grid_thw: patches in time, height and width of each picture or video
+    """
+
+    lengths: Sequence[int]
+    targets: int
+    mel_lengths: Sequence[int] = ()
+    grid_thw: Sequence[Sequence[int]] = ()
+
+    @staticmethod
+    def of(batch: PackedBatch) -> BatchSizes:
+        return BatchSizes(
+            lengths=batch.cu_seqlens.diff().tolist(),
+            targets=int((batch.labels != IGNORE).sum()),
+            mel_lengths=[] if batch.mel_lengths is None else batch.mel_lengths.tolist(),
+            grid_thw=[] if batch.grid_thw is None else batch.grid_thw.tolist(),
+        )
+
+
+def forward_flops(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:
+    """Operations of one forward pass over a batch of these sizes, by part: `thinker`, `aut`, `visual`. An encoder that
+    has nothing to encode does not run. Only the shapes of the model's weights matter (it may be on `meta`)."""
     thinker, config = model.thinker, model.config.thinker
-    lengths = batch.cu_seqlens.diff().double()
     dense = 0.0
     for layer in thinker.layers:
         assert isinstance(layer, DecoderLayer)
@@ -36,30 +64,29 @@ def forward_flops(model: OmniModel, batch: PackedBatch) -> dict[str, float]:
             dense += _matrices(layer.mlp.experts) * config.top_k / config.n_experts + _matrices(layer.mlp.router)
         else:
             dense += _matrices(layer.mlp)
-    targets = int((batch.labels != IGNORE).sum())
     # Causal attention: half of n^2 pairs, two products (scores, values).
-    pairs = float((lengths * (lengths + 1) / 2).sum())
+    pairs = float(sum(n * (n + 1) // 2 for n in sizes.lengths))
     flops = {
-        "thinker": 2.0 * batch.n_tokens * dense
-        + 2.0 * targets * _matrices(thinker.lm_head)
+        "thinker": 2.0 * sum(sizes.lengths) * dense
+        + 2.0 * sizes.targets * _matrices(thinker.lm_head)
         + 4.0 * pairs * config.heads * config.head_dim * len(thinker.layers)
     }
-    if batch.mel_lengths is not None:
+    if len(sizes.mel_lengths):
         aut, c, mels = model.aut, model.config.aut.conv_hidden, model.config.aut.n_mels
-        frames = float(batch.mel_lengths.sum())
+        frames = float(sum(sizes.mel_lengths))
         # Each convolution halves time and frequency: positions out x 3 x 3 x channels in x channels out.
         convolutions = 2 * 9 * frames * mels * c * (1 / 4 + c / 16 + c / 64)
-        outputs = aut.output_lengths(batch.mel_lengths).double()
-        per_window = aut.output_lengths(torch.tensor([model.config.aut.window_frames])).item()
+        outputs = aut.output_lengths(torch.tensor(sizes.mel_lengths, device="cpu")).double()
+        per_window = aut.output_lengths(torch.tensor([model.config.aut.window_frames], device="cpu")).item()
         whole, rest = outputs // per_window, outputs % per_window
         pairs = float((whole * per_window**2 + rest**2).sum())
         linear = _matrices(aut.conv_out, aut.layers, aut.proj1, aut.proj2)
         width = model.config.aut.d_model * len(aut.layers)
         flops["aut"] = convolutions + 2.0 * float(outputs.sum()) * linear + 4.0 * pairs * width
-    if batch.grid_thw is not None:
-        visual, grid = model.visual, batch.grid_thw.double()
-        patches = float(grid.prod(1).sum())
-        pairs = float((grid[:, 0] * (grid[:, 1] * grid[:, 2]) ** 2).sum())  # attention within each frame
+    if len(sizes.grid_thw):
+        visual = model.visual
+        patches = float(sum(t * h * w for t, h, w in sizes.grid_thw))
+        pairs = float(sum(t * (h * w) ** 2 for t, h, w in sizes.grid_thw))  # attention within each frame
         merged = patches / model.config.vision.merge**2
         flops["visual"] = (
             2.0 * patches * _matrices(visual.patch_embed, visual.blocks)
@@ -69,16 +96,21 @@ def forward_flops(model: OmniModel, batch: PackedBatch) -> dict[str, float]:
     return flops
 
 
-def training_flops(model: OmniModel, batch: PackedBatch) -> float:
+def training_flops_by_part(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:
     """Operations of forward and backward pass. The backward pass of a part costs twice its forward pass if its weights
     learn, once if gradients only pass through it to a part below, and nothing otherwise."""
     encoders_learn = any(p.requires_grad for m in (model.aut, model.visual) for p in m.parameters())
-    total = 0.0
-    for part, flops in forward_flops(model, batch).items():
+    total = {}
+    for part, flops in forward_flops(model, sizes).items():
         learns = any(p.requires_grad for p in getattr(model, part).parameters())
         passes_through = part == "thinker" and encoders_learn
-        total += flops * (3 if learns else 2 if passes_through else 1)
+        total[part] = flops * (3 if learns else 2 if passes_through else 1)
     return total
+
+
+def training_flops(model: OmniModel, sizes: BatchSizes) -> float:
+    """The sum of `training_flops_by_part`."""
+    return sum(training_flops_by_part(model, sizes).values())
 
 
 def peak_flops(device: torch.device, seconds: float = 0.3) -> tuple[float, str]:

@@ -193,12 +193,63 @@ def test_stages_must_make_sense():
         ([Stage(), Stage()], "rise"),
         ([Stage(until_tokens=5), Stage(until_tokens=5), Stage()], "rise"),
         ([Stage(weights={"chta": 1})], "chta"),
+        ([Stage(samples={"chta": 1})], "chta"),
+        ([Stage(samples={"chat": 1}, weights={"chat": 1})], "leave out its weights"),
+        ([Stage(samples={"chat": 1}, until_tokens=5), Stage()], "leave out its weights"),
+        ([Stage(samples={"chat": 0})], "at least one"),
+        ([Stage(samples={})], "at least one"),
+        ([Stage(samples={"chat": 1}), Stage(), Stage()], "rise"),
     ]:
         with pytest.raises(ValueError, match=message):
             check_stages(stages, list(SOURCES))
     plan = planned_mixture(STAGES, {"chat": 3, "sound": 2, "books": 0.5})
     assert plan[0] == {"until_tokens": 400, "shares": {"chat": 0.5, "sound": 0.5, "books": 0}}
     assert plan[2]["shares"]["books"] == pytest.approx(1 / 11)
+
+
+COUNTED = [Stage(samples={"chat": 30, "sound": 7}), Stage(samples={"chat": 25, "books": 4, "sound": 0}, max_tokens=48)]
+
+
+def test_stages_of_counted_samples_hand_out_all_of_them_and_end():
+    batches = list(stream(stages=COUNTED))
+    first = [batch for batch in batches if batch.stream_state["stage"] == 0]
+    assert first[-1].stream_state["drawn"] == [30, 7, 0]
+    assert first[-1].stream_state["waiting"] == []  # nothing is carried into the next stage
+    last = batches[-1].stream_state
+    assert (last["before"], last["drawn"], last["waiting"]) == ([30, 7, 0], [25, 0, 4], [])
+    # The places of each source's endless order, one after another, without a gap: all but the bad one are trained on.
+    order = Mixture(SOURCES, encode, seed=3)
+    for number, (name, count) in enumerate({"chat": 55, "sound": 7, "books": 4}.items()):
+        wanted = [f"{name}/{order.index(number, i)}" for i in range(count)]
+        trained = {i.partition("@")[0] for batch in batches for i in batch.sample_ids if i.startswith(name)}
+        assert trained == set(wanted) - {"chat/7"}
+    trained = sum(i.startswith("chat/") for batch in batches for i in batch.sample_ids)
+    assert trained == 55 - [order.index(0, i) for i in range(55)].count(7)
+    with pytest.raises(StopIteration):
+        next(stream(stages=COUNTED, state=last))
+
+
+def test_a_window_of_one_keeps_the_order_of_the_draws():
+    order = Mixture(SOURCES, encode, seed=3)
+    batches = list(stream(stages=[Stage(samples={"chat": 60, "sound": 20})], window=1))
+    for number, (name, count) in enumerate({"chat": 60, "sound": 20}.items()):
+        trained = [i for batch in batches for i in batch.sample_ids if i.startswith(name)]
+        drawn = [f"{name}/{order.index(number, i)}" for i in range(count)]
+        assert trained == [i for i in drawn if i != "chat/7"]
+
+
+def test_counted_samples_resume_at_every_batch():
+    whole = list(stream(stages=COUNTED))
+    for stop, batch in enumerate(whole):
+        rest = list(stream(stages=COUNTED, state=json.loads(json.dumps(batch.stream_state))))
+        assert len(rest) == len(whole) - stop - 1
+        for a, b in zip(whole[stop + 1 : stop + 4], rest, strict=False):
+            assert_equal(a, b)
+
+
+def test_counted_samples_need_one_process():
+    with pytest.raises(ValueError, match=r"trainer\.devices=1"):
+        stream(world_size=2, stages=COUNTED)
 
 
 def test_documents_are_split_and_lose_no_target():
