@@ -22,6 +22,7 @@ TOOL_VERBS = {
     "talk": "answer aloud, or speak a text; writes a WAV file as it goes",
     "data": "inspect, verify, summarise or import data",
     "report": "one HTML file about a run",
+    "search": "the best learning rate of each arm of a search",
 }
 VERBS = {**HYDRA_VERBS, **TOOL_VERBS}
 

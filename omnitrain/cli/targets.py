@@ -30,8 +30,8 @@ ALLOWED = (
     "lightning.fabric.strategies.",
     "torchmetrics.",
 )
-HYDRA_ALLOWED = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
-"""What Hydra itself calls below the node `hydra`: launchers, sweepers, its own callbacks."""
+HYDRA_ALLOWED = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.", "optuna.samplers.")
+"""What Hydra itself calls below the node `hydra`: launchers, sweepers and their samplers, its own callbacks."""
 LOGGING_ALLOWED = ("logging.", "colorlog.")
 """Classes of Python's logging configuration (keys `()` and `class` below `hydra`), called before any job starts."""
 

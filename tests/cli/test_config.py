@@ -17,7 +17,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
-    sign = "+" if group in ("debug", "launcher") else ""
+    sign = "+" if group in ("debug", "eval", "launcher") else ""
     register_recipes([])
     check_command_line([f"{sign}{group}={option}"])
 

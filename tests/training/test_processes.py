@@ -61,16 +61,38 @@ def test_two_processes_resume_exactly(runs: Runs, tmp_path: Path) -> None:
     assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "pieces/metrics.csv").read_bytes()
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_sigterm_saves_after_the_current_step(runs: Runs, tmp_path: Path, devices: int) -> None:
+@pytest.mark.parametrize(("devices", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGUSR2)])
+def test_signal_saves_after_the_current_step(runs: Runs, tmp_path: Path, devices: int, number: int) -> None:
     run = start_toy(runs, tmp_path, devices=devices, steps=10_000, accumulate=2, delay=0.01)
     metrics = tmp_path / "metrics.csv"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 4, run)
-    run.signal(signal.SIGTERM)
+    run.signal(number)
     assert run.wait() == [143] * devices
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == len(metrics.read_text().splitlines()) - 1
     assert checkpoint["ToyData"]["position"] == 2 * checkpoint["global_step"]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_launcher_gets_its_signal_after_the_checkpoint(runs: Runs, tmp_path: Path, devices: int) -> None:
+    """In a job of submitit SIGTERM saves and goes on; SIGUSR2 saves and is handed over."""
+    run = start_toy(runs, tmp_path, devices, steps=10_000, delay=0.01, checkpoint_every=10_000, launcher=True)
+    metrics, saved = tmp_path / "metrics.csv", tmp_path / "checkpoints/last.ckpt"
+
+    def steps() -> int:
+        return len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
+
+    wait_for(lambda: steps() > 3, run)
+    assert not saved.exists()
+    run.signal(signal.SIGTERM)
+    wait_for(saved.exists, run)
+    until = steps() + 5
+    wait_for(lambda: steps() > until, run)
+    assert run.alive()
+    before = torch.load(saved, weights_only=True)["global_step"]
+    run.signal(signal.SIGUSR2)
+    assert run.wait() == [7, 143][:devices]
+    assert torch.load(saved, weights_only=True)["global_step"] == steps() > before
 
 
 def killed_and_resumed(start: Callable[[], Run], checkpoint: Path, kills: int, seed: int, longest: float) -> int:

@@ -7,6 +7,8 @@ a process of its own, to start several ranks or to be killed.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -151,6 +153,9 @@ class ToyData(L.LightningDataModule):
         assert batch.stream_state is not None
         self.position = batch.stream_state["position"]
 
+    def opened(self, which: str) -> dict[str, Any]:
+        return {}  # no shards
+
     def planned_mixture(self) -> list[dict[str, Any]]:
         return [{"until_tokens": None, "shares": {"toy": 1.0}}]
 
@@ -193,6 +198,7 @@ class Toy:
     accumulate: int = 1
     val_every: int = 0
     checkpoint_every: int = 1000
+    launcher: bool = False  # somebody waits for SIGUSR2, as submitit does in a job of Slurm
     log_every: int = 1
     max_steps_of_schedule: int = 20
     balance: float = 0.01
@@ -209,6 +215,8 @@ class Toy:
 def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
     """Run (or continue, where `out` holds a checkpoint) a toy training."""
     torch.set_num_threads(1)
+    if toy.launcher:  # rank 0 queues the job again and exits, the others return
+        signal.signal(signal.SIGUSR2, lambda *_: os.environ.get("LOCAL_RANK", "0") == "0" and sys.exit(7))
     out = Path(toy.out)
     parts = {} if toy.train is None else {"train": toy.train}
     module = ThinkerModule(
