@@ -190,7 +190,8 @@ class AtomicCheckpoint(Checkpoint):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._on_signal:  # Lightning may have put back what was there before it
+                signal.signal(number, handler)
         self._handlers = {}
 
 

@@ -238,7 +238,7 @@ def test_signals_reach_the_running_stage(own, tmp_path, toy, number) -> None:
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == (143 if number == signal.SIGTERM else 1), out
-    assert "2/2" not in out
+    assert "stage 2/2" not in out
     assert not (tmp_path / "run" / "stages.json").exists()
     if number == signal.SIGTERM:
         steps = int(metrics.read_text().splitlines()[-1].split(",")[0])

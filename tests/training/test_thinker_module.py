@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,13 @@ def test_checkpoint_holds_only_plain_values(tmp_path: Path) -> None:
     assert checkpoint["global_step"] == 3
     assert checkpoint["ToyData"] == {"position": 3}  # trained, not fetched
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_signals_mean_after_training_what_they_meant_before(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    train(Toy(out=str(tmp_path), steps=2))
+    assert {number: signal.getsignal(number) for number in before} == before
+
 
 
 def test_logged_rows(tmp_path: Path) -> None:
