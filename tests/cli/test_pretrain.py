@@ -54,6 +54,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("pretrain")  # one worker makes the run that they share
 def test_each_stage_trains_its_parts_from_the_last(uninterrupted: Path) -> None:
     """What a stage does not train is, bit for bit, what the one before left; all that it trains has moved."""
     trained = {
@@ -71,6 +72,7 @@ def test_each_stage_trains_its_parts_from_the_last(uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("pretrain")  # one worker makes the run that they share
 def test_report_over_all_stages(uninterrupted: Path) -> None:
     page = (uninterrupted / "report.html").read_text(encoding="utf-8")
     assert "7 of 7 stages" in page
@@ -88,6 +90,7 @@ def test_report_over_all_stages(uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("pretrain")  # one worker makes the run that they share
 def test_the_mixture_kept_its_bound(uninterrupted: Path) -> None:
     for name in STAGES:
         data = json.loads((uninterrupted / name / "data.json").read_text())
@@ -98,6 +101,7 @@ def test_the_mixture_kept_its_bound(uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("pretrain")  # one worker makes the run that they share
 def test_killed_in_each_stage(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     """The same line after each kill -9; the weights of all stages are those of the run that was left alone."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

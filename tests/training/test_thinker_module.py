@@ -107,7 +107,6 @@ def test_signals_mean_after_training_what_they_meant_before(tmp_path: Path) -> N
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-
 def test_logged_rows(tmp_path: Path) -> None:
     _, module, _ = train(Toy(out=str(tmp_path), steps=4, val_every=2))
     rows = read_csv(tmp_path / "metrics.csv")
