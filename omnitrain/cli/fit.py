@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 from omnitrain.cli.config import ConfigError
 from omnitrain.cli.experiment import Experiment, build, save_config, starting_checkpoint
 from omnitrain.cli.stages import finished_stages, read_stages, run_stages
-from omnitrain.cli.study import run_arm
 from omnitrain.cli.test import evaluate_and_report
 
 
@@ -22,6 +21,8 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.get("stages") is not None:  # a run from before there were stages has no such key
         return _run_stages(cfg)
     if cfg.get("study") is not None:
+        from omnitrain.cli.study import run_arm
+
         return run_arm(cfg, train)
     loss = train(cfg).trainer.callback_metrics.get("validation/loss")
     return None if loss is None else float(loss)

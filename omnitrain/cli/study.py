@@ -21,7 +21,6 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,10 @@ from omnitrain.data.packing import cut, is_document, pieces
 from omnitrain.data.shards import Source
 from omnitrain.data.sizes import SizedSource, as_it_is, measure, sized_sources
 from omnitrain.data.stream import PackedStream, Stage
+from omnitrain.evaluation.nondegradation import CURVE, ITEMS, MATCHES, RUN
 from omnitrain.models.omni import OmniModel
-from omnitrain.training.callbacks import RunRecord
+from omnitrain.training.callbacks import package_versions
 from omnitrain.training.flops import BatchSizes, training_flops, training_flops_by_part
-
-MATCHES = ("data", "compute")
-RECORD, ITEMS, CURVE = "study_run.json", "items.parquet", "curve.parquet"
 
 _KEYS = (("match", pa.string()), ("arm", pa.string()), ("seed", pa.int64()))
 ITEMS_SCHEMA = pa.schema(
@@ -530,9 +527,10 @@ def run_arm(cfg: DictConfig, train: Callable[[DictConfig], Experiment]) -> float
                 "flops_by_part": plan.flops_by_part,
             },
             "margins": dict(study.margins), "parameters": sum(p.numel() for p in model.parameters()),
-            "lr": configured.optim.lr, "versions": _versions(), "seconds": None, "finished": False,
+            "lr": configured.optim.lr, "versions": {name: found for name, found in package_versions().items() if found},
+            "seconds": None, "finished": False,
         }  # fmt: skip
-        _write_json(run_dir / RECORD, record)
+        _write_json(run_dir / RUN, record)
         print(
             f"{match}/{arm}, seed {cfg.seed}: {plan.steps} steps, {plan.tokens[-1]:,} tokens, "
             f"{plan.flops[-1] / 1e12:.2f} TFLOP; samples: "
@@ -547,7 +545,7 @@ def run_arm(cfg: DictConfig, train: Callable[[DictConfig], Experiment]) -> float
         keys = {"match": match, "arm": arm, "seed": cfg.seed}
         items, curve = _items(run_dir, keys), _curve(run_dir, keys, plan)
         _write(run_dir / CURVE, lambda partial: pq.write_table(curve, partial, compression="zstd"))
-        _write_json(run_dir / RECORD, record)
+        _write_json(run_dir / RUN, record)
         _write(run_dir / ITEMS, lambda partial: pq.write_table(items, partial, compression="zstd"))
         return _validation_loss(run_dir)
 
@@ -584,14 +582,6 @@ def _check_as_planned(plan: Plan, steps: int, drawn: Mapping[str, int]) -> None:
             f"the run was planned with {plan.steps} steps of {plan.samples}, and made {steps} of {dict(drawn)}; "
             "were the data changed while it ran?"
         )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in RunRecord.PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -31,7 +31,7 @@ from omnitrain.evaluation.nondegradation import (
     Scores,
     scores_of,
 )
-from omnitrain.evaluation.report import Run, read_run, templates
+from omnitrain.evaluation.report import Run, read_run, templates, write_page
 
 PREDICTIONS = "eval/predictions.parquet"
 FEW_CONCEPTS = 10
@@ -171,10 +171,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         )
     )
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_page(path, page)
     return path, missing
 
 

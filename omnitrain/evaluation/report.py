@@ -453,8 +453,13 @@ def write_report(run: str | Path | Run, out: str | Path | None = None) -> Path:
     run = run if isinstance(run, Run) else read_run(run)
     page = render(run)
     path = Path(out) if out is not None else run.folder / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    write_page(path, page)
     return path
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write `text`, all or nothing, making the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

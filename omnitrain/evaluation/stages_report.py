@@ -14,7 +14,7 @@ from markupsafe import Markup
 from omnitrain.evaluation import figures
 from omnitrain.evaluation.heldout import MODALITIES
 from omnitrain.evaluation.mix import mixture
-from omnitrain.evaluation.report import Run, read_run, templates
+from omnitrain.evaluation.report import Run, read_run, templates, write_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +83,7 @@ def write_stages_report(
         curves=Markup(figures.stage_curves(curves, borders)) if curves else None,  # SVG of our own making
         missing=missing,
     )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_page(path, text)
     return path, missing
 
 

@@ -41,7 +41,7 @@ from omnitrain.evaluation.nondegradation import (
     read_study,
     scores_of,
 )
-from omnitrain.evaluation.report import templates
+from omnitrain.evaluation.report import templates, write_page
 
 MATCH_TITLES = {
     "data": "Matched by data",
@@ -78,11 +78,8 @@ def write_study_report(
         collect_study(study, collect)
     path = Path(out) if out is not None else Path(collect if collect is not None else folder) / "report.html"
     page, table = render(study)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in ((path, page), (path.with_name("table.md"), table)):
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
+    write_page(path, page)
+    write_page(path.with_name("table.md"), table)
     return path, study
 
 

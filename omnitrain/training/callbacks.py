@@ -438,12 +438,6 @@ def _add_counts(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:
     """Versions and machine of a run, for `environment.json`."""
-    packages = {}
-    for name in RunRecord.PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
     device = trainer.strategy.root_device
     return {
         "python": sys.version.split()[0],
@@ -454,8 +448,19 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
-        "packages": packages,
+        "packages": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of what a run depends on; None for a package that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in RunRecord.PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _processor_name() -> str:
