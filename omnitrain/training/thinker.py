@@ -10,10 +10,12 @@ from __future__ import annotations
 import difflib
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.table import Table
@@ -38,6 +40,17 @@ from omnitrain.training.optim import THINKER_PARTS, OptimConfig, build_optimizer
 from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
 
 
+def hide_words(batch: PackedBatch, share: float) -> PackedBatch:
+    """`batch` with `share` of the words in answers of samples with media replaced by the token that opens their sample
+    (``<|im_start|>``, which never stands in an answer). What is to be predicted stays the same. Text is left alone."""
+    lengths = batch.cu_seqlens.diff().long()
+    has_media = torch.tensor([modality != "text" for modality in batch.modalities], device=lengths.device)
+    opening = batch.input_ids[batch.cu_seqlens[:-1].long()].repeat_interleave(lengths)
+    answers = F.pad(batch.labels[:-1] != IGNORE, (1, 0)) & has_media.repeat_interleave(lengths)
+    hidden = answers & (torch.rand(batch.n_tokens, device=lengths.device) < share)
+    return replace(batch, input_ids=torch.where(hidden, opening, batch.input_ids))
+
+
 class ThinkerModule(TrainingModule):
     """Trains an `OmniModel` to predict text.
 
@@ -51,6 +64,9 @@ class ThinkerModule(TrainingModule):
         aut_window_seconds: attention window of the audio encoder, drawn anew for each optimizer step from these bounds
             (whole seconds, inclusive; report, section 3: 1 to 8 s). None: the encoder's own window. Evaluation always
             uses the encoder's own.
+        word_dropout: share of the words of an answer about a picture or a sound that are hidden from the words after
+            them in training (word dropout: Bowman et al. 2016, arXiv 1511.06349, section 3.1). A Thinker that always
+            sees the answer so far learns to continue sentences long before it looks or listens.
         seed: of the window draws.
         generation: arguments of `generation.text.generate` for `predict` (`max_new_tokens`, `temperature`, ...).
     """
@@ -64,11 +80,15 @@ class ThinkerModule(TrainingModule):
         train: Sequence[str] = THINKER_PARTS,
         init_from: str | Mapping[str, str] | None = None,
         aut_window_seconds: tuple[int, int] | None = (1, 8),
+        word_dropout: float = 0.0,
         seed: int = 0,
         generation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_parts(train, "module.train")
+        if not 0 <= word_dropout < 1:
+            raise ValueError(f"module.word_dropout={word_dropout}: must lie in [0, 1)")
+        self.word_dropout = word_dropout
         self.model: OmniModel = model
         self.optim_config = optim or OptimConfig()
         self.loss_config = loss or LossConfig()
@@ -98,7 +118,8 @@ class ThinkerModule(TrainingModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        losses = self.losses(batch, window=self._aut_window_frames())
+        seen = hide_words(batch, self.word_dropout) if self.word_dropout else batch
+        losses = self.losses(seen, window=self._aut_window_frames())
         loss, routers = losses.total, losses.routers
         # One message to the other ranks: nats, weights, and positions and counts of every router.
         step = [torch.stack([loss.detach().double(), losses.weight.double()])]

@@ -7,6 +7,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from omnitrain.data.batch import PackedBatch
 from omnitrain.training.callbacks import TrainingDiverged
 from omnitrain.training.losses import LossConfig, balance_loss, token_weights
 from omnitrain.training.optim import OptimConfig, build_optimizer, schedule_factor
+from omnitrain.training.thinker import ThinkerModule, hide_words
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -82,10 +84,10 @@ def test_accumulation_does_not_change_the_loss_gradient(tmp_path: Path) -> None:
     assert_same(torch.load(tmp_path / "1/final.pt"), torch.load(tmp_path / "4/final.pt"), atol=2e-6)
 
 
-@pytest.mark.parametrize("ema", [False, True])
-def test_resume_is_exact(tmp_path: Path, ema: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"ema": True}, {"word_dropout": 0.5}], ids=str)
+def test_resume_is_exact(tmp_path: Path, options: dict[str, Any]) -> None:
     """Stopped and continued five times, with accumulation and with a validation due at some of the checkpoints."""
-    common = {"val_every": 3, "accumulate": 2, "ema": ema}
+    common = {"val_every": 3, "accumulate": 2, **options}
     train(Toy(out=str(tmp_path / "whole"), steps=8, **common))
     for steps in (2, 3, 5, 6, 8):
         train(Toy(out=str(tmp_path / "pieces"), steps=steps, **common))
@@ -201,6 +203,41 @@ def test_modality_weights() -> None:
         part = slice(bounds[i], bounds[i + 1])
         expected = {"image": 3.0, "text": 0.0, "audio": 1.0}[modality] * (batch.labels[part] >= 0)
         assert torch.equal(weights[part], expected.float())
+
+
+def test_word_dropout_hides_words_of_answers_about_media_alone() -> None:
+    batch = PackedBatch.pack(step_samples(0) * 40)
+    torch.manual_seed(0)
+    hidden = hide_words(batch, 0.3)
+    changed = hidden.input_ids != batch.input_ids
+    bounds = batch.cu_seqlens.tolist()
+    candidates = 0
+    for i, modality in enumerate(batch.modalities):
+        part = slice(bounds[i], bounds[i + 1])
+        ids, opening = batch.input_ids[part], batch.input_ids[bounds[i]]
+        answer = torch.zeros(len(ids), dtype=torch.bool)
+        answer[1:] = batch.labels[part][:-1] >= 0  # words that were to be predicted a position earlier
+        assert not (changed[part] & ~answer).any()
+        assert bool((hidden.input_ids[part][changed[part]] == opening).all())
+        if modality == "text":
+            assert not changed[part].any()
+        else:
+            candidates += int((answer & (ids != opening)).sum())
+    assert int(changed.sum()) / candidates == pytest.approx(0.3, abs=0.05)
+    assert torch.equal(hidden.labels, batch.labels)
+
+
+def test_word_dropout_is_of_training_alone(tmp_path: Path) -> None:
+    batch = PackedBatch.pack(step_samples(0))
+    with torch.no_grad():
+        plain, dropping = (ThinkerModule(toy_model(), word_dropout=share).losses(batch) for share in (0.0, 0.5))
+    assert torch.equal(plain.total, dropping.total)
+    for share in (0.0, 0.5):
+        train(Toy(out=str(tmp_path / str(share)), steps=1, word_dropout=share))
+    first, second = (float(read_csv(tmp_path / name / "metrics.csv")[0]["train/loss"]) for name in ("0.0", "0.5"))
+    assert abs(first - second) > 1e-3
+    with pytest.raises(ValueError, match=r"module\.word_dropout=1"):
+        ThinkerModule(toy_model(), word_dropout=1.0)
 
 
 def test_misspelt_names_are_refused() -> None:

@@ -206,6 +206,7 @@ class Toy:
     poison: tuple[int, ...] = ()
     max_in_a_row: int = 5
     ema: bool = False
+    word_dropout: float = 0.0
     precision: str = "32-true"
     delay: float = 0.0
     resume: bool = True
@@ -215,6 +216,7 @@ class Toy:
 def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
     """Run (or continue, where `out` holds a checkpoint) a toy training."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     if toy.launcher:  # rank 0 queues the job again and exits, the others return
         signal.signal(signal.SIGUSR2, lambda *_: os.environ.get("LOCAL_RANK", "0") == "0" and sys.exit(7))
     out = Path(toy.out)
@@ -224,6 +226,7 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
         # eps well above rounding: AdamW would turn a gradient that is only rounding noise into a full step.
         OptimConfig(lr=3e-3, warmup_steps=2, total_steps=toy.max_steps_of_schedule, eps=1e-4),
         LossConfig(balance_coefficient=toy.balance, chunk=16),
+        word_dropout=toy.word_dropout,
         **parts,
     )
     data = ToyData(poison=tuple(toy.poison), delay=toy.delay)
