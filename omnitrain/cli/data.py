@@ -48,6 +48,13 @@ def main(argv: list[str]) -> int:
             verb.add_argument(
                 "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core"
             )
+            verb.add_argument(
+                "--thinker",
+                type=Path,
+                metavar="DIR",
+                help="also write what this Thinker (a run folder, or one in the public format) hears, for "
+                "module.cached_thinker",
+            )
             verb.add_argument("--only-speech", action="store_true", help="leave out samples without recorded speech")
             _add_conditions(verb)
             _add_max_bad_fraction(verb)
@@ -313,10 +320,12 @@ def _import(options: argparse.Namespace) -> int:
 def _encode(options: argparse.Namespace) -> int:
     from omnitrain.cli.codec import load_codec
     from omnitrain.cli.data_encode import encode
+    from omnitrain.cli.generate import GenerateError, load
 
     try:
         codec = load_codec(options.codec)
-    except ImportError as error:
+        thinker = None if options.thinker is None else load(options.thinker)
+    except (ImportError, GenerateError) as error:
         raise ValueError(str(error)) from error
     try:
         counts = encode(
@@ -325,6 +334,7 @@ def _encode(options: argparse.Namespace) -> int:
             options.out,
             split=options.split,
             where=_where(options),
+            thinker=thinker,
             only_speech=options.only_speech,
             workers=options.workers,
             progress=_progress,

@@ -35,16 +35,20 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from omnitrain.cli.codec import SAMPLE_RATE, bits_per_frame, codec_fingerprint
+from omnitrain.data.batch import PackedBatch
+from omnitrain.data.encode import SampleEncoder as ThinkerEncoder
 from omnitrain.data.inspect import has_medium
 from omnitrain.data.media import decode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import SampleSource, shard_files, write_shards
-from omnitrain.data.speech import decode_codes, encode_codes, holds_codes
+from omnitrain.data.speech import decode_codes, encode_codes, heard_rows, holds_codes
 from omnitrain.evaluation.speech import mel_distance
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
+from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.training.codec_losses import si_sdr
 
 RECORD = "encode.json"
@@ -52,6 +56,9 @@ CHECKED = 4
 """Samples that are decoded again at the end."""
 _ROWS = 4  # of a worker's task
 
+
+Thinker = tuple[OmniModel, ThinkerEncoder]
+"""A model that listens, and the encoder of what it reads."""
 
 # -------------------------------------------------------------------------------------------------------- one sample
 
@@ -72,12 +79,20 @@ class SampleEncoder:
 
     Args:
         codec: what encodes.  sources: by folder.
+        thinker: whose hidden states are written too, and the encoder of what it reads; or None.
         only_speech: leave out samples without a recording of speech.
     """
 
-    def __init__(self, codec: Codec | MimiCodec, sources: Mapping[Path, SampleSource], only_speech: bool) -> None:
-        self.codec, self.sources, self.only_speech = codec, sources, only_speech
+    def __init__(
+        self,
+        codec: Codec | MimiCodec,
+        sources: Mapping[Path, SampleSource],
+        only_speech: bool,
+        thinker: Thinker | None = None,
+    ) -> None:
+        self.codec, self.sources, self.only_speech, self.thinker = codec, sources, only_speech, thinker
         self.fingerprint = codec_fingerprint(codec)
+        self.thinker_fingerprint = thinker_fingerprint(thinker[0]) if thinker else ""
 
     def __call__(self, folder: Path, index: int) -> Encoded:
         source = self.sources[folder]
@@ -97,6 +112,7 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample, source: SampleSource) -> Encoded:
         seconds, frames = 0.0, 0
+        heard = self.heard(sample, source)
 
         def with_codes(segment: Segment) -> Segment:
             nonlocal seconds, frames
@@ -105,7 +121,8 @@ class SampleEncoder:
             wav = recording(source.media_bytes(segment))
             codes = self.codes(wav)
             seconds, frames = seconds + len(wav) / SAMPLE_RATE, frames + len(codes)
-            return replace(segment, media=encode_codes(codes, self.fingerprint), path=None)
+            data = encode_codes(codes, self.fingerprint, heard.get(id(segment)), self.thinker_fingerprint)
+            return replace(segment, media=data, path=None)
 
         encoded = self._embedded(with_segments(sample, with_codes), source)
         return Encoded(encoded, seconds, frames)
@@ -114,6 +131,22 @@ class SampleEncoder:
     def codes(self, wav: np.ndarray) -> np.ndarray:
         """float32 [S] -> int64 [F, Q]"""
         return self.codec.encode(torch.from_numpy(wav)[None])[0].numpy()
+
+    @torch.inference_mode()
+    def heard(self, sample: Sample, source: SampleSource) -> dict[int, Tensor]:
+        """The Thinker's hidden states [H, D] at the media before a recorded answer, by the `id` of its segment."""
+        if self.thinker is None or sample.modality == "text":
+            return {}
+        model, encoder = self.thinker
+        encoded = encoder(sample, source.media_bytes)
+        states = model(**PackedBatch.pack([encoded]).model_inputs()).accept_hidden
+        answers = [m for m in sample.messages if m.role == "assistant"]
+        return {
+            id(segment): states[torch.from_numpy(rows)]
+            for message, rows in zip(answers, heard_rows(encoded, encoder.tokenizer), strict=True)
+            for segment in message.segments
+            if is_recorded(segment) and len(rows)
+        }
 
     def _embedded(self, sample: Sample, source: SampleSource) -> Sample:
         """With the bytes of media that lie in files beside the shard: the paths would lead nowhere from another."""
@@ -259,7 +292,8 @@ class Folder:
         if (path / RECORD).is_file():
             before = json.loads((path / RECORD).read_text(encoding="utf-8"))
             self.shards = before.pop("shards")
-            for key, value in self.made_with.items():
+            for key in {**before, **self.made_with}:
+                value = self.made_with.get(key)
                 if before.get(key) != value:
                     raise ValueError(
                         f"{path / RECORD}: the shards in this folder were made with {key} {before.get(key)}, not "
@@ -323,6 +357,7 @@ def encode(
     shards: Sequence[str],
     out: Path,
     *,
+    thinker: Thinker | None = None,
     split: str | None = None,
     where: Mapping[str, Sequence[str]] | None = None,
     only_speech: bool = False,
@@ -333,6 +368,7 @@ def encode(
 
     Args:
         shards: folders, files or globs.
+        thinker: a model and its encoder, whose hidden states at media are written beside the codes.
         split, where: which rows, as of `SampleSource`.
         only_speech: leave out samples without a recording of speech; otherwise they are copied.
         workers: processes.
@@ -358,9 +394,10 @@ def encode(
         for index in range(len(source)):
             rows[Path(source.locate(index)[0])].append(index)
 
-    encoder = SampleEncoder(codec, sources, only_speech)
+    encoder = SampleEncoder(codec, sources, only_speech, thinker)
     chosen = {"split": split, "where": dict(where or {}), "only_speech": only_speech}
-    folder = Folder(out, {"codec": encoder.fingerprint, "rows": chosen})
+    made_with = {"codec": encoder.fingerprint, "rows": chosen}
+    folder = Folder(out, made_with | ({"thinker": encoder.thinker_fingerprint} if thinker else {}))
     checksums = {file: checksum(file) for file in files}
     todo = [file for file in files if not folder.is_complete(file, checksums[file])]
     if len(todo) < len(files):

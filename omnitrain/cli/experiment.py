@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import lightning as L
@@ -17,10 +17,11 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.speech import SpeechCodes
 from omnitrain.models.codec import Codec
-from omnitrain.models.omni import OmniModel
+from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import init_codec_weights, init_weights
 from omnitrain.training.callbacks import write_atomically
 from omnitrain.training.module import TrainingModule
+from omnitrain.training.talker import TalkerModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,9 @@ def build(cfg: DictConfig, stage: str) -> Experiment:
         module: TrainingModule = instantiate(cfg.module, _convert_="all", _partial_=True)(model, optim)
     except ValueError as error:  # parts, weights to start from
         raise ConfigError(str(error)) from error
+    if isinstance(module, TalkerModule) and module.cached_thinker:
+        assert datamodule.speech is not None
+        datamodule.speech = replace(datamodule.speech, thinker=thinker_fingerprint(module.model))
     trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
         callbacks=[instantiate(callback, _convert_="all") for callback in cfg.callbacks.values() if callback],
         logger=[instantiate(logger, _convert_="all") for logger in cfg.logger.values() if logger],

@@ -25,6 +25,8 @@ class TalkerDocument:
         text_ids, hidden_rows, codec_ids, frame_rows, labels: int64 [T]
         position_ids: float32 [3, T], starting at 0
         codes: int64 [F, Q].  frame_sources: int64 [F]
+        heard: float32 [H, D], hidden states of a frozen Thinker at the H positions that name one, in their order; None
+            where the Thinker is asked itself
     """
 
     text_ids: np.ndarray
@@ -35,6 +37,7 @@ class TalkerDocument:
     position_ids: np.ndarray
     codes: np.ndarray
     frame_sources: np.ndarray
+    heard: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.text_ids)
@@ -95,6 +98,8 @@ class SpokenAnswers:
 
     Attributes:
         samples: int64 [S], the sample of the pack that each document belongs to
+        heard: float32 [H, D], hidden states of a frozen Thinker, which `hidden_rows` then counts; None where those rows
+            count the Thinker's positions
     """
 
     text_ids: Tensor
@@ -107,10 +112,15 @@ class SpokenAnswers:
     codes: Tensor
     frame_sources: Tensor
     samples: Tensor
+    heard: Tensor | None = None
 
     @staticmethod
     def pack(samples: Sequence[EncodedSample]) -> SpokenAnswers | None:
-        """Those of `samples`, in order; None if nobody speaks."""
+        """Those of `samples`, in order; None if nobody speaks.
+
+        Raises:
+            ValueError: some documents bring a frozen Thinker's hidden states, and others need the Thinker itself.
+        """
         documents = [(i, document) for i, sample in enumerate(samples) for document in sample.spoken]
         if not documents:
             return None
@@ -127,9 +137,16 @@ class SpokenAnswers:
         def joined(name: str, axis: int = 0) -> Tensor:
             return torch.from_numpy(np.concatenate([getattr(d, name) for _, d in documents], axis=axis))
 
+        hidden_rows = shifted("hidden_rows", [int(starts[i]) for i, _ in documents])
+        heard = [d.heard for _, d in documents if (d.hidden_rows >= 0).any()]
+        states = [h for h in heard if h is not None]
+        if states:
+            if len(states) < len(heard):
+                raise ValueError("a pack mixes cached hidden states with samples that have none")
+            hidden_rows = torch.where(hidden_rows >= 0, (hidden_rows >= 0).cumsum(0) - 1, -1)
         return SpokenAnswers(
             text_ids=joined("text_ids"),
-            hidden_rows=shifted("hidden_rows", [int(starts[i]) for i, _ in documents]),
+            hidden_rows=hidden_rows,
             codec_ids=joined("codec_ids"),
             frame_rows=shifted("frame_rows", frames[:-1].tolist()),
             labels=joined("labels"),
@@ -138,14 +155,16 @@ class SpokenAnswers:
             codes=joined("codes"),
             frame_sources=shifted("frame_sources", lengths[:-1].tolist()),
             samples=torch.tensor([i for i, _ in documents], dtype=torch.int64),
+            heard=torch.from_numpy(np.concatenate(states)) if states else None,
         )
 
     def inputs(self) -> dict[str, Tensor]:
         """The fields of `TalkerInputs`."""
-        return {name: value for name, value in vars(self).items() if name != "samples"}
+        return {name: value for name, value in vars(self).items() if name not in ("samples", "heard")}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SpokenAnswers:
-        return SpokenAnswers(**{k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items()})
+        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items() if v is not None}
+        return SpokenAnswers(**moved)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,29 +1,43 @@
 """Codec frames: how they are kept, and how a spoken answer becomes what the Talker learns.
 
-Codes are kept where the recording was: a `speech` segment's medium is then a small safetensors file with one tensor
-`codes` [F, Q] and, in its metadata, the codec's fingerprint. So everything that moves media moves codes too.
+Codes are kept where the recording was: a `speech` segment's medium is then a small safetensors file with a tensor
+`codes` [F, Q] and, in its metadata, the codec's fingerprint. So everything that moves media moves codes too. Where a
+frozen Thinker was asked beforehand, a tensor `heard` [H, D] beside them holds its hidden states at the H positions of
+media before the answer, and the metadata its fingerprint.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.torch import load, save
+from torch import Tensor
 
-from omnitrain.data.batch import IGNORE, TalkerDocument
+from omnitrain.data.batch import IGNORE, TEXT, EncodedSample, TalkerDocument
 from omnitrain.data.chat import ChatTokenizer, RenderedChat
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
-from omnitrain.data.talker_layout import SpeechTokens, talker_layout, user_turns
+from omnitrain.data.talker_layout import SpeechTokens, in_user_turns, talker_layout, user_turns
 
-_METADATA = "omnitrain.codec"
+_CODEC, _THINKER = "omnitrain.codec", "omnitrain.thinker"
 
 
-def encode_codes(codes: np.ndarray, codec: str) -> bytes:
-    """The file for codes [F, Q] of the codec with this fingerprint."""
-    return save({"codes": np.ascontiguousarray(codes, dtype=np.uint16)}, metadata={_METADATA: codec})
+def encode_codes(codes: np.ndarray, codec: str, heard: Tensor | None = None, thinker: str = "") -> bytes:
+    """The file for codes [F, Q] of the codec with this fingerprint.
+
+    Args:
+        heard: [H, D], in the precision in which the Thinker with the fingerprint `thinker` computed them.
+    """
+    tensors = {"codes": torch.from_numpy(np.ascontiguousarray(codes, dtype=np.uint16))}
+    metadata = {_CODEC: codec}
+    if heard is not None:
+        tensors["heard"] = heard.contiguous()
+        metadata[_THINKER] = thinker
+    return save(tensors, metadata=metadata)
 
 
 def holds_codes(data: bytes) -> bool:
@@ -53,16 +67,54 @@ def decode_codes(data: bytes, codec: str | None = None) -> np.ndarray:
             "`omnitrain data encode CODEC_RUN SHARDS --out FOLDER`",
         )
     try:
-        codes = load(data)["codes"].astype(np.int64)
+        codes = load(data)["codes"].numpy().astype(np.int64)
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadSample("no_codes", f"the codec frames cannot be read: {error}") from error
-    if codec is not None and f'"{codec}"'.encode() not in _header(data):
+    if codec is not None and _metadata(data).get(_CODEC) != codec:
         raise BadSample(
             "other_codec",
             f"the codec frames are not those of codec {codec}; encode the recordings again with the codec that the "
             "Talker speaks through",
         )
     return codes
+
+
+def decode_heard(data: bytes, thinker: str) -> np.ndarray:
+    """Hidden states float32 [H, D] of the Thinker with this fingerprint, from the file of an answer's codes.
+
+    Raises:
+        BadSample: ``no_hidden_states``, ``other_thinker``.
+    """
+    tensors = load(data)
+    if "heard" not in tensors:
+        raise BadSample(
+            "no_hidden_states",
+            "the codec frames have no hidden states of the Thinker beside them; write them with "
+            "`omnitrain data encode --thinker RUN_DIR`, or set module.cached_thinker=false",
+        )
+    if (found := _metadata(data).get(_THINKER)) != thinker:
+        raise BadSample(
+            "other_thinker",
+            f"the hidden states are those of Thinker {found}, not of {thinker}; encode the shards again with the "
+            "Thinker that the Talker is trained on, or set module.cached_thinker=false",
+        )
+    return tensors["heard"].float().numpy()
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    return json.loads(_header(data)).get("__metadata__", {})
+
+
+def heard_rows(encoded: EncodedSample, tokenizer: ChatTokenizer) -> list[np.ndarray]:
+    """Positions of a chat at which the Talker reads the Thinker's hidden states: one array for every assistant message,
+    of the media in the user's turns before it."""
+    users = in_user_turns(encoded.input_ids, user_header(tokenizer)) & (encoded.token_types != TEXT)
+    return [np.flatnonzero(users[:first]) for first, _ in target_runs(encoded.labels)]
+
+
+def user_header(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """Ids that begin a user's turn, ``<|im_start|>user``."""
+    return (tokenizer.special_ids["<|im_start|>"], *_word(tokenizer, "user"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +125,7 @@ class SpeechCodes:
         codec_*: special codes.  codebook_size: codes are below it.  codebooks: codes of a frame.
         speakers: code of each voice; a sample's voice is its ``meta["voice"]``.
         codec: fingerprint of the codec whose frames are learnt; None: any.
+        thinker: fingerprint of the frozen Thinker whose hidden states lie beside the frames; None: they are not read.
         default_voice: of samples that name none.
     """
 
@@ -86,6 +139,7 @@ class SpeechCodes:
     codebooks: int
     speakers: Mapping[str, int] = field(default_factory=dict)
     codec: str | None = None
+    thinker: str | None = None
     default_voice: str | None = None
 
     def tokens(self, tokenizer: ChatTokenizer) -> SpeechTokens:
@@ -93,7 +147,7 @@ class SpeechCodes:
         special = tokenizer.special_ids
         start = special["<|im_start|>"]
         return SpeechTokens(
-            user_header=(start, *_word(tokenizer, "user")),
+            user_header=user_header(tokenizer),
             assistant_header=(start, *tokenizer.encode("assistant\n")),
             tts_pad=special["<tts_pad>"],
             tts_bos=special["<tts_text_bos>"],
@@ -147,7 +201,8 @@ def spoken_answers(
         segment = _recorded(message)
         if segment is None:
             continue
-        frames = decode_codes(media_bytes(segment), codes.codec)
+        data = media_bytes(segment)
+        frames = decode_codes(data, codes.codec)
         if frames.shape[1] < codes.codebooks:
             raise BadSample(
                 "speech_bad_codes",
@@ -162,16 +217,28 @@ def spoken_answers(
             merge=merge,
             ids_per_second=ids_per_second,
         )
-        documents.append(
-            talker_layout(
-                *before,
-                chat.labels[first : end - 1],  # without <|im_end|>
-                frames[:, : codes.codebooks],
-                special=special,
-                speaker_code=codes.speaker(sample.meta.get("voice", "")),
-            )
+        document = talker_layout(
+            *before,
+            chat.labels[first : end - 1],  # without <|im_end|>
+            frames[:, : codes.codebooks],
+            special=special,
+            speaker_code=codes.speaker(sample.meta.get("voice", "")),
         )
+        if codes.thinker is not None and before.is_media.any():
+            document = replace(document, heard=_heard(data, codes.thinker, int(before.is_media.sum())))
+        documents.append(document)
     return tuple(documents)
+
+
+def _heard(data: bytes, thinker: str, positions: int) -> np.ndarray:
+    heard = decode_heard(data, thinker)
+    if len(heard) != positions:
+        raise BadSample(
+            "other_thinker",
+            f"{len(heard)} hidden states for {positions} positions of media: the shards were encoded with other "
+            "settings of data.vision or data.audio; encode them again",
+        )
+    return heard
 
 
 def _recorded(message: Message) -> Segment | None:

@@ -83,10 +83,7 @@ def user_turns(
         spans: its spans, or those of the whole chat.
         merge, ids_per_second: as for `tm_rope_positions`.
     """
-    kept = np.zeros(len(input_ids), dtype=bool)
-    starts = np.flatnonzero(input_ids == special.user_header[0])
-    for start, end in zip(starts, [*starts[1:], len(input_ids)], strict=True):
-        kept[start:end] = tuple(input_ids[start : start + len(special.user_header)]) == special.user_header
+    kept = in_user_turns(input_ids, special.user_header)
     left: list[Span] = []
     at = 0
     for span in spans:
@@ -97,6 +94,15 @@ def user_turns(
         left.append(TextSpan(int(here.sum())) if isinstance(span, TextSpan) else span)  # media lie inside one turn
     rows = np.flatnonzero(kept)
     return UserTurns(input_ids[rows], token_types[rows] != TEXT, rows, tm_rope_positions(left, merge, ids_per_second))
+
+
+def in_user_turns(input_ids: np.ndarray, user_header: tuple[int, ...]) -> np.ndarray:
+    """bool [n]: which positions of a chat [n] belong to a user's turn. `user_header`: see `SpeechTokens`."""
+    kept = np.zeros(len(input_ids), dtype=bool)
+    starts = np.flatnonzero(input_ids == user_header[0])
+    for start, end in zip(starts, [*starts[1:], len(input_ids)], strict=True):
+        kept[start:end] = tuple(input_ids[start : start + len(user_header)]) == user_header
+    return kept
 
 
 def _length(span: Span, merge: int) -> int:

@@ -47,10 +47,12 @@ class TalkerModule(ThinkerModule):
         frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone.
             A Talker that always sees true codes learns to continue sounds and hardly listens to the text; left to
             itself it then babbles fluently (word dropout: Bowman et al. 2016, arXiv 1511.06349, section 3.1).
+        cached_thinker: the frozen Thinker is not run; its hidden states at media are read from the shards, where
+            ``omnitrain data encode --thinker`` wrote them (with the audio encoder's own attention window).
         Others: see `ThinkerModule`.
 
     Raises:
-        ValueError: the model has no Talker.
+        ValueError: the model has no Talker, or a Thinker that is trained cannot be read from shards.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class TalkerModule(ThinkerModule):
         *,
         train: Sequence[str] = TALKER_PARTS,
         frame_dropout: float = 0.0,
+        cached_thinker: bool = False,
         **options: Any,
     ) -> None:
         if not 0 <= frame_dropout < 1:
@@ -70,6 +73,13 @@ class TalkerModule(ThinkerModule):
         super().__init__(model, optim, loss or TalkerLossConfig(), train=train, **options)
         self.joint = any(part in THINKER_PARTS for part in train)
         self.frame_dropout = frame_dropout
+        self.cached_thinker = cached_thinker
+        if cached_thinker and self.joint:
+            learning = ", ".join(part for part in train if part in THINKER_PARTS)
+            raise ValueError(
+                f"module.cached_thinker needs a frozen Thinker, but module.train has its parts {learning}: leave them "
+                "out, or set module.cached_thinker=false"
+            )
 
     @property
     def talker(self) -> Talker:
@@ -79,8 +89,8 @@ class TalkerModule(ThinkerModule):
     def losses(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
         assert isinstance(self.loss_config, TalkerLossConfig)
         spoken = batch.spoken
-        text, accept_hidden = None, None
-        listens = spoken is not None and bool((spoken.hidden_rows >= 0).any())
+        text, accept_hidden = None, spoken.heard if spoken is not None else None
+        listens = spoken is not None and spoken.heard is None and bool((spoken.hidden_rows >= 0).any())
         if self.joint or listens:  # of text alone the Talker reads the embeddings, which need no Thinker
             with nullcontext() if self.joint else torch.no_grad():
                 output = self.model(**batch.model_inputs(), aut_window_frames=window)
@@ -96,7 +106,8 @@ class TalkerModule(ThinkerModule):
         if self.training and self.frame_dropout:
             hidden = torch.rand(len(inputs.frame_rows), device=inputs.frame_rows.device) < self.frame_dropout
             inputs = replace(inputs, frame_rows=inputs.frame_rows.masked_fill(hidden, -1))
-        x = talker.embed(inputs, self.model.thinker.embed_tokens, accept_hidden)
+        words = self.model.thinker.embed_tokens
+        x = talker.embed(inputs, words, None if accept_hidden is None else accept_hidden.to(words.weight.dtype))
         output = talker(x, inputs.position_ids, inputs.cu_seqlens)
         first = chunked_cross_entropy(output.hidden, talker.codec_head.weight, inputs.labels, chunk=config.chunk)
         residual_hidden = talker.residual_hidden(output.hidden, inputs)  # [F, Q - 1, D]

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,18 @@ from omegaconf import OmegaConf
 
 from omnitrain.cli.codec import SAMPLE_RATE, codec_fingerprint, load_codec
 from omnitrain.cli.data import main
+from omnitrain.cli.generate import load
+from omnitrain.cli.locations import PACK
+from omnitrain.data.batch import AUDIO, PackedBatch
+from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.media import decode_audio, encode_audio
-from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import SampleSource, write_media_table, write_shards
-from omnitrain.data.speech import decode_codes
+from omnitrain.data.speech import decode_codes, decode_heard
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.code2wav import fingerprint
-from omnitrain.models.presets import build_codec, init_codec_weights
+from omnitrain.models.omni import thinker_fingerprint
+from omnitrain.models.presets import build, build_codec, init_codec_weights, init_weights
 from tests.interop.test_mimi import save_mimi
 
 MODEL = {
@@ -252,6 +258,65 @@ def test_recordings_of_all_kinds(run_dir, tmp_path, capsys) -> None:
     only = tmp_path / "only"
     assert main([*line[:3], "--out", str(only), "--only-speech", "--workers", "1", "--max-bad-fraction", "1"]) == 0
     assert [sample.id for sample in SampleSource(only)] == list(made)[:4]
+
+
+def save_thinker(run_dir: Path) -> Path:
+    """The run folder of an untrained Thinker."""
+    tokenizer = ChatTokenizer.from_file(PACK / "tokenizer.json")
+    model = {
+        "_target_": "omnitrain.models.presets.build",
+        "preset": "tiny",
+        "vocab_size": tokenizer.vocab_size,
+        "thinker": {"layers": 2, "ffn": 32, "expert_width": 16, "n_experts": 2, "top_k": 1},
+        "aut": {"layers": 1, "ffn": 32},
+    }
+    loaded = build(**{key: value for key, value in model.items() if key != "_target_"})
+    init_weights(loaded, 0)
+    (run_dir / "checkpoints").mkdir(parents=True)
+    state = {f"model.{name}": value for name, value in loaded.state_dict().items()}
+    torch.save({"state_dict": state}, run_dir / "checkpoints" / "last.ckpt")
+    (run_dir / "tokenizer.json").write_bytes((PACK / "tokenizer.json").read_bytes())
+    data = {"_target_": "omnitrain.data.datamodule.OmniDataModule", "sources": {"pack": {"path": str(PACK)}}}
+    OmegaConf.save({"data": data, "model": model, "paths": {"run_dir": str(run_dir)}}, run_dir / "config.yaml")
+    return run_dir
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_a_thinker_hears_is_written_beside_the_codes(run_dir, tmp_path, capsys, workers) -> None:
+    def asked(name: str, *media: Segment) -> Sample:
+        sample = spoken(name, encode_audio(tone(0.6), 24_000, "wav"))
+        question = Message(role="user", segments=(*media, Segment(type="text", text="Repeat it.")))
+        return replace(sample, messages=(question, sample.messages[-1]))
+
+    def sound(seconds: float) -> Segment:
+        return Segment(type="audio", media=encode_audio(tone(seconds, 16_000), 16_000, "wav"))
+
+    write_shards([asked("a", sound(0.7)), asked("b"), asked("c", sound(1.3), sound(0.4))], tmp_path / "in", "toy")
+    thinker = save_thinker(tmp_path / "thinker")
+    line = ["encode", str(run_dir), str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", workers]
+    assert main([*line, "--thinker", str(thinker)]) == 0
+    model, encoder = load(thinker)
+    source, made = SampleSource(tmp_path / "in"), SampleSource(tmp_path / "out")
+    for old, new in zip(source, made, strict=True):
+        codes_of(new, codec_fingerprint(load_codec(run_dir)))
+        medium = new.messages[-1].segments[0].media
+        assert medium is not None
+        if old.id == "b":
+            with pytest.raises(BadSample, match="no_hidden_states"):
+                decode_heard(medium, thinker_fingerprint(model))
+            continue
+        encoded = encoder(old, source.media_bytes)
+        with torch.no_grad():
+            states = model(**PackedBatch.pack([encoded]).model_inputs()).accept_hidden
+        expected = states[torch.from_numpy(encoded.token_types == AUDIO)]
+        heard = decode_heard(medium, thinker_fingerprint(model))
+        assert len(heard) > 5
+        np.testing.assert_allclose(heard, expected.numpy(), atol=1e-5)
+    # A folder keeps to its Thinker.
+    capsys.readouterr()
+    assert main(line) == 1
+    assert "were made with thinker" in capsys.readouterr().err
+    assert main([*line, "--thinker", str(run_dir)]) == 1
 
 
 def test_a_part_of_the_rows(run_dir, shards, tmp_path) -> None:

@@ -18,8 +18,8 @@ from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.media import encode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import write_shards
-from omnitrain.data.speech import SpeechCodes, decode_codes, encode_codes
-from omnitrain.models.omni import OmniModel
+from omnitrain.data.speech import SpeechCodes, decode_codes, encode_codes, heard_rows
+from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import build, init_weights
 from omnitrain.models.talker import TalkerInputs
 from omnitrain.training.callbacks import AtomicCheckpoint
@@ -210,6 +210,69 @@ def test_frame_dropout_hides_codes_in_training_alone(shards: Path) -> None:
     # Nothing of the codes is seen: with the same labels, other codes give the same loss of codebook 0.
     assert torch.equal(module.train().losses(batch).total, module.losses(other).total)
     assert not torch.equal(module.eval().losses(batch).total, module.losses(other).total)
+
+
+def with_hidden_states(shards: Path, folder: Path, model: OmniModel, fingerprint: str) -> Path:
+    """The shards with what `model` hears beside the codes."""
+    module = data(shards)
+    source = module.opened("sources")["speech"]
+
+    def heard(sample: Sample) -> Sample:
+        encoded = module.encoder(sample, source.media_bytes)
+        [rows] = heard_rows(encoded, TOKENIZER)
+        if not len(rows):
+            return sample
+        with torch.no_grad():
+            states = model(**PackedBatch.pack([encoded]).model_inputs()).accept_hidden[rows]
+        *before, answer = sample.messages
+        media = encode_codes(decode_codes(answer.segments[0].media or b""), "c0ffee00", states, fingerprint)
+        return replace(
+            sample, messages=(*before, replace(answer, segments=(replace(answer.segments[0], media=media),)))
+        )
+
+    write_shards([heard(source[i]) for i in range(len(source))], folder, "codes", progress=False)
+    return folder
+
+
+def test_a_cached_thinker_is_the_thinker(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = talking_model()
+    fingerprint = thinker_fingerprint(model)
+    assert fingerprint != thinker_fingerprint(talking_model(1))
+    cached_shards = with_hidden_states(shards, tmp_path / "heard", model, fingerprint)
+    module = data(cached_shards, speech=replace(SPEECH, thinker=fingerprint))
+    source = module.opened("sources")["speech"]
+    cached = PackedBatch.pack([module.encoder(source[i], source.media_bytes) for i in (1, 0, 4, 2)])
+    live_data = data(cached_shards)  # not asked to read them: the same shards serve a live Thinker
+    live = PackedBatch.pack([live_data.encoder(source[i], source.media_bytes) for i in (1, 0, 4, 2)])
+    assert live.spoken is not None
+    assert live.spoken.heard is None
+    assert cached.spoken is not None
+    assert cached.spoken.heard is not None
+
+    gradients = []
+    for batch, is_cached in ((live, False), (cached.to("cpu"), True)):
+        if is_cached:
+            monkeypatch.setattr(model.thinker, "forward", None)  # calling it would fail
+        model.zero_grad()
+        loss = TalkerModule(model, cached_thinker=is_cached).losses(batch).total
+        loss.backward()
+        assert model.talker is not None
+        gradients.append([loss.detach(), *(p.grad.clone() for p in model.talker.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_hidden_states_of_another_thinker_are_refused(shards: Path, tmp_path: Path) -> None:
+    model = talking_model()
+    heard = with_hidden_states(shards, tmp_path / "heard", model, thinker_fingerprint(model))
+    for folder, reason in ((heard, "other_thinker"), (shards, "no_hidden_states")):
+        module = data(folder, speech=replace(SPEECH, thinker="12345678"))
+        source = module.opened("sources")["speech"]
+        with pytest.raises(BadSample, match=rf"{reason}: .*module\.cached_thinker=false"):
+            module.encoder(source[0], source.media_bytes)
+        assert module.encoder(source[1], source.media_bytes).spoken  # has no media
+    with pytest.raises(ValueError, match=r"cached_thinker needs a frozen Thinker.*thinker"):
+        TalkerModule(talking_model(), train=("thinker", "talker"), cached_thinker=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the training
