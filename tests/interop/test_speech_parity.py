@@ -152,10 +152,10 @@ def document(models, name: str, answer: Tensor, codes: Tensor) -> tuple[TalkerDo
 def inputs_of(*documents: TalkerDocument, rows: tuple[int, ...] = (0,)) -> TalkerInputs:
     """Documents end to end; `rows`: where each one's sample starts among the Thinker's positions."""
     position, frame = 0, 0
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in vars(documents[0])}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in vars(documents[0]) if name != "heard"}
     for d, row in zip(documents, rows, strict=True):
         shift = {"hidden_rows": row, "frame_rows": frame, "frame_sources": position}
-        for name, array in vars(d).items():
+        for name, array in ((name, getattr(d, name)) for name in parts):
             parts[name].append(np.where(array >= 0, array + shift[name], array) if name in shift else array)
         position, frame = position + len(d), frame + len(d.codes)
     joined = {k: torch.from_numpy(np.concatenate(v, axis=int(k == "position_ids"))) for k, v in parts.items()}
