@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omnitrain.cli.config import ConfigError
 from omnitrain.cli.experiment import Experiment, build, save_config, starting_checkpoint
 from omnitrain.cli.stages import finished_stages, read_stages, run_stages
-from omnitrain.cli.test import evaluate_and_report
+from omnitrain.cli.test import SPEECH_JUDGES, evaluate_and_report
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -45,6 +45,11 @@ def train(cfg: DictConfig) -> Experiment:
         save_config(cfg, run_dir)
         experiment.datamodule.tokenizer.save(run_dir / "tokenizer.json")
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
+        if cfg.evaluation.after_fit and cfg.evaluation.judge in SPEECH_JUDGES:
+            from omnitrain.evaluation.speech import missing_judges, missing_judges_notice
+
+            if missing := missing_judges():  # said now, while it can still be mended before the end
+                print(missing_judges_notice(missing), flush=True)
     trainer.fit(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
     if cfg.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
         evaluate_and_report(experiment, cfg)

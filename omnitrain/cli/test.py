@@ -33,6 +33,9 @@ def run(cfg: DictConfig) -> None:
         evaluate_and_report(experiment, cfg)
 
 
+SPEECH_JUDGES = ("codec", "speech")
+"""Values of ``evaluation.judge`` that listen."""
+
 EVAL_KEYS = ("path", "limit", "batch", "restart", "device", "dtype", "tasks")
 
 

@@ -276,6 +276,7 @@ def _speech(scores: Mapping[str, Any]) -> dict[str, Any]:
         "failures": scores.get("failures") if scores.get("kind") != "codec" else None,
         "n": scores.get("n"),
         "recogniser": scores.get("recogniser"),
+        "not_judged": scores.get("not_judged"),
     }
 
 

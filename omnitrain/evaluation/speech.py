@@ -19,11 +19,12 @@ Every recording is mono, float [T] in [-1, 1], with its sample rate in Hz beside
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -51,6 +52,30 @@ _WORST_PESQ = 1.0  # of a silent round trip, for which PESQ itself has no number
 
 Recording = tuple[np.ndarray, int]
 """Samples, float [T], and their rate in Hz."""
+
+
+JUDGES = {"pocketsphinx": "word errors", "resemblyzer": "voices", "pesq": "PESQ", "pystoi": "STOI"}
+"""Packages of the extra `eval`, and what each is needed for."""
+
+
+def missing_judges() -> tuple[str, ...]:
+    """Those of `JUDGES` that are not installed."""
+
+    def is_there(module: str) -> bool:
+        try:
+            return importlib.util.find_spec(module) is not None
+        except ValueError:  # somebody has blocked its import
+            return False
+
+    return tuple(module for module in JUDGES if not is_there(module))
+
+
+def missing_judges_notice(missing: Iterable[str]) -> str:
+    """What cannot be judged without these packages, and what to install."""
+    return (
+        f"speech is not judged by {', '.join(f'{module} ({JUDGES[module]})' for module in missing)}, which "
+        "omnitrain's extra `eval` installs: uv pip install -e '.[eval]' in a clone, else pip install 'omnitrain[eval]'"
+    )
 
 
 def _extra(module: str) -> Any:
@@ -442,6 +467,7 @@ def score_speech(
     voices: Voices | None = None,
     grammar_words: Sequence[str] | None = None,
     open_vocabulary: bool = True,
+    without: Collection[str] = (),
 ) -> SpeechScores:
     """All scores of `utterances`. The open vocabulary takes about a quarter of their length per signal, on one core.
 
@@ -449,6 +475,7 @@ def score_speech(
         voices: to compare with; without it there are no scores of voices.
         grammar_words: recognise with a loop of these words too.
         open_vocabulary: recognise with the open vocabulary (the slower of the two).
+        without: those of `JUDGES` to do without; their scores stay empty.
 
     Raises:
         ImportError: the extra `eval` is not installed.
@@ -459,6 +486,8 @@ def score_speech(
     recognisers: dict[str, Sequence[str] | None] = {"open": None} if open_vocabulary else {}
     if grammar_words is not None:
         recognisers["word_loop"] = grammar_words
+    if "pocketsphinx" in without:
+        recognisers = {}
 
     rows: list[dict[str, str]] = [{"id": u.id, "text": u.text} for u in utterances]
     wer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
@@ -494,8 +523,10 @@ def score_speech(
         other_voice=other,
         right_voice=right,
         mel_db=_mean([mel_distance(a, b, rate) for a, b, rate in compared]),
-        pesq=_mean([_WORST_PESQ if is_silent(b) else pesq(a, b, rate) for a, b, rate in compared]),
-        stoi=_mean([stoi(a, b, rate) for a, b, rate in compared]),
+        pesq=_mean(
+            [] if "pesq" in without else [_WORST_PESQ if is_silent(b) else pesq(a, b, rate) for a, b, rate in compared]
+        ),
+        stoi=_mean([] if "pystoi" in without else [stoi(a, b, rate) for a, b, rate in compared]),
         # The same text: the ratio of characters per second is that of the durations, upside down.
         pace=_mean([reference / generated for reference, generated in spoken if generated and reference]),
         failures=failures(utterances),

@@ -29,7 +29,15 @@ from omnitrain.data.sample import BadSample
 from omnitrain.data.shards import Source
 from omnitrain.data.waveforms import Utterance, UtteranceReader
 from omnitrain.evaluation.metrics import Interval
-from omnitrain.evaluation.speech import SpeechScores, Spoken, Voices, score_speech, spoken_form
+from omnitrain.evaluation.speech import (
+    SpeechScores,
+    Spoken,
+    Voices,
+    missing_judges,
+    missing_judges_notice,
+    score_speech,
+    spoken_form,
+)
 
 SAMPLE_RATE = 24_000
 RECORDINGS_PER_VOICE = 10
@@ -196,13 +204,19 @@ def _judge(
 ) -> dict[str, Any]:
     english = all(u.languages[-1:] in (("en",), ()) for u in recordings)  # the recogniser knows no other language
     words = sorted({word for s in spoken for word in spoken_form(s.text).split()}) if english and grammar else None
+    missing = missing_judges()
     scores = score_speech(
-        spoken, voices=_voices([s.voice for s in spoken], train_sources), grammar_words=words, open_vocabulary=english
+        spoken,
+        voices=None if "resemblyzer" in missing else _voices([s.voice for s in spoken], train_sources),
+        grammar_words=words,
+        open_vocabulary=english,
+        without=missing,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     summary = {
         "kind": kind,
-        "recogniser": "pocketsphinx" if english else None,
+        "recogniser": "pocketsphinx" if english and "pocketsphinx" not in missing else None,
+        "not_judged": missing_judges_notice(missing) if missing else None,
         "words": len(words) if words else None,
         **{name: value for name, value in scores.to_dict().items() if name != "heard"},
     }
@@ -227,6 +241,8 @@ def _judge(
     schema = pa.schema([*text, ("hit_limit", pa.bool_()), *sound])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), out_dir / "speech.parquet")
     print_speech(scores, kind)
+    if missing:
+        print(missing_judges_notice(missing))
     return summary
 
 

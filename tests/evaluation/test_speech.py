@@ -16,6 +16,7 @@ from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.shards import SampleSource
 from omnitrain.evaluation import metrics, speech
 from omnitrain.evaluation.speech import (
+    JUDGES,
     SILENT_PEAK,
     Spoken,
     Voices,
@@ -23,6 +24,8 @@ from omnitrain.evaluation.speech import (
     failures,
     is_silent,
     mel_distance,
+    missing_judges,
+    missing_judges_notice,
     pesq,
     recognise,
     score_speech,
@@ -247,6 +250,25 @@ def test_all_scores(slt: list[tuple[str, np.ndarray]], words: list[str]) -> None
     assert good.to_dict()["wer"]["word_loop"]["reference"]["n"] > 4
     with pytest.raises(ValueError, match="no utterances"):
         score_speech([])
+
+
+def test_speech_is_scored_without_judges_that_are_missing(
+    slt: list[tuple[str, np.ndarray]], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert missing_judges() == ()
+    for module in JUDGES:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert missing_judges() == tuple(JUDGES)
+    assert "PESQ" in missing_judges_notice(missing_judges())
+    text, wave = slt[0]
+    said = Spoken(text=text, wav=wave, sample_rate=RATE, reference=wave, round_trip=noisy(wave, 20), voice="slt")
+    scores = score_speech([said], grammar_words=words, without=missing_judges())
+    assert (scores.wer, scores.pesq, scores.stoi) == ({}, None, None)
+    assert scores.mel_db is not None
+    assert scores.mel_db.mean > 0
+    assert scores.failures == {"never_ends": 0, "stops_early": 0, "silent": 0}
+    with pytest.raises(ImportError, match="eval"):
+        score_speech([said], grammar_words=words, without=("pocketsphinx", "pystoi"))
 
 
 def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
