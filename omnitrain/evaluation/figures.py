@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 _INK, _LINE = "#010203", "#010204"
 MODALITY_COLOURS = {
@@ -311,6 +312,8 @@ def arm_curves(
             )[0]
         axes.set_title(name, fontweight="bold")
         axes.set_xlabel(xlabel)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 4T
     for axes in axes_of[len(panels) :]:
         axes.set_axis_off()
     axes_of[0].set_ylabel(ylabel)

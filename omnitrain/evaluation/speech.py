@@ -74,7 +74,7 @@ def missing_judges_notice(missing: Iterable[str]) -> str:
     """What cannot be judged without these packages, and what to install."""
     return (
         f"speech is not judged by {', '.join(f'{module} ({JUDGES[module]})' for module in missing)}, which "
-        "omnitrain's extra `eval` installs: uv pip install -e '.[eval]' in a clone, else pip install 'omnitrain[eval]'"
+        "omnitrain's extra 'eval' installs: uv pip install -e '.[eval]' in a clone, else pip install 'omnitrain[eval]'"
     )
 
 

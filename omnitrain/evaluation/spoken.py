@@ -265,7 +265,8 @@ def print_speech(scores: SpeechScores, kind: str) -> None:
         row("similarity to own voice", scores.own_voice, ".2f")
         row("nearest other voice", scores.other_voice, ".2f")
     console = Console(width=100)
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     for label, value in (("mel distance, dB", scores.mel_db), ("PESQ", scores.pesq), ("STOI", scores.stoi)):
         if value is not None:
             console.print(f"round trip, {label}: {value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]", highlight=False)
