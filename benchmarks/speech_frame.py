@@ -9,8 +9,9 @@ process, in turn; the first answer of each is a warm-up. The codes of both are c
 What a row is:
   Thinker, Talker   one step (one token, one position), its head included
   MTP               all codebooks of one frame but the first
-  Code2Wav          samples of one frame. omnitrain decodes each frame as it comes and reads all weights each time;
-                    transformers decodes once, when everything is there, and its time is divided by the frames
+  Code2Wav          samples of one frame. omnitrain decodes each frame as it comes and reads all weights each time, or
+                    from the second on so many together as --frames-per-piece says; transformers decodes once, when
+                    everything is there, and its time is divided by the frames
   frame             the whole answer over its frames: the Thinker's steps, prompts and everything between the parts
   first             from the question to the first sound that can be played
   of N answers      N answers side by side (`speak_batch`): time over the frames of all, to compare with `frame`
@@ -89,7 +90,7 @@ class Clock:
 
 
 def omnitrain_answer(
-    folder: Path, tokenizer: Any, frames: int, tokens: int, compile: bool
+    folder: Path, tokenizer: Any, frames: int, tokens: int, compile: bool, frames_per_piece: int
 ) -> Callable[[], dict[str, Any]]:
     """What streams one answer and gives milliseconds by component, and its codes."""
     import numpy as np
@@ -107,7 +108,9 @@ def omnitrain_answer(
         tokenizer=tokenizer, audio=AudioGeometry(), vision=VisionGeometry(), limits=MediaLimits(), vocab_size=320
     )
     speaker = Speaker(model, tokenizer, compile=compile)
-    options = dict(voice="ethan", codes=Sampling(repetition_penalty=1.05), residuals=Sampling())
+    options = dict(
+        voice="ethan", codes=Sampling(repetition_penalty=1.05), residuals=Sampling(), frames_per_piece=frames_per_piece
+    )
 
     question = Message(role="user", segments=(Segment(type="text", text="what is red?"),))
 
@@ -142,6 +145,7 @@ def omnitrain_answer(
         seconds, first, codes = answer(frames)
         return {
             **{name: clock.milliseconds(name) for name in CLASSES},
+            "Code2Wav": 1000 * clock.seconds["Code2Wav"] / len(codes),
             "frame": 1000 * seconds / len(codes),
             "first": 1000 * first,
             "together": side_by_side,
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=["tiny", "small"])
     parser.add_argument("--frames", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=20, help="text tokens of the answer")
+    parser.add_argument("--frames-per-piece", type=int, default=1, help="frames that omnitrain decodes together")
     parser.add_argument("--repeat", type=int, default=3, help="the fastest of so many answers counts")
     parser.add_argument("--compile", action="store_true", help="torch.compile MTP and Code2Wav")
     parser.add_argument("--ours", action="store_true", help="without transformers")
@@ -229,7 +234,9 @@ def main() -> None:
             f"{args.preset}: {args.frames} frames of {c.codebooks} codes, {args.tokens} words; "
             f"float32, {torch.get_num_threads()} threads"
         )
-        variants = [omnitrain_answer(Path(folder), tokenizer, args.frames, args.tokens, args.compile)]
+        variants = [
+            omnitrain_answer(Path(folder), tokenizer, args.frames, args.tokens, args.compile, args.frames_per_piece)
+        ]
         if not args.ours:
             variants.append(transformers_answer(Path(folder), tokenizer, args.frames, args.tokens))
     tries = [[variant() for variant in variants] for _ in range(args.repeat)]  # in turn: a busy machine is so to both

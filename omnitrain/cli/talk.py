@@ -80,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print events, one JSON object per line, instead of the text"
     )
     running.add_argument("--prefill-chunk", type=int, metavar="N", help="read the prompt N tokens at a time")
+    running.add_argument(
+        "--frames-per-piece",
+        type=int,
+        metavar="N",
+        default=1,
+        help="after the first 80 ms, decode N frames together: cheaper, and heard N frames at a time; default: 1",
+    )
     add_device_options(running)
     return parser
 
@@ -111,6 +118,7 @@ def _talk(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         max_frames=max(int(options.max_seconds * FRAMES_PER_SECOND), 1),
         prefill_chunk=options.prefill_chunk,
+        frames_per_piece=options.frames_per_piece,
         seed=options.seed,
         system=options.system,
     )

@@ -106,6 +106,8 @@ class SpeechOptions:
         max_new_tokens: longest text, the token that ends it included. What was written up to there is spoken.
         max_frames: longest sound; 12.5 frames are a second.
         prefill_chunk: prompts are read so many positions at a time (less memory, the same result). None: at once.
+        frames_per_piece: frames that are decoded together, after the first, which is decoded at once. More cost less
+            each (Code2Wav reads its weights once for all), but are heard when the last is there. The same samples.
         seed: text and codes draw from generators of their own, so the result does not depend on who is faster.
         edit_text: see `EditText`.
     """
@@ -117,11 +119,12 @@ class SpeechOptions:
     max_new_tokens: int = 512
     max_frames: int = 1500
     prefill_chunk: int | None = None
+    frames_per_piece: int = 1
     seed: int = 0
     edit_text: EditText | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_frames", "prefill_chunk"):
+        for name in ("max_new_tokens", "max_frames", "prefill_chunk", "frames_per_piece"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -187,6 +190,12 @@ class _Answer:
         return not self.text_done and len(self.codes) >= len(self.words)
 
     @property
+    def sound_is_due(self) -> bool:
+        """Whether the frames that were not handed out yet are to be decoded now."""
+        waiting = len(self.codes) - self.emitted
+        return waiting > 0 and (self.emitted == 0 or waiting >= self.options.frames_per_piece or self.done is not None)
+
+    @property
     def all_text(self) -> bool:
         """Whether the user's turns have no media, of which the Talker would read the Thinker's hidden states."""
         return not self.user.is_media.any()
@@ -234,8 +243,8 @@ class Speaker:
     """A model that speaks, with the ids of its tokenizer: each method is one step of several answers at once.
 
     Args:
-        compile: compile MTP and Code2Wav with `torch.compile`. They have fixed shapes; the first frame then waits for
-            the compiler.
+        compile: compile MTP and Code2Wav with `torch.compile`. They have fixed shapes (of one frame, and of a piece);
+            the first frame then waits for the compiler.
 
     Raises:
         ValueError: the model has no Talker or no Code2Wav, or they disagree on the codec.
@@ -426,15 +435,15 @@ class Speaker:
 
     @torch.no_grad()
     def sound(self, answers: Sequence[_Answer]) -> list[np.ndarray]:
-        """The samples that each answer's last frame completes."""
+        """The samples that each answer's frames complete, of those that were not handed out yet."""
         wavs: dict[int, np.ndarray] = {}
-        groups: dict[int, list[_Answer]] = defaultdict(list)
+        groups: dict[tuple[int, int], list[_Answer]] = defaultdict(list)
         for a in answers:  # streams that are equally old share a step
-            groups[len(a.codes)].append(a)
-        for group in groups.values():
+            groups[a.emitted, len(a.codes)].append(a)
+        for (emitted, _), group in groups.items():
             states = [a.wave or self.code2wav.init_state(1) for a in group]
             state = states[0] if len(states) == 1 else join_states(states)
-            frames = self.code2wav.embed(torch.stack([a.codes[-1] for a in group])[:, None])
+            frames = self.code2wav.embed(torch.stack([torch.stack(a.codes[emitted:]) for a in group]))
             wav = self._decode_step(frames, state)
             parts = [state] if len(states) == 1 else split_state(state, len(states))
             for a, part, samples in zip(group, parts, wav.float().cpu().numpy(), strict=True):
@@ -512,14 +521,18 @@ class SpeechBatch:
         if going := [a for a in speaking if a.codes]:
             speaker.advance(going)
         framed = speaker.frame(speaking) if speaking else []
-        if framed and self.stream:
-            for a, wav in zip(framed, speaker.sound(framed), strict=True):
-                a.emitted = len(a.codes)
-                codes = a.codes[-1].cpu().numpy()
-                yield a, AudioPiece(wav=wav, codes=codes, frame=len(a.codes) - 1, seconds=a.seconds)
         for a in framed:
             if len(a.codes) >= a.options.max_frames:
                 a.done = "max_frames"
+        if self.stream and (due := [a for a in speaking if a.sound_is_due]):
+            for a, wav in zip(due, speaker.sound(due), strict=True):
+                frames = a.codes[a.emitted :]
+                for codes, samples in zip(frames, np.split(wav, len(frames)), strict=True):
+                    if a.emitted and a.interrupted():
+                        break
+                    piece = AudioPiece(wav=samples, codes=codes.cpu().numpy(), frame=a.emitted, seconds=a.seconds)
+                    a.emitted += 1
+                    yield a, piece
         yield from self._leave()
 
     def _leave(self) -> Iterator[tuple[_Answer, Event]]:
@@ -563,6 +576,7 @@ class SpeechSession:
         max_new_tokens: int = 512,
         max_frames: int = 1500,
         prefill_chunk: int | None = None,
+        frames_per_piece: int = 1,
         seed: int = 0,
         edit_text: EditText | None = None,
         system: str | None = None,
@@ -574,7 +588,8 @@ class SpeechSession:
         self.speaker = speaker or Speaker(model, encoder.tokenizer, compile=compile)
         self.options = SpeechOptions(
             voice=voice, text=text, codes=codes, residuals=residuals, max_new_tokens=max_new_tokens,
-            max_frames=max_frames, prefill_chunk=prefill_chunk, seed=seed, edit_text=edit_text,
+            max_frames=max_frames, prefill_chunk=prefill_chunk, frames_per_piece=frames_per_piece, seed=seed,
+            edit_text=edit_text,
         )  # fmt: skip
         self.speaker.speaker_code(voice)
         self.media_bytes = media_bytes or _media_bytes

@@ -290,6 +290,32 @@ def test_prefill_in_chunks_equals_prefill_at_once(models, chunk) -> None:
         assert np.array_equal(pieces.codes, whole.codes)
 
 
+@pytest.mark.parametrize("size", [3, 4, 100])
+def test_frames_decoded_together_are_the_same(models, monkeypatch, size: int) -> None:
+    chat = CHATS["text"]
+    single = Heard(session(models, chat).answer(chat[-1]))
+    calls: list[int] = []
+    step = models.speaker._decode_step
+    monkeypatch.setattr(models.speaker, "_decode_step", lambda x, state: calls.append(x.shape[1]) or step(x, state))
+    together = Heard(session(models, chat, frames_per_piece=size).answer(chat[-1]))
+    assert [p.frame for p in together.pieces] == list(range(FRAMES))
+    assert together.ids == single.ids
+    assert np.array_equal(together.codes, single.codes)
+    same_sound(together.wav, single.wav)
+    rest, last = divmod(FRAMES - 1, size)
+    assert calls == [1, *[size] * rest, *([last] if last else [])]  # the first alone; what is left at the end
+    made = session(models, chat, frames_per_piece=size)
+    heard = []
+    for event in made.answer(chat[-1]):
+        heard += [event.frame] if isinstance(event, AudioPiece) else []
+        if len(heard) == 3:
+            made.interrupt()
+    assert heard == [0, 1, 2]  # the rest of the piece is not handed out
+    assert made.history[-1].segments[0].text == models.tokenizer.decode(single.ids[:3]).rstrip("\ufffd")
+    with pytest.raises(ValueError, match="frames_per_piece is 0"):
+        session(models, frames_per_piece=0)
+
+
 @pytest.mark.parametrize("how", ["interrupt", "close"])
 def test_an_interrupted_answer_keeps_what_was_said(models, how) -> None:
     chat = CHATS["text"]
