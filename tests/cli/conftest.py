@@ -1,4 +1,4 @@
-"""A few samples as shards, and the overrides that make any recipe train on them in a second."""
+"""A few samples as shards, the overrides that make any recipe train on them in a second, and folders of models."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
-from omnitrain.data.chat import train_bpe
+import omnitrain.cli.config  # noqa: F401  (registers ${omnitrain.pack:})
+from omnitrain.cli.locations import CONF
+from omnitrain.data.chat import ChatTokenizer, train_bpe
 from omnitrain.data.sample import SPLITS, Message, Sample, Segment
 from omnitrain.data.shards import write_shards
+from omnitrain.interop.public_format import save_pretrained
+from omnitrain.models.omni import OmniModel
 
 WORDS = ["the", "cat", "sits", "on", "a", "red", "mat", "and", "looks", "at", "the", "blue", "moon"]
 
@@ -65,3 +72,29 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "trainer.val_check_interval=100",
         "evaluation.after_fit=false",
     ]
+
+
+@pytest.fixture(scope="module")
+def public_dir(model: OmniModel, tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `model` and `tokenizer` of a test file, in the public format."""
+    folder = tmp_path_factory.mktemp("public")
+    save_pretrained(model, folder)
+    tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(
+    model: OmniModel, tokenizer: ChatTokenizer, model_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What `fit` leaves behind of the `model` that the overrides describe, and nothing more."""
+    folder = tmp_path_factory.mktemp("run")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[f"paths.run_dir={folder}", *model_overrides])
+    cfg.data.tokenizer = "/moved/away/tokenizer.json"
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    tokenizer.save(folder / "tokenizer.json")
+    (folder / "checkpoints").mkdir()
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
+    return folder

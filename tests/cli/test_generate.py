@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from omnitrain.__main__ import main
 from omnitrain.cli.generate import _OrderedOutput
 from omnitrain.data.chat import ChatTokenizer, train_bpe
-from omnitrain.interop.public_format import save_pretrained
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.presets import build, init_weights
 
@@ -35,33 +33,8 @@ def model(tokenizer) -> OmniModel:
 
 
 @pytest.fixture(scope="module")
-def public_dir(model, tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("public")
-    save_pretrained(model, folder)
-    tokenizer.save(folder / "tokenizer.json")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run_dir(model, tokenizer, tmp_path_factory) -> Path:
-    """What `fit` leaves behind, and nothing more."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    import omnitrain.cli.config  # noqa: F401  (registers ${omnitrain.pack:})
-    from omnitrain.cli.locations import CONF
-
-    folder = tmp_path_factory.mktemp("run")
-    sizes = [f"model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=[f"paths.run_dir={folder}", *(f"+{size}" for size in sizes)])
-    cfg.data.tokenizer = "/moved/away/tokenizer.json"
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    tokenizer.save(folder / "tokenizer.json")
-    (folder / "checkpoints").mkdir()
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
-    return folder
+def model_overrides() -> list[str]:
+    return [f"+model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
 
 
 @pytest.fixture(scope="module")
