@@ -205,6 +205,7 @@ class SpikeGuard(Callback):
     The bound is `factor` times the median norm of the last `window` accepted steps; it holds from the `min_steps`-th
     accepted step on. A skipped step leaves weights and moments alone and writes one line to `skipped_steps.jsonl`:
     step, reason, loss, norm, bound and the ids of the samples of the global batch. The schedule and the data go on.
+    Where the data pass to another stage of their mixture, norms may well jump for good: the median starts anew.
 
     Args:
         run_dir: the run folder.
@@ -227,13 +228,14 @@ class SpikeGuard(Callback):
         self.factor, self.min_steps, self.max_in_a_row = factor, min_steps, max_in_a_row
         self.norms: deque[float] = deque(maxlen=window)
         self.in_a_row = 0
+        self.stage = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"norms": list(self.norms), "in_a_row": self.in_a_row}
+        return {"norms": list(self.norms), "in_a_row": self.in_a_row, "stage": self.stage}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.norms.extend(state_dict["norms"])
-        self.in_a_row = state_dict["in_a_row"]
+        self.in_a_row, self.stage = state_dict["in_a_row"], state_dict.get("stage", 0.0)
 
     @property
     def bound(self) -> float:
@@ -248,6 +250,9 @@ class SpikeGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, TrainingModule)
+        if pl_module.data_stage != self.stage:
+            self.norms.clear()
+            self.stage = pl_module.data_stage
         # Loss and norm are those of the global batch: every rank comes to the same decision.
         loss, norm, bound = pl_module.step_loss, pl_module.gradient_norm, self.bound
         if not math.isfinite(loss):

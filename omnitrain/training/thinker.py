@@ -121,8 +121,9 @@ class ThinkerModule(TrainingModule):
         seen = hide_words(batch, self.word_dropout) if self.word_dropout else batch
         losses = self.losses(seen, window=self._aut_window_frames())
         loss, routers = losses.total, losses.routers
-        # One message to the other ranks: nats, weights, and positions and counts of every router.
-        step = [torch.stack([loss.detach().double(), losses.weight.double()])]
+        # One message to the other ranks: nats, weights, the data's stage, and positions and counts of every router.
+        stage = float((batch.stream_state or {}).get("stage", 0))
+        step = [torch.stack([loss.detach().double(), losses.weight.double(), losses.weight.new_tensor(stage).double()])]
         for use in routers.values():
             step += [
                 torch.tensor([use.positions], dtype=torch.float64, device=loss.device),
@@ -130,10 +131,11 @@ class ThinkerModule(TrainingModule):
             ]
         flat = sum_over_ranks(torch.cat(step))
         self._window += flat[:2].cpu()
+        self.data_stage = float(flat[2])
         weight = float(flat[1])
         self._window_sums.add(losses.groups)
 
-        at = 2
+        at = 3
         for name, use in routers.items():
             n, counts = float(flat[at]), flat[at + 1 : at + 1 + use.counts.numel()].view_as(use.counts)
             at += 1 + use.counts.numel()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from toy_training import Toy, step_samples, toy_model, train
 
 from omnitrain.data.batch import PackedBatch
-from omnitrain.training.callbacks import TrainingDiverged
+from omnitrain.training.callbacks import SpikeGuard, TrainingDiverged
 from omnitrain.training.losses import LossConfig, balance_loss, token_weights
 from omnitrain.training.optim import OptimConfig, build_optimizer, schedule_factor
 from omnitrain.training.thinker import ThinkerModule, hide_words
@@ -158,6 +158,30 @@ def test_a_bad_step_is_skipped_and_named(tmp_path: Path) -> None:
 def test_too_many_bad_steps_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged, match=r"2 optimizer steps in a row.*last\.ckpt \(step 3\)"):
         train(Toy(out=str(tmp_path), steps=9, poison=(4, 5, 6), max_in_a_row=2, checkpoint_every=3))
+
+
+def test_the_guard_starts_anew_with_a_new_stage_of_the_data(tmp_path: Path) -> None:
+    guard, module = SpikeGuard(tmp_path, factor=2.0, min_steps=3), ThinkerModule(toy_model())
+    module._window = torch.ones(2, dtype=torch.float64)
+
+    def accept(guard: SpikeGuard, norm: float) -> None:
+        module.gradient_norm = norm
+        guard.on_before_optimizer_step(None, module, None)
+
+    for norm in (1.0, 1.1, 0.9):
+        accept(guard, norm)
+    assert guard.bound == 2.0
+    module.data_stage = 1.0
+    continued = SpikeGuard(tmp_path, factor=2.0, min_steps=3)
+    continued.load_state_dict(guard.state_dict())  # interrupted just there
+    for each in (guard, continued):
+        accept(each, 12.0)  # pictures after text: above the bound of before
+        accept(each, 13.0)
+        assert each.bound == math.inf
+        accept(each, 14.0)
+        assert each.bound == 26.0
+    _, trained, _ = train(Toy(out=str(tmp_path / "run"), steps=3, stage_at=2))
+    assert trained.data_stage == 1.0
 
 
 def test_a_gradient_spike_is_skipped(tmp_path: Path) -> None:

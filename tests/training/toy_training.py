@@ -110,10 +110,10 @@ class ToyData(L.LightningDataModule):
     """Step g's eight samples, dealt to micro-batches and ranks in order; reads ahead like the real one and keeps the
     position of the last trained batch."""
 
-    def __init__(self, poison: tuple[int, ...] = (), delay: float = 0.0) -> None:
+    def __init__(self, poison: tuple[int, ...] = (), delay: float = 0.0, stage_at: int = 10**9) -> None:
         super().__init__()
         self.position = 0
-        self.poison, self.delay = poison, delay
+        self.poison, self.delay, self.stage_at = poison, delay, stage_at
 
     def train_dataloader(self) -> Any:
         return _Endless(self)
@@ -129,7 +129,12 @@ class ToyData(L.LightningDataModule):
             start = (micro * world + rank) * size
             batch = PackedBatch.pack(
                 step_samples(step)[start : start + size],
-                stream_state={"position": position + 1, "filling": 0.5 * (position + 1), "batches": position + 1},
+                stream_state={
+                    "position": position + 1,
+                    "filling": 0.5 * (position + 1),
+                    "batches": position + 1,
+                    "stage": int(step >= self.stage_at),
+                },
                 skipped={"too_long": position // 3},
             )
             if step in self.poison:
@@ -204,6 +209,7 @@ class Toy:
     balance: float = 0.01
     clip: float | None = 1.0
     poison: tuple[int, ...] = ()
+    stage_at: int = 10**9  # from this step on the data are of another stage
     max_in_a_row: int = 5
     ema: bool = False
     word_dropout: float = 0.0
@@ -229,7 +235,7 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
         word_dropout=toy.word_dropout,
         **parts,
     )
-    data = ToyData(poison=tuple(toy.poison), delay=toy.delay)
+    data = ToyData(poison=tuple(toy.poison), delay=toy.delay, stage_at=toy.stage_at)
     callbacks: list[L.Callback] = [
         AtomicCheckpoint(out / "checkpoints", every_n_steps=toy.checkpoint_every),
         SpikeGuard(out, min_steps=4, max_in_a_row=toy.max_in_a_row),
