@@ -51,58 +51,68 @@ def _header(data: bytes) -> bytes:
     return data[8 : 8 + size] if 0 < size <= len(data) - 8 else b""
 
 
+class AnswerFile:
+    """Such a file, read once for all that it holds.
+
+    Raises:
+        BadSample: ``no_codes`` (a recording, or nothing that can be read).
+    """
+
+    def __init__(self, data: bytes) -> None:
+        if not holds_codes(data):
+            raise BadSample(
+                "no_codes",
+                "the speech segment holds a recording, not codec frames; write them with "
+                "`omnitrain data encode CODEC_RUN SHARDS --out FOLDER`",
+            )
+        try:
+            self.tensors = load(data)
+            self._codes = self.tensors["codes"].numpy().astype(np.int64)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise BadSample("no_codes", f"the codec frames cannot be read: {error}") from error
+        self.metadata: dict[str, str] = json.loads(_header(data)).get("__metadata__", {})
+
+    def codes(self, codec: str | None = None) -> np.ndarray:
+        """Codes int64 [F, Q].
+
+        Args:
+            codec: the fingerprint that they must have; None accepts any.
+
+        Raises:
+            BadSample: ``other_codec``.
+        """
+        if codec is not None and self.metadata.get(_CODEC) != codec:
+            raise BadSample(
+                "other_codec",
+                f"the codec frames are not those of codec {codec}; encode the recordings again with the codec that the "
+                "Talker speaks through",
+            )
+        return self._codes
+
+    def heard(self, thinker: str) -> np.ndarray:
+        """Hidden states float32 [H, D] of the Thinker with this fingerprint.
+
+        Raises:
+            BadSample: ``no_hidden_states``, ``other_thinker``.
+        """
+        if "heard" not in self.tensors:
+            raise BadSample(
+                "no_hidden_states",
+                "the codec frames have no hidden states of the Thinker beside them; write them with "
+                "`omnitrain data encode --thinker RUN_DIR`, or set module.cached_thinker=false",
+            )
+        if (found := self.metadata.get(_THINKER)) != thinker:
+            raise BadSample(
+                "other_thinker",
+                f"the hidden states are those of Thinker {found}, not of {thinker}; encode the shards again with the "
+                "Thinker that the Talker is trained on, or set module.cached_thinker=false",
+            )
+        return self.tensors["heard"].float().numpy()
+
+
 def decode_codes(data: bytes, codec: str | None = None) -> np.ndarray:
-    """Codes int64 [F, Q] from such a file.
-
-    Args:
-        codec: the fingerprint that they must have; None accepts any.
-
-    Raises:
-        BadSample: ``no_codes`` (a recording, or nothing that can be read), ``other_codec``.
-    """
-    if not holds_codes(data):
-        raise BadSample(
-            "no_codes",
-            "the speech segment holds a recording, not codec frames; write them with "
-            "`omnitrain data encode CODEC_RUN SHARDS --out FOLDER`",
-        )
-    try:
-        codes = load(data)["codes"].numpy().astype(np.int64)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise BadSample("no_codes", f"the codec frames cannot be read: {error}") from error
-    if codec is not None and _metadata(data).get(_CODEC) != codec:
-        raise BadSample(
-            "other_codec",
-            f"the codec frames are not those of codec {codec}; encode the recordings again with the codec that the "
-            "Talker speaks through",
-        )
-    return codes
-
-
-def decode_heard(data: bytes, thinker: str) -> np.ndarray:
-    """Hidden states float32 [H, D] of the Thinker with this fingerprint, from the file of an answer's codes.
-
-    Raises:
-        BadSample: ``no_hidden_states``, ``other_thinker``.
-    """
-    tensors = load(data)
-    if "heard" not in tensors:
-        raise BadSample(
-            "no_hidden_states",
-            "the codec frames have no hidden states of the Thinker beside them; write them with "
-            "`omnitrain data encode --thinker RUN_DIR`, or set module.cached_thinker=false",
-        )
-    if (found := _metadata(data).get(_THINKER)) != thinker:
-        raise BadSample(
-            "other_thinker",
-            f"the hidden states are those of Thinker {found}, not of {thinker}; encode the shards again with the "
-            "Thinker that the Talker is trained on, or set module.cached_thinker=false",
-        )
-    return tensors["heard"].float().numpy()
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    return json.loads(_header(data)).get("__metadata__", {})
+    """Codes int64 [F, Q] from such a file: see `AnswerFile`."""
+    return AnswerFile(data).codes(codec)
 
 
 def heard_rows(encoded: EncodedSample, tokenizer: ChatTokenizer) -> list[np.ndarray]:
@@ -190,7 +200,7 @@ def spoken_answers(
     """One document for every assistant message of `sample` with a recording.
 
     Raises:
-        BadSample: see `decode_codes`, `SpeechCodes.speaker` and `talker_layout`.
+        BadSample: see `AnswerFile`, `SpeechCodes.speaker` and `talker_layout`.
     """
     answers = [m for m in sample.messages if m.role == "assistant"]
     if not any(_recorded(message) for message in answers):
@@ -201,8 +211,8 @@ def spoken_answers(
         segment = _recorded(message)
         if segment is None:
             continue
-        data = media_bytes(segment)
-        frames = decode_codes(data, codes.codec)
+        file = AnswerFile(media_bytes(segment))
+        frames = file.codes(codes.codec)
         if frames.shape[1] < codes.codebooks:
             raise BadSample(
                 "speech_bad_codes",
@@ -225,13 +235,13 @@ def spoken_answers(
             speaker_code=codes.speaker(sample.meta.get("voice", "")),
         )
         if codes.thinker is not None and before.is_media.any():
-            document = replace(document, heard=_heard(data, codes.thinker, int(before.is_media.sum())))
+            document = replace(document, heard=_heard(file, codes.thinker, int(before.is_media.sum())))
         documents.append(document)
     return tuple(documents)
 
 
-def _heard(data: bytes, thinker: str, positions: int) -> np.ndarray:
-    heard = decode_heard(data, thinker)
+def _heard(file: AnswerFile, thinker: str, positions: int) -> np.ndarray:
+    heard = file.heard(thinker)
     if len(heard) != positions:
         raise BadSample(
             "other_thinker",

@@ -6,10 +6,11 @@ The only file of `models/` that knows all of the parts.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+import torch
 from torch import Tensor, nn
 
 from omnitrain.models.aut import AuTConfig, AuTEncoder
@@ -191,8 +192,15 @@ def thinker_fingerprint(model: OmniModel) -> str:
     Thinker and its encoders, as fp32."""
     crc = 0
     for part in (model.thinker, model.aut, model.visual):
-        for name, tensor in sorted(part.state_dict().items()):
-            flat = tensor.detach().flatten()
-            picked = flat[:: max(1, len(flat) // 1024)][:1024].float().cpu().contiguous()
-            crc = zlib.crc32(name.encode() + picked.numpy().tobytes(), crc)
+        for name, _, numbers in sampled_weights(part, 1024):
+            crc = zlib.crc32(name.encode() + numbers, crc)
     return f"{crc:08x}"
+
+
+def sampled_weights(module: nn.Module, count: int) -> Iterator[tuple[str, Tensor, bytes]]:
+    """Name and tensor of all that is in the state of `module`, by name, with up to `count` of its numbers, evenly
+    spaced, as the bytes of fp32: what fingerprints are made of."""
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        numbers = flat[:: max(1, len(flat) // count)][:count].to("cpu", torch.float32)
+        yield name, tensor, numbers.numpy().tobytes()

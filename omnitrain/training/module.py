@@ -26,8 +26,9 @@ class TrainingModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.samples_in_step: list[str] = []
-        self.data_stage = 0.0  # of the data's mixture, summed over ranks; changes where the mixture does
         """Ids of the samples that this rank's current optimizer step has read."""
+        self.data_stage = 0.0
+        """Stage of the data's mixture, summed over ranks: it changes where the mixture does."""
         self.batch_end_time = 0.0
         """When the last batch and all that follows it (checkpoint, logging) was done; from `time.perf_counter`."""
         self.skipped_steps = 0

@@ -122,8 +122,11 @@ class ThinkerModule(TrainingModule):
         losses = self.losses(seen, window=self._aut_window_frames())
         loss, routers = losses.total, losses.routers
         # One message to the other ranks: nats, weights, the data's stage, and positions and counts of every router.
-        stage = float((batch.stream_state or {}).get("stage", 0))
-        step = [torch.stack([loss.detach().double(), losses.weight.double(), losses.weight.new_tensor(stage).double()])]
+        stage = (batch.stream_state or {}).get("stage", 0)
+        step = [
+            torch.stack([loss.detach().double(), losses.weight.double()]),
+            torch.tensor([stage], dtype=torch.float64, device=loss.device),
+        ]
         for use in routers.values():
             step += [
                 torch.tensor([use.positions], dtype=torch.float64, device=loss.device),

@@ -26,7 +26,7 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import SampleSource, write_media_table, write_shards
-from omnitrain.data.speech import decode_codes, decode_heard
+from omnitrain.data.speech import AnswerFile, decode_codes
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.code2wav import fingerprint
 from omnitrain.models.omni import thinker_fingerprint
@@ -303,13 +303,13 @@ def test_what_a_thinker_hears_is_written_beside_the_codes(run_dir, tmp_path, cap
         assert medium is not None
         if old.id == "b":
             with pytest.raises(BadSample, match="no_hidden_states"):
-                decode_heard(medium, thinker_fingerprint(model))
+                AnswerFile(medium).heard(thinker_fingerprint(model))
             continue
         encoded = encoder(old, source.media_bytes)
         with torch.no_grad():
             states = model(**PackedBatch.pack([encoded]).model_inputs()).accept_hidden
         expected = states[torch.from_numpy(encoded.token_types == AUDIO)]
-        heard = decode_heard(medium, thinker_fingerprint(model))
+        heard = AnswerFile(medium).heard(thinker_fingerprint(model))
         assert len(heard) > 5
         np.testing.assert_allclose(heard, expected.numpy(), atol=1e-5)
     # A folder keeps to its Thinker.

@@ -185,8 +185,6 @@ def test_the_guard_starts_anew_with_a_new_stage_of_the_data(tmp_path: Path) -> N
 
 
 def test_a_gradient_spike_is_skipped(tmp_path: Path) -> None:
-    from omnitrain.training.callbacks import SpikeGuard
-
     guard = SpikeGuard(tmp_path, factor=3.0, window=4, min_steps=3)
     guard.load_state_dict({"norms": [1.0, 2.0], "in_a_row": 0})
     assert guard.bound == math.inf

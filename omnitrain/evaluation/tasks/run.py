@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,7 +39,7 @@ from omnitrain.evaluation.answers import answer_prompts
 from omnitrain.evaluation.heldout import prompt_text
 from omnitrain.evaluation.tasks.task import Answered, Item, Metric, Task, score_interval
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, sample_losses
-from omnitrain.models.omni import OmniModel
+from omnitrain.models.omni import OmniModel, sampled_weights
 
 _ANSWERS = pa.schema(
     [
@@ -73,10 +72,8 @@ class TaskResult:
 def model_fingerprint(model: OmniModel, encoder: SampleEncoder) -> str:
     """Hex digest of the weights (256 numbers of each tensor), of the tokenizer, and of how media become numbers."""
     found = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        picked = flat[:: max(1, len(flat) // 256)][:256].to("cpu", torch.float32)
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + picked.numpy().tobytes())
+    for name, tensor, numbers in sampled_weights(model, 256):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + numbers)
     found.update(encoder.tokenizer.to_json().encode())
     found.update(repr(replace(encoder, tokenizer=None)).encode())
     return found.hexdigest()
