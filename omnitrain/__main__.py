@@ -11,20 +11,7 @@ import importlib
 import os
 import sys
 
-HYDRA_VERBS = {
-    "fit": "train; continues the run in its folder with ckpt_path=last",
-    "validate": "loss on the validation split",
-    "test": "held-out scores and the media-swap test",
-    "predict": "answers of a trained model to the prompts of a split, as Parquet",
-}
-TOOL_VERBS = {
-    "generate": "answer a prompt with pictures, audio or video",
-    "talk": "answer aloud, or speak a text; writes a WAV file as it goes",
-    "data": "inspect, verify, summarise or import data",
-    "report": "one HTML file about a run",
-    "search": "the best learning rate of each arm of a search",
-}
-VERBS = {**HYDRA_VERBS, **TOOL_VERBS}
+from omnitrain.config.verbs import HYDRA_VERBS, TOOL_VERBS, VERBS, verb_help
 
 HELP = """\
 omnitrain: open training of omni-modal models.
@@ -56,12 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("-sc", "--shell-completion"):
         return _complete(arguments)
     if verb in HYDRA_VERBS and {"-h", "--help"} & set(rest):
-        from omnitrain.cli.verb_help import verb_help
-
         print(verb_help(verb, HYDRA_VERBS[verb]))
         return 0
     if verb in HYDRA_VERBS:
-        from omnitrain.cli.config import run_verb
+        from omnitrain.config.compose import run_verb
 
         return run_verb(verb, rest)
     if verb in TOOL_VERBS:
@@ -84,7 +69,7 @@ def _complete(arguments: list[str]) -> int:
         if words[1] not in HYDRA_VERBS:
             return 0
         os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)
-    from omnitrain.cli.config import run_hydra
+    from omnitrain.config.compose import run_hydra
 
     return run_hydra("fit", arguments, program="omnitrain")
 

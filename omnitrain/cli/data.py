@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omnitrain.data.inspect import Totals
     from omnitrain.data.sample import BadSample
     from omnitrain.data.shards import Source
+    from omnitrain.data.verify import Totals
 
 PATH_HELP = "folder of shards, one shard, or a mapping (.yaml); default: the embedded pack"
 PACK = Path(__file__).resolve().parents[1] / "pack"
@@ -131,9 +131,9 @@ def _progress(title: str, total: int | None) -> Any:
 def _inspect(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from omnitrain.data.inspect import html_page, sample_panel, show
     from omnitrain.data.media import MediaLimits
     from omnitrain.data.sample import BadSample
+    from omnitrain.data.view import html_page, sample_panel, show
 
     source = _open(options)
     console = Console()
@@ -175,7 +175,7 @@ def _chosen(rows: str | None, count: int, total: int) -> list[int]:
 def _verify(options: argparse.Namespace) -> int:
     from collections import Counter
 
-    from omnitrain.data.inspect import verify
+    from omnitrain.data.verify import verify
 
     source = _open(options)
     reasons: Counter[str] = Counter()
@@ -202,7 +202,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from omnitrain.data.inspect import stats
+    from omnitrain.data.verify import stats
 
     source = _open(options)
     count = None
@@ -230,7 +230,7 @@ def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from omnitrain.data.inspect import Totals
+    from omnitrain.data.verify import Totals
 
     everything = Totals()
     by_modality: dict[str, Totals] = defaultdict(Totals)
@@ -318,9 +318,9 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _encode(options: argparse.Namespace) -> int:
-    from omnitrain.cli.codec import load_codec
-    from omnitrain.cli.data_encode import encode
     from omnitrain.cli.generate import GenerateError, load
+    from omnitrain.runs.codec import load_codec
+    from omnitrain.runs.encode_shards import encode
 
     try:
         codec = load_codec(options.codec)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from omnitrain.cli.config import ConfigError
-from omnitrain.cli.experiment import Experiment, build, save_config, starting_checkpoint
-from omnitrain.cli.stages import finished_stages, read_stages, run_stages
 from omnitrain.cli.test import SPEECH_JUDGES, evaluate_and_report
+from omnitrain.config.compose import ConfigError
+from omnitrain.runs.chain import finished_stages, read_stages, run_stages
+from omnitrain.runs.experiment import Experiment, build, save_config, starting_checkpoint
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -21,7 +21,7 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.get("stages") is not None:  # a run from before there were stages has no such key
         return _run_stages(cfg)
     if cfg.get("study") is not None:
-        from omnitrain.cli.study import run_arm
+        from omnitrain.study.run import run_arm
 
         return run_arm(cfg, train)
     loss = train(cfg).trainer.callback_metrics.get("validation/loss")

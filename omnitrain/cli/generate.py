@@ -251,7 +251,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
 
 def is_explained(error: Exception) -> bool:
     """Whether the message alone tells the user what to do."""
-    from omnitrain.cli.targets import MissingTarget
+    from omnitrain.config.targets import MissingTarget
 
     return isinstance(error, (GenerateError, OSError, ValueError, MissingTarget))
 
@@ -296,9 +296,9 @@ def _load_run(run_dir: Path) -> tuple[OmniModel, SampleEncoder]:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from omnitrain.cli.experiment import build_model
-    from omnitrain.cli.targets import check_origins, check_targets
+    from omnitrain.config.targets import check_origins, check_targets
     from omnitrain.models.omni import OmniModel
+    from omnitrain.runs.experiment import build_model
 
     cfg = OmegaConf.load(run_dir / "config.yaml")
     cfg = OmegaConf.create({"data": cfg.data, "model": cfg.model})

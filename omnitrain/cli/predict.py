@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
-from omnitrain.cli.experiment import build, trained_checkpoint
+from omnitrain.runs.experiment import build, trained_checkpoint
 
 
 def run(cfg: DictConfig) -> None:

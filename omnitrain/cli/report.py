@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         if options.study is not None:
             path, missing = _study(options.study, options.out, options.collect)
         elif len(options.run_dir) > 1:
-            from omnitrain.evaluation.comparison_report import write_comparison
+            from omnitrain.reports.comparison import write_comparison
 
             path, missing = write_comparison(options.run_dir, options.out)
         else:
@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
 
 def _run(run_dir: Path, out: Path | None) -> tuple[Path, list[str]]:
     """The page about a run, or about all stages of one; its path and what is missing in it."""
-    from omnitrain.cli import stages
-    from omnitrain.evaluation.report import read_run, write_report
+    from omnitrain.reports.run import read_run, write_report
+    from omnitrain.runs import chain as stages
 
     staged = stages.stages_of(run_dir)
     if staged is not None:
@@ -63,7 +63,7 @@ def _run(run_dir: Path, out: Path | None) -> tuple[Path, list[str]]:
 
 
 def _study(folder: Path, out: Path | None, collect: Path | None) -> tuple[Path, list[str]]:
-    from omnitrain.evaluation.study_report import missing_runs, write_study_report
+    from omnitrain.study.report import missing_runs, write_study_report
 
     path, study = write_study_report(folder, out, collect=collect)
     return path, missing_runs(study)

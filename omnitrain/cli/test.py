@@ -12,11 +12,11 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from omnitrain.cli.config import ConfigError
-from omnitrain.cli.experiment import Experiment, build, trained_checkpoint
+from omnitrain.config.compose import ConfigError
 from omnitrain.data.waveforms import Utterance
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
+from omnitrain.runs.experiment import Experiment, build, trained_checkpoint
 
 
 def run(cfg: DictConfig) -> None:
@@ -44,8 +44,8 @@ def run_benchmarks(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from omnitrain.cli.generate import GenerateError, device_and_dtype, load
-    from omnitrain.evaluation.tasks.run import model_fingerprint, print_result, run_task
-    from omnitrain.evaluation.tasks.task import Task
+    from omnitrain.tasks.run import model_fingerprint, print_result, run_task
+    from omnitrain.tasks.task import Task
 
     settings = {str(key): value for key, value in cfg.eval.items()}
     for key in settings:
@@ -85,7 +85,7 @@ def run_benchmarks(cfg: DictConfig) -> None:
 def evaluate_and_report(experiment: Experiment, cfg: DictConfig) -> None:
     """Score the model as it stands on `data.test_sources` by the judge that `cfg.evaluation` names, print the table,
     write ``report.html`` and name it."""
-    from omnitrain.evaluation.report import write_report
+    from omnitrain.reports.run import write_report
 
     settings = {str(key): value for key, value in cfg.evaluation.items()}
     report, judge = settings.pop("report"), settings.pop("judge")
@@ -132,10 +132,10 @@ def _judge_codec(experiment: Experiment, model: OmniModel | Codec, cfg: DictConf
 
 
 def _judge_speech(experiment: Experiment, model: OmniModel | Codec, cfg: DictConfig, settings: dict) -> None:
-    from omnitrain.cli.codec import load_codec
     from omnitrain.evaluation.spoken import SAMPLE_RATE, Said, judge_talker
     from omnitrain.generation.sampling import Sampling
     from omnitrain.generation.speech import speak_texts
+    from omnitrain.runs.codec import load_codec
 
     data = experiment.datamodule
     assert isinstance(model, OmniModel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 from rich.console import Console
 
-from omnitrain.cli.experiment import build, trained_checkpoint
+from omnitrain.runs.experiment import build, trained_checkpoint
 
 
 def run(cfg: DictConfig) -> float:

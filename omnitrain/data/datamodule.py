@@ -13,13 +13,13 @@ from lightning import LightningDataModule
 
 from omnitrain.data.batch import PackedBatch
 from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.features import AudioGeometry, VisionGeometry
 from omnitrain.data.media import MediaLimits
 from omnitrain.data.mixture import Mixture, SourceConfig
 from omnitrain.data.packing import Budget
 from omnitrain.data.shards import Source
-from omnitrain.data.speech import SpeechCodes
 from omnitrain.data.stream import BadSampleLog, FinitePacks, PackedStream, Stage, planned_mixture
 
 T = TypeVar("T")

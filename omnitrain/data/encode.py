@@ -16,6 +16,7 @@ import numpy as np
 
 from omnitrain.data.batch import EncodedSample, TalkerDocument
 from omnitrain.data.chat import ChatTokenizer, RenderedChat
+from omnitrain.data.codec_frames import SpeechCodes, spoken_answers
 from omnitrain.data.features import AudioGeometry, VisionGeometry, image_patches, log_mel, video_patches
 from omnitrain.data.media import MediaLimits, decode_audio, decode_image, decode_video
 from omnitrain.data.positions import (
@@ -28,7 +29,6 @@ from omnitrain.data.positions import (
     tm_rope_positions,
 )
 from omnitrain.data.sample import BadSample, Sample, Segment
-from omnitrain.data.speech import SpeechCodes, spoken_answers
 
 
 @dataclass(frozen=True, kw_only=True)

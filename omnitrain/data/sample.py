@@ -103,3 +103,10 @@ class Sample:
             if message.role in ("assistant", "document"):
                 return "".join(segment.text or "" for segment in message.segments)
         return ""
+
+
+def has_medium(segment: Segment) -> bool:
+    """Whether there is a file behind the segment (the assistant's speech may be a transcript alone)."""
+    return segment.type in ("image", "audio", "video") or (
+        segment.type == "speech" and (segment.media is not None or segment.path is not None)
+    )

@@ -37,9 +37,9 @@ from torch import Tensor
 
 from omnitrain.data.batch import TEXT, EncodedSample, PackedBatch, SpokenAnswers
 from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import Message, Sample, Segment
-from omnitrain.data.speech import SpeechCodes
 from omnitrain.data.talker_layout import SpeechTokens, UserTurns, talker_layout
 from omnitrain.generation.cache import DocumentKVCache, JoinedKVCache
 from omnitrain.generation.sampling import Sampling

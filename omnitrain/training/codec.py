@@ -27,9 +27,9 @@ from omnitrain.training.codec_losses import (
     judge_loss,
     si_sdr,
 )
-from omnitrain.training.losses import gather_objects, sum_over_ranks
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.optim import OptimConfig, schedule_factor
+from omnitrain.training.ranks import gather_objects, sum_over_ranks
 
 
 class CodecModule(TrainingModule):

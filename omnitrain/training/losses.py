@@ -14,15 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from omnitrain.data.batch import IGNORE, PackedBatch
-
-T = TypeVar("T")
 
 MODALITIES = ("text", "image", "audio", "video", "audio_video")
 """Groups that losses are reported and weighted by (`Sample.modality`)."""
@@ -50,28 +46,6 @@ class LossConfig:
                 raise ValueError(f"loss.modality_weights.{name}: no such modality; use one of {', '.join(MODALITIES)}")
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"loss.modality_weights.{name}={weight}: must be a finite number >= 0")
-
-
-def distributed() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """`tensor` summed over all ranks; unchanged (and no communication) in a single process."""
-    if distributed():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather_objects(value: T) -> list[T]:
-    """`value` of every rank, in rank order; `[value]` in a single process. Values are small and picklable."""
-    if not distributed():
-        return [value]
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def balance_loss(share: Tensor, probability: Tensor, *, pool_layers: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from omnitrain.training.losses import gather_objects
+from omnitrain.training.ranks import gather_objects
 
 
 class TrainingModule(L.LightningModule):

@@ -31,12 +31,11 @@ from omnitrain.training.losses import (
     RouterUse,
     SampleSums,
     balance_loss,
-    gather_objects,
-    sum_over_ranks,
     token_weights,
 )
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.optim import THINKER_PARTS, OptimConfig, build_optimizer, check_parts, part_of, schedule_factor
+from omnitrain.training.ranks import gather_objects, sum_over_ranks
 from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
 
 

@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-import omnitrain.cli.config  # noqa: F401  (registers ${omnitrain.pack:})
-from omnitrain.cli.locations import CONF
+import omnitrain.config.compose  # noqa: F401  (registers ${omnitrain.pack:})
+from omnitrain.config.locations import CONF
 from omnitrain.data.chat import ChatTokenizer, train_bpe
 from omnitrain.data.sample import SPLITS, Message, Sample, Segment
 from omnitrain.data.shards import write_shards

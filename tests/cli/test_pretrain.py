@@ -18,11 +18,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from omnitrain.__main__ import main
-from omnitrain.cli.config import register_recipes
-from omnitrain.cli.locations import CONF
-from omnitrain.cli.mix import sample_weight
-from omnitrain.cli.stages import stages_of
-from omnitrain.evaluation.mix import by_language, by_modality, by_source
+from omnitrain.config.compose import register_recipes
+from omnitrain.config.locations import CONF
+from omnitrain.config.resolvers import sample_weight
+from omnitrain.reports.mixture import by_language, by_modality, by_source
+from omnitrain.runs.chain import stages_of
 
 STAGES = ["s0_text", "s1_audio_adapter", "s1_audio_encoder", "s1_vision_adapter", "s1_vision_encoder", "s2", "s3"]
 SMALL = [

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from omnitrain.cli.data import main
-from omnitrain.data.inspect import block_text, spectrogram, verify
 from omnitrain.data.media import probe
 from omnitrain.data.sample import BadSample, Message, Sample, Segment, SegmentType
 from omnitrain.data.shards import SampleSource, write_shards
+from omnitrain.data.verify import verify
+from omnitrain.data.view import block_text, spectrogram
 from tests.data import corrupt
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from tests.evaluation.simulated_study import write_collected_study
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from omnitrain.__main__ import main
-from omnitrain.cli.locations import PACK, PACK_SPEECH, RECIPES
+from omnitrain.config.locations import PACK, PACK_SPEECH, RECIPES
 
 NAMES = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
 SPEECH = {"codec", "talker_pretrain", "talker_continue", "speaker_finetune", "speech_quickstart", "speech"}

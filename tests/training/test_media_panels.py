@@ -9,7 +9,7 @@ import pytest
 
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.models.presets import build, init_weights
-from omnitrain.training.media_panels import MediaPanels
+from omnitrain.training.callbacks.media_panels import MediaPanels
 from omnitrain.training.thinker import ThinkerModule
 
 PACK = Path(__file__).parents[2] / "omnitrain/pack"

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from omnitrain.data.batch import PackedBatch
 from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.codec_frames import SpeechCodes, decode_codes, encode_codes, heard_rows
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.media import encode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import write_shards
-from omnitrain.data.speech import SpeechCodes, decode_codes, encode_codes, heard_rows
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import build, init_weights
 from omnitrain.models.talker import TalkerInputs

@@ -1,0 +1,395 @@
+"""How a command line becomes one checked configuration and a job.
+
+1. `recipes/*.yaml` are registered as the Hydra group `recipe`.
+2. The command line is composed once, without side effects, to check it: a key or option that does not exist gets the
+   nearest one that does, and code outside the allowed packages is refused (`targets.py`).
+3. Hydra composes it again and starts one job, or the jobs of a sweep (`-m`).
+4. The job settles the run folder, resolves the configuration, checks it again and hands it to the verb's `run(cfg)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+import omnitrain.config.resolvers  # noqa: F401  (a resolver)
+from omnitrain.config.locations import CONF, PACK, PACK_SPEECH, RECIPES
+from omnitrain.config.targets import EXTRA_VARIABLE, ForbiddenTarget, MissingTarget, check_origins, check_targets
+
+OmegaConf.register_new_resolver("omnitrain.pack", lambda: str(PACK), replace=True)
+OmegaConf.register_new_resolver("omnitrain.pack_speech", lambda: str(PACK_SPEECH), replace=True)
+# conf/hydra/launcher/submitit_slurm.yaml has the plugin's own name on purpose: its usual spelling gets our defaults.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
+
+SAVED_RUN = "saved_run"
+"""Name under which the configuration of an existing run folder is composed (`omnitrain test RUN_DIR`)."""
+
+
+class ConfigError(ValueError):
+    """A configuration or command line that cannot work; the message says what to change."""
+
+
+def register_recipes(arguments: list[str]) -> None:
+    """Make every YAML file below `recipes/` an option of the group `recipe`, except those that the folder named by
+    ``--config-dir`` in `arguments` replaces with a ``recipe/NAME.yaml`` of its own."""
+    own = get_args_parser().parse_args(arguments).config_dir
+    store = ConfigStore.instance()
+    store.repo.pop("recipe", None)
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        name = path.relative_to(RECIPES)
+        if own is None or not (Path(own) / "recipe" / name).exists():
+            group = "/".join(["recipe", *name.parts[:-1]])
+            store.store(group=group, name=name.stem, node=OmegaConf.load(path), package="_global_")
+
+
+def run_verb(verb: str, arguments: list[str]) -> int:
+    """Check the command line of a Hydra verb, then run it. Returns the exit status.
+
+    `arguments` are Hydra's; a first argument that is a run folder stands for the configuration saved in it, with
+    ``ckpt_path=last``.
+    """
+    try:
+        run_dir, hydra_arguments = _split_run_dir(arguments)
+        hydra_arguments = read_stage_overrides(hydra_arguments)
+        register_recipes(hydra_arguments)
+        check_command_line(hydra_arguments, "config" if run_dir is None else _register_run(run_dir))
+    except (ConfigError, ForbiddenTarget) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return run_hydra(verb, hydra_arguments, config_name="config" if run_dir is None else SAVED_RUN, run_dir=run_dir)
+
+
+def run_hydra(
+    verb: str,
+    arguments: list[str],
+    *,
+    config_name: str = "config",
+    program: str | None = None,
+    run_dir: Path | None = None,
+) -> int:
+    """Hand `arguments` to Hydra, which calls :class:`Job`. Returns the exit status."""
+    register_recipes(arguments)
+    before = sys.argv
+    sys.argv = [program or before[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(Job(verb, run_dir))()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Hydra calls with a composed configuration, here or, in a sweep, in a launcher's worker."""
+
+    verb: str
+    saved_run: Path | None = None
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        job = HydraConfig.get()
+        try:
+            cfg = cfg.copy()
+            cfg.paths.run_dir = str(_run_dir(job))
+            resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            if cfg.get("stages") is not None and self.verb != "fit":
+                raise ConfigError(
+                    f"stages: this recipe has several, and only `fit` runs them; name the folder of one, as in "
+                    f"`python -m omnitrain {self.verb} RUN_DIR/STAGE`"
+                )
+            check_origins(check_targets(resolved))
+            sys.argv = self._child_command(job, cfg.paths.run_dir)
+            return importlib.import_module(f"omnitrain.cli.{self.verb}").run(OmegaConf.create(resolved))
+        except (ConfigError, ForbiddenTarget, MissingTarget, OmegaConfBaseException) as error:
+            if "HYDRA_FULL_ERROR" in os.environ:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+    def _child_command(self, job: Any, run_dir: str) -> list[str]:
+        """The command line of this one job. Lightning starts further processes of a distributed run with it; all of
+        them must see the same folder, and none may start a sweep of its own."""
+        folders = [s.path for s in job.runtime.config_sources if s.provider == "command-line"]
+        return [
+            sys.argv[0],
+            self.verb,
+            *([str(self.saved_run)] if self.saved_run else []),
+            *(argument for folder in folders for argument in ("--config-dir", folder)),
+            *(text for text in job.overrides.task if not text.startswith("paths.run_dir=")),
+            f"paths.run_dir='{run_dir}'",
+        ]
+
+
+def _run_dir(job: Any) -> Path:
+    """The run folder: `paths.run_dir`, which is also Hydra's (`hydra.run.dir`), or the sweep's folder for this job."""
+    overrides = list(job.overrides.task)
+    explicit = any(text.lstrip("+").startswith("paths.run_dir=") for text in overrides)
+    if job.mode == RunMode.MULTIRUN:
+        if explicit:
+            raise ConfigError("paths.run_dir: the jobs of a sweep have a folder each; set hydra.sweep.dir instead")
+        return Path(job.runtime.output_dir).resolve()
+    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if ranks > 1 and not explicit and "LOCAL_RANK" in os.environ:
+        raise ConfigError(
+            f"paths.run_dir: {ranks} processes were started from outside, and each would make its own dated folder; "
+            "name one folder for all of them with paths.run_dir=FOLDER"
+        )
+    # Hydra has made the folder that paths.run_dir names, or that a user named with hydra.run.dir.
+    return Path(job.runtime.output_dir).resolve()
+
+
+def _split_run_dir(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """A first argument without "=" that is a folder with a config.yaml is an existing run."""
+    if not arguments or arguments[0].startswith(("-", "+", "~")) or "=" in arguments[0]:
+        return None, arguments
+    folder = Path(arguments[0])
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: neither an override KEY=VALUE nor a run folder (it has no config.yaml)")
+    return folder.resolve(), arguments[1:]
+
+
+def _register_run(run_dir: Path) -> str:
+    """Store the configuration of an earlier run, which is complete but for Hydra's own settings."""
+    saved, root = OmegaConf.load(run_dir / "config.yaml"), OmegaConf.load(CONF / "config.yaml")
+    assert isinstance(saved, DictConfig)
+    assert isinstance(root, DictConfig)
+    saved.hydra = root.hydra
+    of_hydra = [
+        entry for entry in root.defaults if OmegaConf.is_dict(entry) and next(iter(entry)).startswith("override ")
+    ]
+    saved.defaults = ["_self_", *of_hydra]
+    saved.paths.run_dir = str(run_dir)
+    saved.ckpt_path = "last"
+    ConfigStore.instance().store(name=SAVED_RUN, node=saved)
+    return SAVED_RUN
+
+
+# --- checking a command line -----------------------------------------------------------------------------------------
+
+
+def check_command_line(arguments: list[str], config_name: str = "config") -> None:
+    """Compose what `arguments` ask for and check it, without importing anything that it names.
+
+    Raises:
+        ConfigError: it does not compose; the message has the nearest valid key or option.
+        ForbiddenTarget: it names code outside the allowed packages.
+    """
+    args = get_args_parser().parse_args(arguments)
+    if args.hydra_help or args.shell_completion or args.info:
+        return
+    with _composer(args):
+        for overrides in _single_jobs(args.overrides):
+            try:
+                cfg = compose(config_name, overrides=overrides, return_hydra_config=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ConfigError(_explain(error, overrides, config_name)) from error
+            _check(cfg)
+        known = [*cfg, *GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)]
+        for text in args.overrides:  # "+recpe=quickstart" would add a key that nobody reads
+            key, _, value = text.lstrip("+").partition("=")
+            near = difflib.get_close_matches(key, [str(name) for name in known if name != key], n=1, cutoff=0.75)
+            if text.startswith("+") and "." not in key and key in cfg and key not in _root_keys() and near:
+                raise ConfigError(f"{text}: nothing reads a key '{key}'; did you mean +{near[0]}={value}?")
+
+
+def check_stage(name: str, command: Sequence[str]) -> None:
+    """Check the command of a stage (verb first) before the stages in front of it take hours. One that begins with a run
+    folder is left alone: the folder may be still to be made.
+
+    Raises:
+        ConfigError, ForbiddenTarget: as `check_command_line`, with the stage's name.
+    """
+    arguments = list(command[1:])
+    if arguments and not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]:
+        return
+    running, job = GlobalHydra.instance().hydra, HydraConfig.instance().cfg  # there is one of each in a process
+    GlobalHydra.instance().clear()
+    try:
+        register_recipes(arguments)
+        check_command_line(arguments)
+    except (ConfigError, ForbiddenTarget) as error:
+        raise type(error)(f"stage '{name}': {error}") from error
+    finally:
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = running, job
+
+
+def read_stage_overrides(arguments: list[str]) -> list[str]:
+    """``stage_overrides.NAME=[a=1,b=2]`` as Hydra takes it: its overrides in quotes, since in a list a bare word has no
+    "=", and with ++, since a recipe need not name its stages there."""
+    quoted = []
+    for text in arguments:
+        key, _, value = text.partition("=")
+        if key.lstrip("+").startswith("stage_") and value.startswith("[") and value.endswith("]"):
+            words = _split_at_commas(value[1:-1])
+            words = [w if w[0] in "'\"" else "'" + w.replace("'", "\\'") + "'" for w in words]
+            text = f"{key}=[{','.join(words)}]"
+        if key.lstrip("+").startswith("stage_overrides."):
+            text = "++" + text.lstrip("+")
+        quoted.append(text)
+    return quoted
+
+
+def _split_at_commas(text: str) -> list[str]:
+    """The parts between the commas that stand outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in "]})":
+            depth -= 1
+        elif character == "," and not depth:
+            parts.append("")
+            continue
+        parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _root_keys() -> set[str]:
+    return {str(key) for key in compose("config", overrides=[])}
+
+
+@contextlib.contextmanager
+def _composer(args: Namespace) -> Generator[None]:
+    """Hydra's compose API with the search path that the same arguments give `hydra.main`."""
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise ConfigError(f"--config-dir {args.config_dir}: no such folder")
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="check"):
+        if args.config_dir is not None:
+            from hydra.core.config_search_path import SearchPathQuery
+
+            loader: Any = GlobalHydra.instance().config_loader()
+            path = loader.get_search_path()
+            path.prepend(
+                provider="command-line",
+                path=f"file://{Path(args.config_dir).resolve()}",
+                anchor=SearchPathQuery(provider="schema"),
+            )
+            loader.repository.initialize_sources(path)
+        yield
+
+
+def _single_jobs(overrides: list[str]) -> list[list[str]]:
+    """The override lists to compose for a sweep: the first value of everything, then each option of each swept group
+    once (only groups bring targets)."""
+    parser = OverridesParser.create()
+    choices: list[list[str]] = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"{text}: not KEY=VALUE as Hydra writes it ({error})") from error
+        if override.is_sweep_override():
+            key = text.split("=", 1)[0]
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([text])
+    loader = GlobalHydra.instance().config_loader()
+    first = [values[0] for values in choices if values]
+    jobs = [first]
+    for i, values in enumerate(choices):
+        group = values[0].split("=", 1)[0].lstrip("+~").split("@")[0]
+        if len(values) > 1 and loader.get_group_options(group):
+            jobs += [[*first[:i], value, *first[i + 1 :]] for value in values[1:]]
+    return jobs
+
+
+def _check(cfg: DictConfig) -> None:
+    with open_dict(cfg):  # what Hydra fills in when a job starts
+        cfg.hydra.job.num, cfg.hydra.job.id, cfg.hydra.runtime.output_dir = 0, "0", "."
+    HydraConfig.instance().set_config(cfg)
+    try:
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+    check_targets(resolved)
+    for name in cfg.hydra.job.env_set:
+        if str(name) == EXTRA_VARIABLE or str(name).startswith(("PYTHON", "LD_", "DYLD_")) or name == "PATH":
+            raise ForbiddenTarget(f"hydra.job.env_set.{name}: a configuration may not change what code is run")
+
+
+def _explain(error: Exception, overrides: list[str], config_name: str) -> str:
+    """Hydra's message without its advice, and the nearest valid spelling of the override that is at fault."""
+    good: list[str] = []
+    for text in overrides:
+        try:
+            compose(config_name, overrides=[*good, text])
+        except (HydraException, OmegaConfBaseException):
+            hint = _nearest(text, good, config_name)
+            if hint:
+                return f"{text}: {hint}"
+        else:
+            good.append(text)
+    message = str(error).strip()
+    cause = str(error.__cause__).strip() if error.__cause__ is not None else ""
+    return message if cause in message else f"{message}\n{cause}"
+
+
+def _nearest(text: str, good: list[str], config_name: str) -> str | None:
+    """What `text` should probably have been, given the overrides that do compose."""
+    loader = GlobalHydra.instance().config_loader()
+    start, _, value = text.partition("=")
+    key = start.lstrip("+~")
+    sign, key = start[: len(start) - len(key)], key.split("@")[0]
+    options = loader.get_group_options(key, ObjectType.CONFIG)
+    if value in options:
+        return None if sign else f"did you mean +{text}? '{key}' has no default option that could be replaced"
+    if options:
+        near = difflib.get_close_matches(value, options, n=1)
+        hint = f"did you mean {sign}{key}={near[0]}?" if near else f"there are: {', '.join(options)}"
+        return f"there is no {key} '{value}'; {hint}"
+    try:
+        keys = list(_keys(compose(config_name, overrides=good)))
+    except (HydraException, OmegaConfBaseException):
+        return None
+    if key in keys:
+        return None
+    if not sign and any(name == key.rpartition(".")[0] for name in _open_mappings(config_name, good)):
+        return f"did you mean +{text}? '{key.rpartition('.')[0]}' has no such key yet, and + adds it"
+    extra_groups = [group for group in loader.get_group_options("", ObjectType.GROUP) if group not in keys]
+    near = difflib.get_close_matches(key, [*keys, *extra_groups], n=3, cutoff=0.5)
+    if not near:
+        return f"there is no key '{key}'; `python -m omnitrain fit --cfg job` prints all of them"
+    near.sort(key=lambda name: value not in loader.get_group_options(name, ObjectType.CONFIG))  # an option says more
+    return f"there is no key '{key}'; did you mean {'+' if near[0] in extra_groups else ''}{near[0]}={value}?"
+
+
+def _open_mappings(config_name: str, good: list[str]) -> list[str]:
+    """Names of the mappings that are empty by default and wait for keys, such as `model.thinker`."""
+    cfg = compose(config_name, overrides=good)
+    return [key for key in _keys(cfg) if OmegaConf.is_dict(node := OmegaConf.select(cfg, key)) and not node]
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys below `node`."""
+    if isinstance(node, DictConfig):
+        for key, value in node.items_ex(resolve=False):
+            yield f"{prefix}{key}"
+            if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
+                yield from _keys(value, f"{prefix}{key}.")

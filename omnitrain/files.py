@@ -1,0 +1,101 @@
+"""What lies where in a run folder, and the one way in which omnitrain writes files: whole, or not at all.
+
+Whoever reads a path written through :func:`atomic` finds the old content or the new one, never a part of it, whatever
+kills the process or the machine: the content is forced to disk before it gets its name, and the folder after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CONFIG = "config.yaml"
+"""The whole resolved configuration; a folder with it is a run."""
+TOKENIZER = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
+LAST_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
+METRICS = "metrics.csv"
+THROUGHPUT = "throughput.csv"
+HISTORY = "history.jsonl"
+"""What was changed when the run was continued, one line each time."""
+LOCK = ".lock"
+"""Who writes into the folder (`runs.lock`)."""
+ENVIRONMENT = "environment.json"
+DATA = "data.json"
+SKIPPED_STEPS = "skipped_steps.jsonl"
+BAD_SAMPLES = "bad_samples.jsonl"
+EVALUATION = "eval"
+REPORT = "report.html"
+STAGES = "stages.json"
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str], *, replace: bool = True) -> Generator[Path]:
+    """A place beside `path` to write a file or a folder to; at the end of the block it is on disk as `path`.
+
+    Args:
+        replace: False keeps what stands at `path`, if it came to stand there in the meantime (files only).
+
+    Raises:
+        OSError: the file system refuses; `path` is as it was. So it is after any error in the block.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        yield partial
+        for inner in sorted(partial.rglob("*")) if partial.is_dir() else ():
+            _to_disk(inner)
+        _to_disk(partial)
+        if not replace:
+            with suppress(FileExistsError):
+                os.link(partial, path)
+        elif partial.is_dir() and path.is_dir():
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.old")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, path)
+        _to_disk(path.parent)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, replace: bool = True) -> None:
+    """Write `text` to `path`, in UTF-8, whole or not at all."""
+    with atomic(path, replace=replace) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, replace: bool = True) -> None:
+    """Write `value` as JSON that people can read, whole or not at all. What JSON does not know is written as text."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", replace=replace)
+
+
+def write_parquet(path: str | os.PathLike[str], table: pa.Table) -> None:
+    """Write `table` as Parquet (zstd), whole or not at all."""
+    import pyarrow.parquet as pq
+
+    with atomic(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

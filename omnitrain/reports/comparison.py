@@ -1,0 +1,269 @@
+"""Several runs side by side on one page: scores with intervals and differences, curves overlaid, differing settings.
+
+Intervals are over the held-out items only. What another seed would have given they do not say; for that there is the
+study (`nondegradation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from markupsafe import Markup
+
+from omnitrain.evaluation.heldout import MODALITIES
+from omnitrain.evaluation.metrics import Interval, bootstrap_interval
+from omnitrain.reports import figures
+from omnitrain.reports.run import Run, read_run, templates, write_page
+from omnitrain.study.verdicts import (
+    BITS_PER_BYTE,
+    CHRF,
+    EXACT_MATCH,
+    NATS_PER_TOKEN,
+    SCORE_COLUMNS,
+    SWAP_GAIN,
+    WER,
+    Measure,
+    Scores,
+    scores_of,
+)
+
+PREDICTIONS = "eval/predictions.parquet"
+FEW_CONCEPTS = 10
+"""With fewer, a bootstrap interval is too narrow to call a difference one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One measure on one part of the held-out items.
+
+    Attributes:
+        values: for each run its interval; None where it has no such score.
+        differences: of each run to the first; None for the first itself.
+        items: that all runs with a score have in common, on which everything here is computed.
+        dropped: further items that only some runs have.
+    """
+
+    modality: str
+    part: str
+    measure: Measure
+    values: tuple[Interval | None, ...]
+    differences: tuple[Interval | None, ...]
+    items: int
+    dropped: int
+
+
+def compare_runs(scores: Scores, names: Sequence[str], *, seed: int = 0) -> list[Line]:
+    """All lines, by modality: everything together, then by split and by task.
+
+    Args:
+        scores: of the runs, each with its name as `arm`.
+        names: the runs in order; those without items are columns without values.
+        seed: of the bootstrap.
+    """
+    places = {arm: place for place, (_, arm, _) in enumerate(scores.runs)}
+    lines = []
+    for modality in MODALITIES:
+        mine = scores.where(modality=[modality])
+        parts = [("all", mine)]
+        for cut in ("split", "task"):
+            values = sorted(set(getattr(scores, cut)[mine].tolist()))
+            if len(values) > 1:
+                parts += [(f"{cut} {figures.title(v)}", mine & scores.where(**{cut: [v]})) for v in values]
+        for part, chosen in parts:
+            for measure in (NATS_PER_TOKEN, BITS_PER_BYTE, CHRF, EXACT_MATCH, WER, SWAP_GAIN):
+                line = _line(scores, [places.get(name) for name in names], modality, part, chosen, measure, seed)
+                if line is not None:
+                    lines.append(line)
+    return lines
+
+
+def _line(
+    scores: Scores,
+    places: Sequence[int | None],
+    modality: str,
+    part: str,
+    chosen: np.ndarray,
+    measure: Measure,
+    seed: int,
+) -> Line | None:
+    numerator, weight = scores.parts(measure)
+    scored = [p for p in places if p is not None and (np.isfinite(numerator[p]) & chosen & (weight > 0)).any()]
+    if not scored:
+        return None
+    finite = np.isfinite(numerator[scored]) & chosen & (weight > 0)
+    common = finite.all(axis=0)
+    n, groups = int(common.sum()), scores.concept[common]
+
+    def interval(values: np.ndarray) -> Interval:
+        # A ratio estimator: these average to the sum of the values over the sum of the weights.
+        return bootstrap_interval(values[common] * (n / weight[common].sum()), groups=groups, seed=seed)
+
+    first = places[0]
+    with_score = [p is not None and p in scored and n > 0 for p in places]
+    return Line(
+        modality=modality,
+        part=part,
+        measure=measure,
+        values=tuple(interval(numerator[p]) if ok else None for p, ok in zip(places, with_score, strict=True)),
+        differences=(
+            None,
+            *(
+                interval(numerator[p] - numerator[first]) if ok and with_score[0] else None
+                for p, ok in zip(places[1:], with_score[1:], strict=True)
+            ),
+        ),
+        items=n,
+        dropped=int(finite.any(axis=0).sum()) - n,
+    )
+
+
+def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, list[str]]:
+    """Write the page; differences are to the first run.
+
+    Returns:
+        its path, and a line for everything that is missing in it.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        ValueError: fewer than two runs, one given twice, or a file that cannot be used.
+    """
+    paths = [Path(folder) for folder in folders]
+    if len(paths) < 2 or len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("a comparison needs at least two different runs")
+    runs = [read_run(path, samples=False) for path in paths]
+    names = _names(paths)
+    tables, missing = [], []
+    for run, name in zip(runs, names, strict=True):
+        missing += [f"{name}: {m.part} ({m.file}): {m.fix}" for m in run.missing]
+        path = run.folder / PREDICTIONS
+        if path.is_file():
+            tables.append(_items(path, name))
+        elif not any(m.file == "eval/scores.json" for m in run.missing):
+            missing.append(f"{name}: scores by item ({PREDICTIONS}): run `python -m omnitrain test {run.folder}`")
+    lines = compare_runs(scores_of(pa.concat_tables(tables)), names) if tables else []
+    colours = _colours(names)
+    validation, training = _curves(runs, names)
+    page = (
+        templates()
+        .get_template("comparison.html.j2")
+        .render(
+            name=f"{len(runs)} runs side by side",
+            names=names,
+            colours=colours,
+            lines=[_shown(line) for line in lines],
+            few=FEW_CONCEPTS,
+            dropped=max((line.dropped for line in lines), default=0),
+            missing=missing,
+            validation=Markup(figures.arm_curves(validation, "step", "nats per target token", colours))
+            if validation
+            else None,
+            training=Markup(figures.arm_curves(training, "step", "nats per target token", colours))
+            if training
+            else None,
+            facts=_facts(runs),
+            settings=_settings(runs),
+        )
+    )
+    path = Path(out)
+    write_page(path, page)
+    return path, missing
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as it takes to tell the runs apart."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("two runs have the same folder")
+
+
+def _items(path: Path, name: str) -> pa.Table:
+    try:
+        table = pq.read_table(path, columns=list(SCORE_COLUMNS))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    n = len(table)
+    for column, value in (("match", pa.array([""] * n)), ("arm", pa.array([name] * n)), ("seed", pa.array([0] * n))):
+        table = table.append_column(column, value)
+    return table
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    palette = list(figures.ARM_COLOURS.values())
+    return {name: palette[k % len(palette)] for k, name in enumerate(names)}
+
+
+Panels = dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]
+
+
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> tuple[Panels, Panels]:
+    """Validation and training losses by modality and run."""
+    panels: tuple[Panels, Panels] = {}, {}
+    for kind, found in zip(("validation", "train"), panels, strict=True):
+        for modality in MODALITIES:
+            column = f"{kind}/loss/{modality}"
+            lines = {n: [run.metrics[column]] for run, n in zip(runs, names, strict=True) if column in run.metrics}
+            if lines:
+                found[figures.title(modality)] = lines
+    return panels
+
+
+def _shown(line: Line) -> dict[str, Any]:
+    form = line.measure.form
+
+    def text(interval: Interval | None, sign: str = "") -> dict[str, str] | None:
+        if interval is None:
+            return None
+        value, low, high = (f"{v:{sign}{form}}".replace("-", "−") for v in (interval.mean, interval.low, interval.high))
+        better = (interval.mean < 0) == line.measure.lower_is_better
+        outside = sign and (interval.low > 0 or interval.high < 0) and interval.groups >= FEW_CONCEPTS
+        shown = f"[{low}, {high}]" if interval.groups > 1 else "[no interval]"
+        return {"value": value, "range": shown, "mark": ("good" if better else "warn") if outside else ""}
+
+    return {
+        "modality": line.modality,
+        "part": line.part,
+        "measure": line.measure.unit,
+        "arrow": "↓" if line.measure.lower_is_better else "↑",
+        "values": [text(v) for v in line.values],
+        "differences": [text(d, "+") for d in line.differences[1:]],
+        "items": line.items,
+    }
+
+
+def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    rows: list[tuple[str, list[str]]] = []
+    rows.append(("name", [str(run.config.get("name") or "–") for run in runs]))
+    steps = [max((s[-1] for s, _ in run.metrics.values()), default=None) for run in runs]
+    rows.append(("steps", ["–" if s is None else f"{s:,.0f}" for s in steps]))
+    for column, label in (("seen/tokens", "tokens"), ("seen/samples", "samples")):
+        values = [run.last(column) for run in runs]
+        rows.append((label, ["–" if v is None else f"{v:,.0f}" for v in values]))
+    rows.append(("device", [str(run.environment.get("device") or "–") for run in runs]))
+    return rows
+
+
+def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Keys of the configuration in which the runs differ, without folders."""
+    flat = [_flat(run.config) for run in runs]
+    keys = sorted({key for config in flat for key in config})
+    rows = [(key, [config.get(key, "–") for config in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1 and not key.startswith("paths.run_dir")]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value)
+    return found

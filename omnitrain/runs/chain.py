@@ -1,0 +1,289 @@
+"""A recipe of stages: command lines of omnitrain, run one after another as processes of their own.
+
+    stages:
+      - name: codec
+        command: [fit, +recipe=codec, "paths.run_dir=${paths.run_dir}/codec", ckpt_path=last]
+      - name: codes
+        command: [data, encode, "${paths.run_dir}/codec", data/speech, --out, "${paths.run_dir}/codes"]
+
+A stage that has ended well is noted in ``stages.json`` of the run folder and not run again; so the same line continues
+an interrupted run, and a stage that can continue (`ckpt_path=last`, `data encode`) goes on where it was. At the end,
+``report.html`` of the run folder covers all stages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from omnitrain.config.verbs import HYDRA_VERBS, VERBS
+from omnitrain.config.compose import ConfigError, check_stage
+
+RECORD = "stages.json"
+ALL = "all"
+"""What `stage_overrides` has for every stage that is a ``fit``."""
+_INSIDE = "OMNITRAIN_STAGE"
+"""Environment variable with the name of the stage that this process is."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command line: `command` is what stands behind ``python -m omnitrain``."""
+
+    name: str
+    command: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.command).encode()).hexdigest()[:16]
+
+    @property
+    def line(self) -> str:
+        return shlex.join(["python", "-m", "omnitrain", *self.command])
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it writes, as far as its command says: `paths.run_dir`, or what follows ``--out``."""
+        for word in reversed(self.command):  # the last one counts
+            if word.startswith("paths.run_dir="):
+                return Path(word.partition("=")[2].strip("'\""))
+        if "--out" in self.command[:-1]:
+            return Path(self.command[self.command.index("--out") + 1])
+        return None
+
+
+def read_stages(stages: Any, overrides: Any) -> list[Stage]:
+    """The stages of a resolved configuration, what `overrides` adds to each at its end.
+
+    Args:
+        stages: list of ``{name, command}``.
+        overrides: stage -> list of further words, or None to leave it out; `ALL` -> words for every ``fit`` among them.
+
+    Raises:
+        ConfigError: one that cannot be run; the message names it and what to write.
+    """
+    if not isinstance(stages, list) or not stages:
+        raise ConfigError("stages: write a list of {name: NAME, command: [VERB, ARGUMENT, ...]}")
+    overrides = overrides or {}
+    found: dict[str, Stage] = {}
+    for number, given in enumerate(stages):
+        if not isinstance(given, dict) or set(given) != {"name", "command"}:
+            raise ConfigError(f"stages[{number}]: write {{name: NAME, command: [VERB, ARGUMENT, ...]}}, not {given}")
+        name, command = str(given["name"]), given["command"]
+        if name == ALL:
+            raise ConfigError(
+                f"stages[{number}]: no stage can be called {ALL}, which stage_overrides takes for every one"
+            )
+        if name in found:
+            raise ConfigError(f"stages[{number}]: two stages are called {name}")
+        if not isinstance(command, list) or not command or not all(isinstance(w, str | int | float) for w in command):
+            raise ConfigError(f"stages[{number}].command ({name}): write a list of words, such as [fit, +recipe=codec]")
+        extra = _words(overrides, name)
+        if command[0] == "fit":
+            extra = [*_words(overrides, ALL), *extra]
+        stage = found[name] = Stage(name, tuple(str(word) for word in (*command, *extra)))
+        if stage.command[0] not in VERBS:
+            near = difflib.get_close_matches(stage.command[0], VERBS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"verbs are: {', '.join(VERBS)}"
+            raise ConfigError(f"stages[{number}].command ({name}): there is no verb '{stage.command[0]}'; {hint}")
+    for name in overrides:
+        if name not in found and name != ALL:
+            near = difflib.get_close_matches(name, found, n=1)
+            hint = f"did you mean stage_overrides.{near[0]}?" if near else f"there are {', '.join(found)}"
+            raise ConfigError(f"stage_overrides.{name}: there is no such stage; {hint}")
+    kept = [stage for name, stage in found.items() if overrides.get(name, ...) is not None]
+    if not kept:
+        raise ConfigError("stage_overrides: every stage is left out (null)")
+    return kept
+
+
+def _words(overrides: Mapping[str, Any], name: str) -> list[Any]:
+    words = overrides.get(name) or []
+    if not isinstance(words, list):
+        raise ConfigError(f"stage_overrides.{name}={words}: write a list, such as [trainer.max_steps=50], or null")
+    return words
+
+
+def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
+    """What ``stages.json`` says of the stages that have been run, once all others have been checked.
+
+    Raises:
+        ConfigError: a command is another than the one that was run, or does not compose.
+        ForbiddenTarget: a command names code outside the allowed packages.
+    """
+    if os.environ.get(_INSIDE):
+        raise ConfigError(f"stages: the stage '{os.environ[_INSIDE]}' has stages itself; name theirs in one recipe")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ConfigError("stages: every process would run them; start one, and give each stage trainer=ddp")
+    record = run_dir / RECORD
+    done = _read_record(record)
+    for stage in stages:
+        if stage.name in done and done[stage.name]["hash"] != stage.hash:
+            raise ConfigError(
+                f"stage '{stage.name}' has been run with another command: {shlex.join(done[stage.name]['command'])}\n"
+                f"now it is: {shlex.join(stage.command)}\nchoose another paths.run_dir, or take '{stage.name}' out of "
+                f"{record} to run it again (and the stages behind it, which have used what it made)"
+            )
+        if stage.command[0] in HYDRA_VERBS and stage.name not in done:
+            check_stage(stage.name, stage.command)
+    return done
+
+
+def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> int:
+    """Run all but those that are `done`, each with a line above its own output, then name the folders.
+
+    SIGINT and SIGTERM go to the running stage, which ends in its own way; then nothing further is started.
+
+    Returns:
+        0, or the status of the stage that failed or was ended (128 + signal where that killed it).
+    """
+    with _forwarded() as child:
+        for number, stage in enumerate(stages, start=1):
+            header = f"stage {number}/{len(stages)} {stage.name}"
+            if stage.name in done:
+                print(f"{header}: done before", flush=True)
+                continue
+            print(f"{header}: {stage.line}", flush=True)
+            start = time.monotonic()
+            status = child.run(stage)
+            if status or child.signal:
+                status = status or 128 + child.signal  # it ended well, but may have been cut short
+                print(f"{header}: ended with status {status}; continue: {_continue(run_dir)}", file=sys.stderr)
+                return status
+            seconds = round(time.monotonic() - start, 1)
+            done[stage.name] = {"hash": stage.hash, "command": list(stage.command), "seconds": seconds}
+            _write_record(run_dir / RECORD, done)
+            print(f"{header}: {seconds:g} s", flush=True)
+    _print_folders(stages)
+    print(f"report over all stages: {write_report(stages, run_dir)[0]}")
+    return 0
+
+
+def write_report(stages: Sequence[Stage], run_dir: Path, out: Path | None = None) -> tuple[Path, list[str]]:
+    """One page over all stages, of what there is so far. Returns its path, and what is missing in it."""
+    from omnitrain.reports.chain import StageRecord, write_stages_report
+
+    done = _read_record(run_dir / RECORD)
+    return write_stages_report(
+        run_dir,
+        [
+            StageRecord(name=stage.name, command=stage.line, folder=stage.folder, finished=stage.name in done)
+            for stage in stages
+        ],
+        out,
+    )
+
+
+def stages_of(run_dir: Path) -> list[Stage] | None:
+    """The stages of a run folder, from its ``config.yaml``; None if it is not a run of stages.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+    if not isinstance(saved, dict) or saved.get("stages") is None:
+        return None
+    return read_stages(saved["stages"], saved.get("stage_overrides"))
+
+
+def _continue(run_dir: Path) -> str:
+    return f"python -m omnitrain fit {shlex.quote(str(run_dir))}"
+
+
+def _ends_with_its_parent() -> Callable[[], None] | None:
+    """What a stage's process calls first: after a kill -9 of ours nobody would forward signals to it, and the next call
+    of the same line would train in its folder beside it. (Only Linux can promise this.)"""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def follow() -> None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended in between
+            os._exit(1)
+
+    return follow
+
+
+class _Child:
+    """The process of the running stage, and the last signal that was meant for it (0: none)."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+        self.signal = 0
+
+    def run(self, stage: Stage) -> int:
+        if self.signal:
+            return 128 + self.signal
+        # A process group of its own: Ctrl-C in a terminal reaches all of ours, and the stage would get it twice.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "omnitrain", *stage.command],
+            env={**os.environ, _INSIDE: stage.name},
+            process_group=0,
+            preexec_fn=_ends_with_its_parent(),
+        )
+        if self.signal:  # it came in between
+            self.process.send_signal(self.signal)
+        status = self.process.wait()
+        self.process = None
+        return status if status >= 0 else 128 - status
+
+    def forward(self, number: int, frame: Any) -> None:
+        self.signal = number
+        if self.process is not None:
+            self.process.send_signal(number)
+
+
+@contextmanager
+def _forwarded() -> Generator[_Child]:
+    """SIGINT and SIGTERM go to the child. (Only a process's main thread may say so; a sweep may run us in another.)"""
+    child = _Child()
+    if threading.current_thread() is not threading.main_thread():
+        yield child
+        return
+    before = {number: signal.signal(number, child.forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield child
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_record(path: Path, done: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _print_folders(stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        if stage.folder is not None:
+            print(f"{stage.name}: {stage.folder}")
+            if (stage.folder / "report.html").is_file():
+                print(f"{stage.name}: report: {stage.folder / 'report.html'}")

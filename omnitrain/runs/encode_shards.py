@@ -1,0 +1,511 @@
+"""``omnitrain data encode``: recordings of what the assistant says -> codec frames, shard by shard.
+
+Every shard of the input becomes one of the same name in the output folder, with the same rows in the same order; only
+the medium of `speech` segments is another (`data.speech.encode_codes`), and a medium that lay beside the shard lies in
+it. A recording is encoded alone: so its codes depend on nothing but itself, and on a CPU core a batch would be slower
+(50 times real time in fours, 57 one by one, for the tiny codec).
+
+``encode.json`` in the output folder says with which codec and from which shards. It is written anew behind every shard,
+so that an interrupted run continues behind the last one, and a folder never holds the frames of two codecs.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from omnitrain.runs.codec import SAMPLE_RATE, bits_per_frame, codec_fingerprint
+from omnitrain.data.batch import PackedBatch
+from omnitrain.data.encode import SampleEncoder as ThinkerEncoder
+from omnitrain.data.media import decode_audio
+from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_medium
+from omnitrain.data.shards import SampleSource, shard_files, write_shards
+from omnitrain.data.codec_frames import decode_codes, encode_codes, heard_rows, holds_codes
+from omnitrain.evaluation.speech import mel_distance
+from omnitrain.interop.mimi import MimiCodec
+from omnitrain.models.codec import Codec
+from omnitrain.models.omni import OmniModel, thinker_fingerprint
+from omnitrain.training.codec_losses import si_sdr
+
+RECORD = "encode.json"
+CHECKED = 4
+"""Samples that are decoded again at the end."""
+_ROWS = 4  # of a worker's task
+
+
+Thinker = tuple[OmniModel, ThinkerEncoder]
+"""A model that listens, and the encoder of what it reads."""
+
+# -------------------------------------------------------------------------------------------------------- one sample
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row of the output, or why there is none. `seconds` and `frames`: of its recordings."""
+
+    sample: Sample | None = None
+    seconds: float = 0.0
+    frames: int = 0
+    skipped: str = ""
+    complaint: str = ""
+
+
+class SampleEncoder:
+    """`encoder(folder, index)` -> :class:`Encoded`: a sample of the source in that folder, with codec frames.
+
+    Args:
+        codec: what encodes.  sources: by folder.
+        thinker: whose hidden states are written too, and the encoder of what it reads; or None.
+        only_speech: leave out samples without a recording of speech.
+    """
+
+    def __init__(
+        self,
+        codec: Codec | MimiCodec,
+        sources: Mapping[Path, SampleSource],
+        only_speech: bool,
+        thinker: Thinker | None = None,
+    ) -> None:
+        self.codec, self.sources, self.only_speech, self.thinker = codec, sources, only_speech, thinker
+        self.fingerprint = codec_fingerprint(codec)
+        self.thinker_fingerprint = thinker_fingerprint(thinker[0]) if thinker else ""
+
+    def __call__(self, folder: Path, index: int) -> Encoded:
+        source = self.sources[folder]
+        name = "?"
+        try:
+            sample = source[index]
+            name = sample.id
+            if not any(map(is_recorded, segments(sample))):
+                return Encoded(skipped="no_recording") if self.only_speech else Encoded(self._embedded(sample, source))
+            return self._encode(sample, source)
+        except BadSample as error:
+            reason, detail = error.reason, error.detail
+        except (ValueError, OSError) as error:  # a damaged row group or media table
+            reason, detail = "shard_damaged", str(error)
+        file, row = source.locate(index)
+        return Encoded(skipped=reason, complaint=f"{file} row {row} id {name}: {reason}: {detail}")
+
+    def _encode(self, sample: Sample, source: SampleSource) -> Encoded:
+        seconds, frames = 0.0, 0
+        heard = self.heard(sample, source)
+
+        def with_codes(segment: Segment) -> Segment:
+            nonlocal seconds, frames
+            if not is_recorded(segment):
+                return segment
+            wav = recording(source.media_bytes(segment))
+            codes = self.codes(wav)
+            seconds, frames = seconds + len(wav) / SAMPLE_RATE, frames + len(codes)
+            data = encode_codes(codes, self.fingerprint, heard.get(id(segment)), self.thinker_fingerprint)
+            return replace(segment, media=data, path=None)
+
+        encoded = self._embedded(with_segments(sample, with_codes), source)
+        return Encoded(encoded, seconds, frames)
+
+    @torch.inference_mode()
+    def codes(self, wav: np.ndarray) -> np.ndarray:
+        """float32 [S] -> int64 [F, Q]"""
+        return self.codec.encode(torch.from_numpy(wav)[None])[0].numpy()
+
+    @torch.inference_mode()
+    def heard(self, sample: Sample, source: SampleSource) -> dict[int, Tensor]:
+        """The Thinker's hidden states [H, D] at the media before a recorded answer, by the `id` of its segment."""
+        if self.thinker is None or sample.modality == "text":
+            return {}
+        model, encoder = self.thinker
+        encoded = encoder(sample, source.media_bytes)
+        states = model(**PackedBatch.pack([encoded]).model_inputs()).accept_hidden
+        answers = [m for m in sample.messages if m.role == "assistant"]
+        return {
+            id(segment): states[torch.from_numpy(rows)]
+            for message, rows in zip(answers, heard_rows(encoded, encoder.tokenizer), strict=True)
+            for segment in message.segments
+            if is_recorded(segment) and len(rows)
+        }
+
+    def _embedded(self, sample: Sample, source: SampleSource) -> Sample:
+        """With the bytes of media that lie in files beside the shard: the paths would lead nowhere from another."""
+        return with_segments(
+            sample,
+            lambda s: (
+                s if s.path is None or s.media is not None else replace(s, media=source.media_bytes(s), path=None)
+            ),
+        )
+
+
+def recording(data: bytes) -> np.ndarray:
+    """float32 [S] in [-1, 1] at the codec's rate, as a codec is trained on.
+
+    Raises:
+        BadSample: ``already_codes``, or what `decode_audio` says.
+    """
+    if holds_codes(data):
+        raise BadSample("already_codes", "the speech segment holds codec frames; encode the shards with the recordings")
+    return np.clip(decode_audio(data, SAMPLE_RATE), -1, 1)
+
+
+def segments(sample: Sample) -> list[Segment]:
+    return [segment for message in sample.messages for segment in message.segments]
+
+
+def with_segments(sample: Sample, change: Callable[[Segment], Segment]) -> Sample:
+    """The sample with every segment changed."""
+    messages = (Message(role=m.role, segments=tuple(map(change, m.segments))) for m in sample.messages)
+    return replace(sample, messages=tuple(messages))
+
+
+def is_recorded(segment: Segment) -> bool:
+    """Whether the segment is speech with a recording, not a transcript alone."""
+    return segment.type == "speech" and has_medium(segment)
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+
+Task = tuple[Path, tuple[int, ...]]
+"""The folder of a source, and the samples in it."""
+
+_encoder: SampleEncoder | None = None  # of this worker process
+
+
+@contextmanager
+def _results(encoder: SampleEncoder, tasks: Iterable[Task], workers: int) -> Generator[Iterator[Encoded]]:
+    """The rows of all tasks, in order, from `workers` processes of one thread each; one worker is this process.
+
+    Raises:
+        ValueError: a worker process died.
+    """
+    if workers == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield (encoder(folder, index) for folder, indices in tasks for index in indices)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    # The codec travels as bytes, not as a path: a run may be writing its next checkpoint. "spawn", since a process
+    # that has used torch's threads must not be forked.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(pickle.dumps(encoder),))
+    try:
+        yield _in_order(pool, iter(tasks), ahead=4 * workers)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process died, most likely for want of memory; the same line continues, with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, tasks: Iterator[Task], ahead: int) -> Iterator[Encoded]:
+    waiting: deque[Future[list[Encoded]]] = deque(pool.submit(_run_task, task) for task in islice(tasks, ahead))
+    while waiting:
+        yield from waiting.popleft().result()
+        waiting.extend(pool.submit(_run_task, task) for task in islice(tasks, 1))
+
+
+def _run_task(task: Task) -> list[Encoded]:
+    assert _encoder is not None
+    return [_encoder(task[0], index) for index in task[1]]
+
+
+def _start_worker(encoder: bytes) -> None:
+    """Manners of a worker process: one thread, no Ctrl-C of its own, gone when its parent is."""
+    global _encoder
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _encoder = pickle.loads(encoder)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow(sentinel: int) -> None:  # after kill -9 of the parent nobody would end this process
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
+
+
+@dataclass
+class Counts:
+    """Of a shard: `samples` with codec frames, `copied` without, rows left out by reason."""
+
+    samples: int = 0
+    copied: int = 0
+    seconds: float = 0.0
+    frames: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def add(self, row: Encoded) -> None:
+        if row.sample is None:
+            self.skipped[row.skipped] = self.skipped.get(row.skipped, 0) + 1
+        else:
+            self.samples, self.copied = self.samples + (row.frames > 0), self.copied + (row.frames == 0)
+            self.seconds, self.frames = self.seconds + row.seconds, self.frames + row.frames
+
+    @property
+    def bad(self) -> int:
+        """Rows that could not be used; those without speech were not wanted."""
+        return sum(count for reason, count in self.skipped.items() if reason != "no_recording")
+
+
+class Folder:
+    """The output folder and its record.
+
+    Args:
+        path: made when missing.
+        made_with: codec and choice of rows; a folder keeps to those it was begun with.
+
+    Raises:
+        ValueError: it was begun otherwise, or holds shards from elsewhere.
+    """
+
+    def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
+        self.path, self.made_with = path, json.loads(json.dumps(made_with))
+        self.shards: dict[str, dict[str, Any]] = {}
+        if (path / RECORD).is_file():
+            before = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            self.shards = before.pop("shards")
+            for key in {**before, **self.made_with}:
+                value = self.made_with.get(key)
+                if before.get(key) != value:
+                    raise ValueError(
+                        f"{path / RECORD}: the shards in this folder were made with {key} {before.get(key)}, not "
+                        f"{value}; choose another --out, or delete the folder"
+                    )
+        elif any(path.glob("*.parquet")):
+            raise ValueError(f"{path} holds shards that `data encode` did not make; choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        for left in path.glob(".*.encoding"):  # of a run that was killed
+            shutil.rmtree(left)
+
+    def is_complete(self, file: Path, source: str) -> bool:
+        """Whether the shard was made already.
+
+        Raises:
+            ValueError: from another file of this name.
+        """
+        known = self.shards.get(file.name)
+        if known is None or not (self.path / file.name).is_file():
+            return False
+        if known["source"] != source:
+            raise ValueError(
+                f"{self.path / file.name} was made from another {file.name} ({known['path']}, CRC-32 "
+                f"{known['source']}; {file} has {source}); choose another --out, or delete the folder"
+            )
+        return True
+
+    def write(self, file: Path, source: str, samples: Iterable[Sample], counts: Counts) -> None:
+        """The shard of this name, all or nothing, then the record."""
+        beside = self.path / f".{file.stem}.encoding"
+        try:
+            # One shard, whatever its size: what was one stays one.
+            [whole] = write_shards(samples, beside, "shard", sys.maxsize, sys.maxsize, progress=False)
+            whole.replace(self.path / file.name)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        self.shards[file.name] = {"path": str(file.resolve()), "source": source, "counts": asdict(counts)}
+        partial = self.path / f".{RECORD}.partial"
+        record = json.dumps({**self.made_with, "shards": self.shards}, indent=1, ensure_ascii=False)
+        partial.write_text(record + "\n", encoding="utf-8")
+        partial.replace(self.path / RECORD)
+
+    def counts(self, file: Path) -> Counts:
+        return Counts(**self.shards[file.name]["counts"])
+
+
+def checksum(file: Path) -> str:
+    """CRC-32 of a file, 8 hex digits."""
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+# ----------------------------------------------------------------------------------------------------------- the verb
+
+
+def encode(
+    codec: Codec | MimiCodec,
+    shards: Sequence[str],
+    out: Path,
+    *,
+    thinker: Thinker | None = None,
+    split: str | None = None,
+    where: Mapping[str, Sequence[str]] | None = None,
+    only_speech: bool = False,
+    workers: int = 1,
+    progress: Callable[[str, int], Any],
+) -> Counts:
+    """Encode `shards` into `out`, print a table and a check, and return the sums.
+
+    Args:
+        shards: folders, files or globs.
+        thinker: a model and its encoder, whose hidden states at media are written beside the codes.
+        split, where: which rows, as of `SampleSource`.
+        only_speech: leave out samples without a recording of speech; otherwise they are copied.
+        workers: processes.
+        progress: (title, total) -> context manager of a function that is called after every row.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: two shards of one name, or `out` holds something else.
+    """
+    files = list(dict.fromkeys(file.resolve() for path in shards for file in _shards_of(path)))
+    if twice := [name for name, count in Counter(file.name for file in files).items() if count > 1]:
+        raise ValueError(f"two shards are called {twice[0]}; encode them into folders of their own")
+    if out.resolve() in {file.parent for file in files}:
+        raise ValueError(f"--out {out} is the folder of the recordings; choose another")
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: one at least")
+    folders: dict[Path, list[Path]] = {}
+    for file in files:
+        folders.setdefault(file.parent, []).append(file)
+    sources = {path: SampleSource(of_folder, split, where) for path, of_folder in folders.items()}
+    rows: dict[Path, list[int]] = {file: [] for file in files}
+    for source in sources.values():
+        for index in range(len(source)):
+            rows[Path(source.locate(index)[0])].append(index)
+
+    encoder = SampleEncoder(codec, sources, only_speech, thinker)
+    chosen = {"split": split, "where": dict(where or {}), "only_speech": only_speech}
+    made_with = {"codec": encoder.fingerprint, "rows": chosen}
+    folder = Folder(out, made_with | ({"thinker": encoder.thinker_fingerprint} if thinker else {}))
+    checksums = {file: checksum(file) for file in files}
+    todo = [file for file in files if not folder.is_complete(file, checksums[file])]
+    if len(todo) < len(files):
+        print(f"{len(files) - len(todo)} of {len(files)} shards are there already")
+    tasks = [
+        (file.parent, tuple(rows[file][first : first + _ROWS]))
+        for file in todo
+        for first in range(0, len(rows[file]), _ROWS)
+    ]
+    told: Counter[str] = Counter()
+    with (
+        progress(f"encoding into {out}", sum(len(rows[file]) for file in todo)) as advance,
+        _results(encoder, tasks, min(workers, max(1, len(tasks)))) as results,
+    ):
+        for file in todo:
+            counts = Counts()
+
+            def samples(file: Path = file, counts: Counts = counts) -> Iterator[Sample]:
+                for row in islice(results, len(rows[file])):
+                    counts.add(row)
+                    advance()
+                    if row.sample is not None:
+                        yield row.sample
+                    elif row.complaint and told[row.skipped] < 5:
+                        told[row.skipped] += 1
+                        print(row.complaint, file=sys.stderr)
+
+            folder.write(file, checksums[file], samples(), counts)
+    by_file = {file: folder.counts(file) for file in files}
+    print_counts(by_file, bits_per_frame(codec), f"{out}: codec {encoder.fingerprint}")
+    check(encoder, out, files)
+    return total(by_file.values())
+
+
+def _shards_of(path: str) -> list[Path]:
+    if Path(path).suffix in (".yaml", ".yml"):
+        raise ValueError(f"{path}: a mapping is no shard; write it to shards with `omnitrain data import` first")
+    return shard_files(path)
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """Sums over shards."""
+    sums, skipped = Counts(), Counter()
+    for part in counts:
+        sums.samples, sums.copied = sums.samples + part.samples, sums.copied + part.copied
+        sums.seconds, sums.frames = sums.seconds + part.seconds, sums.frames + part.frames
+        skipped.update(part.skipped)
+    sums.skipped = dict(skipped)
+    return sums
+
+
+def print_counts(by_file: Mapping[Path, Counts], bits: float, title: str) -> None:
+    """One row per shard and their sum. `bits`: of a frame."""
+    table = Table("shard", title=title, title_justify="left")
+    for column in ("samples", "copied", "skipped", "seconds", "frames", "kbit/s"):
+        table.add_column(column, justify="right")
+    rows = [(file.name, counts) for file, counts in by_file.items()]
+    for name, counts in [*rows, *([("all", total(by_file.values()))] if len(rows) > 1 else [])]:
+        if name == "all":
+            table.add_section()
+        rate = f"{counts.frames * bits / counts.seconds / 1000:.2f}" if counts.seconds else ""
+        whole = (counts.samples, counts.copied, sum(counts.skipped.values()))
+        table.add_row(name, *(f"{n:,}" for n in whole), f"{counts.seconds:,.1f}", f"{counts.frames:,}", rate)
+    console = _console()
+    console.print(table)
+    for reason, count in sorted(total(by_file.values()).skipped.items()):
+        console.print(f"skipped: {count} {reason}", highlight=False)
+
+
+def check(encoder: SampleEncoder, out: Path, files: Sequence[Path]) -> None:
+    """Decode a few samples of the new shards in `out`, and print how far they are from their recordings in `files`."""
+    made = SampleSource([out / file.name for file in files])
+    folders = {file.name: file.parent for file in files}
+    ids = {folder: source.light()["id"].to_pylist() for folder, source in encoder.sources.items()}
+    table = Table("decoded again", title="recording against its codec frames", title_justify="left")
+    for column in ("seconds", "mel distance dB", "SI-SDR dB"):
+        table.add_column(column, justify="right")
+    for index in _spread(made):
+        sample = made[index]
+        folder = folders[Path(made.locate(index)[0]).name]
+        source = encoder.sources[folder]
+        original = source[ids[folder].index(sample.id)]
+        pair = next((a, b) for a, b in zip(segments(original), segments(sample), strict=True) if is_recorded(b))
+        wav = recording(source.media_bytes(pair[0]))
+        codes = decode_codes(made.media_bytes(pair[1]), encoder.fingerprint)
+        with torch.inference_mode():
+            decoded = encoder.codec.decode(torch.from_numpy(codes)[None])[0].numpy()
+        length = min(len(wav), len(decoded))
+        if length < SAMPLE_RATE // 40:  # of the mel distance's window
+            continue
+        ratio = float(si_sdr(torch.from_numpy(decoded[None, :length]), torch.from_numpy(wav[None, :length])))
+        distance = mel_distance(wav, decoded, SAMPLE_RATE)
+        table.add_row(sample.id, f"{len(wav) / SAMPLE_RATE:.2f}", f"{distance:.1f}", f"{ratio:.1f}")
+    if table.row_count:
+        _console().print(table)
+
+
+def _spread(made: SampleSource) -> list[int]:
+    """A few samples with codec frames, evenly spaced."""
+    chosen: list[int] = []
+    for i in range(CHECKED):
+        first, end = (len(made) * i // CHECKED, len(made) * (i + 1) // CHECKED)
+        spoken = (j for j in range(first, end) if any(map(is_recorded, segments(made[j]))))
+        chosen += islice(spoken, 1)
+    return chosen
+
+
+def _console() -> Console:
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
+    return console

@@ -1,0 +1,152 @@
+"""Captions of sounds (AudioCaps): similarity to several references, and events that were made up."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omnitrain.tasks.speech import CHRF_METRIC, chrf_statistics
+from omnitrain.tasks.tables import read_table
+from omnitrain.tasks.task import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, medium, question
+from omnitrain.tasks.task import text as text_segment
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation."""
+    return re.findall(r"[\w']+", text.lower())
+
+
+def _ngrams(text: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
+    return [Counter(tuple(text[i : i + n]) for i in range(len(text) - n + 1)) for n in (1, 2, 3, 4)]
+
+
+def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]], sigma: float = 6.0) -> list[float]:
+    """CIDEr-D of each caption, 0 to 10 (Vedantam et al. 2015, arXiv 1411.5726): tf-idf weighted n-grams of orders 1 to
+    4, document frequencies from these references, clipped, with a Gaussian penalty on the difference in length. Texts
+    are cut by `words`; the original's PTB tokenizer differs on contractions and hyphens."""
+    documents = [[_ngrams(words(reference)) for reference in several] for several in references]
+    frequency = Counter(gram for several in documents for gram in {g for doc in several for n in doc for g in n})
+    log_n = math.log(len(documents))
+
+    def weighted(grams: list[Counter[tuple[str, ...]]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
+        vectors = [
+            {gram: count * (log_n - math.log(max(1, frequency[gram]))) for gram, count in order.items()}
+            for order in grams
+        ]
+        norms = [math.sqrt(sum(value**2 for value in vector.values())) for vector in vectors]
+        return vectors, norms, sum(grams[1].values())  # the original measures length in bigrams
+
+    scores = []
+    for prediction, several in zip(predictions, documents, strict=True):
+        mine, my_norms, my_length = weighted(_ngrams(words(prediction)))
+        total = 0.0
+        for document in several:
+            theirs, norms, length = weighted(document)
+            penalty = math.exp(-((my_length - length) ** 2) / (2 * sigma**2))
+            for a, b, norm_a, norm_b in zip(mine, theirs, my_norms, norms, strict=True):
+                product = sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b)
+                total += penalty * product / (norm_a * norm_b) if norm_a and norm_b else 0.0
+        scores.append(10 * total / (4 * len(several)))
+    return scores
+
+
+def mentioned(text: str, events: Sequence[str]) -> set[str]:
+    """The events that a text names. An event is named by one of its synonyms, which are parted by commas ("Bark, Dog
+    barking"): all words of it one after the other, singular and plural alike."""
+    said = [_singular(word) for word in words(text)]
+    found = set()
+    for event in events:
+        for synonym in event.split(","):
+            name = [_singular(word) for word in words(synonym)]
+            if name and any(said[i : i + len(name)] == name for i in range(len(said) - len(name) + 1)):
+                found.add(event)
+    return found
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioCaptionRule(Rule):
+    """CIDEr-D, chrF to the best reference, and hallucination after CHAIR (Rohrbach et al. 2018, arXiv 1809.02156):
+
+    - ``hallucinated_events``: of all events that the captions name, the share that is not in the recording;
+    - ``hallucinating_captions``: share of captions with at least one of these.
+
+    An event is in the recording if it is among its true events or a human caption names it. The names that are looked
+    for are the true events of all recordings. Without true events in the data there are no hallucination scores.
+
+    ``truth``: ``captions``, ``events``.
+    """
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (
+            Metric(name="cider_d", higher_is_better=True, percent=False),
+            CHRF_METRIC,
+            Metric(name="hallucinated_events", higher_is_better=False),
+            Metric(name="hallucinating_captions", higher_is_better=False),
+        )
+
+    def score(self, answered: Sequence[Answered]) -> list[Scored]:
+        vocabulary = sorted({event for item in answered for event in item.truth["events"]})
+        cider = cider_d([item.prediction for item in answered], [item.truth["captions"] for item in answered])
+        scored = []
+        for item, similarity in zip(answered, cider, strict=True):
+            captions = item.truth["captions"]
+            statistics: dict[str, tuple[float, ...]] = {
+                "cider_d": (similarity, 1.0),
+                "chrf": chrf_statistics(item.prediction, captions),
+            }
+            named = mentioned(item.prediction, vocabulary)
+            if vocabulary:
+                true = set(item.truth["events"]).union(*(mentioned(caption, vocabulary) for caption in captions))
+                wrong = named - true
+                statistics["hallucinated_events"] = (float(len(wrong)), float(len(named)))
+                statistics["hallucinating_captions"] = (float(bool(wrong)), 1.0)
+            scored.append(Scored(answer="; ".join(sorted(named)), statistics=statistics))
+        return scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioCaps(Benchmark):
+    """``test.csv`` (audiocap_id, youtube_id, start_time, caption; several rows per recording) with the recordings
+    beside it. An optional column ``events`` names the sounds that are really there, parted by semicolons, e.g.
+    AudioSet's labels of the recording.
+
+    Args:
+        audio: where a recording lies, relative to the list; fields are its columns.
+    """
+
+    audio: str = "audio/{youtube_id}.wav"
+
+    def rows(self, path: str) -> list[dict[str, Any]]:
+        file = Path(path) / "test.csv" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; name AudioCaps' list, or the folder that holds test.csv")
+        recordings: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in read_table(str(file)):
+            missing = {"youtube_id", "caption"} - row.keys()
+            if missing:
+                raise ValueError(f"{file}: column {missing.pop()} is missing; it has {', '.join(row)}")
+            key = (row["youtube_id"], row.get("start_time") or "")
+            found = recordings.setdefault(key, {**row, "captions": [], "true_events": []})
+            found["captions"].append(row["caption"])
+            events = [event.strip() for event in (row.get("events") or "").split(";")]
+            found["true_events"] = list(dict.fromkeys([*found["true_events"], *filter(None, events)]))
+        return list(recordings.values())
+
+    def item(self, row: dict[str, Any], prompt: str) -> Item:
+        captions = row["captions"]
+        sound = medium("audio", fill(self.audio, **{key: str(value) for key, value in row.items()}))
+        id = "_".join(filter(None, [get(row, "youtube_id"), row.get("start_time")]))
+        return Item(
+            sample=question(id, [sound, text_segment(fill(prompt))], captions[0], source="audiocaps"),
+            truth={"captions": captions, "events": row["true_events"]},
+        )

@@ -1,0 +1,264 @@
+"""Speech recognition and translation: LibriSpeech, Common Voice, FLEURS, CoVoST 2.
+
+Word error rate is that of the corpus: edits over words of the references, after the normalisation that recognisers are
+usually compared with (Whisper, arXiv 2212.04356, appendix C): its English normaliser for English, its basic one for
+other languages; Chinese and Japanese are compared by characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+
+from omnitrain.tasks.tables import read_table
+from omnitrain.tasks.task import (
+    Answered,
+    Benchmark,
+    Item,
+    Metric,
+    Rule,
+    Scored,
+    fill,
+    get,
+    medium,
+    question,
+    text,
+)
+
+WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
+"""Languages whose error rate counts characters."""
+
+
+@lru_cache
+def speech_normaliser(language: str) -> Callable[[str], str]:
+    """Whisper's normalisation of transcripts in `language` (``en``, ``en_us``, ``zh-CN``, ...).
+
+    Raises:
+        ModuleNotFoundError: ``whisper-normalizer`` is not installed.
+    """
+    try:
+        from whisper_normalizer.basic import BasicTextNormalizer
+        from whisper_normalizer.english import EnglishTextNormalizer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("error rates need whisper-normalizer: pip install 'omnitrain[eval]'") from error
+    short = _short(language)
+    return EnglishTextNormalizer() if short == "en" else BasicTextNormalizer(split_letters=short in WITHOUT_SPACES)
+
+
+def _short(language: str) -> str:
+    return language.replace("-", "_").split("_")[0].lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorRate(Rule):
+    """Word error rate, or character error rate for languages written without spaces. ``truth["text"]`` is what was
+    said."""
+
+    language: str
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        name = "cer" if _short(self.language) in WITHOUT_SPACES else "wer"
+        return (Metric(name=name, higher_is_better=False),)
+
+    def score_one(self, item: Answered) -> Scored:
+        normalise = speech_normaliser(self.language)
+        said, heard = normalise(str(item.truth["text"])).strip(), normalise(item.prediction).strip()
+        return Scored(answer=heard, statistics={self.metrics[0].name: edits(said, heard)})
+
+
+def edits(reference: str, hypothesis: str) -> tuple[float, float]:
+    """(substitutions + deletions + insertions, words of the reference)."""
+    if not reference:  # jiwer refuses empty references; all that was heard is wrong
+        return float(len(hypothesis.split())), 0.0
+    found = jiwer.process_words(reference, hypothesis)
+    wrong = found.substitutions + found.deletions + found.insertions
+    return float(wrong), float(found.hits + found.substitutions + found.deletions)
+
+
+def bleu_from(sums: np.ndarray) -> float:
+    """BLEU of a corpus, 0 to 100, from `Translation`'s sums [10]: matches and n-grams of orders 1 to 4, lengths."""
+    counts = [int(n) for n in sums]
+    score = BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp", effective_order=False)
+    return float(score.score)
+
+
+def chrf_from(sums: np.ndarray) -> float:
+    """chrF2 of a corpus, 0 to 100, from sums over its segments [18]: n-grams of hypothesis, of reference and matches
+    for orders 1 to 6 (Popović 2015; precision and recall are means over the orders that occur, as in sacrebleu)."""
+    used = [(match / said, match / true) for said, true, match in sums.reshape(6, 3) if said and true]
+    if not used:
+        return 0.0
+    precision, recall = np.mean(used, axis=0)
+    return float(100 * 5 * precision * recall / (4 * precision + recall)) if precision + recall else 0.0
+
+
+_CHRF = CHRF()
+CHRF_METRIC = Metric(name="chrf", higher_is_better=True, percent=False, combine=chrf_from)
+
+
+def chrf_statistics(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
+    """[18], of the reference that fits best."""
+    [found] = _CHRF._extract_corpus_statistics([prediction], [[reference] for reference in references])
+    return tuple(float(n) for n in found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation(Rule):
+    """BLEU and chrF of the corpus by sacrebleu; ``truth["texts"]`` are the references.
+
+    Args:
+        tokenize: sacrebleu's tokenizer for BLEU: ``13a``, or ``zh``, ``char`` for what is written without spaces.
+    """
+
+    tokenize: str = "13a"
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (Metric(name="bleu", higher_is_better=True, percent=False, combine=bleu_from), CHRF_METRIC)
+
+    def score_one(self, item: Answered) -> Scored:
+        references = [str(reference) for reference in item.truth["texts"]]
+        one = _bleu(self.tokenize).sentence_score(item.prediction, references)
+        bleu = (*map(float, one.counts), *map(float, one.totals), float(one.sys_len), float(one.ref_len))
+        return Scored(
+            answer=item.prediction, statistics={"bleu": bleu, "chrf": chrf_statistics(item.prediction, references)}
+        )
+
+
+@lru_cache
+def _bleu(tokenize: str) -> BLEU:
+    return BLEU(tokenize=tokenize, effective_order=True)  # of a sentence only its counts are used
+
+
+# --- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def _recording(
+    row: dict[str, Any], audio: Any, said: str, prompt: str, *, id: str, source: str, language: str, group: str = ""
+) -> Item:
+    sample = question(id, [medium("audio", audio), text(fill(prompt))], said, source=source, languages=(language,))
+    return Item(sample=sample, truth={"text": said}, group=group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibriSpeech(Benchmark):
+    """``SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt`` with one line ``ID TEXT`` per recording ``ID.flac`` beside it."""
+
+    def rows(self, path: str) -> list[dict[str, Any]]:
+        folder = Path(path)
+        lists = sorted(folder.rglob("*.trans.txt"))
+        if not lists:
+            raise FileNotFoundError(
+                f"{folder}: no *.trans.txt below it; name an unpacked part of LibriSpeech, e.g. LibriSpeech/test-clean"
+            )
+        rows = []
+        for file in lists:
+            for line in file.read_text(encoding="utf-8").splitlines():
+                id, _, said = line.strip().partition(" ")
+                if id:
+                    rows.append(
+                        {"id": id, "text": said, "audio": str((file.parent / f"{id}.flac").relative_to(folder))}
+                    )
+        return rows
+
+    def item(self, row: dict[str, Any], prompt: str) -> Item:
+        return _recording(
+            row, row["audio"], row["text"], prompt, id=row["id"], source="librispeech", language="en",
+            group=row["id"].split("-")[0],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonVoice(Benchmark):
+    """A list such as ``test.tsv`` (columns client_id, path, sentence, ...) with the recordings in ``clips/``."""
+
+    language: str
+
+    def rows(self, path: str) -> Sequence[dict[str, Any]]:
+        return read_table(str(_file_in(path, "test.tsv")))
+
+    def media_folder(self, path: str) -> Path:
+        return _file_in(path, "test.tsv").parent
+
+    def item(self, row: dict[str, Any], prompt: str) -> Item:
+        name, said = get(row, "path"), get(row, "sentence")
+        return _recording(
+            row, f"clips/{name}", said, prompt, id=name, source="common_voice", language=self.language,
+            group=get(row, "client_id", default=""),
+        )  # fmt: skip
+
+
+FLEURS_COLUMNS = ("id", "file_name", "raw_transcription", "transcription", "characters", "num_samples", "gender")
+"""Of its TSV files, which have no header."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleurs(Benchmark):
+    """``test.tsv`` of a language, without a header, with recordings in ``audio/test/``; or the Hub's data set (columns
+    id, audio, raw_transcription, transcription)."""
+
+    language: str
+    split: str = "test"
+
+    def rows(self, path: str) -> Sequence[dict[str, Any]]:
+        file = Path(path) / f"{self.split}.tsv" if Path(path).is_dir() else Path(path)
+        if file.is_file() and file.suffix == ".tsv":
+            return read_table(str(file), columns=FLEURS_COLUMNS)
+        return read_table(path, split=self.split, config=self.language)
+
+    def item(self, row: dict[str, Any], prompt: str) -> Item:
+        local = row.get("file_name")
+        audio = f"audio/{self.split}/{local}" if local else get(row, "audio")
+        name = local or get(row, "path", "audio.path", default="")
+        said = get(row, "transcription")
+        group = str(get(row, "id"))  # several people read one sentence
+        return _recording(
+            row, audio, said, prompt, id=f"{group}/{Path(name).name}", source="fleurs", language=self.language,
+            group=group,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoVoST(Benchmark):
+    """``covost_v2.FROM_TO.tsv`` (columns path, translation, split) beside the ``clips/`` of Common Voice."""
+
+    source_language: str
+    target_language: str
+    split: str = "test"
+
+    def rows(self, path: str) -> Sequence[dict[str, Any]]:
+        rows = read_table(str(_file_in(path, f"covost_v2.{self.source_language}_{self.target_language}.tsv")))
+        kept = [row for row in rows if row.get("split", self.split) == self.split]
+        if not kept:
+            raise ValueError(f"{path}: no row of split {self.split!r}")
+        return kept
+
+    def media_folder(self, path: str) -> Path:
+        return _file_in(path, f"covost_v2.{self.source_language}_{self.target_language}.tsv").parent
+
+    def item(self, row: dict[str, Any], prompt: str) -> Item:
+        name, translation = get(row, "path"), get(row, "translation")
+        sample = question(
+            name,
+            [medium("audio", f"clips/{name}"), text(fill(prompt))],
+            translation,
+            source="covost",
+            languages=(self.source_language, self.target_language),
+        )
+        return Item(sample=sample, truth={"texts": [translation]})
+
+
+def _file_in(path: str, name: str) -> Path:
+    """`path` itself if it is a file, else the file `name` in it."""
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; name the list, or the folder that holds {name}")
+    return file
