@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.evaluation.simulated_study import simulated_items, write_study
+from tests.study.simulated_study import simulated_items, write_study
 
 from omnitrain.cli.report import main
 from omnitrain.evaluation.heldout import PREDICTIONS_SCHEMA

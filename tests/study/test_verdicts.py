@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.evaluation.simulated_study import items_table, simulated_items, write_collected_study, write_study
+from tests.study.simulated_study import items_table, simulated_items, write_collected_study, write_study
 
 from omnitrain.study.verdicts import (
     ARMS,
