@@ -55,6 +55,31 @@ def open_source(
     return SampleSource(path, split=split, where=where, name=name)
 
 
+def spaced(source: Source, limit: int | None) -> Source:
+    """`limit` samples of `source`, evenly spaced; all of them if there are no more."""
+    return source if limit is None or limit >= len(source) else _Spaced(source, limit)
+
+
+class _Spaced:
+    def __init__(self, source: Source, count: int) -> None:
+        self.name, self._source, self._count = source.name, source, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _index(self, index: int) -> int:
+        return index * len(self._source) // self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._source[self._index(index)]
+
+    def locate(self, index: int) -> tuple[str, int]:
+        return self._source.locate(self._index(index))
+
+    def media_bytes(self, segment: Segment) -> bytes:
+        return self._source.media_bytes(segment)
+
+
 # ------------------------------------------------------------------------------------------------------------- mapping
 
 

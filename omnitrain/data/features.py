@@ -8,7 +8,6 @@ and within one grey level after it (both resize bytes with torchvision's antiali
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,46 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as image_ops
 
 from omnitrain.data.sample import BadSample
-
-
-@dataclass(frozen=True, kw_only=True)
-class AudioGeometry:
-    """How a waveform becomes mel frames (Qwen3-Omni report, section 2.2: 128 mels, 25 ms window, 10 ms hop at 16 kHz).
-
-    `chunk_frames` is the length of the encoder's convolution chunks, which decides how many tokens an audio takes.
-    """
-
-    sample_rate: int = 16_000
-    n_fft: int = 400
-    hop: int = 160
-    n_mels: int = 128
-    chunk_frames: int = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionGeometry:
-    """How pictures and frames become patches.
-
-    A picture is resized so that both sides are multiples of ``patch * merge`` and its area lies within `min_pixels` and
-    `max_pixels`. A video is sampled at `fps`; its frames keep to `video_min_pixels` .. `video_max_pixels` each, and all
-    frames together to about ``video_total_pixels * temporal_patch``.
-    """
-
-    patch: int = 16
-    temporal_patch: int = 2
-    merge: int = 2
-    min_pixels: int = 56 * 56
-    max_pixels: int = 1280 * 32 * 32
-    video_min_pixels: int = 128 * 32 * 32
-    video_max_pixels: int = 768 * 32 * 32
-    video_total_pixels: int = 115_200 * 32 * 32
-    fps: float = 2.0
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one patch: channels x time x height x width."""
-        return 3 * self.temporal_patch * self.patch * self.patch
-
+from omnitrain.data.settings import AudioGeometry, VisionGeometry
 
 # ------------------------------------------------------------------------------------------------------------- audio
 

@@ -37,27 +37,13 @@ import torchaudio
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omnitrain.data.sample import BadSample
+from omnitrain.data.settings import MediaLimits
 
 # Pillow warns of large pictures and odd metadata; `MediaLimits` decides instead. Set once: decoders run in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 SOUND_TRACK_RATE = 16_000
 """Sample rate of a decoded video's sound track in Hz."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaLimits:
-    """What is accepted. Pixels count height x width; of a video, `max_video_pixels` counts all sampled frames.
-
-    A video that would give more than `max_video_frames` is sampled more sparsely, over its whole length.
-    """
-
-    max_pixels: int = 64 << 20
-    max_aspect_ratio: float = 200.0
-    max_audio_seconds: float = 40 * 60
-    max_video_seconds: float = 60 * 60
-    max_video_frames: int = 768
-    max_video_pixels: int = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,83 +23,21 @@ import threading
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grain
 import torch
 
-from omnitrain.data.adapters import open_source
 from omnitrain.data.batch import EncodedSample
 from omnitrain.data.sample import BadSample, Sample, Segment
+from omnitrain.data.settings import SourceConfig as SourceConfig
 from omnitrain.data.shards import Source
 
 if TYPE_CHECKING:
     from omnitrain.data.encode import SampleEncoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """One source of the mixture.
-
-    Attributes:
-        name: unique; weights, counters and logs use it.
-        path, split, where: see `SampleSource`; a path to a ``.yaml`` mapping reads a user's own data (`adapters`).
-        weight: share of the samples, relative to the other sources' weights. Default: its number of samples, which
-            passes over all sources equally often.
-        limit: use only so many samples, evenly spaced over the source (for quick validation).
-        samples: a ready `Source` instead of `path`.
-    """
-
-    name: str
-    path: str | Path | Sequence[str | Path] | None = None
-    split: str | None = None
-    where: Mapping[str, Any] = field(default_factory=dict)
-    weight: float | None = None
-    limit: int | None = None
-    samples: Source | None = None
-
-    def open(self) -> Source:
-        """The samples, shards opened.
-
-        Raises:
-            ValueError, FileNotFoundError: nothing there, or nothing left by `split` and `where`.
-        """
-        source = self.samples
-        if source is None:
-            if self.path is None:
-                raise ValueError(f"data source {self.name!r} needs a path (a folder of shards or a mapping) or samples")
-            source = open_source(self.path, split=self.split, where=self.where, name=self.name)
-        if len(source) == 0:
-            raise ValueError(f"data source {self.name!r} ({self.path}) holds no samples")
-        return source if self.limit is None or self.limit >= len(source) else _Spaced(source, self.limit)
-
-
-class _Spaced:
-    """`count` samples of `source`, evenly spaced."""
-
-    def __init__(self, source: Source, count: int) -> None:
-        if count < 1:
-            raise ValueError(f"data source {source.name!r}: limit {count} must be at least 1")
-        self.name, self._source, self._count = source.name, source, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def _index(self, index: int) -> int:
-        return index * len(self._source) // self._count
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._source[self._index(index)]
-
-    def locate(self, index: int) -> tuple[str, int]:
-        return self._source.locate(self._index(index))
-
-    def media_bytes(self, segment: Segment) -> bytes:
-        return self._source.media_bytes(segment)
 
 
 class Schedule(Iterator[int]):

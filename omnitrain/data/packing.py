@@ -14,43 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from omnitrain.data.batch import IGNORE, TEXT, EncodedSample
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """The most that one pack holds. None: no bound. `mel_frames` are 10 ms each; `patches` are counted before the
-    merge, so four of them become one token; `frames` are codec frames of spoken answers, 80 ms each."""
-
-    tokens: int
-    mel_frames: int | None = None
-    patches: int | None = None
-    frames: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"pack budget {name} is {value}; it must be at least 1")
-
-    def filling(self, tokens: int, mel_frames: int, patches: int, frames: int = 0) -> float:
-        """How full a pack is: the share of the budget that is nearest to its end. Above 1: does not fit."""
-        pairs = ((tokens, self.tokens), (mel_frames, self.mel_frames), (patches, self.patches), (frames, self.frames))
-        return max(used / most for used, most in pairs if most is not None)
-
-    def fits(self, sample: EncodedSample) -> bool:
-        return self.filling(len(sample), sample.mel_frames, sample.n_patches, sample.frames) <= 1
-
-    def excess(self, sample: EncodedSample) -> str:
-        """Which budget `sample` breaks, in words."""
-        return ", ".join(
-            f"{used} {name} > {most}"
-            for name, used, most in (
-                ("tokens", len(sample), self.tokens),
-                ("mel frames", sample.mel_frames, self.mel_frames),
-                ("patches", sample.n_patches, self.patches),
-                ("codec frames", sample.frames, self.frames),
-            )
-            if most is not None and used > most
-        )
+from omnitrain.data.settings import Budget
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import numpy as np
 
 from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.mixture import Draw, Mixture, Schedule
-from omnitrain.data.packing import Budget, FirstFit, Item, cut, is_document, pieces
+from omnitrain.data.packing import FirstFit, Item, cut, is_document, pieces
+from omnitrain.data.settings import Budget, Stage
 
 STATE_VERSION = 1
 MIN_SAMPLES_TO_JUDGE = 100
@@ -28,27 +29,6 @@ MAX_WITHOUT_BATCH = 1000
 
 class TooManyBadSamples(RuntimeError):
     """More samples cannot be read than the run tolerates."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A stretch of training with its own mixture and lengths.
-
-    Attributes:
-        until_tokens: the stage ends once the run (all ranks) has emitted so many tokens; None: never (last stage only).
-        samples: by source name, instead of `until_tokens` and `weights`: the stage draws exactly so many samples of
-            each, evenly interleaved, hands out its open packs and ends. If it is the last stage, the stream ends too.
-            One process only, since ranks would end after different numbers of batches.
-        weights: by source name; sources left out are not drawn. None: the sources' own weights.
-        max_tokens, max_mel_frames, max_patches: budgets of a pack. None: the data module's own.
-    """
-
-    until_tokens: int | None = None
-    samples: Mapping[str, int] | None = None
-    weights: Mapping[str, float] | None = None
-    max_tokens: int | None = None
-    max_mel_frames: int | None = None
-    max_patches: int | None = None
 
 
 @dataclass

@@ -418,7 +418,7 @@ class Planner:
     def _stages(self, arm: str, counts: Mapping[str, int]) -> tuple[Stage, ...]:
         of = self._study.arms[arm]
         if not of.first:
-            return (Stage(samples=counts),)
+            return (Stage(samples=dict(counts)),)
         kept = {name: round(of.kept * n) if name in of.first else n for name, n in counts.items()}
         return (Stage(samples={name: counts[name] - kept[name] for name in of.first}), Stage(samples=kept))
 

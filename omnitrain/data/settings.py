@@ -1,0 +1,199 @@
+"""What can be set of the data: plain frozen dataclasses, which are the configuration too.
+
+Nothing heavy is imported here, so that a command line can be checked before PyTorch is loaded. Types are those that
+structured configurations take (OmegaConf 2.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omnitrain.data.shards import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of the mixture.
+
+    Attributes:
+        name: unique; weights, counters and logs use it.
+        path: a folder of shards, one file, a glob, or a list of files of one folder; a ``.yaml`` mapping reads a user's
+            own data (`adapters`).
+        split, where: which rows, see `SampleSource`.
+        weight: share of the samples, relative to the other sources' weights. Default: its number of samples, which
+            passes over all sources equally often.
+        limit: use only so many samples, evenly spaced over the source (for quick validation).
+        samples: a ready `Source` instead of `path`, from Python alone.
+
+    Raises:
+        ValueError: a limit or a weight that cannot be.
+    """
+
+    name: str
+    path: Any = None
+    split: str | None = None
+    where: dict[str, Any] = field(default_factory=dict)
+    weight: float | None = None
+    limit: int | None = None
+    samples: Any = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"data source {self.name!r}: limit {self.limit} must be at least 1")
+        if self.weight is not None and not 0 <= self.weight < float("inf"):
+            raise ValueError(f"data source {self.name!r}: weight {self.weight} must be a number of at least 0")
+
+    def open(self) -> Source:
+        """The samples, shards opened.
+
+        Raises:
+            ValueError, FileNotFoundError: nothing there, or nothing left by `split` and `where`.
+        """
+        from omnitrain.data.adapters import open_source, spaced
+
+        source = self.samples
+        if source is None:
+            if self.path is None:
+                raise ValueError(f"data source {self.name!r} needs a path (a folder of shards or a mapping) or samples")
+            source = open_source(self.path, split=self.split, where=self.where, name=self.name)
+        if len(source) == 0:
+            raise ValueError(f"data source {self.name!r} ({self.path}) holds no samples")
+        return spaced(source, self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioGeometry:
+    """How a waveform becomes mel frames (Qwen3-Omni report, section 2.2: 128 mels, 25 ms window, 10 ms hop at 16 kHz).
+
+    `chunk_frames` is the length of the encoder's convolution chunks, which decides how many tokens an audio takes.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    sample_rate: int = 16_000
+    n_fft: int = 400
+    hop: int = 160
+    n_mels: int = 128
+    chunk_frames: int = 100
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "audio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionGeometry:
+    """How pictures and frames become patches.
+
+    A picture is resized so that both sides are multiples of ``patch * merge`` and its area lies within `min_pixels` and
+    `max_pixels`. A video is sampled at `fps`; its frames keep to `video_min_pixels` .. `video_max_pixels` each, and all
+    frames together to about ``video_total_pixels * temporal_patch``.
+
+    Raises:
+        ValueError: a number of zero or less.
+    """
+
+    patch: int = 16
+    temporal_patch: int = 2
+    merge: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 1280 * 32 * 32
+    video_min_pixels: int = 128 * 32 * 32
+    video_max_pixels: int = 768 * 32 * 32
+    video_total_pixels: int = 115_200 * 32 * 32
+    fps: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0:
+            raise ValueError(f"vision: fps is {self.fps}; it must be above 0")
+        _at_least_one(self, "vision", but="fps")
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch: channels x time x height x width."""
+        return 3 * self.temporal_patch * self.patch * self.patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaLimits:
+    """What is accepted. Pixels count height x width; of a video, `max_video_pixels` counts all sampled frames.
+
+    A video that would give more than `max_video_frames` is sampled more sparsely, over its whole length.
+    """
+
+    max_pixels: int = 64 << 20
+    max_aspect_ratio: float = 200.0
+    max_audio_seconds: float = 40 * 60
+    max_video_seconds: float = 60 * 60
+    max_video_frames: int = 768
+    max_video_pixels: int = 512 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The most that one pack holds. None: no bound. `mel_frames` are 10 ms each; `patches` are counted before the
+    merge, so four of them become one token; `frames` are codec frames of spoken answers, 80 ms each.
+
+    Raises:
+        ValueError: a bound below 1.
+    """
+
+    tokens: int = 4096
+    mel_frames: int | None = None
+    patches: int | None = None
+    frames: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "pack budget")
+
+    def filling(self, tokens: int, mel_frames: int, patches: int, frames: int = 0) -> float:
+        """How full a pack is: the share of the budget that is nearest to its end. Above 1: does not fit."""
+        pairs = ((tokens, self.tokens), (mel_frames, self.mel_frames), (patches, self.patches), (frames, self.frames))
+        return max(used / most for used, most in pairs if most is not None)
+
+    def fits(self, sample: Any) -> bool:
+        """Whether an `EncodedSample` fits an empty pack."""
+        return self.filling(len(sample), sample.mel_frames, sample.n_patches, sample.frames) <= 1
+
+    def excess(self, sample: Any) -> str:
+        """Which budget `sample` breaks, in words."""
+        return ", ".join(
+            f"{used} {name} > {most}"
+            for name, used, most in (
+                ("tokens", len(sample), self.tokens),
+                ("mel frames", sample.mel_frames, self.mel_frames),
+                ("patches", sample.n_patches, self.patches),
+                ("codec frames", sample.frames, self.frames),
+            )
+            if most is not None and used > most
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of training with its own mixture and lengths; what several of them must fulfil together,
+    `stream.check_stages` says.
+
+    Attributes:
+        until_tokens: the stage ends once the run (all ranks) has emitted so many tokens; None: never (last stage only).
+        samples: by source name, instead of `until_tokens` and `weights`: the stage draws exactly so many samples of
+            each, evenly interleaved, hands out its open packs and ends. If it is the last stage, the stream ends too.
+            One process only, since ranks would end after different numbers of batches.
+        weights: by source name; sources left out are not drawn. None: the sources' own weights.
+        max_tokens, max_mel_frames, max_patches: budgets of a pack. None: the data module's own.
+    """
+
+    until_tokens: int | None = None
+    samples: dict[str, int] | None = None
+    weights: dict[str, float] | None = None
+    max_tokens: int | None = None
+    max_mel_frames: int | None = None
+    max_patches: int | None = None
+
+
+def _at_least_one(settings: Any, name: str, but: str = "") -> None:
+    for key, value in vars(settings).items():
+        if value is not None and key != but and value < 1:
+            raise ValueError(f"{name}: {key} is {value}; it must be at least 1")
