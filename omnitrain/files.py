@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Generator
@@ -91,6 +92,41 @@ def write_parquet(path: str | os.PathLike[str], table: pa.Table) -> None:
 
     with atomic(path) as partial:
         pq.write_table(table, partial, compression="zstd")
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Add one line to a log, on disk when this returns. A kill can leave a part of the last line: readers drop a line
+    without its end."""
+    path = Path(path)
+    new = not path.exists()
+    if new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        _to_disk(path.parent)
+
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # C0 (escape sequences of terminals begin with one), delete, C1
+    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"  # turn the reading direction, break lines, hide
+    "\ud800-\udfff\U000e0000-\U000e007f]"  # bytes of a file name that are no UTF-8
+)
+
+
+def printable(text: object, keep: str = "") -> str:
+    """`text` for a terminal or a message of one line: what would move the cursor, colour, clear, reorder or hide is
+    written as an escape, so that a file name, an id or a caption from a stranger says nothing but itself.
+
+    >>> printable("photo\\x1b[2J.png")
+    'photo\\\\x1b[2J.png'
+
+    Args:
+        keep: characters that stay, such as the line breaks of a message of several lines.
+    """
+    return _UNPRINTABLE.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), str(text))
 
 
 def _to_disk(path: Path) -> None:

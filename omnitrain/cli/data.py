@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omnitrain.files import printable, write_text
+
 if TYPE_CHECKING:
     from omnitrain.data.sample import BadSample
     from omnitrain.data.shards import Source
     from omnitrain.data.verify import Totals
 
 PATH_HELP = "folder of shards, one shard, or a mapping (.yaml); default: the embedded pack"
+LINES = "\n\t"  # stay in what may have several lines
 PACK = Path(__file__).resolve().parents[1] / "pack"
 
 
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> int:
         sys.stderr.close()
         return 0
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, keep=LINES)}", file=sys.stderr)
         return 1
 
 
@@ -120,7 +123,12 @@ def _progress(title: str, total: int | None) -> Any:
 
     @contextmanager
     def bar() -> Any:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(title, total=total)
             yield lambda: progress.advance(task)
@@ -143,7 +151,7 @@ def _inspect(options: argparse.Namespace) -> int:
         try:
             sample = source[index]
         except BadSample as error:
-            console.print(f"{place[0]} row {place[1]}: {error}", style="bold red", markup=False)
+            console.print(printable(f"{place[0]} row {place[1]}: {error}"), style="bold red", markup=False)
             continue
         shown = [[show(s, source.media_bytes, MediaLimits()) for s in m.segments] for m in sample.messages]
         if options.html is None:
@@ -151,9 +159,8 @@ def _inspect(options: argparse.Namespace) -> int:
         else:
             ready.append((sample, place, shown))
     if options.html is not None:
-        options.html.parent.mkdir(parents=True, exist_ok=True)
-        options.html.write_text(html_page(source.name, len(source), ready), encoding="utf-8")
-        print(f"wrote {options.html} ({options.html.stat().st_size / 1e6:.1f} MB, {len(ready)} samples)")
+        write_text(options.html, html_page(source.name, len(source), ready))
+        print(f"wrote {printable(options.html)} ({options.html.stat().st_size / 1e6:.1f} MB, {len(ready)} samples)")
     return 0
 
 
@@ -185,16 +192,17 @@ def _verify(options: argparse.Namespace) -> int:
         nonlocal frames
         frames += codec_frames
 
-    with _progress(f"checking {source.name}", len(source)) as advance:
+    with _progress(f"checking {printable(source.name)}", len(source)) as advance:
         for bad in verify(source, fps=options.fps, threads=options.threads, codec_frames=count):
             advance()
             if bad is not None:
                 reasons[bad.reason] += 1
-                print(f"{bad.file} row {bad.row} id {bad.id or '?'}: {bad.reason}: {bad.detail}", flush=True)
+                line = f"{bad.file} row {bad.row} id {bad.id or '?'}: {bad.reason}: {bad.detail}"
+                print(printable(line), flush=True)
     bad_rows = sum(reasons.values())
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     print(
-        f"{source.name}: {len(source)} rows, {bad_rows} bad"
+        f"{printable(source.name)}: {len(source)} rows, {bad_rows} bad"
         + (f" ({counts})" if bad_rows else "")
         + (f", {frames} codec frames" if frames else "")
     )
@@ -213,11 +221,11 @@ def _stats(options: argparse.Namespace) -> int:
         path = options.tokenizer or beside
         tokenizer = ChatTokenizer.from_dir(path) if path.is_dir() else ChatTokenizer.from_file(path)
         count = lambda text: len(tokenizer.encode(text))  # noqa: E731
-    with _progress(f"counting {source.name}", len(source)) as advance:
+    with _progress(f"counting {printable(source.name)}", len(source)) as advance:
         groups = stats(source, count, advance)
     if options.json:
         rows = [dict(zip(("modality", "task", "split"), key, strict=True)) | vars(t) for key, t in groups.items()]
-        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        print(json.dumps(rows, indent=1))
     else:
         _print_stats(source.name, groups)
     return 0
@@ -229,6 +237,7 @@ def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from omnitrain.data.verify import Totals
 
@@ -253,7 +262,7 @@ def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 140)
-    table = Table(title=name, title_justify="left")
+    table = Table(title=Text(printable(name)), title_justify="left")
     for column in ("modality", "task", "split"):
         table.add_column(column, no_wrap=True, overflow="fold")
     for column in columns:
@@ -263,15 +272,16 @@ def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
         shown = [f"{n:,}" if isinstance(n, int) else f"{n:,.1f}" for n in numbers]
         if key[0] == "all":
             table.add_section()
-        table.add_row(*key, *(text if number else "" for text, number in zip(shown, numbers, strict=True)))
+        named = (Text(printable(part)) for part in key)
+        table.add_row(*named, *(text if number else "" for text, number in zip(shown, numbers, strict=True)))
     console.print(table)
     most: Counter[str] = everything.languages
     table = Table("language", title="samples by language", title_justify="left")
     for modality in (*by_modality, "all"):
-        table.add_column(modality, justify="right")
+        table.add_column(Text(printable(modality)), justify="right")
     for language, _ in most.most_common(20):
         counts = [total.languages[language] for total in (*by_modality.values(), everything)]
-        table.add_row(language or "(none)", *(f"{n:,}" if n else "" for n in counts))
+        table.add_row(Text(printable(language or "(none)")), *(f"{n:,}" if n else "" for n in counts))
     console.print(table)
     if len(most) > 20:
         print(f"and {len(most) - 20} more languages; --json lists all")
@@ -291,11 +301,11 @@ def _import(options: argparse.Namespace) -> int:
     def report(row: int, error: BadSample) -> None:
         reasons[error.reason] += 1
         if reasons[error.reason] <= 5:
-            print(f"{mapping.path} row {row}: {error}", file=sys.stderr)
+            print(printable(f"{mapping.path} row {row}: {error}"), file=sys.stderr)
 
     def samples() -> Any:
         nonlocal good
-        with _progress(f"importing {mapping.source}", options.limit) as advance:
+        with _progress(f"importing {printable(mapping.source)}", options.limit) as advance:
             for sample in islice(stream_samples(options.mapping, report), options.limit):
                 good += 1
                 yield sample
@@ -312,8 +322,8 @@ def _import(options: argparse.Namespace) -> int:
     bad = sum(reasons.values())
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     left_out = f"; left out {bad} bad rows ({counts})" if bad else ""
-    print(f"wrote {good} samples to {len(shards)} shard(s) in {options.out}{left_out}")
-    print(f"next: omnitrain data verify {options.out}")
+    print(f"wrote {good} samples to {len(shards)} shard(s) in {printable(options.out)}{left_out}")
+    print(f"next: omnitrain data verify {printable(options.out)}")
     return 1 if bad > options.max_bad_fraction * (good + bad) else 0
 
 

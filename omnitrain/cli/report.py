@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from omnitrain.files import printable
+
 
 def main(argv: list[str]) -> int:
     """Write a report. Returns the exit status: 0, or 1 with an explanation on stderr."""
@@ -42,11 +44,11 @@ def main(argv: list[str]) -> int:
         else:
             path, missing = _run(options.run_dir[0], options.out)
     except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     for line in missing:
-        print(f"missing: {line}", file=sys.stderr)
-    print(path)
+        print(f"missing: {printable(line)}", file=sys.stderr)
+    print(printable(path))
     return 0
 
 

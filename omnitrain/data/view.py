@@ -22,6 +22,7 @@ from omnitrain.data.media import (
     sniff,
 )
 from omnitrain.data.sample import BadSample, Sample, Segment, has_medium
+from omnitrain.files import printable
 
 # Five colours of a dark-to-bright map whose lightness rises evenly.
 _HEAT = np.array([[0, 0, 20], [72, 18, 110], [180, 40, 110], [245, 130, 60], [252, 250, 190]], dtype=np.float32)
@@ -122,26 +123,29 @@ def sample_panel(sample: Sample, place: tuple[str, int], shown: Iterable[list[Sh
     from rich.panel import Panel
     from rich.text import Text
 
+    def line(text: str, style: str = "") -> Text:
+        return Text(printable(text, keep="\n\t"), style=style)
+
     lines: list[Any] = []
     for message, segments in zip(sample.messages, shown, strict=True):
-        lines.append(Text(message.role, style="bold cyan"))
+        lines.append(line(message.role, "bold cyan"))
         for part in segments:
             if part.bad:
-                lines.append(Text(f"  [{part.type}] {part.bad}", style="bold red"))
+                lines.append(line(f"  [{part.type}] {part.bad}", "bold red"))
             elif part.line:
-                lines.append(Text(f"  [{part.type}] {part.line}", style="dim"))
+                lines.append(line(f"  [{part.type}] {part.line}", "dim"))
             if part.picture is not None:
                 lines.append(
                     block_text(part.picture, min(72, width - 6), 6 if part.type in ("audio", "speech") else 12)
                 )
             if part.text:
-                lines.append(Text("  " + (part.text if len(part.text) <= 2000 else part.text[:2000] + " ...")))
+                lines.append(line("  " + (part.text if len(part.text) <= 2000 else part.text[:2000] + " ...")))
     facts = [sample.task, sample.split, " > ".join(sample.languages), sample.concept, sample.licence]
-    title = Text(sample.id, style="bold")
+    place_and_facts = f"{place[0].rpartition('/')[2]} row {place[1]} · " + " · ".join(f for f in facts if f)
     return Panel(
         Group(*lines),
-        title=title,
-        subtitle=Text(f"{place[0].rpartition('/')[2]} row {place[1]} · " + " · ".join(f for f in facts if f)),
+        title=Text(printable(sample.id), style="bold"),
+        subtitle=Text(printable(place_and_facts)),
         title_align="left",
         subtitle_align="left",
     )

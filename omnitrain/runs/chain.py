@@ -34,8 +34,8 @@ import yaml
 
 from omnitrain.config.verbs import HYDRA_VERBS, VERBS
 from omnitrain.config.compose import ConfigError, check_stage
+from omnitrain.files import STAGES, printable, write_json
 
-RECORD = "stages.json"
 ALL = "all"
 """What `stage_overrides` has for every stage that is a ``fit``."""
 _INSIDE = "OMNITRAIN_STAGE"
@@ -131,7 +131,7 @@ def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"stages: the stage '{os.environ[_INSIDE]}' has stages itself; name theirs in one recipe")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ConfigError("stages: every process would run them; start one, and give each stage trainer=ddp")
-    record = run_dir / RECORD
+    record = run_dir / STAGES
     done = _read_record(record)
     for stage in stages:
         if stage.name in done and done[stage.name]["hash"] != stage.hash:
@@ -155,23 +155,23 @@ def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> 
     """
     with _forwarded() as child:
         for number, stage in enumerate(stages, start=1):
-            header = f"stage {number}/{len(stages)} {stage.name}"
+            header = f"stage {number}/{len(stages)} {printable(stage.name)}"
             if stage.name in done:
                 print(f"{header}: done before", flush=True)
                 continue
-            print(f"{header}: {stage.line}", flush=True)
+            print(f"{header}: {printable(stage.line)}", flush=True)
             start = time.monotonic()
             status = child.run(stage)
             if status or child.signal:
                 status = status or 128 + child.signal  # it ended well, but may have been cut short
-                print(f"{header}: ended with status {status}; continue: {_continue(run_dir)}", file=sys.stderr)
+                print(f"{header}: ended with status {status}; continue: {printable(_continue(run_dir))}", file=sys.stderr)
                 return status
             seconds = round(time.monotonic() - start, 1)
             done[stage.name] = {"hash": stage.hash, "command": list(stage.command), "seconds": seconds}
-            _write_record(run_dir / RECORD, done)
+            write_json(run_dir / STAGES, done)
             print(f"{header}: {seconds:g} s", flush=True)
     _print_folders(stages)
-    print(f"report over all stages: {write_report(stages, run_dir)[0]}")
+    print(f"report over all stages: {printable(write_report(stages, run_dir)[0])}")
     return 0
 
 
@@ -179,7 +179,7 @@ def write_report(stages: Sequence[Stage], run_dir: Path, out: Path | None = None
     """One page over all stages, of what there is so far. Returns its path, and what is missing in it."""
     from omnitrain.reports.chain import StageRecord, write_stages_report
 
-    done = _read_record(run_dir / RECORD)
+    done = _read_record(run_dir / STAGES)
     return write_stages_report(
         run_dir,
         [
@@ -275,15 +275,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _write_record(path: Path, done: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def _print_folders(stages: Sequence[Stage]) -> None:
     for stage in stages:
         if stage.folder is not None:
-            print(f"{stage.name}: {stage.folder}")
+            print(printable(f"{stage.name}: {stage.folder}"))
             if (stage.folder / "report.html").is_file():
-                print(f"{stage.name}: report: {stage.folder / 'report.html'}")
+                print(printable(f"{stage.name}: report: {stage.folder / 'report.html'}"))

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from omnitrain.runs.codec import SAMPLE_RATE, bits_per_frame, codec_fingerprint
@@ -44,6 +45,7 @@ from omnitrain.data.media import decode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_medium
 from omnitrain.data.shards import SampleSource, shard_files, write_shards
 from omnitrain.data.codec_frames import decode_codes, encode_codes, heard_rows, holds_codes
+from omnitrain.files import printable, write_json
 from omnitrain.evaluation.speech import mel_distance
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
@@ -330,10 +332,7 @@ class Folder:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         self.shards[file.name] = {"path": str(file.resolve()), "source": source, "counts": asdict(counts)}
-        partial = self.path / f".{RECORD}.partial"
-        record = json.dumps({**self.made_with, "shards": self.shards}, indent=1, ensure_ascii=False)
-        partial.write_text(record + "\n", encoding="utf-8")
-        partial.replace(self.path / RECORD)
+        write_json(self.path / RECORD, {**self.made_with, "shards": self.shards})
 
     def counts(self, file: Path) -> Counts:
         return Counts(**self.shards[file.name]["counts"])
@@ -408,7 +407,7 @@ def encode(
     ]
     told: Counter[str] = Counter()
     with (
-        progress(f"encoding into {out}", sum(len(rows[file]) for file in todo)) as advance,
+        progress(f"encoding into {printable(out)}", sum(len(rows[file]) for file in todo)) as advance,
         _results(encoder, tasks, min(workers, max(1, len(tasks)))) as results,
     ):
         for file in todo:
@@ -422,7 +421,7 @@ def encode(
                         yield row.sample
                     elif row.complaint and told[row.skipped] < 5:
                         told[row.skipped] += 1
-                        print(row.complaint, file=sys.stderr)
+                        print(printable(row.complaint), file=sys.stderr)
 
             folder.write(file, checksums[file], samples(), counts)
     by_file = {file: folder.counts(file) for file in files}
@@ -450,7 +449,7 @@ def total(counts: Iterable[Counts]) -> Counts:
 
 def print_counts(by_file: Mapping[Path, Counts], bits: float, title: str) -> None:
     """One row per shard and their sum. `bits`: of a frame."""
-    table = Table("shard", title=title, title_justify="left")
+    table = Table("shard", title=Text(printable(title)), title_justify="left")
     for column in ("samples", "copied", "skipped", "seconds", "frames", "kbit/s"):
         table.add_column(column, justify="right")
     rows = [(file.name, counts) for file, counts in by_file.items()]
@@ -459,11 +458,11 @@ def print_counts(by_file: Mapping[Path, Counts], bits: float, title: str) -> Non
             table.add_section()
         rate = f"{counts.frames * bits / counts.seconds / 1000:.2f}" if counts.seconds else ""
         whole = (counts.samples, counts.copied, sum(counts.skipped.values()))
-        table.add_row(name, *(f"{n:,}" for n in whole), f"{counts.seconds:,.1f}", f"{counts.frames:,}", rate)
+        table.add_row(Text(printable(name)), *(f"{n:,}" for n in whole), f"{counts.seconds:,.1f}", f"{counts.frames:,}", rate)
     console = _console()
     console.print(table)
     for reason, count in sorted(total(by_file.values()).skipped.items()):
-        console.print(f"skipped: {count} {reason}", highlight=False)
+        console.print(printable(f"skipped: {count} {reason}"), highlight=False, markup=False)
 
 
 def check(encoder: SampleEncoder, out: Path, files: Sequence[Path]) -> None:
@@ -489,7 +488,7 @@ def check(encoder: SampleEncoder, out: Path, files: Sequence[Path]) -> None:
             continue
         ratio = float(si_sdr(torch.from_numpy(decoded[None, :length]), torch.from_numpy(wav[None, :length])))
         distance = mel_distance(wav, decoded, SAMPLE_RATE)
-        table.add_row(sample.id, f"{len(wav) / SAMPLE_RATE:.2f}", f"{distance:.1f}", f"{ratio:.1f}")
+        table.add_row(Text(printable(sample.id)), f"{len(wav) / SAMPLE_RATE:.2f}", f"{distance:.1f}", f"{ratio:.1f}")
     if table.row_count:
         _console().print(table)
 

@@ -164,3 +164,21 @@ def test_probe_reads_headers() -> None:
         probe(corrupt.image_bomb(), "image")
     assert probe(corrupt.good_video(), "video").seconds == pytest.approx(1.5)
     assert probe(corrupt.good_video(), "audio").seconds == pytest.approx(1.5, abs=0.1)
+
+
+def test_hostile_names_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "x\x1b[2J\x9b1m\r\u202e[red]"
+    folder = tmp_path / f"f{hostile}"
+    bad = corrupt.media_sample(f"id{hostile}", "image", b"no image")
+    text = Message(role="document", segments=(Segment(type="text", text=f"caption{hostile}\nsecond line"),))
+    said = Sample(id=f"t{hostile}", source="s", messages=(text,), task=f"task{hostile}", languages=(f"l{hostile}",))
+    write_shards([bad, said], folder, "s", progress=False)
+    assert main(["verify", str(folder)]) == 1
+    assert main(["inspect", str(folder)]) == 0
+    assert main(["stats", str(folder)]) == 0
+    assert main(["stats", str(folder), "--json"]) == 0
+    assert main(["inspect", str(tmp_path / f"missing{hostile}")]) == 1
+    printed = capsys.readouterr()
+    shown = printed.out + printed.err
+    assert not set("\x1b\x9b\r\u202e") & set(shown)
+    assert r"\x1b[2J\x9b1m\r\u202e[red]" in shown  # and no markup was obeyed
