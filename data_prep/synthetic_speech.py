@@ -15,7 +15,7 @@ level, FLAC, since a codec must not learn the artefacts of another. `source` is 
 by no voice in training, nor is one for validation (4 %).
 
 The sentences are drawn from a small grammar ("the lady sees three green windows"): 54 words, 3 to 6 in a sentence,
-37,000 sentences. Its words are those of some 120 candidates that PocketSphinx (`omnitrain.evaluation.speech`) hears
+37,000 sentences. Its words are those of some 120 candidates that PocketSphinx (`omnitrain.evaluation.judges`) hears
 well in slt's voice with its open vocabulary. Of 250 sentences of the first candidates it misheard 35 % of the words,
 in most cases *dog, house, king, two, four, knows, walks*; of 200 of the second 17 %, mostly *poor, castle, holds,
 paints, quiet, boy*. Word error rates of the first 120 sentences of the grammar that remained (`--sentences 120 --hear
@@ -436,7 +436,7 @@ def word_errors(texts: Sequence[str], heard: Sequence[str]) -> list[tuple[str, i
 def hear(rows: Sequence[Sample]) -> None:
     """Recognise the recordings of `rows` with PocketSphinx, and print the error rate of each voice, with the open
     vocabulary and with a loop of the rows' own words, and of each word that was missed."""
-    from omnitrain.evaluation.speech import error_rates, recognise
+    from omnitrain.evaluation.judges import error_rates, recognise
 
     console = Console(width=110)
     by_voice: dict[str, list[Sample]] = defaultdict(list)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from omnitrain.cli.test import SPEECH_JUDGES, evaluate_and_report
+from omnitrain.cli.test import evaluate_and_report
 from omnitrain.config.compose import ConfigError
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.experiment import Experiment, build, save_config, starting_checkpoint
@@ -45,8 +45,8 @@ def train(cfg: DictConfig) -> Experiment:
         save_config(cfg, run_dir)
         experiment.datamodule.tokenizer.save(run_dir / "tokenizer.json")
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
-        if cfg.evaluation.after_fit and cfg.evaluation.judge in SPEECH_JUDGES:
-            from omnitrain.evaluation.speech import missing_judges, missing_judges_notice
+        if cfg.evaluation.after_fit and cfg.evaluation.scores != "heldout":
+            from omnitrain.evaluation.judges import missing_judges, missing_judges_notice
 
             if missing := missing_judges():  # said now, while it can still be mended before the end
                 print(missing_judges_notice(missing), flush=True)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from omnitrain.config.compose import ConfigError
-from omnitrain.data.waveforms import Utterance
+from omnitrain.evaluation.settings import (
+    SETTINGS,
+    CodecEvaluation,
+    Evaluation,
+    HeldoutEvaluation,
+    SpeechEvaluation,
+)
+from omnitrain.files import EVALUATION
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 from omnitrain.runs.experiment import Experiment, build, trained_checkpoint
@@ -32,9 +37,6 @@ def run(cfg: DictConfig) -> None:
     if experiment.trainer.is_global_zero:
         evaluate_and_report(experiment, cfg)
 
-
-SPEECH_JUDGES = ("codec", "speech")
-"""Values of ``evaluation.judge`` that listen."""
 
 EVAL_KEYS = ("path", "limit", "batch", "restart", "device", "dtype", "tasks")
 
@@ -83,87 +85,46 @@ def run_benchmarks(cfg: DictConfig) -> None:
 
 
 def evaluate_and_report(experiment: Experiment, cfg: DictConfig) -> None:
-    """Score the model as it stands on `data.test_sources` by the judge that `cfg.evaluation` names, print the table,
+    """Score the model as it stands on `data.test_sources` in the way that `cfg.evaluation` names, print the table,
     write ``report.html`` and name it."""
     from omnitrain.reports.run import write_report
 
-    settings = {str(key): value for key, value in cfg.evaluation.items()}
-    report, judge = settings.pop("report"), settings.pop("judge")
-    settings.pop("after_fit")
+    name = cfg.evaluation.scores
+    if name not in SETTINGS:
+        raise ConfigError(f"evaluation.scores={name}: there are {', '.join(SETTINGS)}")
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SETTINGS[name]), cfg.evaluation))
     trainer, model = experiment.trainer, experiment.module.model
+    assert isinstance(settings, Evaluation)
     assert isinstance(model, OmniModel | Codec)
     model.to(trainer.strategy.root_device).eval()
-    judges = {"heldout": _judge_answers, "codec": _judge_codec, "speech": _judge_speech}
-    if judge not in judges:
-        raise ConfigError(f"evaluation.judge={judge}: there are {', '.join(judges)}")
     if experiment.datamodule.test_sources:
         with trainer.precision_plugin.forward_context():
-            judges[judge](experiment, model, cfg, settings)
+            _evaluate(experiment, settings, cfg.codec)
     else:
         print("nothing is held out to score: name data in data.test_sources", flush=True)
-    if report:
+    if settings.report:
         print(f"report: {write_report(experiment.run_dir)}", flush=True)
 
 
-def _judge_answers(experiment: Experiment, model: OmniModel | Codec, cfg: DictConfig, settings: dict) -> None:
-    from omnitrain.evaluation.heldout import evaluate, print_table
+def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -> None:
+    """Run the evaluation that `settings` are of; they and the model must fit."""
+    data, model, out = experiment.datamodule, experiment.module.model, experiment.run_dir / EVALUATION
+    test = data.opened("test_sources")
+    if isinstance(settings, HeldoutEvaluation):
+        from omnitrain.evaluation.heldout import evaluate, print_table
 
-    data = experiment.datamodule
-    assert isinstance(model, OmniModel)
-    scores = evaluate(
-        model,
-        data.encoder,
-        data.tokenizer,
-        data.opened("test_sources"),
-        experiment.run_dir / "eval",
-        train_sources=data.opened("sources"),
-        **settings,
-    )
-    print_table(scores)
+        assert isinstance(model, OmniModel)
+        print_table(evaluate(model, data.encoder, test, settings, out, train_sources=data.opened("sources")))
+    elif isinstance(settings, CodecEvaluation):
+        from omnitrain.evaluation.listening import judge_codec
 
+        assert isinstance(model, Codec)
+        judge_codec(model, test, data.opened("voice_sources"), settings, out)
+    else:
+        from omnitrain.evaluation.listening import judge_talker
+        from omnitrain.runs.codec import load_codec
 
-def _judge_codec(experiment: Experiment, model: OmniModel | Codec, cfg: DictConfig, settings: dict) -> None:
-    from omnitrain.evaluation.spoken import judge_codec
-
-    data = experiment.datamodule
-    assert isinstance(model, Codec)
-    sources = data.opened("test_sources"), data.opened("voice_sources")
-    judge_codec(model, *sources, experiment.run_dir / "eval", **settings)
-
-
-def _judge_speech(experiment: Experiment, model: OmniModel | Codec, cfg: DictConfig, settings: dict) -> None:
-    from omnitrain.evaluation.spoken import SAMPLE_RATE, Said, judge_talker
-    from omnitrain.generation.sampling import Sampling
-    from omnitrain.generation.speech import speak_texts
-    from omnitrain.runs.codec import load_codec
-
-    data = experiment.datamodule
-    assert isinstance(model, OmniModel)
-    assert model.code2wav is not None
-    residuals = Sampling(temperature=settings.pop("temperature"), top_k=settings.pop("top_k"))
-    codes = replace(residuals, repetition_penalty=settings.pop("repetition_penalty"))
-    frames_per_second = SAMPLE_RATE / model.code2wav.config.samples_per_frame
-    seed, max_frames = settings.pop("seed"), max(1, round(settings.pop("seconds_limit") * frames_per_second))
-
-    def speak(utterances: Sequence[Utterance]) -> list[Said]:
-        spoken = speak_texts(
-            model,
-            data.tokenizer,
-            [u.text for u in utterances],
-            [u.voice for u in utterances],
-            questions=[u.question for u in utterances],
-            codes=codes,
-            residuals=residuals,
-            max_frames=max_frames,
-            seed=seed,
-        )
-        return [Said(wav=s.wav, hit_limit=s.hit_limit) for s in spoken]
-
-    judge_talker(
-        speak,
-        None if cfg.codec is None else load_codec(cfg.codec),
-        data.opened("test_sources"),
-        data.opened("voice_sources"),
-        experiment.run_dir / "eval",
-        **settings,
-    )
+        assert isinstance(model, OmniModel)
+        assert isinstance(settings, SpeechEvaluation)
+        trips = None if codec is None else load_codec(codec)
+        judge_talker(model, data.tokenizer, trips, test, data.opened("voice_sources"), settings, out)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from rich import box
 from rich.console import Console
@@ -34,7 +32,6 @@ from omnitrain.data.batch import EncodedSample
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.media import decode_image
-from omnitrain.data.packing import Budget
 from omnitrain.data.sample import BadSample, Message, Sample
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import Decoding, answer_prompts
@@ -50,12 +47,15 @@ from omnitrain.evaluation.metrics import (
     sentence_chrf,
     wer,
 )
+from omnitrain.evaluation.settings import HeldoutEvaluation
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, sample_losses
+from omnitrain.files import write_json, write_parquet
 from omnitrain.models.omni import OmniModel
 
 ERROR_RATE_TASKS = ("asr",)
 """Tasks whose answer is what was said: they get word and character error rates."""
 
+_GENERATION_BATCH = 24  # prompts that are answered together
 _EMBED_BYTES = 1 << 20  # larger recordings and videos are not copied into predictions.parquet
 _THUMBNAIL = 320  # longest side of a copied picture
 
@@ -200,18 +200,12 @@ def prompt_text(sample: Sample) -> str:
 def evaluate(
     model: OmniModel,
     encoder: SampleEncoder,
-    tokenizer: ChatTokenizer,
     sources: Mapping[str, Source],
+    settings: HeldoutEvaluation,
     out_dir: str | Path,
     *,
     train_sources: Mapping[str, Source] | None = None,
-    max_samples: int | None = 96,
-    max_generated: int = 24,
-    max_new_tokens: int = 40,
-    generation_batch: int = 24,
     keep_media: int = 6,
-    budget: Budget = DEFAULT_BUDGET,
-    seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score `model` on held-out sources, write `out_dir` and return the content of ``scores.json``.
@@ -221,27 +215,21 @@ def evaluate(
     Args:
         model: its training mode is restored.
         encoder: as in training.
-        tokenizer: of the encoder; decodes predictions.
         sources: held-out sources by name. Samples are grouped by their own split.
         out_dir: receives ``scores.json``, ``predictions.parquet`` and ``media_swap.json``.
         train_sources: what the model was trained on, for the unigram baseline; without them there is none.
-        max_samples: per split and modality that losses and swaps are computed on; None: all.
-        max_generated: per split and modality that answers are generated for.
-        max_new_tokens: of a generated answer.
-        generation_batch: prompts that are answered together.
         keep_media: per split and modality whose media are copied into the predictions, for the report.
-        budget: of a pack in teacher-forced scoring.
-        seed: of which samples are drawn, and of the bootstrap.
         progress: show a progress bar.
 
     Raises:
         ValueError: no sample to score; the message says why.
     """
+    tokenizer, seed, max_generated = encoder.tokenizer, settings.seed, settings.max_generated
     started = time.perf_counter()
     tally = _Tally()
     groups = {
         key: [_Row(d) for d in drawn]
-        for key, drawn in draw(sources, max_samples, seed=seed, skipped=tally.skipped).items()
+        for key, drawn in draw(sources, settings.max_samples, seed=seed, skipped=tally.skipped).items()
     }
     if not groups:
         raise ValueError(f"evaluation: no sample in {', '.join(sources) or 'no source'}; check data.test_sources")
@@ -267,7 +255,7 @@ def evaluate(
         for (split, modality), rows in groups.items():
             name = f"{modality}, {split.replace('_', ' ')}"
             bar.update(task, description=f"loss: {name}")
-            counts = _score_losses(model, encoder, rows, baselines.get(modality), budget, tally, advance)
+            counts = _score_losses(model, encoder, rows, baselines.get(modality), tally, advance)
             if counts is not None:
                 expert_load[modality] = expert_load.get(modality, 0) + counts
             if any(media_segments(row.sample) for row in rows):
@@ -277,7 +265,6 @@ def evaluate(
                     encoder,
                     [row.drawn for row in rows],
                     own_losses=[row.loss for row in rows],
-                    budget=budget,
                     seed=seed,
                     on_sample=advance,
                 )
@@ -287,9 +274,9 @@ def evaluate(
                 swaps[split, modality] = result
             bar.update(task, description=f"answers: {name}")
             chosen = [row for row in rows if _answers(row) and row.loss is not None][:max_generated]
-            for start in range(0, len(chosen), generation_batch):
-                part = chosen[start : start + generation_batch]
-                _generate(model, encoder, tokenizer, part, max_new_tokens, budget, tally)
+            for start in range(0, len(chosen), _GENERATION_BATCH):
+                part = chosen[start : start + _GENERATION_BATCH]
+                _generate(model, encoder, part, Decoding(max_new_tokens=settings.max_new_tokens), tally)
                 advance(len(part))
             for row in [row for row in [*chosen, *rows] if media_segments(row.sample)][:keep_media]:
                 _keep_medium(row, encoder)
@@ -306,21 +293,17 @@ def evaluate(
         "expert_load": {modality: counts.astype(int).tolist() for modality, counts in sorted(expert_load.items())},
         "skipped": dict(sorted(tally.skipped.items())),
         "settings": {
-            "max_samples": max_samples, "max_generated": max_generated, "max_new_tokens": max_new_tokens, "seed": seed,
+            "max_samples": settings.max_samples, "max_generated": max_generated,
+            "max_new_tokens": settings.max_new_tokens, "seed": seed,
             "unigram": "add-one smoothed, of the training answers of the same modality" if baselines else None,
         },
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "scores.json", scores)
-    _write_json(out / "media_swap.json", swap_records)
+    write_json(out / "scores.json", scores)
+    write_json(out / "media_swap.json", swap_records)
     write_predictions(rows, out / "predictions.parquet")
     return scores
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _answers(row: _Row) -> bool:
@@ -332,7 +315,6 @@ def _score_losses(
     encoder: SampleEncoder,
     rows: Sequence[_Row],
     baseline: UnigramBaseline | None,
-    budget: Budget,
     tally: _Tally,
     advance: Callable[[], None],
 ) -> np.ndarray | None:
@@ -356,7 +338,7 @@ def _score_losses(
         if used is not None and used.numel():
             counts.append(used.double().cpu().numpy())
 
-    for row, loss in zip(kept, sample_losses(model, encoded(), budget=budget, on_batch=on_batch), strict=True):
+    for row, loss in zip(kept, sample_losses(model, encoded(), on_batch=on_batch), strict=True):
         row.loss = loss
     return np.sum(counts, axis=0) if counts else None
 
@@ -364,10 +346,8 @@ def _score_losses(
 def _generate(
     model: OmniModel,
     encoder: SampleEncoder,
-    tokenizer: ChatTokenizer,
     rows: Sequence[_Row],
-    max_new_tokens: int,
-    budget: Budget,
+    decoding: Decoding,
     tally: _Tally,
 ) -> None:
     prompts: list[EncodedSample] = []
@@ -377,10 +357,8 @@ def _generate(
         if prompt is not None:
             prompts.append(prompt)
             asked.append(row)
-    decoding = Decoding(max_new_tokens=max_new_tokens)
-    for row, answer in zip(
-        asked, answer_prompts(model, tokenizer, prompts, decoding=decoding, budget=budget), strict=True
-    ):
+    answers = answer_prompts(model, encoder.tokenizer, prompts, decoding=decoding, budget=DEFAULT_BUDGET)
+    for row, answer in zip(asked, answers, strict=True):
         row.prediction = answer
 
 
@@ -570,7 +548,7 @@ def write_predictions(rows: Iterable[_Row], path: Path) -> None:
                 "media_type": row.media_type, "media": row.media,
             }
         )  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(table, schema=PREDICTIONS_SCHEMA), path, compression="zstd")
+    write_parquet(path, pa.Table.from_pylist(table, schema=PREDICTIONS_SCHEMA))
 
 
 def print_table(scores: Mapping[str, Any], console: Console | None = None) -> None:

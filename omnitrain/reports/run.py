@@ -68,6 +68,12 @@ class Run:
         return float(self.metrics[column][1][-1]) if column in self.metrics else None
 
 
+def _scores(run: Run) -> str:
+    """Which evaluation the run ends with; it was once called ``judge``."""
+    evaluation = run.config.get("evaluation") or {}
+    return evaluation.get("scores") or evaluation.get("judge") or "heldout"
+
+
 def read_run(folder: str | Path, *, samples: bool = True) -> Run:
     """Read a run folder.
 
@@ -107,7 +113,7 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
         run.data = _json(path)
     if path := there("environment.json", "environment", train):
         run.environment = _json(path)
-    if (run.config.get("evaluation") or {}).get("judge", "heldout") == "heldout":
+    if _scores(run) == "heldout":
         if path := there("eval/scores.json", "held-out scores, media swap, expert load", test):
             run.scores = _json(path)
         if samples and (path := there("eval/predictions.parquet", "samples and predictions", test)):
@@ -413,7 +419,7 @@ def render(run: Run) -> str:
         .get_template("run.html.j2")
         .render(
             run=run,
-            speaks=(run.config.get("evaluation") or {}).get("judge", "heldout") != "heldout",
+            speaks=_scores(run) != "heldout",
             name=run.config.get("name") or run.folder.resolve().name,
             folder=run.folder.resolve().name,
             facts=_facts(run),

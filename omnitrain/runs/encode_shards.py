@@ -46,7 +46,7 @@ from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_mediu
 from omnitrain.data.shards import SampleSource, shard_files, write_shards
 from omnitrain.data.codec_frames import decode_codes, encode_codes, heard_rows, holds_codes
 from omnitrain.files import printable, write_json
-from omnitrain.evaluation.speech import mel_distance
+from omnitrain.evaluation.judges import mel_distance
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint

@@ -18,6 +18,7 @@ from omnitrain.data.sample import BadSample, Sample
 from omnitrain.data.shards import SampleSource, write_shards
 from omnitrain.evaluation import answers as evaluation_answers
 from omnitrain.evaluation.heldout import draw, evaluate, print_table, prompt_text, targets, unigram_baselines
+from omnitrain.evaluation.settings import HeldoutEvaluation
 
 from .conftest import WORDS, Reader, Samples, grey_sample, text_sample
 
@@ -42,12 +43,10 @@ def scored(
     scores = evaluate(
         Reader(tokenizer, reads=True),
         encoder,
-        tokenizer,
         {"memory": Samples(HELDOUT)},
+        HeldoutEvaluation(max_samples=16, max_generated=8),
         tmp_path / "eval",
         train_sources={"train": train},
-        max_samples=16,
-        max_generated=8,
         keep_media=3,
         progress=False,
     )
@@ -107,12 +106,10 @@ def test_evaluation_repeats_itself(
     again = evaluate(
         Reader(tokenizer, reads=True),
         encoder,
-        tokenizer,
         {"memory": Samples(HELDOUT)},
+        HeldoutEvaluation(max_samples=16, max_generated=8),
         tmp_path / "again",
         train_sources={"train": Samples([text_sample(i, split="train") for i in range(50)])},
-        max_samples=16,
-        max_generated=8,
         keep_media=3,
         progress=False,
     )
@@ -177,4 +174,11 @@ def test_prompt_of_a_document_is_empty() -> None:
 
 def test_nothing_to_score_is_said(tokenizer: ChatTokenizer, encoder: SampleEncoder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no sample in empty"):
-        evaluate(Reader(tokenizer, reads=True), encoder, tokenizer, {"empty": Samples([])}, tmp_path, progress=False)
+        evaluate(
+            Reader(tokenizer, reads=True),
+            encoder,
+            {"empty": Samples([])},
+            HeldoutEvaluation(),
+            tmp_path,
+            progress=False,
+        )

@@ -14,8 +14,8 @@ import torch
 import omnitrain
 from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.shards import SampleSource
-from omnitrain.evaluation import metrics, speech
-from omnitrain.evaluation.speech import (
+from omnitrain.evaluation import judges, metrics
+from omnitrain.evaluation.judges import (
     JUDGES,
     SILENT_PEAK,
     Spoken,
@@ -273,7 +273,7 @@ def test_speech_is_scored_without_judges_that_are_missing(
 
 def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
-    speech._decoder.cache_clear()
+    judges._decoder.cache_clear()
     with pytest.raises(ImportError, match=r'pip install "omnitrain\[eval\]"'):
         recognise(np.zeros(RATE), RATE)
-    speech._decoder.cache_clear()
+    judges._decoder.cache_clear()

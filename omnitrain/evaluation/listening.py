@@ -2,7 +2,7 @@
 
     judge_codec(...), judge_talker(...)  ->  eval/speech.json  eval/speech.parquet
 
-Both score recordings of `test_sources`: real (or synthetic) speech whose text is known. `evaluation.speech` has the
+Both score recordings of `test_sources`: real (or synthetic) speech whose text is known. `evaluation.judges` has the
 judges.
 """
 
@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.media import MediaLimits, encode_audio
 from omnitrain.data.sample import BadSample
 from omnitrain.data.shards import Source
 from omnitrain.data.waveforms import Utterance, UtteranceReader
-from omnitrain.evaluation.metrics import Interval
-from omnitrain.evaluation.speech import (
+from omnitrain.evaluation.judges import (
     SpeechScores,
     Spoken,
     Voices,
@@ -38,6 +37,12 @@ from omnitrain.evaluation.speech import (
     score_speech,
     spoken_form,
 )
+from omnitrain.evaluation.metrics import Interval
+from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation
+from omnitrain.files import write_json, write_parquet
+from omnitrain.generation.sampling import Sampling
+from omnitrain.generation.speech import speak_texts
+from omnitrain.models.omni import OmniModel
 
 SAMPLE_RATE = 24_000
 RECORDINGS_PER_VOICE = 10
@@ -51,26 +56,12 @@ class EncodesSpeech(Protocol):
     def decode(self, codes: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Said:
-    """What a Talker made of a text: wav float [T] at 24 kHz; `hit_limit`: it did not end by itself."""
-
-    wav: np.ndarray
-    hit_limit: bool
-
-
-Speak = Callable[[Sequence[Utterance]], list[Said]]
-"""Speech of the texts, after their questions and in their voices."""
-
-
 def judge_codec(
     codec: EncodesSpeech,
     test_sources: Mapping[str, Source],
     train_sources: Mapping[str, Source],
+    settings: CodecEvaluation,
     out_dir: Path,
-    *,
-    max_samples: int = 32,
-    players: int = 8,
 ) -> dict[str, Any]:
     """Encode and decode recordings, and judge what is left of them.
 
@@ -78,7 +69,6 @@ def judge_codec(
         test_sources: whose recordings are used, evenly over each.
         train_sources: what the voices are learnt from.
         out_dir: receives the two files.
-        max_samples: recordings.  players: of them, kept for listening.
 
     Returns:
         what stands in ``speech.json``.
@@ -86,46 +76,56 @@ def judge_codec(
     Raises:
         ValueError: no recording with a text.
     """
-    recordings = read_recordings(test_sources, max_samples)
+    recordings = read_recordings(test_sources, settings.max_samples)
     spoken = []
     for u in track(recordings, "round trips", console=Console(stderr=True)):
         trip = round_trip(codec, u.wav)
         spoken.append(_spoken(u, generated=trip, round_trip=trip))
-    return _judge(spoken, recordings, train_sources, out_dir, players=players, kind="codec", grammar=True)
+    return _judge(spoken, recordings, train_sources, settings, out_dir)
 
 
 def judge_talker(
-    speak: Speak,
+    model: OmniModel,
+    tokenizer: ChatTokenizer,
     codec: EncodesSpeech | None,
     test_sources: Mapping[str, Source],
     train_sources: Mapping[str, Source],
+    settings: SpeechEvaluation,
     out_dir: Path,
-    *,
-    max_samples: int = 40,
-    players: int = 8,
-    batch: int = 8,
-    grammar_words: bool = True,
-    voice: str | None = None,
 ) -> dict[str, Any]:
-    """Have held-out texts spoken, and judge the speech beside the recording of the same text and its round trip.
+    """Have held-out texts spoken, each after its question, and judge the speech beside the recording of the same text
+    and its round trip.
 
     Args:
-        speak: the Talker.
+        model: with a Talker and a Code2Wav.
         codec: makes the round trips; None: there are none.
-        batch: texts spoken at once.
-        grammar_words: also recognise with a loop of the texts' words.
-        voice: speak all texts in this voice, and compare with it; None: in that of each recording.
         Others, and errors: see `judge_codec`.
     """
-    recordings = read_recordings(test_sources, max_samples)
+    assert model.code2wav is not None
+    recordings = read_recordings(test_sources, settings.max_samples)
+    if settings.voice is not None:
+        recordings = [replace(u, voice=settings.voice) for u in recordings]
+    residuals = Sampling(temperature=settings.temperature, top_k=settings.top_k)
+    codes = replace(residuals, repetition_penalty=settings.repetition_penalty)
+    frames_per_second = SAMPLE_RATE / model.code2wav.config.samples_per_frame
     spoken = []
-    batches = [recordings[i : i + batch] for i in range(0, len(recordings), batch)]
-    for group in track(batches, "speaking", console=Console(stderr=True)):
-        group = [u if voice is None else replace(u, voice=voice) for u in group]
-        for u, said in zip(group, speak(group), strict=True):
+    groups = [recordings[i : i + settings.batch] for i in range(0, len(recordings), settings.batch)]
+    for group in track(groups, "speaking", console=Console(stderr=True)):
+        said = speak_texts(
+            model,
+            tokenizer,
+            [u.text for u in group],
+            [u.voice for u in group],
+            questions=[u.question for u in group],
+            codes=codes,
+            residuals=residuals,
+            max_frames=max(1, round(settings.seconds_limit * frames_per_second)),
+            seed=settings.seed,
+        )
+        for u, speech in zip(group, said, strict=True):
             trip = None if codec is None else round_trip(codec, u.wav)
-            spoken.append(_spoken(u, generated=said.wav, round_trip=trip, hit_limit=said.hit_limit))
-    return _judge(spoken, recordings, train_sources, out_dir, players=players, kind="talker", grammar=grammar_words)
+            spoken.append(_spoken(u, generated=speech.wav, round_trip=trip, hit_limit=speech.hit_limit))
+    return _judge(spoken, recordings, train_sources, settings, out_dir)
 
 
 def read_recordings(sources: Mapping[str, Source], most: int) -> list[Utterance]:
@@ -196,12 +196,10 @@ def _judge(
     spoken: Sequence[Spoken],
     recordings: Sequence[Utterance],
     train_sources: Mapping[str, Source],
+    settings: CodecEvaluation | SpeechEvaluation,
     out_dir: Path,
-    *,
-    players: int,
-    kind: str,
-    grammar: bool,
 ) -> dict[str, Any]:
+    kind, grammar = ("talker", settings.grammar_words) if isinstance(settings, SpeechEvaluation) else ("codec", True)
     english = all(u.languages[-1:] in (("en",), ()) for u in recordings)  # the recogniser knows no other language
     words = sorted({word for s in spoken for word in spoken_form(s.text).split()}) if english and grammar else None
     missing = missing_judges()
@@ -212,7 +210,6 @@ def _judge(
         open_vocabulary=english,
         without=missing,
     )
-    out_dir.mkdir(parents=True, exist_ok=True)
     summary = {
         "kind": kind,
         "recogniser": "pocketsphinx" if english and "pocketsphinx" not in missing else None,
@@ -220,7 +217,7 @@ def _judge(
         "words": len(words) if words else None,
         **{name: value for name, value in scores.to_dict().items() if name != "heard"},
     }
-    (out_dir / "speech.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(out_dir / "speech.json", summary)
     heard = {row["id"]: row for row in scores.heard}
     rows = [
         {
@@ -230,7 +227,9 @@ def _judge(
             "hit_limit": s.hit_limit,
             "heard": json.dumps({k: v for k, v in heard[s.id].items() if k not in ("id", "text")}),
             **{
-                name: encode_audio(s.signals[name], SAMPLE_RATE, "flac") if name in s.signals and i < players else None
+                name: encode_audio(s.signals[name], SAMPLE_RATE, "flac")
+                if name in s.signals and i < settings.players
+                else None
                 for name in ("reference", "round_trip", "generated")
             },
         }
@@ -239,7 +238,7 @@ def _judge(
     sound = [(name, pa.binary()) for name in ("reference", "round_trip", "generated")]
     text = [(name, pa.string()) for name in ("id", "text", "voice", "heard")]
     schema = pa.schema([*text, ("hit_limit", pa.bool_()), *sound])
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), out_dir / "speech.parquet")
+    write_parquet(out_dir / "speech.parquet", pa.Table.from_pylist(rows, schema=schema))
     print_speech(scores, kind)
     if missing:
         print(missing_judges_notice(missing))

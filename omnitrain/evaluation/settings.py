@@ -1,0 +1,93 @@
+"""What can be set of the evaluation that follows training: plain frozen dataclasses, which are the configuration too.
+
+Nothing heavy is imported here. Types are those that structured configurations take (OmegaConf 2.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What every evaluation has.
+
+    Attributes:
+        scores: ``heldout`` (text answers), ``codec`` or ``speech`` (which judge sound); see `SETTINGS`.
+        after_fit: `fit` ends with it; False: `fit` ends with the last checkpoint, and `test RUN_DIR` scores it later.
+        report: write ``report.html``.
+    """
+
+    scores: str
+    after_fit: bool = True
+    report: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutEvaluation(Evaluation):
+    """Losses, answers and media swaps on `data.test_sources` (`evaluation.heldout`).
+
+    Attributes:
+        max_samples: of each split and modality, for losses and media swaps; None: all.
+        max_generated: of each split and modality, answers that are generated.
+        max_new_tokens: of a generated answer.
+        seed: of which samples are drawn, and of the bootstrap; the same for every run, so that runs compare.
+    """
+
+    scores: str = "heldout"
+    max_samples: int | None = 96
+    max_generated: int = 24
+    max_new_tokens: int = 40
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecEvaluation(Evaluation):
+    """How a codec's round trips of the recordings of `data.test_sources` sound (`evaluation.listening`).
+
+    Attributes:
+        max_samples: recordings that are encoded and decoded.
+        players: of them, that can be heard in the report.
+    """
+
+    scores: str = "codec"
+    max_samples: int = 32
+    players: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechEvaluation(Evaluation):
+    """How a Talker speaks the texts of `data.test_sources` (`evaluation.listening`).
+
+    Attributes:
+        max_samples: texts that are spoken.
+        players: of them, that can be heard in the report.
+        batch: texts spoken side by side.
+        voice: speak all texts in this voice, and compare with it; None: in that of each recording.
+        seconds_limit: of one answer, in seconds.
+        temperature: of all codes; 0: always the likeliest.
+        top_k: draw from so many of the likeliest codes; 0: from all.
+        repetition_penalty: of codebook 0; 1: none.
+        grammar_words: recognise also with a loop of the test texts' words (for small vocabularies).
+        seed: of the drawing.
+    """
+
+    scores: str = "speech"
+    max_samples: int = 40
+    players: int = 8
+    batch: int = 8
+    voice: str | None = None
+    seconds_limit: float = 12.0
+    temperature: float = 0.7
+    top_k: int = 50
+    repetition_penalty: float = 1.0
+    grammar_words: bool = True
+    seed: int = 0
+
+
+SETTINGS: dict[str, type[Evaluation]] = {
+    "heldout": HeldoutEvaluation,
+    "codec": CodecEvaluation,
+    "speech": SpeechEvaluation,
+}
+"""The settings by the name that `Evaluation.scores` gives."""

@@ -1,0 +1,24 @@
+"""What can be set of the evaluation is a configuration too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from omnitrain.config.locations import CONF
+from omnitrain.evaluation.settings import SETTINGS
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_defaults_are_those_of_the_configuration(name: str) -> None:
+    structured = OmegaConf.structured(SETTINGS[name])
+    composed = OmegaConf.merge(structured, OmegaConf.load(CONF / "evaluation" / f"{name}.yaml"))
+    assert OmegaConf.to_object(composed) == SETTINGS[name](scores=name)
+
+
+def test_reading_the_settings_loads_nothing_heavy() -> None:
+    code = "import sys, omnitrain.evaluation.settings, omnitrain.tasks; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
