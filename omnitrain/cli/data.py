@@ -331,6 +331,7 @@ def _encode(options: argparse.Namespace) -> int:
     from omnitrain.cli.generate import GenerateError, load
     from omnitrain.runs.codec import load_codec
     from omnitrain.runs.encode_shards import encode
+    from omnitrain.runs.lock import hold
 
     try:
         codec = load_codec(options.codec)
@@ -338,17 +339,18 @@ def _encode(options: argparse.Namespace) -> int:
     except (ImportError, GenerateError) as error:
         raise ValueError(str(error)) from error
     try:
-        counts = encode(
-            codec,
-            options.shards,
-            options.out,
-            split=options.split,
-            where=_where(options),
-            thinker=thinker,
-            only_speech=options.only_speech,
-            workers=options.workers,
-            progress=_progress,
-        )
+        with hold(options.out):
+            counts = encode(
+                codec,
+                options.shards,
+                options.out,
+                split=options.split,
+                where=_where(options),
+                thinker=thinker,
+                only_speech=options.only_speech,
+                workers=options.workers,
+                progress=_progress,
+            )
     except KeyboardInterrupt:
         print("interrupted; the same line continues behind the last whole shard", file=sys.stderr)
         return 130

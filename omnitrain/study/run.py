@@ -13,13 +13,12 @@ one that `arm`, `match` and `seed` name, in the folder ``STUDY/MATCH/ARM/seed=N`
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from omnitrain.data.sizes import SizedSource, as_it_is, measure, sized_sources
 from omnitrain.data.stream import PackedStream, Stage
 from omnitrain.models.omni import OmniModel
 from omnitrain.runs.experiment import Experiment, build_model
+from omnitrain.runs.lock import hold
 from omnitrain.study.verdicts import CURVE, ITEMS, MATCHES, RUN
 from omnitrain.training.callbacks.run_record import package_versions
 from omnitrain.training.flops import BatchSizes, training_flops, training_flops_by_part
@@ -500,11 +500,11 @@ def run_arm(cfg: DictConfig, train: Callable[[DictConfig], Experiment]) -> float
         train: makes an ordinary run (`fit.train`).
 
     Raises:
-        ConfigError: see `read_study` and `check_same_study`; another process has the run.
+        ConfigError: see `read_study` and `check_same_study`.  FolderInUse: another process has the run.
     """
     study, run_dir, study_dir = read_study(cfg), Path(cfg.paths.run_dir), Path(cfg.paths.study_dir)
     arm, match = _chosen(study, cfg)
-    with _alone(run_dir):
+    with hold(run_dir):
         data: OmniDataModule = instantiate(cfg.data, _convert_="all")
         try:
             data.setup("fit")
@@ -548,18 +548,6 @@ def run_arm(cfg: DictConfig, train: Callable[[DictConfig], Experiment]) -> float
         _write_json(run_dir / RUN, record)
         _write(run_dir / ITEMS, lambda partial: pq.write_table(items, partial, compression="zstd"))
         return _validation_loss(run_dir)
-
-
-@contextmanager
-def _alone(run_dir: Path) -> Generator[None]:
-    """Hold the run folder; the system lets go of it when the process dies."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{run_dir}: another process is at this run; wait for it, or end it") from error
-        yield
 
 
 def run_configuration(cfg: DictConfig, study: Study, plan: Plan) -> DictConfig:

@@ -1,0 +1,77 @@
+"""Whether a checkpoint still is what was written: every tensor's checksum stands in the file.
+
+`torch.save` writes a ZIP archive in which each tensor's storage is an entry with its CRC-32. It counts them while it
+writes, so they cost a save nothing further; `torch.load` never looks at them. Here somebody does: 400 MB take 0.2 s on
+one core, where loading takes 0.3 s.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with a file of `torch.save`, in words that follow its name; None if all is as it was written.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        if not file.read(1):
+            return "is empty"
+        try:
+            with zipfile.ZipFile(file) as archive:
+                for entry in archive.infolist():
+                    if not _is_whole(archive, entry):
+                        return f"is damaged: the checksum of {_name(path, entry)} does not fit"
+        except Exception:  # the directory of the archive, which stands at its end: which error depends on the bytes
+            return "is cut off, or no checkpoint"
+    return None
+
+
+def newest_whole(beside: str | Path) -> Path | None:
+    """Of the other checkpoints in the folder of `beside`, the last one written that is whole."""
+    path = Path(beside)
+    others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
+    return next((other for other in others if other != path and damage(other) is None), None)
+
+
+def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(entry) as stored:
+            while stored.read(1 << 22):
+                pass
+    except Exception:  # BadZipFile for the checksum; others where the damage hits the entry's header
+        return False
+    return True
+
+
+def _name(path: Path, entry: zipfile.ZipInfo) -> str:
+    """The tensors that lie in an entry, such as ``state_dict.model.thinker.norm.weight``."""
+    try:
+        with path.open("rb") as file:
+            file.seek(entry.header_offset + 26)
+            start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        with FakeTensorMode():  # shapes and places without content
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        names = [name for name, x in _tensors(saved, "") if x.untyped_storage()._checkpoint_offset == start]
+    except Exception:  # the damage is in what says where the tensors lie
+        names = []
+    return " and ".join(names) or entry.filename
+
+
+def _tensors(node: Any, place: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(node, Tensor):
+        yield place, node
+    elif isinstance(node, Mapping | Sequence) and not isinstance(node, str):
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _tensors(value, f"{place}.{key}" if place else str(key))
