@@ -292,11 +292,11 @@ def _load_run(run_dir: Path) -> tuple[OmniModel, SampleEncoder]:
     if not tokenizer.is_file():
         raise GenerateError(f"{tokenizer} does not exist: copy the tokenizer that the run was trained with there")
 
-    import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from omnitrain.config.targets import check_origins, check_targets
+    from omnitrain.interop.start_from import model_weights
     from omnitrain.models.omni import OmniModel
     from omnitrain.runs.experiment import build_model
 
@@ -308,10 +308,8 @@ def _load_run(run_dir: Path) -> tuple[OmniModel, SampleEncoder]:
     model = build_model(cfg, encoder.tokenizer)
     if not isinstance(model, OmniModel):
         raise GenerateError(f"{run_dir} is the run of a codec, which has no language model to ask")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(model_weights(checkpoint))
     except RuntimeError as error:
         raise GenerateError(f"{checkpoint} does not fit the model of {run_dir / 'config.yaml'}: {error}") from error
     return model, encoder

@@ -6,7 +6,6 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +18,7 @@ from omnitrain.evaluation.settings import (
     SpeechEvaluation,
 )
 from omnitrain.files import EVALUATION
+from omnitrain.interop.start_from import read_checkpoint
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 from omnitrain.runs.experiment import Experiment, build, trained_checkpoint
@@ -32,8 +32,7 @@ def run(cfg: DictConfig) -> None:
     checkpoint = trained_checkpoint(cfg, "test")
     experiment = build(cfg, "test")
     if checkpoint is not None:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-        experiment.module.load_state_dict(state)
+        experiment.module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
     if experiment.trainer.is_global_zero:
         evaluate_and_report(experiment, cfg)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from omnitrain.interop.mimi import MimiCodec
+from omnitrain.interop.start_from import model_weights
 from omnitrain.models.code2wav import fingerprint
 from omnitrain.models.codec import Codec
 
@@ -84,10 +85,8 @@ def _load_run(run_dir: Path) -> Codec:
             "`omnitrain fit +recipe=codec`"
         )
     codec: Codec = instantiate(cfg.model, _convert_="all")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     try:
-        codec.load_state_dict(weights)
+        codec.load_state_dict(model_weights(checkpoint))
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit the model of {run_dir / 'config.yaml'}: {error}") from error
     if not codec.quantizer.semantic.initialised:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from omnitrain.data.waveforms import WaveBatch
+from omnitrain.interop.start_from import start_codec_from
 from omnitrain.models.codec import Codec
 from omnitrain.models.discriminators import DiscriminatorConfig, Discriminators
 from omnitrain.training.codec_losses import (
@@ -67,7 +67,7 @@ class CodecModule(TrainingModule):
         self.content = ContentHead(model.config.d_model)
         self.mel = MelDistance(sample_rate, self.loss_config.windows, self.loss_config.n_mels)
         if init_from is not None:
-            self._start_from(Path(init_from) / "checkpoints" / "last.ckpt")
+            start_codec_from(self, init_from)
         self.clip = clip
         self._step_loss = math.nan
         self._sums: dict[str, tuple[float, float]] = {}
@@ -78,15 +78,6 @@ class CodecModule(TrainingModule):
         self._evaluation: list[dict[str, tuple[float, float]]] = []
         self.evaluation: dict[str, float] = {}
         """Means of the last evaluation."""
-
-    def _start_from(self, checkpoint: Path) -> None:
-        if not checkpoint.is_file():
-            raise ValueError(f"module.init_from: there is no {checkpoint}; give the folder of a codec's run")
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-        try:
-            self.load_state_dict(saved)
-        except RuntimeError as error:
-            raise ValueError(f"module.init_from: {checkpoint} holds a codec of other sizes: {error}") from error
 
     @property
     def step_loss(self) -> float:

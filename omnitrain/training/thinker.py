@@ -7,11 +7,9 @@ target tokens of all ranks and all accumulation steps. Clipping, the spike guard
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.interop.start_from import start_from
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.omni import OmniModel, OmniOutput
 from omnitrain.training.flops import BatchSizes, training_flops
@@ -59,7 +58,7 @@ class ThinkerModule(TrainingModule):
         loss: loss weights.
         train: parts that learn (names of `PARTS`); the others are frozen.
         init_from: whose weights replace the model's (same shapes): a folder in the public format, or the folder of a
-            run. Talker and Code2Wav stay as they are if it has none. Or such folders by part, see `load_weights`.
+            run. Talker and Code2Wav stay as they are if it has none. Or such folders by part, see `interop.start_from`.
         aut_window_seconds: attention window of the audio encoder, drawn anew for each optimizer step from these bounds
             (whole seconds, inclusive; report, section 3: 1 to 8 s). None: the encoder's own window. Evaluation always
             uses the encoder's own.
@@ -95,7 +94,8 @@ class ThinkerModule(TrainingModule):
         self.seed = seed
         self.generation = dict(generation or {"max_new_tokens": 64, "temperature": 0.0})
         if init_from is not None:
-            load_weights(model, init_from)
+            for notice in start_from(model, init_from):
+                rank_zero_warn(notice)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in train)
 
@@ -355,83 +355,3 @@ class ThinkerModule(TrainingModule):
         self._row_sums.load_state_dict(state["row_sums"])
         self._seen, self._stream = dict(state["seen"]), state["stream"]
         self._row_counts = {name: counts.to(self.device) for name, counts in state["row_counts"].items()}
-
-
-def load_weights(model: OmniModel, init_from: str | Path | Mapping[str, str | Path]) -> None:
-    """Replace `model`'s weights, or those of some parts.
-
-    Args:
-        init_from: a run folder (its last checkpoint) or a folder in the public format; or such folders by part (`aut`,
-            `visual`, `thinker`), the other parts stay as they are. A Thinker may also come from a text model
-            (`interop.text_model`).
-
-    Raises:
-        ValueError: an unknown part; a weight is missing, unknown or of another shape; parts that speak may be missing
-            as a whole.
-    """
-    if not isinstance(init_from, Mapping):
-        _load_parts(model, init_from, None)
-        return
-    for part, folder in init_from.items():
-        if part not in INIT_PARTS:
-            near = difflib.get_close_matches(str(part), INIT_PARTS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"parts are {', '.join(INIT_PARTS)}"
-            raise ValueError(f"module.init_from.{part}: there is no such part; {hint}")
-        _load_parts(model, folder, part)
-
-
-INIT_PARTS = ("aut", "visual", "thinker")
-"""What `module.init_from` can take from a folder each, by the names of the modules of `OmniModel`."""
-
-
-def _load_parts(model: OmniModel, folder: str | Path, part: str | None) -> None:
-    """Load `part` (None: all parts) from `folder`."""
-    key = "module.init_from" if part is None else f"module.init_from.{part}"
-    weights = _weights_in(model, Path(folder), part, key)
-    own = model.state_dict()
-    if part is None:
-        for speaking in ("talker.", "code2wav."):
-            if not any(name.startswith(speaking) for name in weights):
-                own = {name: x for name, x in own.items() if not name.startswith(speaking)}
-    else:
-        own = {name: x for name, x in own.items() if name.startswith(f"{part}.")}
-        weights = {name: x for name, x in weights.items() if name.startswith(f"{part}.")}
-    wrong = [
-        f"{name}: {tuple(weights[name].shape) if name in weights else 'missing'} in the folder, "
-        f"{tuple(own[name].shape) if name in own else 'missing'} in the model"
-        for name in sorted(own.keys() | weights.keys())
-        if name not in own or name not in weights or own[name].shape != weights[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{key}={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
-            f"folder holds. First: {'; '.join(wrong[:3])}"
-        )
-    model.load_state_dict(weights, strict=False)
-
-
-def _weights_in(model: OmniModel, folder: Path, part: str | None, key: str) -> Mapping[str, Tensor]:
-    """All weights that `folder` holds, by their names in `OmniModel`."""
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        return {name.removeprefix("model."): x for name, x in saved.items() if name.startswith("model.")}
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{key}={folder}: neither the folder of a run (checkpoints/last.ckpt) nor one in the public format "
-            "(config.json)"
-        )
-    from omnitrain.interop.public_format import load_pretrained
-    from omnitrain.interop.text_model import is_text_model, load_text_model
-
-    if is_text_model(folder):
-        if part != "thinker":
-            raise ValueError(f"{key}={folder}: it holds a text model; write module.init_from={{thinker: {folder}}}")
-        text = load_text_model(folder, model)
-        if text.missing_rows is not None:
-            rank_zero_warn(
-                f"{key}={folder}: token ids {text.missing_rows} to {model.config.thinker.vocab_size - 1} have no row "
-                "there; their word embedding and output row are the mean of the others"
-            )
-        return text.weights
-    return load_pretrained(folder, speech=model.talker is not None and part is None).state_dict()

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.interop.public_format import CheckpointError
+from omnitrain.interop.start_from import start_from
 from omnitrain.interop.text_model import is_text_model, load_text_model
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.presets import build, init_weights
-from omnitrain.training.thinker import ThinkerModule, load_weights
+from omnitrain.training.thinker import ThinkerModule
 
 SIZES: dict[str, Any] = dict(
     vocab_size=96, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
@@ -135,7 +136,7 @@ def test_ids_that_the_file_does_not_know_get_the_mean_row(tmp_path: Path) -> Non
     reference = save(tmp_path, "experts")
     model = thinker(vocab_size=100)
     with pytest.warns(UserWarning, match="token ids 96 to 99 have no row there"):
-        load_weights(model, {"thinker": tmp_path})
+        ThinkerModule(model, init_from={"thinker": str(tmp_path)})
     for ours, theirs in (
         (model.thinker.embed_tokens.weight, reference.model.embed_tokens.weight),
         (model.thinker.lm_head.weight, reference.lm_head.weight),
@@ -149,15 +150,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
     save(folder, "experts")
     assert is_text_model(folder)
     with pytest.raises(ValueError, match=r"96 rows, the model's vocabulary 90; use the tokenizer.*vocab_size=96"):
-        load_weights(thinker(vocab_size=90), {"thinker": folder})
+        start_from(thinker(vocab_size=90), {"thinker": folder})
     with pytest.raises(ValueError, match=r"write module\.init_from=\{thinker: "):
-        load_weights(thinker(), folder)
+        start_from(thinker(), folder)
     with pytest.raises(ValueError, match=r"init_from\.thinkr: there is no such part; did you mean thinker"):
-        load_weights(thinker(), {"thinkr": folder})
+        start_from(thinker(), {"thinkr": folder})
     with pytest.raises(ValueError, match=r"init_from\.aut=.*holds a text model"):
-        load_weights(thinker(), {"aut": folder})
+        start_from(thinker(), {"aut": folder})
     with pytest.raises(ValueError, match=r"nowhere: neither the folder of a run .* nor one in the public format"):
-        load_weights(thinker(), {"thinker": tmp_path / "nowhere"})
+        start_from(thinker(), {"thinker": tmp_path / "nowhere"})
     values = json.loads((folder / "config.json").read_text())
     for change, said in (
         ({"use_sliding_window": True}, "sliding windows are not supported"),

@@ -1,0 +1,153 @@
+"""Weights of a run: how a checkpoint is read, and what a training may start from (`module.init_from`).
+
+A training starts from a run, a folder in the public format or, for its Thinker, a text model; whole or part by part.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnitrain.files import LAST_CHECKPOINT
+from omnitrain.interop.public_format import SPEECH_PARTS, CheckpointError, load_pretrained
+from omnitrain.interop.text_model import is_text_model, load_text_model
+from omnitrain.models.omni import OmniModel
+
+INIT_PARTS = ("aut", "visual", "thinker")
+"""What `module.init_from` can take from a folder each, by the names of the modules of `OmniModel`."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint that a run has written, on the CPU. The only place where one is read.
+
+    Its tensors lie in the file until they are used; no code in the file runs.
+
+    Raises:
+        FileNotFoundError: there is no such file.  OSError: it cannot be read.
+        CheckpointError: it is damaged, or something else than a checkpoint; names what else lies beside it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: this run has not written a checkpoint yet")
+    with path.open("rb"):  # a folder, or no permission: said by the system
+        pass
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # which one depends on where the damage is; its advice is not for users
+        raise _unusable(path) from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise _unusable(path)
+    return checkpoint
+
+
+def _unusable(path: Path) -> CheckpointError:
+    whole = [other.name for other in sorted(path.parent.glob("*.ckpt")) if other != path]
+    cure = f"take another one of that folder ({', '.join(whole)})" if whole else "copy it again, or train again"
+    what = "damaged, or no checkpoint of omnitrain" if path.stat().st_size else "empty"
+    return CheckpointError(f"{path}: this file is {what}; {cure}")
+
+
+def model_weights(checkpoint: str | Path) -> dict[str, Tensor]:
+    """The model's weights in a checkpoint of a run, by their names in the model. Errors as `read_checkpoint`."""
+    state = read_checkpoint(checkpoint)["state_dict"]
+    return {name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")}
+
+
+def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path]) -> list[str]:
+    """Replace `model`'s weights, or those of some parts.
+
+    Args:
+        init_from: a run folder (its last checkpoint) or a folder in the public format; or such folders by part (`aut`,
+            `visual`, `thinker`), the other parts stay as they are. A Thinker may also come from a text model
+            (`interop.text_model`).
+
+    Returns:
+        What the user should know about it, a sentence each.
+
+    Raises:
+        ValueError: an unknown part; a weight is missing, unknown or of another shape; parts that speak may be missing
+            as a whole. Others as `read_checkpoint`.
+    """
+    if not isinstance(init_from, Mapping):
+        return _start_parts(model, Path(init_from), None)
+    notices = []
+    for part, folder in init_from.items():
+        if part not in INIT_PARTS:
+            near = difflib.get_close_matches(str(part), INIT_PARTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"parts are {', '.join(INIT_PARTS)}"
+            raise ValueError(f"module.init_from.{part}: there is no such part; {hint}")
+        notices += _start_parts(model, Path(folder), part)
+    return notices
+
+
+def start_codec_from(module: nn.Module, folder: str | Path) -> None:
+    """Replace all weights of a codec's training module (codec, discriminators, content head) by those of a run.
+
+    Raises:
+        ValueError: it is no run of a codec, or one of other sizes.
+    """
+    checkpoint = Path(folder) / LAST_CHECKPOINT
+    if not checkpoint.is_file():
+        raise ValueError(f"module.init_from: there is no {checkpoint}; give the folder of a codec's run")
+    try:
+        module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"module.init_from: {checkpoint} holds a codec of other sizes: {error}") from error
+
+
+def _start_parts(model: OmniModel, folder: Path, part: str | None) -> list[str]:
+    """Load `part` (None: all parts) from `folder`."""
+    key = "module.init_from" if part is None else f"module.init_from.{part}"
+    weights, notices = _weights_in(model, folder, part, key)
+    own = model.state_dict()
+    if part is None:
+        for speaking in SPEECH_PARTS:
+            if not any(name.startswith(speaking) for name in weights):
+                own = {name: x for name, x in own.items() if not name.startswith(speaking)}
+    else:
+        own = {name: x for name, x in own.items() if name.startswith(f"{part}.")}
+        weights = {name: x for name, x in weights.items() if name.startswith(f"{part}.")}
+    wrong = [
+        f"{name}: {tuple(weights[name].shape) if name in weights else 'missing'} in the folder, "
+        f"{tuple(own[name].shape) if name in own else 'missing'} in the model"
+        for name in sorted(own.keys() | weights.keys())
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{key}={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
+            f"folder holds. First: {'; '.join(wrong[:3])}"
+        )
+    model.load_state_dict(weights, strict=False)
+    return notices
+
+
+def _weights_in(model: OmniModel, folder: Path, part: str | None, key: str) -> tuple[Mapping[str, Tensor], list[str]]:
+    """All weights that `folder` holds, by their names in `OmniModel`, and what is to be said about them."""
+    if (folder / LAST_CHECKPOINT).is_file():
+        return model_weights(folder / LAST_CHECKPOINT), []
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{key}={folder}: neither the folder of a run ({LAST_CHECKPOINT}) nor one in the public format "
+            "(config.json)"
+        )
+    if not is_text_model(folder):
+        return load_pretrained(folder, speech=model.talker is not None and part is None).state_dict(), []
+    if part != "thinker":
+        raise ValueError(f"{key}={folder}: it holds a text model; write module.init_from={{thinker: {folder}}}")
+    text = load_text_model(folder, model)
+    if text.missing_rows is None:
+        return text.weights, []
+    last = model.config.thinker.vocab_size - 1
+    return text.weights, [
+        f"{key}={folder}: token ids {text.missing_rows} to {last} have no row there; their word embedding and output "
+        "row are the mean of the others"
+    ]
