@@ -10,7 +10,7 @@ from typing import Any
 
 from torchaudio.functional import edit_distance
 
-from omnitrain.tasks.task import LETTERS, Answered, Metric, Rule, Scored
+from omnitrain.tasks.benchmark import LETTERS, Answered, Metric, Rule, Scored
 
 ACCURACY = Metric(name="accuracy", higher_is_better=True)
 

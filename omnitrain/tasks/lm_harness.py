@@ -37,7 +37,7 @@ from omnitrain.tasks.run import (
     write_json,
     write_whole,
 )
-from omnitrain.tasks.task import Metric, score_interval
+from omnitrain.tasks.benchmark import Metric, score_interval
 
 try:
     import lm_eval

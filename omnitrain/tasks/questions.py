@@ -10,7 +10,7 @@ from typing import Any
 
 from omnitrain.data.sample import BadSample, Segment
 from omnitrain.tasks.tables import read_table
-from omnitrain.tasks.task import (
+from omnitrain.tasks.benchmark import (
     LETTERS,
     Benchmark,
     Item,

@@ -39,7 +39,7 @@ from omnitrain.evaluation.answers import answer_prompts
 from omnitrain.evaluation.heldout import prompt_text
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, sample_losses
 from omnitrain.models.omni import OmniModel, sampled_weights
-from omnitrain.tasks.task import Answered, Item, Metric, Task, score_interval
+from omnitrain.tasks.benchmark import Answered, Item, Metric, Task, score_interval
 
 _ANSWERS = pa.schema(
     [

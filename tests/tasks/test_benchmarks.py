@@ -18,7 +18,7 @@ from omnitrain.data.shards import write_shards
 from omnitrain.tasks import run as running
 from omnitrain.tasks.run import ITEMS_SCHEMA, StaleAnswers, run_task
 from omnitrain.tasks.tables import read_table
-from omnitrain.tasks.task import Task
+from omnitrain.tasks.benchmark import Task
 
 from .conftest import picture, recording, video
 

@@ -24,8 +24,8 @@ from omnitrain.tasks.choices import (
     relaxed_match,
     string_match,
 )
-from omnitrain.tasks.speech import ErrorRate, Translation
-from omnitrain.tasks.task import Answered, Metric, score_interval
+from omnitrain.tasks.speech_to_text import ErrorRate, Translation
+from omnitrain.tasks.benchmark import Answered, Metric, score_interval
 from omnitrain.tasks.tool_calls import calls_match, parse_calls
 
 OPTIONS = ["a red car", "a blue bicycle", "two dogs", "none of them"]

@@ -18,7 +18,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 from omnitrain.tasks.tables import read_table
-from omnitrain.tasks.task import (
+from omnitrain.tasks.benchmark import (
     Answered,
     Benchmark,
     Item,
