@@ -35,6 +35,7 @@ DATA = "data.json"
 SKIPPED_STEPS = "skipped_steps.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
 EVALUATION = "eval"
+TASK_RESULTS = f"{EVALUATION}/tasks"
 REPORT = "report.html"
 STAGES = "stages.json"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +17,7 @@ from omnitrain.evaluation.settings import (
     HeldoutEvaluation,
     SpeechEvaluation,
 )
-from omnitrain.files import EVALUATION
+from omnitrain.files import EVALUATION, TASK_RESULTS
 from omnitrain.interop.start_from import read_checkpoint
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
@@ -37,48 +37,38 @@ def run(cfg: DictConfig) -> None:
         evaluate_and_report(experiment, cfg)
 
 
-EVAL_KEYS = ("path", "limit", "batch", "restart", "device", "dtype", "tasks")
-
-
 def run_benchmarks(cfg: DictConfig) -> None:
     """Run the tasks of ``cfg.eval`` (``conf/eval``) on the run folder's last checkpoint, or on ``model.folder``."""
     from hydra.utils import instantiate
 
     from omnitrain.cli.generate import GenerateError, device_and_dtype, load
-    from omnitrain.tasks.run import model_fingerprint, print_result, run_task
-    from omnitrain.tasks.task import Task
+    from omnitrain.tasks.results import model_fingerprint, print_result
+    from omnitrain.tasks.settings import BenchmarkRun, RunOptions
 
-    settings = {str(key): value for key, value in cfg.eval.items()}
-    for key in settings:
-        if key not in EVAL_KEYS:
-            near = difflib.get_close_matches(key, EVAL_KEYS, n=1)
+    known = [field.name for field in fields(BenchmarkRun)]
+    for key in map(str, cfg.eval):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
             raise ConfigError(f"eval.{key}: there is no such key; " + (f"did you mean {near[0]}?" if near else ""))
+    asked = BenchmarkRun(**{str(key): value for key, value in cfg.eval.items()})
     if cfg.ckpt_path not in (None, "last"):
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: benchmarks run on the last checkpoint of a run folder")
     run_dir = Path(cfg.paths.run_dir)
-    folder = Path(cfg.model.folder) if "folder" in cfg.model else run_dir
     try:
-        tasks = [instantiate(task, _convert_="all") for task in cfg.eval.tasks.values() if task]
+        tasks = [instantiate(task, _convert_="all") for task in asked.tasks.values() if task]
         for task in tasks:
-            if isinstance(task, Task) and not task.path:
-                raise ConfigError(
-                    f"eval.tasks.{task.name}.path: name the benchmark's file or folder with eval.path=PATH"
-                )
-        device, dtype = device_and_dtype(settings.get("device") or "auto", settings.get("dtype") or "auto")
+            task.check()
+        device, dtype = device_and_dtype(asked.device, asked.dtype)
+        folder = Path(cfg.model.folder) if "folder" in cfg.model else run_dir
         model, encoder = load(folder, device=device, dtype=dtype)
-        options: dict[str, Any] = {
-            "limit": settings.get("limit"),
-            "batch": settings.get("batch") or 16,
-            "restart": bool(settings.get("restart")),
-            "fingerprint": model_fingerprint(model, encoder),
-        }
-        out = run_dir / "eval" / "tasks"
+        options = RunOptions(
+            limit=asked.limit,
+            batch=asked.batch,
+            restart=asked.restart,
+            fingerprint=model_fingerprint(model, encoder),
+        )
         for task in tasks:
-            if isinstance(task, Task):
-                result = run_task(task, model, encoder, out, **options)
-            else:
-                result = task.run(model, encoder, out, **options)
-            print_result(result)
+            print_result(task.run(model, encoder, run_dir / TASK_RESULTS, options))
     except (InstantiationException, GenerateError, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
 

@@ -25,7 +25,6 @@ import pyarrow as pa
 from PIL import Image
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from omnitrain.data.batch import EncodedSample
@@ -47,6 +46,7 @@ from omnitrain.evaluation.metrics import (
     sentence_chrf,
     wer,
 )
+from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import HeldoutEvaluation
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, sample_losses
 from omnitrain.files import write_json, write_parquet
@@ -237,16 +237,10 @@ def evaluate(
     expert_load: dict[str, np.ndarray] = {}
     swaps: dict[tuple[str, str], MediaSwap] = {}
 
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=Console(stderr=True), disable=not progress,
-    )  # fmt: skip
     n_rows = sum(map(len, groups.values()))
     n_media = sum(len(rows) for (_, modality), rows in groups.items() if modality != "text")
     n_generated = sum(min(max_generated, sum(map(_answers, rows))) for rows in groups.values())
-    with bar:
-        if progress and not bar.console.is_terminal:
-            bar.console.print(f"scoring {n_rows} held-out samples, answering {n_generated}")
+    with progress_bar(progress, f"scoring {n_rows} held-out samples, answering {n_generated}") as bar:
         task = bar.add_task("scoring held-out samples", total=n_rows + n_media + n_generated)
 
         def advance(n: int = 1) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
-from omnitrain.evaluation.answers import Decoding
 from omnitrain.evaluation.metrics import Interval
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -47,7 +46,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def rows(self, path: str) -> Sequence[Any]:
-        """All rows, light: media are read later. `path` is what `Task.path` says.
+        """All rows, light: media are read later. `path` is that of the task.
 
         Raises:
             FileNotFoundError, ValueError: the data are not there or not in this format; the message says what is
@@ -115,44 +114,6 @@ class Rule(ABC):
     def score_one(self, item: Answered) -> Scored:
         """Score one answer (rules that need the others override `score`)."""
         raise NotImplementedError(f"{type(self).__name__} scores answers together")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A benchmark ready to be run.
-
-    Args:
-        name: of the files in ``eval/tasks`` and in the table.
-        path: file, folder or Hub name that `benchmark` reads.
-        benchmark: reads rows.
-        prompt: what is asked; fields such as ``{question}`` and ``{options}`` are those that the benchmark fills in.
-        rule: scores answers.
-        metric, higher_is_better: the number that the benchmark is known by, and its direction; checked against `rule`.
-        decoding: how answers are generated.
-        scoring: ``generate``, or ``likelihood``: the answer is the option that the model finds most probable.
-
-    Raises:
-        ValueError: metric, direction or scoring do not fit.
-    """
-
-    name: str
-    path: str | None
-    benchmark: Benchmark
-    prompt: str
-    rule: Rule
-    metric: str
-    higher_is_better: bool
-    decoding: Decoding = field(default_factory=Decoding)
-    scoring: Literal["generate", "likelihood"] = "generate"
-
-    def __post_init__(self) -> None:
-        known = {metric.name: metric.higher_is_better for metric in self.rule.metrics}
-        if self.metric not in known:
-            raise ValueError(f"task {self.name}: metric {self.metric!r} is not one of the rule's: {', '.join(known)}")
-        if known[self.metric] != self.higher_is_better:
-            raise ValueError(f"task {self.name}: higher_is_better of {self.metric} is {known[self.metric]}")
-        if self.scoring not in ("generate", "likelihood"):
-            raise ValueError(f"task {self.name}: scoring is {self.scoring!r}; it is 'generate' or 'likelihood'")
 
 
 def score_interval(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics
-from omnitrain.tasks.tables import read_table
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, medium, question
 from omnitrain.tasks.benchmark import text as text_segment
+from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics
+from omnitrain.tasks.tables import read_table
 
 
 def words(text: str) -> list[str]:

@@ -10,34 +10,27 @@ import hashlib
 import json
 import logging
 import re
-import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from omnitrain.data.batch import IGNORE, TEXT, EncodedSample, PackedBatch
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.packing import Budget
 from omnitrain.data.shards import nearest
 from omnitrain.evaluation.answers import Decoding, answer_prompts
+from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, evaluating, packs
 from omnitrain.models.omni import OmniModel
-from omnitrain.tasks.run import (
-    ITEMS_SCHEMA,
-    StaleAnswers,
-    TaskResult,
-    model_fingerprint,
-    write_json,
-    write_whole,
-)
-from omnitrain.tasks.benchmark import Metric, score_interval
+from omnitrain.tasks.benchmark import Metric
+from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, measured
+from omnitrain.tasks.settings import RunOptions
 
 try:
     import lm_eval
@@ -207,26 +200,12 @@ class OmniLM(TemplateLM):
             top_k=int(asked.get("top_k", 0)) if sampled else 0,
         )
 
-    def _bar(self, name: str, total: int) -> _Bar:
-        return _Bar(name, total, shown=self.progress)
-
-
-class _Bar:
-    """A progress bar; as a context it gives the function that advances it."""
-
-    def __init__(self, name: str, total: int, *, shown: bool) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=Console(stderr=True), disable=not shown,
-        )  # fmt: skip
-        self.task = self.bar.add_task(name, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.bar.start()
-        return lambda n: self.bar.advance(self.task, n)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    @contextmanager
+    def _bar(self, name: str, total: int) -> Generator[Callable[[int], None]]:
+        """A progress bar; yields what advances it."""
+        with progress_bar(self.progress) as bar:
+            task = bar.add_task(name, total=total)
+            yield lambda n: bar.advance(task, n)
 
 
 def _text_sample(ids: np.ndarray, labels: np.ndarray) -> EncodedSample:
@@ -241,11 +220,11 @@ def _text_sample(ids: np.ndarray, labels: np.ndarray) -> EncodedSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessTask:
+class HarnessTask(RunnableTask):
     """Tasks of lm-evaluation-harness under one name.
 
     Args:
-        name: of the files in ``eval/tasks``.
+        name: see `RunnableTask`.
         tasks: the harness's names, of tasks or groups.
         metric: the metric that is reported first, with the harness's filter behind a comma where a task has several.
         path: folder of further task files (YAML), which come before the harness's own of the same name.
@@ -253,82 +232,77 @@ class HarnessTask:
         chat: prompts as conversations, for models that were trained on these.
     """
 
-    name: str
     tasks: tuple[str, ...] | list[str]
-    metric: str
-    path: str | None = None
     num_fewshot: int | None = None
     chat: bool = False
 
-    def run(
-        self,
-        model: OmniModel,
-        encoder: SampleEncoder,
-        out_dir: str | Path,
-        *,
-        limit: int | None = None,
-        batch: int = 16,
-        budget: Budget = DEFAULT_BUDGET,
-        restart: bool = False,
-        fingerprint: str | None = None,
-        progress: bool = True,
-        seed: int = 0,
-    ) -> TaskResult:
-        """Run the tasks and write ``NAME.parquet`` and ``NAME.json``; arguments as of `run.run_task`. `limit` counts
-        items of each of the harness's tasks, from its beginning.
+    def decides(self, options: RunOptions) -> list[Any]:
+        return [self._asked(options), lm_eval.__version__]
+
+    def _asked(self, options: RunOptions) -> dict[str, Any]:
+        return {
+            "tasks": list(self.tasks), "path": self.path, "num_fewshot": self.num_fewshot, "chat": self.chat,
+            "limit": options.limit,
+        }  # fmt: skip
+
+    def is_done(self, summary: Mapping[str, Any]) -> bool:
+        return summary["metric"] == self.metric
+
+    def find_out(self, model: OmniModel, encoder: SampleEncoder, files: TaskFiles, options: RunOptions) -> Outcome:
+        """The harness asks, and keeps its answers in a cache among the parts.
 
         Raises:
-            StaleAnswers: the folder holds results of another model or setting, and `restart` is off.
-            ValueError: there is no such task, or its data cannot be had.
+            ValueError: there is no such task or metric, or its data cannot be had.
         """
-        out = Path(out_dir)
-        out.mkdir(parents=True, exist_ok=True)
-        settings = {**asdict(self), "tasks": list(self.tasks), "limit": limit}
-        asked = {key: value for key, value in settings.items() if key not in ("name", "metric")}
-        decides = [fingerprint or model_fingerprint(model, encoder), asked, lm_eval.__version__]
-        mine = hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest()
-        summary, parts = out / f"{self.name}.json", out / f"{self.name}.parts"
-        if summary.is_file():
-            stored = json.loads(summary.read_text(encoding="utf-8"))
-            if stored["fingerprint"] == mine and stored["metric"] == self.metric:
-                return self._result(stored, out)
-            if stored["fingerprint"] != mine and not restart:
-                raise StaleAnswers(
-                    f"{summary} holds results of another model or of other settings; "
-                    "+eval.restart=true throws them away"
-                )
-        started = [folder for folder in parts.glob("*") if not folder.name.startswith(mine)]
-        if started and not restart:
-            raise StaleAnswers(
-                f"{parts} holds answers of another model or of other settings; +eval.restart=true throws them away"
-            )
-        for old in started:
-            old.unlink()
         manager = self._manager()
-        results = self._evaluate(manager, model, encoder, parts / mine, limit, batch, budget, progress)
-        rows = list(self._rows(results["samples"]))
-        metrics = self._metrics(results["samples"], results.get("higher_is_better", {}), seed)
-        if self.metric not in {found["name"] for found in metrics}:
-            names = sorted({found["name"] for found in metrics})
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+        try:
+            results = lm_eval.simple_evaluate(
+                model=OmniLM(model, encoder, batch=options.batch, progress=options.progress),
+                tasks=list(self.tasks),
+                num_fewshot=self.num_fewshot,
+                limit=options.limit,
+                use_cache=str(files.parts / files.fingerprint),
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=self.chat,
+                task_manager=manager,
+            )
+        except (FileNotFoundError, ConnectionError) as error:
+            raise ValueError(f"eval.tasks.{self.name}.tasks={list(self.tasks)}: {error}") from error
+        assert results is not None
+        samples, directions = results["samples"], results.get("higher_is_better", {})
+
+        def record(label: str, pooled: Pooled) -> dict[str, Any] | None:
+            own = label.partition(",")[0]
+            higher = next((found[own] for found in directions.values() if own in found), True)
+            metric = Metric(name=label, higher_is_better=higher)
+            return measured(metric, pooled.statistics, pooled.groups, seed=options.seed)
+
+        pooled = _pooled(samples)
+        names = sorted({label for label, _ in pooled})
+        if self.metric not in names:
             raise ValueError(f"eval.tasks.{self.name}.metric={self.metric}: these tasks have {', '.join(names)}")
-        by_task = sorted(results["samples"])
-        own = [found for found in metrics if found["name"] == self.metric and found["task"] is None]
-        others = [found for found in metrics if found["name"] != self.metric and found["task"] is None]
-        content = {
-            "task": self.name, "metric": self.metric, "fingerprint": mine, "items": len({row["id"] for row in rows}),
-            "limit": limit, "metrics": own + others,
-            "categories": [
-                {"category": found["task"], **found}
-                for found in metrics if len(by_task) > 1 and found["name"] == self.metric and found["task"]
+        overall = [label for label, task in pooled if task is None]
+        by_task = [task for label, task in pooled if label == self.metric and task is not None]
+        return Outcome(
+            rows=list(self._rows(samples)),
+            metrics=[
+                found
+                for label in sorted(overall, key=lambda label: label != self.metric)
+                if (found := record(label, pooled[label, None]))
             ],
-            "skipped": {}, "settings": settings,
-            "versions": {name: str(version) for name, version in results["versions"].items()},
-            "lm_eval": lm_eval.__version__,
-        }  # fmt: skip
-        write_whole(pa.Table.from_pylist(rows, schema=ITEMS_SCHEMA), out / f"{self.name}.parquet")
-        write_json(summary, content)
-        shutil.rmtree(parts, ignore_errors=True)
-        return self._result(content, out)
+            categories=[
+                {"category": task, **found}
+                for task in (by_task if len(samples) > 1 else ())
+                if (found := record(self.metric, pooled[self.metric, task]))
+            ],
+            settings={"name": self.name, "metric": self.metric, **self._asked(options)},
+            more={
+                "versions": {name: str(version) for name, version in results["versions"].items()},
+                "lm_eval": lm_eval.__version__,
+            },
+        )
 
     def _manager(self) -> TaskManager:
         """Knows the tasks. The harness's own are thousands of files: they are only read where they are needed."""
@@ -346,35 +320,6 @@ class HarnessTask:
                     f"eval.tasks.{self.name}.tasks: lm_eval has no {task!r}{near}; `lm_eval ls tasks` lists all"
                 )
         return manager
-
-    def _evaluate(
-        self,
-        manager: TaskManager,
-        model: OmniModel,
-        encoder: SampleEncoder,
-        cache: Path,
-        limit: int | None,
-        batch: int,
-        budget: Budget,
-        progress: bool,
-    ) -> dict[str, Any]:
-        logging.getLogger("lm_eval").setLevel(logging.WARNING)
-        try:
-            results = lm_eval.simple_evaluate(
-                model=OmniLM(model, encoder, budget=budget, batch=batch, progress=progress),
-                tasks=list(self.tasks),
-                num_fewshot=self.num_fewshot,
-                limit=limit,
-                use_cache=str(cache),
-                bootstrap_iters=0,
-                log_samples=True,
-                apply_chat_template=self.chat,
-                task_manager=manager,
-            )
-        except (FileNotFoundError, ConnectionError) as error:
-            raise ValueError(f"eval.tasks.{self.name}.tasks={list(self.tasks)}: {error}") from error
-        assert results is not None
-        return dict(results)
 
     def _rows(self, samples: dict[str, list[dict[str, Any]]]) -> Iterable[dict[str, Any]]:
         """One row per item and filter."""
@@ -397,40 +342,28 @@ class HarnessTask:
                     "score": float(value) if isinstance(value, int | float) else None,
                 }  # fmt: skip
 
-    def _metrics(
-        self, samples: dict[str, list[dict[str, Any]]], directions: dict[str, dict[str, bool]], seed: int
-    ) -> list[dict[str, Any]]:
-        """Every metric that is a mean over items, or over the parts of items, of all tasks together (``task`` None) and
-        of each. Others (perplexities) are the harness's business."""
-        pooled: dict[tuple[str, str | None], list[tuple[float, float]]] = {}
-        groups: dict[tuple[str, str | None], list[str]] = {}
-        for task, found in sorted(samples.items()):
-            for sample in found:
-                for name in sample["metrics"]:
-                    value = sample[name]
-                    parts = value if isinstance(value, list) else [value]
-                    if not all(isinstance(part, int | float) for part in parts):
-                        continue
-                    label = name if sample["filter"] == "none" else f"{name},{sample['filter']}"
-                    for key in ((label, None), (label, task)):
-                        pooled.setdefault(key, []).append((float(sum(parts)), float(len(parts))))
-                        groups.setdefault(key, []).append(f"{task}/{sample['doc_id']}")
-        records = []
-        for (name, task), statistics in pooled.items():
-            own = name.partition(",")[0]
-            higher = next((found[own] for found in directions.values() if own in found), True)
-            metric = Metric(name=name, higher_is_better=higher)
-            interval = score_interval(metric, statistics, groups[name, task], seed=seed)
-            records.append(
-                {
-                    "name": name, "task": task, "higher_is_better": higher, "percent": True, "value": interval.mean,
-                    "low": interval.low, "high": interval.high, "items": interval.n, "groups": interval.groups,
-                }
-            )  # fmt: skip
-        return records
 
-    def _result(self, content: dict[str, Any], out: Path) -> TaskResult:
-        return TaskResult(
-            name=self.name, metric=self.metric, items=content["items"], skipped=content["skipped"],
-            metrics=content["metrics"], categories=content["categories"], path=out / f"{self.name}.parquet",
-        )  # fmt: skip
+@dataclass(kw_only=True)
+class Pooled:
+    """A metric's statistics (sum and number of values) and group of each item."""
+
+    statistics: list[tuple[float, float]] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+
+
+def _pooled(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str | None], Pooled]:
+    """Every metric that is a mean over items, or over the parts of items, of all tasks together (None) and of each:
+    (name, with its filter behind a comma; task) -> items. Others (perplexities) are the harness's business."""
+    pooled: dict[tuple[str, str | None], Pooled] = defaultdict(Pooled)
+    for task, found in sorted(samples.items()):
+        for sample in found:
+            for name in sample["metrics"]:
+                value = sample[name]
+                parts = value if isinstance(value, list) else [value]
+                if not all(isinstance(part, int | float) for part in parts):
+                    continue
+                label = name if sample["filter"] == "none" else f"{name},{sample['filter']}"
+                for place in (None, task):
+                    pooled[label, place].statistics.append((float(sum(parts)), float(len(parts))))
+                    pooled[label, place].groups.append(f"{task}/{sample['doc_id']}")
+    return pooled

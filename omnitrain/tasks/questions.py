@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from omnitrain.data.sample import BadSample, Segment
-from omnitrain.tasks.tables import read_table
 from omnitrain.tasks.benchmark import (
     LETTERS,
     Benchmark,
@@ -22,6 +21,7 @@ from omnitrain.tasks.benchmark import (
     question,
     text,
 )
+from omnitrain.tasks.tables import read_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import Any
 from omnitrain.data.sample import BadSample, Message, Sample
 from omnitrain.data.shards import SampleSource
 from omnitrain.evaluation.metrics import normalise
-from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics, edits
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, text
+from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics, edits
 
 
 @dataclass(frozen=True, kw_only=True)

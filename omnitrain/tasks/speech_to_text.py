@@ -17,7 +17,6 @@ import jiwer
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-from omnitrain.tasks.tables import read_table
 from omnitrain.tasks.benchmark import (
     Answered,
     Benchmark,
@@ -31,6 +30,7 @@ from omnitrain.tasks.benchmark import (
     question,
     text,
 )
+from omnitrain.tasks.tables import read_table
 
 WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
 """Languages whose error rate counts characters."""

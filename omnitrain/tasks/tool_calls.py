@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from omnitrain.data.sample import BadSample, Message, Role, Sample
+from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, text
 from omnitrain.tasks.choices import ACCURACY
 from omnitrain.tasks.tables import read_table
-from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, text
 
 _TYPES: dict[str, type] = {
     "string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict,

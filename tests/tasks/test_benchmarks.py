@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from omnitrain.config.locations import CONF
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import write_shards
-from omnitrain.tasks import run as running
-from omnitrain.tasks.run import ITEMS_SCHEMA, StaleAnswers, run_task
+from omnitrain.tasks import task as running
+from omnitrain.tasks.results import ITEMS_SCHEMA, StaleAnswers, TaskResult
+from omnitrain.tasks.settings import RunOptions
 from omnitrain.tasks.tables import read_table
-from omnitrain.tasks.benchmark import Task
+from omnitrain.tasks.task import Task
 
 from .conftest import picture, recording, video
 
@@ -35,6 +36,10 @@ def task(name: str, path: Path | str, **changes) -> Task:
         OmegaConf.update(node, key, value)
     OmegaConf.resolve(cfg)
     return instantiate(node, _convert_="all")
+
+
+def run_task(task: Task, model, encoder, out: Path, **options) -> TaskResult:
+    return task.run(model, encoder, out, RunOptions(progress=False, **options))
 
 
 def lines(path: Path, rows: list[dict]) -> Path:
@@ -220,7 +225,7 @@ def stamps(folder: Path) -> Path:
             ),
         )  # fmt: skip
 
-    write_shards([one(i, name) for name in ("caption", "asr") for i in range(2)], folder, "stamps", progress=False)
+    write_shards([one(i, name) for name in ("caption", "asr") for i in range(2)], folder, "stamps")
     return folder
 
 
@@ -258,7 +263,7 @@ def test_every_task_of_the_configuration_is_tested():
 def test_from_files_to_scores(name, model, encoder, tmp_path):
     folder = tmp_path / "benchmark"
     folder.mkdir()
-    result = run_task(task(name, FORMATS[name](folder)), model, encoder, tmp_path / "out", progress=False)
+    result = run_task(task(name, FORMATS[name](folder)), model, encoder, tmp_path / "out")
     items, categories, metrics = EXPECTED[name]
     assert (result.items, result.skipped) == (items, {})
     assert {found["category"] for found in result.categories} == categories
@@ -280,7 +285,7 @@ def test_the_true_answer_scores_best(name, model, encoder, tmp_path, monkeypatch
         return [_reference_answer(name, item) for item in items]
 
     monkeypatch.setattr(running, "_predictions", perfect)
-    result = run_task(task(name, FORMATS[name](folder)), model, encoder, tmp_path / "out", progress=False)
+    result = run_task(task(name, FORMATS[name](folder)), model, encoder, tmp_path / "out")
     best = {"wer": 0.0, "bleu": 100.0, "cider_d": None}.get(result.metric, 1.0)
     if best is not None:
         assert result.metrics[0]["value"] == pytest.approx(best)
@@ -326,7 +331,7 @@ def test_bfcl_offers_functions_in_json_schema(tmp_path):
 
 def test_a_killed_run_goes_on_and_gives_the_same(model, encoder, tmp_path, monkeypatch):
     path = librispeech(tmp_path)
-    whole = run_task(task("librispeech", path), model, encoder, tmp_path / "a", batch=1, progress=False)
+    whole = run_task(task("librispeech", path), model, encoder, tmp_path / "a", batch=1)
     real, calls = running._predictions, []
 
     def dies(task, model, encoder, items, *rest):
@@ -337,14 +342,14 @@ def test_a_killed_run_goes_on_and_gives_the_same(model, encoder, tmp_path, monke
 
     monkeypatch.setattr(running, "_predictions", dies)
     with pytest.raises(KeyboardInterrupt):
-        run_task(task("librispeech", path), model, encoder, tmp_path / "b", batch=1, progress=False)
+        run_task(task("librispeech", path), model, encoder, tmp_path / "b", batch=1)
     assert len(list((tmp_path / "b" / "librispeech.parts").iterdir())) == 2
-    resumed = run_task(task("librispeech", path), model, encoder, tmp_path / "b", batch=1, progress=False)
+    resumed = run_task(task("librispeech", path), model, encoder, tmp_path / "b", batch=1)
     assert [n for n in calls if n] == [1, 1, 1, 1]  # one of them died; the third item alone was asked again
     assert pq.read_table(resumed.path).equals(pq.read_table(whole.path))
     assert resumed.metrics == whole.metrics
     assert not (tmp_path / "b" / "librispeech.parts").exists()
-    run_task(task("librispeech", path), model, encoder, tmp_path / "b", batch=1, progress=False)
+    run_task(task("librispeech", path), model, encoder, tmp_path / "b", batch=1)
     assert sum(calls) == 4  # nothing left to ask
 
 
@@ -352,22 +357,22 @@ def test_answers_of_other_settings_or_another_model_are_refused(model, encoder, 
     from omnitrain.models.presets import init_weights
 
     path = mmstar(tmp_path)
-    run_task(task("mmstar", path), model, encoder, tmp_path / "out", progress=False)
+    run_task(task("mmstar", path), model, encoder, tmp_path / "out")
     with pytest.raises(StaleAnswers, match=r"eval\.restart=true"):
-        run_task(task("mmstar", path, prompt="{question} Now!"), model, encoder, tmp_path / "out", progress=False)
+        run_task(task("mmstar", path, prompt="{question} Now!"), model, encoder, tmp_path / "out")
     other = task("mmstar", path, prompt="{question} Now!")
-    assert run_task(other, model, encoder, tmp_path / "out", restart=True, progress=False).items == 2
+    assert run_task(other, model, encoder, tmp_path / "out", restart=True).items == 2
     init_weights(model, seed=1)
     try:
         with pytest.raises(StaleAnswers, match="another model"):
-            run_task(other, model, encoder, tmp_path / "out", progress=False)
+            run_task(other, model, encoder, tmp_path / "out")
     finally:
         init_weights(model, seed=0)
 
 
 def test_a_changed_truth_is_asked_again_and_the_rest_is_kept(model, encoder, tmp_path, monkeypatch):
     path = mmau(tmp_path)
-    run_task(task("mmau", path), model, encoder, tmp_path / "out", progress=False)
+    run_task(task("mmau", path), model, encoder, tmp_path / "out")
     rows = json.loads(path.read_text())
     rows[1]["question"] = "And now?"
     path.write_text(json.dumps(rows))
@@ -378,7 +383,7 @@ def test_a_changed_truth_is_asked_again_and_the_rest_is_kept(model, encoder, tmp
         return real(task, model, encoder, items, *rest)
 
     monkeypatch.setattr(running, "_predictions", noted)
-    run_task(task("mmau", path), model, encoder, tmp_path / "out", progress=False)
+    run_task(task("mmau", path), model, encoder, tmp_path / "out")
     assert asked == ["q1"]
 
 
@@ -393,7 +398,7 @@ def test_bad_items_are_counted_and_told(model, encoder, tmp_path):
     (tmp_path / "test-mini-audios" / "broken.wav").write_bytes(b"RIFFxxxxWAVE")
     rows.append({**rows[0], "id": "broken", "audio_id": "./test-mini-audios/broken.wav"})
     path.write_text(json.dumps(rows))
-    result = run_task(task("mmau", path), model, encoder, tmp_path / "out", progress=False)
+    result = run_task(task("mmau", path), model, encoder, tmp_path / "out")
     assert result.items == 2
     assert {k: v for k, v in result.skipped.items() if not k.startswith("audio_")} == {
         "media_missing": 1, "row_invalid": 1, "id_twice": 1,
@@ -408,7 +413,7 @@ def test_limit_is_spread_over_the_benchmark(model, encoder, tmp_path):
         {"index": i, "question": "?", "image": picture(), "answer": "A", "category": "ab"[i // 5]} for i in range(10)
     ]
     path = parquet(tmp_path / "val.parquet", rows)
-    result = run_task(task("mmstar", path), model, encoder, tmp_path / "out", limit=4, progress=False)
+    result = run_task(task("mmstar", path), model, encoder, tmp_path / "out", limit=4)
     assert pq.read_table(result.path)["id"].to_pylist() == ["0", "2", "5", "7"]
 
 
@@ -419,7 +424,7 @@ def test_likelihood_takes_the_most_probable_option(model, encoder, tmp_path):
     from omnitrain.evaluation.teacher_forced import sample_losses
 
     bench = task("mmmu", mmmu(tmp_path), scoring="likelihood")
-    result = run_task(bench, model, encoder, tmp_path / "out", progress=False)
+    result = run_task(bench, model, encoder, tmp_path / "out")
     assert result.skipped == {"no_options": 1}  # the open question
     item = bench.benchmark.item(bench.benchmark.rows(bench.path)[0], bench.prompt)
     nats = {}
@@ -451,14 +456,14 @@ def test_what_is_not_there_is_named(name, files, message, model, encoder, tmp_pa
     if name == "mmau":
         path = tmp_path / "x.json"
     with pytest.raises((FileNotFoundError, ValueError), match=message):
-        run_task(task(name, path), model, encoder, tmp_path / "out", progress=False)
+        run_task(task(name, path), model, encoder, tmp_path / "out")
 
 
 def test_tasks_that_contradict_themselves_are_refused(tmp_path):
     with pytest.raises(Exception, match="metric 'acc' is not one of the rule's: accuracy"):
         task("mmstar", tmp_path, metric="acc")
-    with pytest.raises(Exception, match="higher_is_better of accuracy is True"):
-        task("mmstar", tmp_path, higher_is_better=False)
+    with pytest.raises(Exception, match="scoring is 'guess'; it is 'generate' or 'likelihood'"):
+        task("mmstar", tmp_path, scoring="guess")
     bench = task("mmstar", tmp_path, prompt="{questoin}")
     with pytest.raises(ValueError, match=r"fills in: \{question\}"):
         bench.benchmark.item({"index": 0, "question": "?", "image": picture(), "answer": "A"}, bench.prompt)
@@ -466,18 +471,18 @@ def test_tasks_that_contradict_themselves_are_refused(tmp_path):
 
 def test_a_smaller_limit_does_not_lose_answers(model, encoder, tmp_path, monkeypatch):
     path = librispeech(tmp_path)
-    whole = run_task(task("librispeech", path), model, encoder, tmp_path / "out", progress=False)
+    whole = run_task(task("librispeech", path), model, encoder, tmp_path / "out")
     table = pq.read_table(whole.path)
-    assert run_task(task("librispeech", path), model, encoder, tmp_path / "out", limit=1, progress=False).items == 1
+    assert run_task(task("librispeech", path), model, encoder, tmp_path / "out", limit=1).items == 1
     monkeypatch.setattr(running, "_predictions", lambda task, model, encoder, items, *_: [1 / 0 for _ in items])
-    again = run_task(task("librispeech", path), model, encoder, tmp_path / "out", progress=False)
+    again = run_task(task("librispeech", path), model, encoder, tmp_path / "out")
     assert pq.read_table(again.path).equals(table)
 
 
 def test_thoughts_are_not_scored(model, encoder, tmp_path, monkeypatch):
     said = "<think>Perhaps A? No.</think>\nC"
     monkeypatch.setattr(running, "_predictions", lambda task, model, encoder, items, *_: [said for _ in items])
-    result = run_task(task("mmstar", mmstar(tmp_path)), model, encoder, tmp_path / "out", progress=False)
+    result = run_task(task("mmstar", mmstar(tmp_path)), model, encoder, tmp_path / "out")
     assert result.metrics[0]["value"] == 1
     assert set(pq.read_table(result.path)["prediction"].to_pylist()) == {said}
 

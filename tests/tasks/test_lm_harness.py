@@ -18,7 +18,8 @@ from omnitrain.data.batch import PackedBatch
 from omnitrain.data.packing import Budget
 from omnitrain.data.sample import Message, Segment
 from omnitrain.tasks.lm_harness import HarnessTask, OmniLM, _text_sample
-from omnitrain.tasks.run import StaleAnswers
+from omnitrain.tasks.results import StaleAnswers, model_fingerprint
+from omnitrain.tasks.settings import RunOptions
 
 MMLU = """\
 task: toy_mmlu
@@ -81,6 +82,9 @@ def files(tmp_path) -> Path:
         content = text.replace("FOLDER", str(tmp_path)).replace("INCLUDE", str(include))
         (tasks / f"toy_{name}.yaml").write_text(content)
     return tasks
+
+
+QUIET = RunOptions(progress=False)
 
 
 def requests(*arguments: tuple) -> list:
@@ -185,23 +189,19 @@ def test_registered_by_name(model, encoder, files):
 def test_tasks_of_the_harness_write_what_ours_do(model, encoder, files, tmp_path):
     out = tmp_path / "out"
     task = HarnessTask(name="mmlu", tasks=["toy_mmlu"], metric="acc", path=str(files))
-    result = task.run(model, encoder, out, progress=False)
+    result = task.run(model, encoder, out, QUIET)
     rows = pq.read_table(out / "mmlu.parquet").to_pylist()
     assert len(rows) == result.items == 5
     assert result.metrics[0]["name"] == "acc"
     assert result.metrics[0]["value"] == pytest.approx(np.mean([row["score"] for row in rows]))
     assert all((row["prediction"] == "ABCD"[int(row["reference"])]) == bool(row["score"]) for row in rows)
     assert not (out / "mmlu.parts").exists()
-    assert task.run(None, None, out, fingerprint=_fingerprint_of(model, encoder), progress=False) == result  # not again
+    assert (
+        task.run(None, None, out, RunOptions(fingerprint=model_fingerprint(model, encoder), progress=False)) == result
+    )  # not again
     with pytest.raises(StaleAnswers, match="restart"):
-        task.run(model, encoder, out, limit=2, progress=False)
-    assert task.run(model, encoder, out, limit=2, restart=True, progress=False).items == 2
-
-
-def _fingerprint_of(model, encoder) -> str:
-    from omnitrain.tasks.run import model_fingerprint
-
-    return model_fingerprint(model, encoder)
+        task.run(model, encoder, out, RunOptions(limit=2, progress=False))
+    assert task.run(model, encoder, out, RunOptions(limit=2, restart=True, progress=False)).items == 2
 
 
 def test_generation_tasks_and_interruption(model, encoder, files, tmp_path, monkeypatch):
@@ -218,8 +218,8 @@ def test_generation_tasks_and_interruption(model, encoder, files, tmp_path, monk
 
     monkeypatch.setattr(lm_harness, "answer_prompts", dies)
     with pytest.raises(KeyboardInterrupt):
-        task.run(model, encoder, tmp_path / "out", batch=1, progress=False)
-    result = task.run(model, encoder, tmp_path / "out", batch=1, progress=False)
+        task.run(model, encoder, tmp_path / "out", RunOptions(batch=1, progress=False))
+    result = task.run(model, encoder, tmp_path / "out", RunOptions(batch=1, progress=False))
     assert calls == [1, 1, 1, 1]  # the first two came from the cache
     assert (result.items, result.metrics[0]["name"]) == (3, "exact_match,flexible-extract")
     rows = pq.read_table(tmp_path / "out" / "gsm8k.parquet").to_pylist()
@@ -240,7 +240,7 @@ def test_ifeval_strict_and_loose(model, encoder, files, tmp_path, monkeypatch):
     task = HarnessTask(
         name="ifeval", tasks=["toy_ifeval"], metric="prompt_level_strict_acc", path=str(files), num_fewshot=0, chat=True
     )
-    result = task.run(model, encoder, tmp_path / "out", progress=False)
+    result = task.run(model, encoder, tmp_path / "out", QUIET)
     values = {found["name"]: found["value"] for found in result.metrics}
     assert values["prompt_level_strict_acc"] == 0.5
     assert values["inst_level_strict_acc"] == pytest.approx(2 / 3)  # of three instructions, not the mean of means
@@ -250,8 +250,8 @@ def test_ifeval_strict_and_loose(model, encoder, files, tmp_path, monkeypatch):
 
 def test_unknown_tasks_and_metrics_are_named(model, encoder, files, tmp_path):
     with pytest.raises(ValueError, match="no_such_task"):
-        HarnessTask(name="x", tasks=["no_such_task"], metric="acc").run(model, encoder, tmp_path, progress=False)
+        HarnessTask(name="x", tasks=["no_such_task"], metric="acc").run(model, encoder, tmp_path, QUIET)
     assert not (tmp_path / "x.parts").exists()
     wrong = HarnessTask(name="x", tasks=["toy_mmlu"], metric="accuracy", path=str(files))
     with pytest.raises(ValueError, match=r"eval\.tasks\.x\.metric=accuracy: these tasks have acc"):
-        wrong.run(model, encoder, tmp_path, progress=False)
+        wrong.run(model, encoder, tmp_path, QUIET)

@@ -11,6 +11,7 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
 from omnitrain.evaluation.metrics import bootstrap_interval
+from omnitrain.tasks.benchmark import Answered, Metric, score_interval
 from omnitrain.tasks.captions import AudioCaptionRule, cider_d, mentioned
 from omnitrain.tasks.choices import (
     MathVistaRule,
@@ -25,7 +26,6 @@ from omnitrain.tasks.choices import (
     string_match,
 )
 from omnitrain.tasks.speech_to_text import ErrorRate, Translation
-from omnitrain.tasks.benchmark import Answered, Metric, score_interval
 from omnitrain.tasks.tool_calls import calls_match, parse_calls
 
 OPTIONS = ["a red car", "a blue bicycle", "two dogs", "none of them"]

@@ -1,0 +1,233 @@
+"""A benchmark put together in a YAML file of ``conf/eval``, and its run: answers first, then scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from omnitrain.data.batch import EncodedSample
+from omnitrain.data.encode import SampleEncoder
+from omnitrain.data.sample import BadSample, Message, Segment
+from omnitrain.data.shards import MediaReader
+from omnitrain.evaluation.answers import Decoding, answer_prompts
+from omnitrain.evaluation.heldout import prompt_text
+from omnitrain.evaluation.progress import progress_bar
+from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, sample_losses
+from omnitrain.models.omni import OmniModel
+from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule
+from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, measured
+from omnitrain.tasks.settings import RunOptions
+
+_MOST_DETAILS = 20  # skipped items that are named one by one in NAME.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(RunnableTask):
+    """A benchmark ready to be run.
+
+    Args:
+        name, metric: see `RunnableTask`; the metric is one of the rule's.
+        path: file, folder or Hub name that `benchmark` reads.
+        benchmark: reads rows.
+        prompt: what is asked; fields such as ``{question}`` and ``{options}`` are those that the benchmark fills in.
+        rule: scores answers.
+        decoding: how answers are generated.
+        scoring: ``generate``, or ``likelihood``: the answer is the option that the model finds most probable.
+
+    Raises:
+        ValueError: metric or scoring do not fit.
+    """
+
+    benchmark: Benchmark
+    prompt: str
+    rule: Rule
+    decoding: Decoding = field(default_factory=Decoding)
+    scoring: Literal["generate", "likelihood"] = "generate"
+
+    def __post_init__(self) -> None:
+        known = [metric.name for metric in self.rule.metrics]
+        if self.metric not in known:
+            raise ValueError(f"task {self.name}: metric {self.metric!r} is not one of the rule's: {', '.join(known)}")
+        if self.scoring not in ("generate", "likelihood"):
+            raise ValueError(f"task {self.name}: scoring is {self.scoring!r}; it is 'generate' or 'likelihood'")
+
+    def check(self) -> None:
+        if not self.path:
+            raise ValueError(f"eval.tasks.{self.name}.path: name the benchmark's file or folder with eval.path=PATH")
+
+    def decides(self, options: RunOptions) -> list[Any]:
+        """The rule does not decide an answer, so that answers can be scored anew."""
+        return [{name: value for name, value in self._settings().items() if name != "rule"}]
+
+    def _settings(self) -> dict[str, str]:
+        names = ("path", "benchmark", "prompt", "rule", "decoding", "scoring")
+        return {name: repr(getattr(self, name)) for name in names}
+
+    def find_out(self, model: OmniModel, encoder: SampleEncoder, files: TaskFiles, options: RunOptions) -> Outcome:
+        assert self.path is not None
+        done = files.answers()
+        rows = self.benchmark.rows(self.path)
+        if not len(rows):
+            raise ValueError(f"task {self.name}: {self.path} holds no rows")
+        count = len(rows) if options.limit is None else min(options.limit, len(rows))
+        media = MediaReader(self.benchmark.media_folder(self.path))
+        skipped: Counter[str] = Counter()
+        details: list[str] = []
+        answers: dict[str, dict[str, str]] = {}
+        waiting: dict[str, tuple[Item, dict[str, str]]] = {}
+
+        def bad(error: BadSample, place: str) -> None:
+            skipped[error.reason] += 1
+            if len(details) < _MOST_DETAILS:
+                details.append(f"{place}: {error}")
+
+        def flush() -> None:
+            predictions = _predictions(self, model, encoder, [item for item, _ in waiting.values()], media, bad)
+            new = [
+                {**row, "prediction": prediction}
+                for (_, row), prediction in zip(waiting.values(), predictions, strict=True)
+                if prediction is not None
+            ]
+            files.append(new)
+            answers.update({row["id"]: row for row in new})
+            bar.advance(ticker, len(waiting))
+            waiting.clear()
+
+        plain = f"{self.name}: {count} of {len(rows)} items, {len(done)} answered before"
+        with progress_bar(options.progress, plain) as bar:
+            ticker = bar.add_task(self.name, total=count)
+            for number in range(count):
+                index = number * len(rows) // count
+                try:
+                    item = self.benchmark.item(rows[index], self.prompt)
+                    row = _row(item)
+                    if row["id"] in answers or row["id"] in waiting:
+                        raise BadSample("id_twice", f"{row['id']} names two rows")
+                except BadSample as error:
+                    bad(error, f"row {index}")
+                    bar.advance(ticker)
+                    continue
+                if (before := done.get(row["id"])) and before["digest"] == row["digest"]:
+                    answers[row["id"]] = before
+                    bar.advance(ticker)
+                    continue
+                waiting[row["id"]] = item, row
+                if len(waiting) >= options.batch:
+                    flush()
+            flush()
+        if not answers:
+            raise ValueError(
+                f"task {self.name}: none of {count} rows could be used; {dict(skipped)}; first: {details[0]}"
+            )
+        return replace(
+            self._scored(list(answers.values()), options.seed),
+            skipped=skipped,
+            more={"rows": len(rows), "skipped_details": details},
+            unused=[row for id, row in done.items() if id not in answers],
+        )
+
+    def _scored(self, rows: list[dict[str, str]], seed: int) -> Outcome:
+        scored = self.rule.score(
+            [
+                Answered(id=row["id"], truth=json.loads(row["truth"]), prediction=_after_thinking(row["prediction"]))
+                for row in rows
+            ]
+        )
+        own = next(metric for metric in self.rule.metrics if metric.name == self.metric)
+
+        def record(metric: Metric, category: str | None = None) -> dict[str, Any] | None:
+            told = [
+                (found.statistics[metric.name], row["group"])
+                for row, found in zip(rows, scored, strict=True)
+                if metric.name in found.statistics and category in (None, row["category"])
+            ]
+            return measured(metric, [values for values, _ in told], [group for _, group in told], seed=seed)
+
+        return Outcome(
+            rows=[
+                {**row, "answer": found.answer, "score": _alone(own, found.statistics.get(own.name))}
+                for row, found in zip(rows, scored, strict=True)
+            ],
+            metrics=[found for metric in self.rule.metrics if (found := record(metric))],
+            categories=[
+                {"category": name, **found}
+                for name in sorted({row["category"] for row in rows} - {""})
+                if (found := record(own, name))
+            ],
+            settings=self._settings(),
+        )
+
+
+def _row(item: Item) -> dict[str, str]:
+    sample = item.sample
+    row = {
+        "id": sample.id, "category": item.category, "group": item.group or sample.id, "prompt": prompt_text(sample),
+        "reference": sample.reference, "truth": json.dumps(item.truth, ensure_ascii=False, sort_keys=True),
+    }  # fmt: skip
+    content = [row["prompt"], row["truth"], *item.options, *sorted(sample.meta.values())]
+    return {**row, "digest": hashlib.blake2b("\0".join(content).encode(), digest_size=8).hexdigest()}
+
+
+def _predictions(
+    task: Task,
+    model: OmniModel,
+    encoder: SampleEncoder,
+    items: Sequence[Item],
+    media: MediaReader,
+    bad: Callable[[BadSample, str], None],
+) -> list[str | None]:
+    """The answer to each item; None for those that cannot be asked, which `bad` is told about."""
+    found: list[str | None] = [None] * len(items)
+    prompts: list[tuple[int, EncodedSample]] = []
+    for index, item in enumerate(items):
+        try:
+            if task.scoring == "likelihood":
+                found[index] = _likeliest(model, encoder, item, media)
+            else:
+                prompts.append((index, encoder.encode_prompt(item.sample, media)))
+        except BadSample as error:
+            bad(error, item.sample.id)
+    answers = answer_prompts(
+        model, encoder.tokenizer, [prompt for _, prompt in prompts], decoding=task.decoding, budget=DEFAULT_BUDGET
+    )
+    for (index, _), answer in zip(prompts, answers, strict=True):
+        found[index] = answer
+    return found
+
+
+def _likeliest(model: OmniModel, encoder: SampleEncoder, item: Item, media: MediaReader) -> str:
+    """The option with the highest log-probability as the answer, its end included."""
+    if not item.options:
+        raise BadSample("no_options", "scoring=likelihood needs options, and this item has none; use scoring=generate")
+    held: dict[int, bytes] = {}
+
+    def media_bytes(segment: Segment) -> bytes:  # every option asks for the same media
+        if id(segment) not in held:
+            held[id(segment)] = media(segment)
+        return held[id(segment)]
+
+    def answered(option: str) -> EncodedSample:
+        answer = Message(role="assistant", segments=(Segment(type="text", text=option),))
+        return encoder(replace(item.sample, messages=(*item.sample.messages[:-1], answer)), media_bytes)
+
+    losses = sample_losses(model, map(answered, item.options))
+    return item.options[int(np.argmin([loss.nats for loss in losses]))]
+
+
+def _after_thinking(prediction: str) -> str:
+    """What a model answers once it has thought; thoughts are kept in the file, but not scored."""
+    return prediction.rpartition("</think>")[2].strip()
+
+
+def _alone(metric: Metric, statistics: tuple[float, ...] | None) -> float | None:
+    if statistics is None:
+        return None
+    value = metric.combine(np.asarray(statistics, dtype=np.float64))
+    return None if math.isnan(value) else value
