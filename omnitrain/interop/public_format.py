@@ -24,13 +24,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from omnitrain.models.aut import AuTConfig
-from omnitrain.models.code2wav import Code2WavConfig
-from omnitrain.models.mtp import MTPConfig
-from omnitrain.models.omni import OmniConfig, OmniModel
-from omnitrain.models.talker import TalkerConfig
-from omnitrain.models.thinker import ThinkerConfig
-from omnitrain.models.vision import VisionConfig
+from omnitrain.models.omni import OmniModel
+from omnitrain.models.sizes import (
+    AuTConfig,
+    Code2WavConfig,
+    MTPConfig,
+    OmniConfig,
+    TalkerConfig,
+    ThinkerConfig,
+    VisionConfig,
+)
 
 FULL, THINKER = "Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration"
 Layout = Literal["full", "thinker"]
@@ -374,7 +377,6 @@ def _text_config(c: _Section, accept_hidden_layer: int) -> ThinkerConfig:
         norm_eps=c["rms_norm_eps"],
         attention_bias=c.get("attention_bias", False),
         accept_hidden_layer=accept_hidden_layer,
-        balance_coefficient=c.get("router_aux_loss_coef", 0.001),
         max_positions=c["max_position_embeddings"],
     )
 
@@ -423,7 +425,6 @@ def _talker_config(c: _Section) -> TalkerConfig:
         rope_theta=theta,
         norm_eps=text["rms_norm_eps"],
         attention_bias=text.get("attention_bias", False),
-        balance_coefficient=text.get("router_aux_loss_coef", 0.001),
         max_positions=text["max_position_embeddings"],
         thinker_dim=c["thinker_hidden_size"],
         projection_width=text["intermediate_size"],
@@ -553,7 +554,7 @@ def public_config(config: OmniConfig, layout: Layout, dtype: torch.dtype = torch
             "rope_parameters": _public_rope(t.rope_theta, t.mrope_sections),
             "rms_norm_eps": t.norm_eps,
             "attention_bias": t.attention_bias,
-            "router_aux_loss_coef": t.balance_coefficient,
+            "router_aux_loss_coef": 0.001,  # the public value; ours is `module.loss.balance_coefficient`
             "max_position_embeddings": t.max_positions,
             "hidden_act": "silu",
         },
@@ -641,7 +642,7 @@ def _public_talker(config: OmniConfig, t: TalkerConfig, dtype: str) -> dict[str,
             "rope_parameters": _public_rope(t.rope_theta, t.mrope_sections),
             "rms_norm_eps": t.norm_eps,
             "attention_bias": t.attention_bias,
-            "router_aux_loss_coef": t.balance_coefficient,
+            "router_aux_loss_coef": 0.001,  # the public value; ours is `module.loss.balance_coefficient`
             "max_position_embeddings": t.max_positions,
             "hidden_act": "silu",
         },

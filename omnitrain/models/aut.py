@@ -6,7 +6,6 @@ Parameter names equal those of the public checkpoint below `thinker.audio_tower.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,47 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from omnitrain.models.layers.attention import varlen_attention
+from omnitrain.models.sizes import AuTConfig
 
 CHUNKS_PER_CONVOLUTION = 64
 """One-second chunks convolved at once: bounds the memory of long recordings (about 12 MB a chunk at full size)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuTConfig:
-    """Sizes of AuT; the defaults are the public ones. Beside them the public configuration's names where they differ.
-
-    Attributes:
-        d_model, layers, heads, ffn: the transformer (`encoder_layers`, `encoder_attention_heads`, `encoder_ffn_dim`)
-        out_dim: width of the features, that of the Thinker (`output_dim`)
-        conv_hidden: channels of the three convolutions (`downsample_hidden_size`)
-        n_mels: mel bands (`num_mel_bins`)
-        chunk_frames: mel frames per convolution chunk, 100 = 1 s (`n_window` * 2)
-        window_frames: longest stretch of mel frames that attention spans, 800 = 8 s (`n_window_infer`)
-    """
-
-    d_model: int = 1280
-    layers: int = 32
-    heads: int = 20
-    ffn: int = 5120
-    out_dim: int = 2048
-    conv_hidden: int = 480
-    n_mels: int = 128
-    chunk_frames: int = 100
-    window_frames: int = 800
-
-    def __post_init__(self) -> None:
-        if self.d_model % self.heads:
-            raise ValueError(f"AuTConfig: d_model ({self.d_model}) must be a multiple of heads ({self.heads})")
-        if self.d_model % 2 or self.d_model < 4:
-            raise ValueError(f"AuTConfig: d_model ({self.d_model}) must be even and at least 4 for the sinusoids")
-        _whole_chunks(self.window_frames, self.chunk_frames)
-
-
-def _whole_chunks(window_frames: int, chunk_frames: int) -> int:
-    chunks, rest = divmod(window_frames, chunk_frames)
-    if rest or chunks < 1:
-        raise ValueError(f"window_frames ({window_frames}) must be a positive multiple of {chunk_frames} frames")
-    return chunks
 
 
 class AuTAttention(nn.Module):
@@ -156,7 +118,7 @@ class AuTEncoder(nn.Module):
         for i, n in enumerate(lengths):
             if n < 1:
                 raise ValueError(f"mel_lengths[{i}] is {n}: a recording without frames")
-        chunks_per_window = _whole_chunks(window_frames or config.window_frames, config.chunk_frames)
+        chunks_per_window = config.chunks(window_frames or config.window_frames)
         if not lengths:
             return self.proj2.weight.new_zeros(0, config.out_dim)
 

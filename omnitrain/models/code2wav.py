@@ -5,11 +5,10 @@ Parameter names equal those of the public checkpoint below `code2wav.`, so weigh
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, cast, get_args
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,118 +21,17 @@ from omnitrain.models.layers.causal_conv import (
     CausalConvTranspose1d,
     ConvState,
     StreamingModule,
-    Trim,
     init_states,
     step_through,
 )
 from omnitrain.models.layers.norms import RMSNorm
+from omnitrain.models.sizes import Code2WavConfig, TransformerConfig
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, fp32 [T, head_dim / 2]."""
 
 DILATIONS = (1, 3, 9)
 """Of the residual units behind each upsampling: kernel 7 thrice spans 79 columns."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Sizes of a `SlidingWindowTransformer`; `Code2WavConfig` says what the fields mean."""
-
-    d_model: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    window: int
-    layer_scale: float = 0.01
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_positive(self)
-        if self.d_model % (2 * self.heads):
-            raise ValueError(f"d_model ({self.d_model}) must be a multiple of 2 * heads (2 * {self.heads})")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.heads
-
-
-@dataclass(frozen=True, kw_only=True)
-class Code2WavConfig:
-    """Sizes of Code2Wav; the defaults are the public ones. Beside them the public configuration's names where they
-    differ.
-
-    Attributes:
-        quantizers, codebook_size: codes per frame, and values of a code (`num_quantizers`)
-        d_model, layers, heads, kv_heads, ffn: the transformer over frames (`hidden_size`, `num_hidden_layers`,
-            `num_attention_heads`, `num_key_value_heads`, `intermediate_size`)
-        window: frames that a frame sees, itself included (`sliding_window`)
-        layer_scale: where the learned scales of the transformer's branches start (`layer_scale_initial_scale`)
-        rope_theta: base of the rotary frequencies
-        norm_eps: of the transformer's norms (`rms_norm_eps`)
-        upsampling_ratios: first upsamplings, each followed by a ConvNeXt block, at width d_model
-        decoder_dim: channels behind them; halved by each of
-        upsample_rates: the upsamplings to samples
-        trim: "public" cuts both ends of a transposed convolution's output as the public model does, so that the
-            waveform is 555 samples short at public size; "causal" cuts the end alone, so that every frame gives
-            `samples_per_frame` samples
-    """
-
-    quantizers: int = 16
-    codebook_size: int = 2048
-    d_model: int = 1024
-    layers: int = 8
-    heads: int = 16
-    kv_heads: int = 16
-    ffn: int = 3072
-    window: int = 72
-    layer_scale: float = 0.01
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    upsampling_ratios: tuple[int, ...] = (2, 2)
-    decoder_dim: int = 1536
-    upsample_rates: tuple[int, ...] = (8, 5, 4, 3)
-    trim: Trim = "public"
-
-    def __post_init__(self) -> None:
-        check_positive(self)
-        if self.trim not in get_args(Trim):
-            raise ValueError(f"Code2WavConfig: trim is {self.trim!r}; expected one of {get_args(Trim)}")
-        halvings = len(self.upsample_rates)
-        if self.decoder_dim % 2**halvings:
-            raise ValueError(
-                f"Code2WavConfig: decoder_dim ({self.decoder_dim}) is halved by each of the {halvings} upsample_rates; "
-                f"it must be a multiple of {2**halvings}"
-            )
-        _ = self.transformer  # checks its sizes
-
-    @property
-    def transformer(self) -> TransformerConfig:
-        return TransformerConfig(**{f.name: getattr(self, f.name) for f in fields(TransformerConfig)})
-
-    @property
-    def samples_per_frame(self) -> int:
-        """1920 at public size: 80 ms at 24 kHz."""
-        return math.prod(self.upsampling_ratios) * math.prod(self.upsample_rates)
-
-    def samples(self, frames: int) -> int:
-        """Samples that `frames` frames give: frames * samples_per_frame, less what the public trim cuts."""
-        n = frames * math.prod(self.upsampling_ratios)
-        for rate in self.upsample_rates:
-            n = n * rate - (rate if self.trim == "public" else 0)
-        return max(n, 0)
-
-
-def check_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
-    """ValueError that names the first field of a dataclass whose number, or one of whose numbers, is not positive."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, Sequence) else (value,):
-            if isinstance(number, int | float) and number <= 0 and not (number == 0 and field.name in may_be_zero):
-                raise ValueError(f"{type(config).__name__}: {field.name} is {value}; it must be positive")
 
 
 # ---------------------------------------------------------------------------------------------------------- transformer
@@ -158,13 +56,13 @@ class TransformerState:
 class SlidingWindowAttention(nn.Module):
     """Causal multi-head attention with rotary positions; which frames a frame sees is the mask's business."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, dim: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.d_model, config.kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, config.kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.heads * config.head_dim, config.d_model, bias=False)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, dim // config.heads
+        self.q_proj = nn.Linear(dim, config.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, config.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, config.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * self.head_dim, dim, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor, past: KVState | None) -> Tensor:
         """x [B, T, D], mask bool [T, keys] -> [B, T, D]; with a `past` its frames stand before x, and it moves on."""
@@ -184,11 +82,11 @@ class SlidingWindowAttention(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x)"""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, dim: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.ffn, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.ffn, bias=False)
-        self.down_proj = nn.Linear(config.ffn, config.d_model, bias=False)
+        self.gate_proj = nn.Linear(dim, config.ffn, bias=False)
+        self.up_proj = nn.Linear(dim, config.ffn, bias=False)
+        self.down_proj = nn.Linear(config.ffn, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -210,14 +108,14 @@ class LayerScale(nn.Module):
 class TransformerLayer(nn.Module):
     """x + scale * attention(norm x), then x + scale * mlp(norm x)."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, dim: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.self_attn = SlidingWindowAttention(config)
-        self.self_attn_layer_scale = LayerScale(config.d_model, config.layer_scale)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = SwiGLU(config)
-        self.mlp_layer_scale = LayerScale(config.d_model, config.layer_scale)
+        self.input_layernorm = RMSNorm(dim, config.norm_eps)
+        self.self_attn = SlidingWindowAttention(config, dim)
+        self.self_attn_layer_scale = LayerScale(dim, config.layer_scale)
+        self.post_attention_layernorm = RMSNorm(dim, config.norm_eps)
+        self.mlp = SwiGLU(config, dim)
+        self.mlp_layer_scale = LayerScale(dim, config.layer_scale)
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor, past: KVState | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -231,11 +129,12 @@ class SlidingWindowTransformer(nn.Module):
     Rotary positions count from the first frame of the stream and keep counting; only their differences matter.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, dim: int) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList([TransformerLayer(config) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head_dim = dim // config.heads
+        self.layers = nn.ModuleList([TransformerLayer(config, dim) for _ in range(config.layers)])
+        self.norm = RMSNorm(dim, config.norm_eps)
         self.activation_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,7 +146,7 @@ class SlidingWindowTransformer(nn.Module):
 
     def init_state(self, batch: int) -> TransformerState:
         c = self.config
-        empty = self.norm.weight.new_zeros(batch, c.kv_heads, c.window - 1, c.head_dim)
+        empty = self.norm.weight.new_zeros(batch, c.kv_heads, c.window - 1, self.head_dim)
         return TransformerState([KVState(empty, empty) for _ in self.layers])
 
     def step(self, x: Tensor, state: TransformerState) -> Tensor:
@@ -263,7 +162,7 @@ class SlidingWindowTransformer(nn.Module):
         config = self.config
         key = torch.arange(first - past, first + x.shape[1], device=x.device)
         query = key[past:]
-        exponent = torch.arange(0, config.head_dim, 2, device=x.device).float() / config.head_dim
+        exponent = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
         angle = query.float()[:, None] / config.rope_theta**exponent
         distance = query[:, None] - key
         mask = (distance >= 0) & (distance < config.window) & (key >= 0)  # before frame 0 the state is empty
@@ -392,7 +291,7 @@ class ResidualUnit(StreamingModule):
 class DecoderBlock(StreamingModule):
     """Upsampling by `rate` to half the channels, then three residual units: [B, C, T] -> [B, C / 2, T * rate]."""
 
-    def __init__(self, channels: int, rate: int, trim: Trim) -> None:
+    def __init__(self, channels: int, rate: int, trim: str) -> None:
         super().__init__()
         self.block = nn.ModuleList(
             [
@@ -496,7 +395,7 @@ class Code2Wav(nn.Module):
         self.config = config
         d, trim = config.d_model, config.trim
         self.code_embedding = nn.Embedding(config.quantizers * config.codebook_size, d)
-        self.pre_transformer = SlidingWindowTransformer(config.transformer)
+        self.pre_transformer = SlidingWindowTransformer(config, d)
         self.upsample = nn.ModuleList(
             nn.ModuleList([CausalConvTranspose1d(d, d, ratio, stride=ratio, trim=trim), ConvNeXtBlock(d)])
             for ratio in config.upsampling_ratios

@@ -7,8 +7,7 @@ decoder is a `Code2Wav`, so that a trained codec is at the same time the last pa
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,102 +18,15 @@ from torch import Tensor, nn
 from omnitrain.models.code2wav import (
     DILATIONS,
     Code2Wav,
-    Code2WavConfig,
     ConvNeXtBlock,
     ResidualUnit,
     SlidingWindowTransformer,
     SnakeBeta,
-    TransformerConfig,
     TransformerState,
-    check_positive,
     run,
 )
 from omnitrain.models.layers.causal_conv import CausalConv1d, StreamingModule, init_states, step_through
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodecConfig:
-    """Sizes of the codec. Latents are as wide as the decoder's frames, D = decoder.d_model, and the decoder also says
-    how many codes there are and of how many values.
-
-    Attributes:
-        encoder_dim: channels behind the first convolution; doubled by each of
-        downsample_rates: the encoder's downsamplings from samples, `decoder.upsample_rates` in reverse
-        downsampling_ratios: its last downsamplings, at width D, `decoder.upsampling_ratios` in reverse
-        layers, heads, kv_heads, ffn, window, layer_scale, rope_theta, norm_eps: the encoder's transformer, as in
-            `Code2WavConfig`
-        codebook_dim: width in which vectors are compared with the codebooks
-        decay: of the codebooks' moving averages, per update
-        revive_below: a code whose average use falls below this part of the mean use is replaced
-        dropout: share of the training samples that are decoded from a random number of codebooks
-        kmeans_steps: of the codebooks' initialisation on the first batch
-    """
-
-    encoder_dim: int = 64
-    downsample_rates: tuple[int, ...] = (3, 4, 5, 8)
-    downsampling_ratios: tuple[int, ...] = (2, 2)
-    layers: int = 8
-    heads: int = 16
-    kv_heads: int = 16
-    ffn: int = 3072
-    window: int = 72
-    layer_scale: float = 0.01
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    codebook_dim: int = 256
-    decay: float = 0.99
-    revive_below: float = 0.1
-    dropout: float = 0.5
-    kmeans_steps: int = 10
-    decoder: Code2WavConfig = field(default_factory=lambda: Code2WavConfig(trim="causal"))
-
-    def __post_init__(self) -> None:
-        check_positive(self, may_be_zero=("decay", "revive_below", "dropout", "kmeans_steps"))
-        for name in ("decay", "revive_below", "dropout"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"CodecConfig: {name} is {getattr(self, name)}; it must lie within 0..1")
-        if self.samples_per_frame != self.decoder.samples_per_frame:
-            raise ValueError(
-                f"CodecConfig: downsample_rates {self.downsample_rates} and downsampling_ratios "
-                f"{self.downsampling_ratios} make frames of {self.samples_per_frame} samples, the decoder of "
-                f"{self.decoder.samples_per_frame}"
-            )
-        if self.quantizers < 2:
-            raise ValueError(
-                f"CodecConfig: decoder.quantizers is {self.quantizers}; one semantic and one more at least"
-            )
-        _ = self.transformer  # checks its sizes
-
-    @property
-    def d_model(self) -> int:
-        return self.decoder.d_model
-
-    @property
-    def quantizers(self) -> int:
-        return self.decoder.quantizers
-
-    @property
-    def codebook_size(self) -> int:
-        return self.decoder.codebook_size
-
-    @property
-    def transformer(self) -> TransformerConfig:
-        return TransformerConfig(
-            d_model=self.d_model,
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            ffn=self.ffn,
-            window=self.window,
-            layer_scale=self.layer_scale,
-            rope_theta=self.rope_theta,
-            norm_eps=self.norm_eps,
-        )
-
-    @property
-    def samples_per_frame(self) -> int:
-        return math.prod(self.downsample_rates) * math.prod(self.downsampling_ratios)
-
+from omnitrain.models.sizes import CodecConfig
 
 # -------------------------------------------------------------------------------------------------------------- encoder
 
@@ -173,7 +85,7 @@ class CodecEncoder(nn.Module):
         for ratio in config.downsampling_ratios:
             stages += [ConvNeXtBlock(d), CausalConv1d(d, d, 2 * ratio, stride=ratio)]
         self.stages = nn.ModuleList(stages)
-        self.transformer = SlidingWindowTransformer(config.transformer)
+        self.transformer = SlidingWindowTransformer(config, d)
         self.activation_checkpointing = False
 
     def forward(self, wav: Tensor) -> Tensor:

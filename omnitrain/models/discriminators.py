@@ -6,7 +6,6 @@ spectrograms at several resolutions show smeared harmonics and missing noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -15,25 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-
-@dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig:
-    """
-    Attributes:
-        periods: of the period discriminators, in samples. Primes, so that their folds overlap as little as possible.
-        period_width: channels after the first convolution of a period discriminator; doubled by each, up to 16 times.
-        stft_windows: of the STFT discriminators, in samples; the hop is a quarter.
-        stft_width: channels of an STFT discriminator.
-    """
-
-    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
-    period_width: int = 32
-    stft_windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
-    stft_width: int = 32
-
-    def __post_init__(self) -> None:
-        if not self.periods and not self.stft_windows:
-            raise ValueError("discriminator.periods and discriminator.stft_windows are both empty: nothing would judge")
+from omnitrain.models.sizes import DiscriminatorConfig
 
 
 class PeriodDiscriminator(nn.Module):

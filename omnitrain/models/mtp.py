@@ -13,7 +13,6 @@ So many frames are a batch without padding, and generation is Q - 1 steps of fix
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -25,42 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from omnitrain.models.layers.decoder import Attention, DenseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.rope import tm_rope
-
-
-@dataclass(frozen=True, kw_only=True)
-class MTPConfig:
-    """The defaults are the public checkpoint's; its names stand beside ours where they differ.
-
-    Attributes:
-        d_model: width, the same as the Talker's (`hidden_size`)
-        heads, kv_heads, head_dim: grouped-query attention
-        ffn: width of the SwiGLU (`intermediate_size`)
-        codebooks: codes of a frame, the Talker's included (`num_code_groups`)
-        codebook_size: codes per codebook (`vocab_size`)
-        rope_theta: base of the rotary frequencies (one id per position: no TM-RoPE here)
-        max_positions: written to the public configuration, not read (`max_position_embeddings`)
-    """
-
-    d_model: int = 1024
-    layers: int = 5
-    heads: int = 16
-    kv_heads: int = 8
-    head_dim: int = 128
-    ffn: int = 3072
-    codebooks: int = 16
-    codebook_size: int = 2048
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
-    attention_bias: bool = False
-    max_positions: int = 32768
-
-    def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"mtp.heads ({self.heads}) must be a multiple of mtp.kv_heads ({self.kv_heads})")
-        if self.head_dim % 2:
-            raise ValueError(f"mtp.head_dim ({self.head_dim}) must be even: rotary positions turn pairs")
-        if self.codebooks < 2:
-            raise ValueError(f"mtp.codebooks ({self.codebooks}) must be at least 2: the Talker predicts the first")
+from omnitrain.models.sizes import MTPConfig
 
 
 class MTPLayer(nn.Module):

@@ -6,85 +6,24 @@ The only file of `models/` that knows all of the parts.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from operator import attrgetter
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from omnitrain.models.aut import AuTConfig, AuTEncoder
-from omnitrain.models.code2wav import Code2Wav, Code2WavConfig
+from omnitrain.models.aut import AuTEncoder
+from omnitrain.models.code2wav import Code2Wav
 from omnitrain.models.layers.decoder import KVCache
-from omnitrain.models.talker import Talker, TalkerConfig
-from omnitrain.models.thinker import Thinker, ThinkerConfig, ThinkerOutput
-from omnitrain.models.vision import VisionConfig, VisionEncoder
+from omnitrain.models.sizes import OmniConfig
+from omnitrain.models.talker import Talker
+from omnitrain.models.thinker import Thinker, ThinkerOutput
+from omnitrain.models.vision import VisionEncoder
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3
 """Values of `token_types` where an encoder's feature stands (the same numbers as in `data/batch.py`; 0 is a word)."""
 
 OmniOutput = ThinkerOutput
 """hidden [N, D], accept_hidden [N, D], router_counts [L, E], router_prob_sums [L, E]."""
-
-PUBLIC_SPECIAL_TOKENS: Mapping[str, int] = {
-    "<|im_start|>": 151644,
-    "<|im_end|>": 151645,
-    "<|vision_start|>": 151652,
-    "<|vision_end|>": 151653,
-    "<|image_pad|>": 151655,
-    "<|video_pad|>": 151656,
-    "<|audio_start|>": 151669,
-    "<|audio_end|>": 151670,
-    "<tts_pad>": 151671,
-    "<tts_text_bos>": 151672,
-    "<tts_text_eod>": 151673,
-    "<|audio_pad|>": 151675,
-    "system": 8948,
-    "user": 872,
-    "assistant": 77091,
-}
-"""Ids of the public tokenizer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OmniConfig:
-    """
-    Attributes:
-        thinker, aut, vision: sizes of the parts
-        talker, code2wav: of the parts that speak, None in a model that only writes
-        special_tokens: id of each special token by its name in the tokenizer. The model does not read them (what stands
-            where is data, `token_types`); they leave with its weights, so that other programs can.
-        position_id_per_seconds: TM-RoPE ids per second of sound or video
-    """
-
-    thinker: ThinkerConfig
-    aut: AuTConfig
-    vision: VisionConfig
-    special_tokens: Mapping[str, int] = field(default_factory=lambda: dict(PUBLIC_SPECIAL_TOKENS))
-    position_id_per_seconds: int = 13
-    talker: TalkerConfig | None = None
-    code2wav: Code2WavConfig | None = None
-
-    def __post_init__(self) -> None:
-        for part, width in (("aut", self.aut.out_dim), ("vision", self.vision.out_dim)):
-            if width != self.thinker.d_model:
-                raise ValueError(f"{part}.out_dim ({width}) must equal thinker.d_model ({self.thinker.d_model})")
-        if len(self.vision.deepstack_layers) > self.thinker.layers:
-            raise ValueError(
-                f"vision.deepstack_layers has {len(self.vision.deepstack_layers)} levels for "
-                f"{self.thinker.layers} decoder layers"
-            )
-        if self.talker is not None:
-            self._must_be_equal("talker.thinker_dim", "thinker.d_model")
-            self._must_be_equal("talker.accept_hidden_layer", "thinker.accept_hidden_layer")
-        if self.talker is not None and self.code2wav is not None:
-            self._must_be_equal("code2wav.quantizers", "talker.codebooks")
-            self._must_be_equal("code2wav.codebook_size", "talker.codebook_size")
-
-    def _must_be_equal(self, field: str, other: str) -> None:
-        a, b = attrgetter(field)(self), attrgetter(other)(self)
-        if a != b:
-            raise ValueError(f"{field} ({a}) must equal {other} ({b})")
 
 
 class OmniModel(nn.Module):

@@ -15,153 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnitrain.models.aut import AuTConfig
-from omnitrain.models.code2wav import Code2WavConfig
-from omnitrain.models.codec import Codec, CodecConfig
-from omnitrain.models.mtp import MTPConfig
-from omnitrain.models.omni import PUBLIC_SPECIAL_TOKENS, OmniConfig, OmniModel
-from omnitrain.models.talker import TalkerConfig, codec_vocabulary
-from omnitrain.models.thinker import ThinkerConfig
-from omnitrain.models.vision import VisionConfig
-
-PRESETS: dict[str, OmniConfig] = {
-    # Minutes on two CPU cores: 8.9 M parameters; of the Thinker's 6.5 M, 3.2 M work on a token.
-    "tiny": OmniConfig(
-        thinker=ThinkerConfig(
-            vocab_size=4096,
-            d_model=192,
-            layers=5,
-            heads=6,
-            kv_heads=2,
-            head_dim=32,
-            ffn=512,
-            n_experts=8,
-            top_k=2,
-            expert_width=192,
-            mrope_sections=(6, 5, 5),
-            rope_theta=10000.0,
-            accept_hidden_layer=2,
-            max_positions=8192,
-        ),
-        aut=AuTConfig(d_model=128, layers=2, heads=4, ffn=512, out_dim=192, conv_hidden=32),
-        vision=VisionConfig(
-            d_model=128, layers=3, heads=4, ffn=512, out_dim=192, grid_side=16, deepstack_layers=(0, 1)
-        ),
-    ),
-    # One GPU, or a patient CPU.
-    "small": OmniConfig(
-        thinker=ThinkerConfig(
-            vocab_size=4096,
-            d_model=512,
-            layers=12,
-            heads=8,
-            kv_heads=2,
-            head_dim=64,
-            ffn=1536,
-            n_experts=32,
-            top_k=4,
-            expert_width=256,
-            mrope_sections=(12, 10, 10),
-            accept_hidden_layer=6,
-            max_positions=32768,
-        ),
-        aut=AuTConfig(d_model=384, layers=6, heads=6, ffn=1536, out_dim=512, conv_hidden=96),
-        vision=VisionConfig(
-            d_model=384, layers=8, heads=6, ffn=1536, out_dim=512, grid_side=32, deepstack_layers=(2, 4, 6)
-        ),
-    ),
-    # The public checkpoint's shapes.
-    "qwen3_omni_30b_a3b": OmniConfig(
-        thinker=ThinkerConfig(
-            vocab_size=152064,
-            d_model=2048,
-            layers=48,
-            heads=32,
-            kv_heads=4,
-            head_dim=128,
-            ffn=768,
-            n_experts=128,
-            top_k=8,
-            expert_width=768,
-            mrope_sections=(24, 20, 20),
-            rope_theta=1e6,
-            accept_hidden_layer=24,
-            max_positions=65536,
-        ),
-        aut=AuTConfig(),
-        vision=VisionConfig(),
-    ),
-}
-
-SPEECH_PRESETS: dict[str, tuple[TalkerConfig, Code2WavConfig]] = {
-    # 3.6 M (1.2 M of them MTP) and 1.8 M parameters.
-    "tiny": (
-        TalkerConfig(
-            d_model=192,
-            layers=4,
-            heads=6,
-            kv_heads=2,
-            head_dim=32,
-            n_experts=4,
-            top_k=2,
-            expert_width=96,
-            shared_expert_width=192,
-            mrope_sections=(6, 5, 5),
-            rope_theta=10000.0,
-            max_positions=8192,
-            thinker_dim=192,
-            projection_width=192,
-            accept_hidden_layer=2,
-            codebooks=8,
-            **codec_vocabulary(256),
-            mtp=MTPConfig(
-                d_model=192,
-                layers=2,
-                heads=6,
-                kv_heads=2,
-                head_dim=32,
-                ffn=256,
-                codebooks=8,
-                codebook_size=256,
-                rope_theta=10000.0,
-            ),
-        ),
-        Code2WavConfig(
-            quantizers=8,
-            codebook_size=256,
-            d_model=128,
-            layers=2,
-            heads=4,
-            kv_heads=4,
-            ffn=384,
-            window=36,
-            decoder_dim=192,
-            trim="causal",
-        ),
-    ),
-    # The codes are those of the public checkpoint (and of the first 16 codebooks of Mimi).
-    "small": (
-        TalkerConfig(
-            d_model=512,
-            layers=8,
-            heads=8,
-            kv_heads=2,
-            head_dim=64,
-            n_experts=16,
-            top_k=4,
-            expert_width=256,
-            shared_expert_width=512,
-            mrope_sections=(12, 10, 10),
-            max_positions=32768,
-            thinker_dim=512,
-            projection_width=512,
-            accept_hidden_layer=6,
-            mtp=MTPConfig(d_model=512, layers=4, heads=8, kv_heads=4, head_dim=64, ffn=1536),
-        ),
-        Code2WavConfig(d_model=512, layers=4, heads=8, kv_heads=8, ffn=1536, decoder_dim=768, trim="causal"),
-    ),
-    "qwen3_omni_30b_a3b": (TalkerConfig(), Code2WavConfig()),
-}
+from omnitrain.models.codec import Codec
+from omnitrain.models.omni import OmniModel
+from omnitrain.models.sizes import (
+    CODEC_PRESETS,
+    PRESETS,
+    PUBLIC_SPECIAL_TOKENS,
+    SPEECH_PRESETS,
+    OmniConfig,
+    ThinkerConfig,
+    codec_vocabulary,
+)
 
 
 def build(
@@ -241,9 +105,7 @@ def _replace(config: Any, changes: Mapping[str, Any], part: str) -> Any:
     for name in changes:
         if name not in names:
             raise ValueError(f"model.{part}.{name}: no such field; the fields are {', '.join(names)}")
-    # YAML has lists where the (hashable) configurations have tuples.
-    plain = {k: tuple(v) if isinstance(getattr(config, k), tuple) else v for k, v in changes.items()}
-    return replace(config, **plain)
+    return replace(config, **changes)
 
 
 RESIDUAL_WRITERS = (".self_attn.out_proj.weight", ".fc2.weight", ".attn.proj.weight", ".mlp.linear_fc2.weight")
@@ -303,25 +165,6 @@ def _wave_std(model: nn.Module, name: str) -> float:
     if isinstance(module, nn.Linear):
         return module.in_features**-0.5
     return 0.02
-
-
-CODEC_PRESETS: dict[str, CodecConfig] = {
-    # The decoders are the Code2Wav of the same preset: 2.9 M parameters, 1.8 M of them Code2Wav.
-    "tiny": CodecConfig(
-        encoder_dim=8,
-        layers=2,
-        heads=4,
-        kv_heads=4,
-        ffn=384,
-        window=36,
-        codebook_dim=32,
-        decoder=SPEECH_PRESETS["tiny"][1],
-    ),
-    "small": CodecConfig(
-        encoder_dim=32, layers=4, heads=8, kv_heads=8, ffn=1536, codebook_dim=128, decoder=SPEECH_PRESETS["small"][1]
-    ),
-    "qwen3_omni_30b_a3b": CodecConfig(),
-}
 
 
 def build_codec(preset: str = "tiny", *, decoder: Mapping[str, Any] | None = None, **changes: Any) -> Codec:

@@ -9,9 +9,8 @@ the frame. What stands where is data (`TalkerInputs`, made by `data/talker_layou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,108 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from omnitrain.models.layers.decoder import Attention, DecoderLayer, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.rope import tm_rope
-from omnitrain.models.mtp import MTP, MTPConfig
-
-SPECIAL_CODES: Mapping[str, int] = {
-    "codec_pad": 100,
-    "codec_bos": 101,
-    "codec_eos": 102,
-    "codec_nothink": 107,
-    "codec_think_bos": 108,
-    "codec_think_eos": 109,
-}
-"""Public ids of the special codes, counted from the end of codebook 0."""
-
-SPEAKERS: Mapping[str, int] = {"chelsie": 253, "ethan": 254, "aiden": 255}
-"""Public ids of the voices, counted from the end of codebook 0."""
-
-CODES_BEYOND_CODEBOOK = 1024
-"""Room for special codes and voices. Programs that read public checkpoints forbid the last 1024 codes but `codec_eos`,
-so a vocabulary of another size would lose codes there."""
-
-
-def codec_vocabulary(codebook_size: int) -> dict[str, Any]:
-    """The `TalkerConfig` fields that depend on the size of codebook 0, laid out as in the public checkpoint."""
-    return {
-        "codebook_size": codebook_size,
-        "codec_vocab": codebook_size + CODES_BEYOND_CODEBOOK,
-        **{name: codebook_size + offset for name, offset in SPECIAL_CODES.items()},
-        "speakers": {name: codebook_size + offset for name, offset in SPEAKERS.items()},
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TalkerConfig:
-    """The defaults are the public checkpoint's; its names stand beside ours where they differ.
-
-    Attributes:
-        d_model: width of the residual stream (`hidden_size`)
-        heads, kv_heads, head_dim: grouped-query attention
-        n_experts, top_k, expert_width: routed experts of every layer (`num_experts`, ...)
-        shared_expert_width: of the expert that sees every token (`shared_expert_intermediate_size`)
-        normalise_top_k: mixing weights sum to one (`norm_topk_prob`)
-        codec_vocab: codes of codebook 0, then special codes and voices (`vocab_size`)
-        thinker_dim: width of the Thinker (`thinker_hidden_size`)
-        projection_width: inner width of the two projections (`intermediate_size`)
-        accept_hidden_layer: the Thinker's layer that `hidden_projection` reads; equals the Thinker's own setting
-        codebooks, codebook_size: codes of a frame, codes of each codebook (`num_code_groups`)
-        codec_*: special codes (`codec_pad_id`, ...).  speakers: code of each voice (`speaker_id`)
-        balance_coefficient: weight of the balance loss (`router_aux_loss_coef`)
-    """
-
-    d_model: int = 1024
-    layers: int = 20
-    heads: int = 16
-    kv_heads: int = 2
-    head_dim: int = 128
-    n_experts: int = 128
-    top_k: int = 6
-    expert_width: int = 384
-    shared_expert_width: int = 768
-    normalise_top_k: bool = True
-    codec_vocab: int = 3072
-    mrope_sections: tuple[int, int, int] = (24, 20, 20)
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
-    attention_bias: bool = False
-    balance_coefficient: float = 0.001
-    max_positions: int = 65536
-    thinker_dim: int = 2048
-    projection_width: int = 2048
-    accept_hidden_layer: int = 24
-    codebooks: int = 16
-    codebook_size: int = 2048
-    codec_pad: int = 2148
-    codec_bos: int = 2149
-    codec_eos: int = 2150
-    codec_nothink: int = 2155
-    codec_think_bos: int = 2156
-    codec_think_eos: int = 2157
-    speakers: Mapping[str, int] = field(default_factory=lambda: {"chelsie": 2301, "ethan": 2302, "aiden": 2303})
-    mtp: MTPConfig = field(default_factory=MTPConfig)
-
-    def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"talker.heads ({self.heads}) must be a multiple of talker.kv_heads ({self.kv_heads})")
-        if 2 * sum(self.mrope_sections) != self.head_dim:
-            raise ValueError(
-                f"talker.mrope_sections {self.mrope_sections} must sum to head_dim / 2 = {self.head_dim // 2}"
-            )
-        if not 1 <= self.top_k <= self.n_experts:
-            raise ValueError(f"talker.top_k ({self.top_k}) must lie in 1..n_experts ({self.n_experts})")
-        for name in ("d_model", "codebooks", "codebook_size"):
-            if getattr(self.mtp, name) != getattr(self, name):
-                raise ValueError(
-                    f"talker.mtp.{name} ({getattr(self.mtp, name)}) must equal talker.{name} ({getattr(self, name)})"
-                )
-        special = {name: getattr(self, name) for name in SPECIAL_CODES}
-        special |= {f"speakers.{name}": code for name, code in self.speakers.items()}
-        for name, code in special.items():
-            if not self.codebook_size <= code < self.codec_vocab:
-                raise ValueError(
-                    f"talker.{name} ({code}) must lie in codebook_size..codec_vocab - 1 "
-                    f"({self.codebook_size}..{self.codec_vocab - 1})"
-                )
+from omnitrain.models.mtp import MTP
+from omnitrain.models.sizes import TalkerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,63 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from omnitrain.models.layers.decoder import Attention, DecoderLayer, DenseMLP, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.rope import tm_rope
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThinkerConfig:
-    """Names follow the paper; the public configuration's names stand beside them where they differ.
-
-    Attributes:
-        d_model: width of the residual stream (`hidden_size`)
-        heads, kv_heads, head_dim: grouped-query attention; head_dim need not be d_model / heads
-        ffn: width of a dense layer's SwiGLU (`intermediate_size`)
-        n_experts, top_k, expert_width: MoE layers (`num_experts`, `num_experts_per_tok`, `moe_intermediate_size`)
-        normalise_top_k: mixing weights sum to one (`norm_topk_prob`)
-        dense_layers: indices of layers with a dense MLP (`mlp_only_layers`)
-        sparse_step: layer i has experts if (i + 1) is a multiple of it (`decoder_sparse_step`)
-        mrope_sections: frequencies of t, h, w; they sum to head_dim / 2
-        rope_theta: base of the rotary frequencies
-        accept_hidden_layer: the Talker reads the residual stream after this many layers (before deepstack is added)
-        balance_coefficient: weight of the balance loss (`router_aux_loss_coef`)
-        max_positions: longest position id the model is meant for (`max_position_embeddings`)
-    """
-
-    vocab_size: int
-    d_model: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    n_experts: int
-    top_k: int
-    expert_width: int
-    normalise_top_k: bool = True
-    dense_layers: tuple[int, ...] = ()
-    sparse_step: int = 1
-    mrope_sections: tuple[int, int, int] = (24, 20, 20)
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
-    attention_bias: bool = False
-    accept_hidden_layer: int = 0
-    balance_coefficient: float = 0.001
-    max_positions: int = 65536
-
-    def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if 2 * sum(self.mrope_sections) != self.head_dim:
-            raise ValueError(f"mrope_sections {self.mrope_sections} must sum to head_dim / 2 = {self.head_dim // 2}")
-        if not 1 <= self.top_k <= self.n_experts:
-            raise ValueError(f"top_k ({self.top_k}) must lie in 1..n_experts ({self.n_experts})")
-        if not 0 <= self.accept_hidden_layer < self.layers:
-            raise ValueError(
-                f"accept_hidden_layer ({self.accept_hidden_layer}) must lie in 0..{self.layers - 1} (layers - 1)"
-            )
-
-    def is_sparse(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) has experts."""
-        return layer not in self.dense_layers and (layer + 1) % self.sparse_step == 0
+from omnitrain.models.sizes import ThinkerConfig
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ Parameter names equal those of the public checkpoint below `thinker.visual.`, so
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -15,59 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from omnitrain.models.layers.attention import varlen_attention
+from omnitrain.models.sizes import VisionConfig
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, fp32 [P, 1, head_dim / 2]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """Sizes of the vision encoder; the defaults are the public ones. Beside them the public configuration's names where
-    they differ.
-
-    Attributes:
-        d_model, layers, heads, ffn: the transformer (`hidden_size`, `depth`, `num_heads`, `intermediate_size`)
-        out_dim: width of the features, that of the Thinker (`out_hidden_size`)
-        patch: pixels along a patch's side (`patch_size`)
-        temporal_patch: frames per patch; a picture counts as that many equal frames (`temporal_patch_size`)
-        merge: merge x merge patches become one feature (`spatial_merge_size`)
-        channels: colour channels (`in_channels`)
-        grid_side: the learned positions are a grid_side x grid_side table (`num_position_embeddings` = grid_side^2)
-        deepstack_layers: layers (from 0) after which one level of deepstack features is taken
-            (`deepstack_visual_indexes`)
-        rope_theta: base of the 2-D rotary frequencies
-    """
-
-    d_model: int = 1152
-    layers: int = 27
-    heads: int = 16
-    ffn: int = 4304
-    out_dim: int = 2048
-    patch: int = 16
-    temporal_patch: int = 2
-    merge: int = 2
-    channels: int = 3
-    grid_side: int = 48
-    deepstack_layers: tuple[int, ...] = (8, 16, 24)
-    rope_theta: float = 10000.0
-
-    def __post_init__(self) -> None:
-        if self.d_model % (4 * self.heads):
-            raise ValueError(
-                f"VisionConfig: d_model / heads ({self.d_model} / {self.heads}) must be a multiple of 4: half of "
-                "a head's rotary pairs turn with the row, half with the column"
-            )
-        if sorted(set(self.deepstack_layers)) != list(self.deepstack_layers) or not all(
-            0 <= i < self.layers for i in self.deepstack_layers
-        ):
-            raise ValueError(
-                f"VisionConfig: deepstack_layers {self.deepstack_layers} must rise and lie in 0..{self.layers - 1}"
-            )
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers per patch: channels * temporal_patch * patch * patch."""
-        return self.channels * self.temporal_patch * self.patch**2
 
 
 class PatchEmbed(nn.Module):

@@ -164,7 +164,9 @@ def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> 
             status = child.run(stage)
             if status or child.signal:
                 status = status or 128 + child.signal  # it ended well, but may have been cut short
-                print(f"{header}: ended with status {status}; continue: {printable(_continue(run_dir))}", file=sys.stderr)
+                print(
+                    f"{header}: ended with status {status}; continue: {printable(_continue(run_dir))}", file=sys.stderr
+                )
                 return status
             seconds = round(time.monotonic() - start, 1)
             done[stage.name] = {"hash": stage.hash, "command": list(stage.command), "seconds": seconds}

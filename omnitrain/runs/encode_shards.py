@@ -458,7 +458,9 @@ def print_counts(by_file: Mapping[Path, Counts], bits: float, title: str) -> Non
             table.add_section()
         rate = f"{counts.frames * bits / counts.seconds / 1000:.2f}" if counts.seconds else ""
         whole = (counts.samples, counts.copied, sum(counts.skipped.values()))
-        table.add_row(Text(printable(name)), *(f"{n:,}" for n in whole), f"{counts.seconds:,.1f}", f"{counts.frames:,}", rate)
+        table.add_row(
+            Text(printable(name)), *(f"{n:,}" for n in whole), f"{counts.seconds:,.1f}", f"{counts.frames:,}", rate
+        )
     console = _console()
     console.print(table)
     for reason, count in sorted(total(by_file.values()).skipped.items()):

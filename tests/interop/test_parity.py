@@ -109,19 +109,19 @@ def test_the_reference_loss_of_one_sample(models) -> None:
     labels[labels >= 300] = -100
     expected = models.reference(**sample.reference_inputs, labels=labels, output_router_logits=True)
     batch = packed(models, "mixture")
-    loss, balance = loss_of(models.ours, batch)
+    loss, balance = loss_of(models.ours, batch, models.reference.config.text_config.router_aux_loss_coef)
     close(balance, expected.aux_loss)
     close(loss, expected.loss)
 
 
-def loss_of(model, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def loss_of(model, batch: PackedBatch, coefficient: float) -> tuple[Tensor, Tensor]:
     """Mean over target tokens plus the balance loss as the reference has it (layers pooled)."""
     output = model(**batch.model_inputs())
     nll = chunked_cross_entropy(output.hidden, model.thinker.lm_head.weight, batch.labels, chunk=16)
     rows = batch.n_tokens * len(output.router_counts)
     share, probability = output.router_counts.sum(0) / rows, output.router_prob_sums.sum(0) / rows
     balance = len(share) * (share * probability).sum()
-    return nll.sum() / (batch.labels != -100).sum() + model.config.thinker.balance_coefficient * balance, balance
+    return nll.sum() / (batch.labels != -100).sum() + coefficient * balance, balance
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -132,7 +132,7 @@ def test_loss_and_gradients_of_one_training_step(models, tmp_path, checkpointing
     reference, ours = copy.deepcopy(models.reference), copy.deepcopy(models.ours)
     batch = packed(models, *SAMPLES)
     ours.set_activation_checkpointing(checkpointing)
-    loss, _ = loss_of(ours, batch)
+    loss, _ = loss_of(ours, batch, reference.config.text_config.router_aux_loss_coef)
     loss.backward()
 
     outputs = [reference(**s.reference_inputs, output_router_logits=True) for s in models.samples.values()]

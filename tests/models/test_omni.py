@@ -110,7 +110,7 @@ def test_training_starts_near_the_uniform_distribution(model: OmniModel, samples
     ("arguments", "message"),
     [
         (dict(preset="tinny"), "no such preset; use one of tiny, small"),
-        (dict(thinker={"layer": 3}), "model.thinker.layer: no such field; the fields are vocab_size"),
+        (dict(thinker={"layer": 3}), "model.thinker.layer: no such field; the fields are d_model"),
         (dict(thinker={"head_dim": 48}), "mrope_sections .* must sum to head_dim / 2 = 24"),
         (dict(aut={"out_dim": 7}), r"aut.out_dim \(7\) must equal thinker.d_model"),
         (dict(thinker={"layers": 1}), "deepstack_layers has 2 levels for 1 decoder layers"),

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-Trim = Literal["public", "causal"]
 
 
 class StreamingModule(nn.Module):
@@ -102,7 +100,7 @@ class CausalConvTranspose1d(StreamingModule):
             many samples, and T inputs give T * stride - (kernel - stride) outputs.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, kernel: int, *, stride: int, trim: Trim) -> None:
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, *, stride: int, trim: str) -> None:
         super().__init__()
         if kernel < stride:
             raise ValueError(f"CausalConvTranspose1d: kernel {kernel} is shorter than stride {stride}")
