@@ -328,15 +328,14 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _encode(options: argparse.Namespace) -> int:
-    from omnitrain.cli.generate import GenerateError, load
-    from omnitrain.runs.codec import load_codec
     from omnitrain.runs.encode_shards import encode
+    from omnitrain.runs.load import load, load_codec
     from omnitrain.runs.lock import hold
 
     try:
         codec = load_codec(options.codec)
         thinker = None if options.thinker is None else load(options.thinker)
-    except (ImportError, GenerateError) as error:
+    except ImportError as error:
         raise ValueError(str(error)) from error
     try:
         with hold(options.out):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-if TYPE_CHECKING:
-    import torch
+from omnitrain.files import printable
 
+if TYPE_CHECKING:
     from omnitrain.data.batch import EncodedSample
     from omnitrain.data.chat import ChatTokenizer
     from omnitrain.data.encode import SampleEncoder
     from omnitrain.data.sample import Segment
-    from omnitrain.models.omni import OmniModel
 
 EXAMPLES = """\
 examples:
@@ -26,26 +25,25 @@ examples:
 """
 
 
-class GenerateError(Exception):
-    """Something the user can mend; the message says how."""
-
-
 def main(arguments: list[str]) -> int:
     """Run the verb. Returns the exit status."""
     return explained(lambda: _generate(_parser().parse_intermixed_args(arguments)))
 
 
 def explained(verb: Callable[[], None]) -> int:
-    """Run what a verb does. What the user can mend is printed, without a traceback. Returns the exit status."""
+    """Run what a verb does. What the user can mend is one line on stderr, with a traceback only where HYDRA_FULL_ERROR
+    is set. Returns the exit status."""
+    from omnitrain.config.targets import MissingTarget
+
     try:
         verb()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except Exception as error:
-        if not is_explained(error):
+    except (OSError, ValueError, MissingTarget) as error:
+        if "HYDRA_FULL_ERROR" in os.environ:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -96,9 +94,9 @@ def _generate(options: argparse.Namespace) -> None:
 
     from omnitrain.data.batch import PackedBatch
     from omnitrain.generation.text import generate
+    from omnitrain.runs.load import load
 
-    device, dtype = device_and_dtype(options.device, options.dtype)
-    model, encoder = load(options.model, device=device, dtype=dtype)
+    model, encoder = load(options.model, device=options.device, dtype=options.dtype)
     batch = PackedBatch.pack(_encoded_prompts(options, media, encoder))
     stop_ids = encoder.tokenizer.stop_ids
     output = _OrderedOutput(encoder.tokenizer, options.prompts, stop_ids, options.max_new_tokens, sys.stdout)
@@ -142,7 +140,7 @@ def _encoded_prompts(
         try:
             encoded.append(encoder.encode_prompt(sample, media_bytes))
         except BadSample as error:
-            raise GenerateError(f"{reading[-1]}: {error}" if reading else str(error)) from error
+            raise ValueError(f"{reading[-1]}: {error}" if reading else str(error)) from error
     return encoded
 
 
@@ -226,131 +224,14 @@ def media_segments(media: Sequence[tuple[str, Path]], mute: bool) -> tuple[Segme
     """The segments of the media options.
 
     Raises:
-        GenerateError: a file does not exist.
+        ValueError: a file does not exist.
     """
     from omnitrain.data.sample import Segment
 
     for kind, path in media:
         if not path.is_file():
-            raise GenerateError(f"--{kind} {path}: no such file")
+            raise ValueError(f"--{kind} {path}: no such file")
     return tuple(
         Segment(type=kind, path=str(path), with_audio=kind == "video" and not mute)  # ty: ignore[invalid-argument-type]
         for kind, path in media
     )
-
-
-def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What ``--device`` and ``--dtype`` mean."""
-    import torch
-
-    chosen = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if dtype == "auto":
-        return chosen, torch.float32 if chosen.type == "cpu" else torch.bfloat16
-    return chosen, torch.float32 if dtype == "float32" else torch.bfloat16
-
-
-def is_explained(error: Exception) -> bool:
-    """Whether the message alone tells the user what to do."""
-    from omnitrain.config.targets import MissingTarget
-
-    return isinstance(error, (GenerateError, OSError, ValueError, MissingTarget))
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-def load(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, speech: bool = False
-) -> tuple[OmniModel, SampleEncoder]:
-    """A model and the encoder of its prompts, from a run folder or a folder in the public format.
-
-    Args:
-        dtype: of the weights; None keeps the stored one.
-        speech: also load what speaks from a folder in the public format. A run has what it was trained with.
-
-    Raises:
-        GenerateError: the folder is neither, or something in it is missing.
-    """
-    if (folder / "config.yaml").is_file():
-        model, encoder = _load_run(folder)
-    elif (folder / "config.json").is_file():
-        model, encoder = _load_public(folder, device, dtype, speech)
-    elif not folder.is_dir():
-        raise GenerateError(f"{folder}: no such folder")
-    else:
-        raise GenerateError(
-            f"{folder}: neither a run folder (no config.yaml) nor a folder in the public format (no config.json)"
-        )
-    return model.to(device=device, dtype=dtype).eval(), encoder
-
-
-def _load_run(run_dir: Path) -> tuple[OmniModel, SampleEncoder]:
-    """The last checkpoint of a run. The folder may have been moved: nothing outside it is read."""
-    checkpoint, tokenizer = run_dir / "checkpoints" / "last.ckpt", run_dir / "tokenizer.json"
-    if not checkpoint.is_file():
-        raise GenerateError(f"{checkpoint} does not exist: this run has not written a checkpoint yet")
-    if not tokenizer.is_file():
-        raise GenerateError(f"{tokenizer} does not exist: copy the tokenizer that the run was trained with there")
-
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    from omnitrain.config.targets import check_origins, check_targets
-    from omnitrain.interop.start_from import model_weights
-    from omnitrain.models.omni import OmniModel
-    from omnitrain.runs.experiment import build_model
-
-    cfg = OmegaConf.load(run_dir / "config.yaml")
-    cfg = OmegaConf.create({"data": cfg.data, "model": cfg.model})
-    cfg.data.tokenizer, cfg.data.bad_samples_path = str(tokenizer), None
-    check_origins(check_targets(OmegaConf.to_container(cfg, resolve=True)))
-    encoder: SampleEncoder = instantiate(cfg.data, _convert_="all").encoder
-    model = build_model(cfg, encoder.tokenizer)
-    if not isinstance(model, OmniModel):
-        raise GenerateError(f"{run_dir} is the run of a codec, which has no language model to ask")
-    try:
-        model.load_state_dict(model_weights(checkpoint))
-    except RuntimeError as error:
-        raise GenerateError(f"{checkpoint} does not fit the model of {run_dir / 'config.yaml'}: {error}") from error
-    return model, encoder
-
-
-def _load_public(
-    folder: Path, device: torch.device | str, dtype: torch.dtype | None, speech: bool
-) -> tuple[OmniModel, SampleEncoder]:
-    from omnitrain.data.chat import ChatTokenizer
-    from omnitrain.data.encode import SampleEncoder
-    from omnitrain.data.features import AudioGeometry, VisionGeometry
-    from omnitrain.data.media import MediaLimits
-    from omnitrain.interop.public_format import load_pretrained
-
-    tokenizer = ChatTokenizer.from_dir(folder)
-    model = load_pretrained(folder, dtype=dtype, device=device, speech=speech)
-    config = model.config
-    encoder = SampleEncoder(
-        tokenizer=tokenizer,
-        audio=AudioGeometry(n_mels=config.aut.n_mels, chunk_frames=config.aut.chunk_frames),
-        vision=VisionGeometry(
-            patch=config.vision.patch,
-            temporal_patch=config.vision.temporal_patch,
-            merge=config.vision.merge,
-            **_pixel_bounds(folder / "preprocessor_config.json"),
-        ),
-        limits=MediaLimits(),
-        ids_per_second=config.position_id_per_seconds,
-        vocab_size=config.thinker.vocab_size,
-    )
-    return model, encoder
-
-
-def _pixel_bounds(path: Path) -> dict[str, int]:
-    """`min_pixels` and `max_pixels` of the public preprocessor's configuration, where it states them."""
-    if not path.is_file():
-        return {}
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    size = stored.get("size") or {}
-    bounds = {
-        "min_pixels": stored.get("min_pixels") or size.get("shortest_edge"),
-        "max_pixels": stored.get("max_pixels") or size.get("longest_edge"),
-    }
-    return {name: int(value) for name, value in bounds.items() if value}

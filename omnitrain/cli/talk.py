@@ -12,15 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from omnitrain.cli.generate import (
-    GenerateError,
-    add_device_options,
-    add_media_options,
-    device_and_dtype,
-    explained,
-    load,
-    media_segments,
-)
+from omnitrain.cli.generate import add_device_options, add_media_options, explained, media_segments
+from omnitrain.files import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,14 +87,15 @@ def _parser() -> argparse.ArgumentParser:
 def _talk(options: argparse.Namespace) -> None:
     media = media_segments(options.media, options.mute)
     if options.prompt is None and options.say is None and not media:
-        raise GenerateError('nothing is asked: give a PROMPT, media, or --say "text"')
+        raise ValueError('nothing is asked: give a PROMPT, media, or --say "text"')
     if options.max_seconds <= 0:
-        raise GenerateError(f"--max-seconds {options.max_seconds} is not positive")
+        raise ValueError(f"--max-seconds {options.max_seconds} is not positive")
 
-    device, dtype = device_and_dtype(options.device, options.dtype)
-    model, encoder = load(options.model, device=device, dtype=dtype, speech=True)
+    from omnitrain.runs.load import load
+
+    model, encoder = load(options.model, device=options.device, dtype=options.dtype, speech=True)
     if model.talker is None or model.code2wav is None:
-        raise GenerateError(f"{options.model} has no Talker and Code2Wav: it can only write (`omnitrain generate`)")
+        raise ValueError(f"{options.model} has no Talker and Code2Wav: it can only write (`omnitrain generate`)")
 
     from omnitrain.data.sample import BadSample, Message, Segment
     from omnitrain.generation.sampling import Sampling
@@ -131,7 +125,7 @@ def _talk(options: argparse.Namespace) -> None:
         with closing(events), GrowingWav(options.out, samples_per_second) as wav:
             _report(options, session, events, wav)
     except BadSample as error:
-        raise GenerateError(str(error)) from error
+        raise ValueError(str(error)) from error
 
 
 def _report(options: argparse.Namespace, session: SpeechSession, events: Iterator[Event], wav: GrowingWav) -> None:
@@ -160,7 +154,7 @@ def _report(options: argparse.Namespace, session: SpeechSession, events: Iterato
             if not options.json:
                 print("" if options.say is None else options.say)
                 limit = ", cut off by --max-seconds" if event.reason == "max_frames" else ""
-                print(f"{options.out}: {wav.seconds:.2f} s of speech{limit}", file=sys.stderr)
+                print(f"{printable(options.out)}: {wav.seconds:.2f} s of speech{limit}", file=sys.stderr)
         if options.json:
             print(json.dumps({**shown, "seconds": round(event.seconds, 4)}, ensure_ascii=False), flush=True)
 

@@ -18,7 +18,7 @@ from omnitrain.evaluation.settings import (
     SpeechEvaluation,
 )
 from omnitrain.files import EVALUATION, TASK_RESULTS
-from omnitrain.interop.start_from import read_checkpoint
+from omnitrain.interop.start_from import load_weights, read_checkpoint
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 from omnitrain.runs.experiment import Experiment, build, trained_checkpoint
@@ -32,7 +32,7 @@ def run(cfg: DictConfig) -> None:
     checkpoint = trained_checkpoint(cfg, "test")
     experiment = build(cfg, "test")
     if checkpoint is not None:
-        experiment.module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+        load_weights(experiment.module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
     if experiment.trainer.is_global_zero:
         evaluate_and_report(experiment, cfg)
 
@@ -41,7 +41,7 @@ def run_benchmarks(cfg: DictConfig) -> None:
     """Run the tasks of ``cfg.eval`` (``conf/eval``) on the run folder's last checkpoint, or on ``model.folder``."""
     from hydra.utils import instantiate
 
-    from omnitrain.cli.generate import GenerateError, device_and_dtype, load
+    from omnitrain.runs.load import load
     from omnitrain.tasks.results import model_fingerprint, print_result
     from omnitrain.tasks.settings import BenchmarkRun, RunOptions
 
@@ -58,9 +58,8 @@ def run_benchmarks(cfg: DictConfig) -> None:
         tasks = [instantiate(task, _convert_="all") for task in asked.tasks.values() if task]
         for task in tasks:
             task.check()
-        device, dtype = device_and_dtype(asked.device, asked.dtype)
         folder = Path(cfg.model.folder) if "folder" in cfg.model else run_dir
-        model, encoder = load(folder, device=device, dtype=dtype)
+        model, encoder = load(folder, device=asked.device, dtype=asked.dtype)
         options = RunOptions(
             limit=asked.limit,
             batch=asked.batch,
@@ -69,7 +68,7 @@ def run_benchmarks(cfg: DictConfig) -> None:
         )
         for task in tasks:
             print_result(task.run(model, encoder, run_dir / TASK_RESULTS, options))
-    except (InstantiationException, GenerateError, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+    except (InstantiationException, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -111,7 +110,7 @@ def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -
         judge_codec(model, test, data.opened("voice_sources"), settings, out)
     else:
         from omnitrain.evaluation.listening import judge_talker
-        from omnitrain.runs.codec import load_codec
+        from omnitrain.runs.load import load_codec
 
         assert isinstance(model, OmniModel)
         assert isinstance(settings, SpeechEvaluation)

@@ -46,7 +46,7 @@ Pieces = list[tuple[str, Index]]
 
 
 class CheckpointError(ValueError):
-    """A folder that is no checkpoint in the public layout. The message names file, key and what was expected."""
+    """No checkpoint, or not the one that was expected. The message names file, key and what was expected."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -89,7 +89,7 @@ class _Checkpoint:
     def __init__(self, folder: Path, prefix: str) -> None:
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            weight_map: dict[str, str] = _read_json(index).get("weight_map", {})
+            weight_map: dict[str, str] = read_json(index).get("weight_map", {})
             self.file_of = {key: folder / name for key, name in weight_map.items()}
         else:
             paths = sorted(folder.glob("*.safetensors"))
@@ -167,11 +167,19 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: there is no such file, or something else in it.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected an object {{...}}, found {str(values)[:40]}")
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -258,7 +266,7 @@ def public_tensors(model: OmniModel, layout: Layout = "thinker") -> Iterator[tup
 # --------------------------------------------------------------------------------------------------------------- config
 
 
-class _Section:
+class Section:
     """A part of config.json that knows its place, so that errors can name it."""
 
     def __init__(self, values: Mapping[str, Any], path: Path, place: str = "") -> None:
@@ -273,11 +281,11 @@ class _Section:
         value = self.values.get(key)
         return default if value is None else value
 
-    def section(self, key: str) -> _Section:
+    def section(self, key: str) -> Section:
         value = self[key]
         if not isinstance(value, Mapping):
             raise CheckpointError(f"{self.path}: field {self.place}{key} must be an object, found {value!r}")
-        return _Section(value, self.path, f"{self.place}{key}.")
+        return Section(value, self.path, f"{self.place}{key}.")
 
     def require(self, key: str, allowed: Any, default: Any = None) -> None:
         """Refuse a variant of the architecture that the public checkpoints do not have."""
@@ -324,11 +332,11 @@ def read_config(folder: str | Path, *, speech: bool = True) -> tuple[OmniConfig,
         CheckpointError: no such file, another architecture, a missing field, or a variant that is not supported.
     """
     path = Path(folder) / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
     architecture = (values.get("architectures") or [None])[0]
     if architecture not in (FULL, THINKER):
         raise CheckpointError(f"{path}: architectures is {architecture!r}; expected {FULL} or {THINKER}")
-    root = _Section(values, path)
+    root = Section(values, path)
     full = architecture == FULL
     thinker = root.section("thinker_config") if full else root
     thinker.require("tie_word_embeddings", False)
@@ -354,7 +362,7 @@ def read_config(folder: str | Path, *, speech: bool = True) -> tuple[OmniConfig,
     return config, "thinker." if full else ""
 
 
-def _text_config(c: _Section, accept_hidden_layer: int) -> ThinkerConfig:
+def _text_config(c: Section, accept_hidden_layer: int) -> ThinkerConfig:
     _require_plain_decoder(c)
     sections, theta = _rope(c)
     heads = c["num_attention_heads"]
@@ -381,13 +389,13 @@ def _text_config(c: _Section, accept_hidden_layer: int) -> ThinkerConfig:
     )
 
 
-def _require_plain_decoder(c: _Section) -> None:
+def _require_plain_decoder(c: Section) -> None:
     c.require("hidden_act", "silu")
     if c.get("use_sliding_window", c.get("sliding_window", None) is not None):
         raise CheckpointError(f"{c.path}: field {c.place}sliding_window is set; sliding windows are not supported")
 
 
-def _rope(c: _Section) -> tuple[tuple[int, int, int], float]:
+def _rope(c: Section) -> tuple[tuple[int, int, int], float]:
     """TM-RoPE sections and base. Older files have rope_scaling and rope_theta side by side, newer ones both in
     rope_parameters."""
     rope = c.section("rope_parameters" if c.get("rope_parameters", None) else "rope_scaling")
@@ -395,13 +403,13 @@ def _rope(c: _Section) -> tuple[tuple[int, int, int], float]:
     return tuple(rope["mrope_section"]), _theta(c)
 
 
-def _theta(c: _Section, default: float | None = None) -> float:
+def _theta(c: Section, default: float | None = None) -> float:
     theta = (c.get("rope_parameters", None) or {}).get("rope_theta")
     theta = c.get("rope_theta", default) if theta is None else theta
     return float(c["rope_theta"] if theta is None else theta)
 
 
-def _talker_config(c: _Section) -> TalkerConfig:
+def _talker_config(c: Section) -> TalkerConfig:
     text = c.section("text_config")
     _require_plain_decoder(text)
     sections, theta = _rope(text)
@@ -447,7 +455,7 @@ _CODE_FIELDS = {
 }
 
 
-def _mtp_config(c: _Section) -> MTPConfig:
+def _mtp_config(c: Section) -> MTPConfig:
     _require_plain_decoder(c)
     heads = c["num_attention_heads"]
     return MTPConfig(
@@ -466,7 +474,7 @@ def _mtp_config(c: _Section) -> MTPConfig:
     )
 
 
-def _code2wav_config(c: _Section) -> Code2WavConfig:
+def _code2wav_config(c: Section) -> Code2WavConfig:
     c.require("hidden_act", "silu")
     c.require("attention_bias", False)
     return Code2WavConfig(
@@ -488,7 +496,7 @@ def _code2wav_config(c: _Section) -> Code2WavConfig:
     )
 
 
-def _aut_config(c: _Section) -> AuTConfig:
+def _aut_config(c: Section) -> AuTConfig:
     c.require("activation_function", "gelu")
     c.require("scale_embedding", False)
     return AuTConfig(
@@ -504,7 +512,7 @@ def _aut_config(c: _Section) -> AuTConfig:
     )
 
 
-def _vision_config(c: _Section) -> VisionConfig:
+def _vision_config(c: Section) -> VisionConfig:
     c.require("hidden_act", "gelu_pytorch_tanh")
     side = round(c["num_position_embeddings"] ** 0.5)
     if side**2 != c["num_position_embeddings"]:
@@ -734,7 +742,7 @@ def save_pretrained(
             checkpoint = stack.enter_context(_Checkpoint(base, prefix))
             theirs = tuple(part for part in SPEECH_PARTS if part.removesuffix(".") not in own)
             others = ((k, checkpoint.get(k)) for k in sorted(checkpoint.file_of) if k.startswith(theirs))
-            config = _read_json(base / "config.json")
+            config = read_json(base / "config.json")
             for path in base.iterdir():
                 if path.is_file() and path.name != "config.json" and "safetensors" not in path.name:
                     shutil.copy2(path, folder / path.name)

@@ -61,6 +61,30 @@ def model_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")}
 
 
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Replace all weights of `module` by those that were read from `checkpoint`.
+
+    Raises:
+        CheckpointError: they are not those of `module`.
+    """
+    if wrong := _differences(module.state_dict(), weights):
+        raise CheckpointError(
+            f"{checkpoint} does not fit the model of its configuration: {len(wrong)} weights differ. First: "
+            f"{'; '.join(wrong[:3])}"
+        )
+    module.load_state_dict(weights)
+
+
+def _differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """What is missing, unknown or of another shape in `weights`."""
+    return [
+        f"{name}: {tuple(weights[name].shape) if name in weights else 'missing'} in the folder, "
+        f"{tuple(own[name].shape) if name in own else 'missing'} in the model"
+        for name in sorted(own.keys() | weights.keys())
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    ]
+
+
 def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path]) -> list[str]:
     """Replace `model`'s weights, or those of some parts.
 
@@ -97,10 +121,7 @@ def start_codec_from(module: nn.Module, folder: str | Path) -> None:
     checkpoint = Path(folder) / LAST_CHECKPOINT
     if not checkpoint.is_file():
         raise ValueError(f"module.init_from: there is no {checkpoint}; give the folder of a codec's run")
-    try:
-        module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(f"module.init_from: {checkpoint} holds a codec of other sizes: {error}") from error
+    load_weights(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
 
 
 def _start_parts(model: OmniModel, folder: Path, part: str | None) -> list[str]:
@@ -115,13 +136,7 @@ def _start_parts(model: OmniModel, folder: Path, part: str | None) -> list[str]:
     else:
         own = {name: x for name, x in own.items() if name.startswith(f"{part}.")}
         weights = {name: x for name, x in weights.items() if name.startswith(f"{part}.")}
-    wrong = [
-        f"{name}: {tuple(weights[name].shape) if name in weights else 'missing'} in the folder, "
-        f"{tuple(own[name].shape) if name in own else 'missing'} in the model"
-        for name in sorted(own.keys() | weights.keys())
-        if name not in own or name not in weights or own[name].shape != weights[name].shape
-    ]
-    if wrong:
+    if wrong := _differences(own, weights):
         raise ValueError(
             f"{key}={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
             f"folder holds. First: {'; '.join(wrong[:3])}"

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from omnitrain.interop.public_format import (
     CheckpointError,
+    Section,
     _Checkpoint,
-    _read_json,
     _require_plain_decoder,
-    _Section,
     _theta,
+    read_json,
 )
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.thinker import ThinkerConfig
@@ -45,7 +45,7 @@ class TextWeights:
 def is_text_model(folder: str | Path) -> bool:
     """Whether `folder`/config.json names one of the two public text architectures."""
     path = Path(folder) / "config.json"
-    return path.is_file() and (_read_json(path).get("architectures") or [None])[0] in (DENSE, SPARSE)
+    return path.is_file() and (read_json(path).get("architectures") or [None])[0] in (DENSE, SPARSE)
 
 
 def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
@@ -61,11 +61,11 @@ def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
     """
     folder = Path(folder)
     path = folder / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
     architecture = (values.get("architectures") or [None])[0]
     if architecture not in (DENSE, SPARSE):
         raise CheckpointError(f"{path}: architectures is {architecture!r}; expected {SPARSE} or {DENSE}")
-    section = _Section(values, path)
+    section = Section(values, path)
     _check_sizes(section, architecture == SPARSE, model.config.thinker)
     tied = section.get("tie_word_embeddings", False)
     weights: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ def _fill(rows: Tensor, parameter: Tensor, file: Path, key: str) -> tuple[Tensor
     return filled, len(rows)
 
 
-def _check_sizes(c: _Section, sparse: bool, ours: ThinkerConfig) -> None:
+def _check_sizes(c: Section, sparse: bool, ours: ThinkerConfig) -> None:
     """Compare config.json with the Thinker.
 
     Raises:
@@ -156,7 +156,7 @@ def _check_sizes(c: _Section, sparse: bool, ours: ThinkerConfig) -> None:
     )
 
 
-def _sparse_layers(c: _Section, layers: int) -> tuple[int, ...]:
+def _sparse_layers(c: Section, layers: int) -> tuple[int, ...]:
     dense, step = c.get("mlp_only_layers", ()), c.get("decoder_sparse_step", 1)
     return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
 

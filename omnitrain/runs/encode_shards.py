@@ -38,18 +38,18 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from omnitrain.runs.codec import SAMPLE_RATE, bits_per_frame, codec_fingerprint
 from omnitrain.data.batch import PackedBatch
+from omnitrain.data.codec_frames import decode_codes, encode_codes, heard_rows, holds_codes
 from omnitrain.data.encode import SampleEncoder as ThinkerEncoder
 from omnitrain.data.media import decode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_medium
 from omnitrain.data.shards import SampleSource, shard_files, write_shards
-from omnitrain.data.codec_frames import decode_codes, encode_codes, heard_rows, holds_codes
-from omnitrain.files import printable, write_json
 from omnitrain.evaluation.judges import mel_distance
+from omnitrain.files import printable, write_json
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
+from omnitrain.runs.load import SAMPLE_RATE, bits_per_frame, codec_fingerprint
 from omnitrain.training.codec_losses import si_sdr
 
 RECORD = "encode.json"

@@ -14,12 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from omnitrain.config.compose import ConfigError
 from omnitrain.data.chat import ChatTokenizer
-from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.codec_frames import SpeechCodes
+from omnitrain.data.datamodule import OmniDataModule
+from omnitrain.files import write_text
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import init_codec_weights, init_weights
-from omnitrain.files import write_text
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.talker import TalkerModule
 
@@ -94,7 +94,7 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
     assert model.talker is not None
     talker, fingerprint = model.talker.config, None
     if codec_run is not None:
-        from omnitrain.runs.codec import codec_fingerprint, load_codec
+        from omnitrain.runs.load import codec_fingerprint, load_codec
 
         try:
             codec = load_codec(codec_run)

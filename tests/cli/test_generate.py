@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import wave
 from io import StringIO
 from pathlib import Path
@@ -137,9 +138,28 @@ def test_errors_say_what_to_do(capsys, run_dir, media, tmp_path):
     assert "has not written a checkpoint yet" in fail(capsys, tmp_path, "hello")
 
 
-def test_a_strangers_run_folder_cannot_run_code(capsys, run_dir, tmp_path):
-    import shutil
+def test_a_device_that_is_not_there(capsys, run_dir):
+    gone = fail(capsys, run_dir, "--device", "cuda:77", "hello")
+    assert "device cuda:77: it cannot be used here; this machine has cpu" in gone
+    assert "device nonsense: it cannot" in fail(capsys, run_dir, "--device", "nonsense", "hello")
+    assert "device meta: it cannot" in fail(capsys, run_dir, "--device", "meta", "hello")
 
+
+def test_a_damaged_checkpoint_is_one_line(capsys, run_dir, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
+    said = fail(capsys, folder, *LESS, "hello")
+    assert f"{checkpoint}: " in said
+    assert said.count("\n") == 1
+
+
+def test_names_from_outside_do_not_steer_the_terminal(capsys, tmp_path):
+    assert "red\\x1b[31m" in fail(capsys, tmp_path / "red\x1b[31m", "hello")
+
+
+def test_a_strangers_run_folder_cannot_run_code(capsys, run_dir, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run_dir, folder)
     config = (folder / "config.yaml").read_text()
@@ -148,8 +168,6 @@ def test_a_strangers_run_folder_cannot_run_code(capsys, run_dir, tmp_path):
 
 
 def test_weights_that_do_not_fit_are_refused(capsys, run_dir, tmp_path):
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(run_dir, folder)
     config = (folder / "config.yaml").read_text()

@@ -17,20 +17,19 @@ import soundfile
 import torch
 from omegaconf import OmegaConf
 
-from omnitrain.runs.codec import SAMPLE_RATE, codec_fingerprint, load_codec
 from omnitrain.cli.data import main
-from omnitrain.cli.generate import load
 from omnitrain.config.locations import PACK
 from omnitrain.data.batch import AUDIO, PackedBatch
 from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.codec_frames import AnswerFile, decode_codes
 from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import SampleSource, write_media_table, write_shards
-from omnitrain.data.codec_frames import AnswerFile, decode_codes
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.code2wav import fingerprint
 from omnitrain.models.omni import thinker_fingerprint
 from omnitrain.models.presets import build, build_codec, init_codec_weights, init_weights
+from omnitrain.runs.load import SAMPLE_RATE, codec_fingerprint, load, load_codec
 from tests.interop.test_mimi import save_mimi
 
 MODEL = {

@@ -1,0 +1,218 @@
+"""Models from folders: the one loader of run folders and of folders in public formats.
+
+A run folder may have been moved: nothing outside it is read. Its configuration is checked before anything is built.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from omnitrain.config.targets import check_origins, check_targets
+from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.encode import SampleEncoder
+from omnitrain.data.settings import AudioGeometry, MediaLimits, VisionGeometry
+from omnitrain.files import CONFIG, LAST_CHECKPOINT, TOKENIZER
+from omnitrain.interop.mimi import MimiCodec
+from omnitrain.interop.public_format import Section, load_pretrained, read_json
+from omnitrain.interop.start_from import load_weights, model_weights
+from omnitrain.models.code2wav import fingerprint
+from omnitrain.models.codec import Codec
+from omnitrain.models.omni import OmniModel
+
+SAMPLE_RATE = 24_000
+"""Hz of the waveforms that every codec here takes and gives."""
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    speech: bool = False,
+) -> tuple[OmniModel, SampleEncoder]:
+    """A model in eval mode and the encoder of its prompts, from a run folder (its last checkpoint) or a folder in the
+    public format.
+
+    Args:
+        device: "auto" is a GPU if there is one.
+        dtype: of the weights, as "float32" or `torch.float32`; None keeps the stored one, "auto" is float32 on a CPU
+            and bfloat16 elsewhere.
+        speech: also load what speaks from a folder in the public format. A run has what it was trained with.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or something in it is missing.
+        ValueError: it holds something else, or something damaged; there is no such device. One line that says which.
+        ForbiddenTarget, MissingTarget: its configuration names code that may not run, or does not exist.
+    """
+    folder, device = Path(folder), usable_device(device)
+    if dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if _is_run(folder, "a folder in the public format"):
+        model, encoder = _load_run(folder)
+    else:
+        model, encoder = _load_public(folder, device, dtype, speech)
+    return model.to(device=device, dtype=dtype).eval(), encoder
+
+
+def load_codec(folder: str | Path) -> Codec | MimiCodec:
+    """The codec in a folder, on the CPU, in eval mode and frozen; its decoder can speak codes by itself.
+
+    Args:
+        folder: of a run of `fit +recipe=codec`, or of a Mimi in the layout of `transformers`.
+
+    Raises:
+        FileNotFoundError, ValueError, ForbiddenTarget, MissingTarget: as `load`; or its codebooks are still empty.
+        ImportError: a Mimi without transformers.
+    """
+    folder = Path(folder)
+    if _is_run(folder, "a Mimi", "; name the run folder of `omnitrain fit +recipe=codec`"):
+        codec = _load_codec_run(folder)
+    else:
+        codec = MimiCodec.from_folder(folder)
+    return codec.eval().requires_grad_(False)
+
+
+def read_run_config(folder: Path) -> DictConfig:
+    """The configuration of a run, whose targets may be called: they have been checked.
+
+    Raises:
+        ForbiddenTarget, MissingTarget: it names code that may not run, or does not exist.
+    """
+    values: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=True)
+    values = {"data": values.get("data"), "model": values.get("model")}
+    check_origins(check_targets(values))
+    return OmegaConf.create(values)
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: there is none of that name in this machine.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        probe = torch.zeros(1, device=device)
+        probe.cpu()
+        return probe.device
+    except Exception as error:  # each kind of device has its own
+        gpus = torch.cuda.device_count()
+        there = "cpu" + (f" and cuda:0 to cuda:{gpus - 1}" if gpus > 1 else " and cuda" if gpus else " alone")
+        raise ValueError(f"device {device}: it cannot be used here; this machine has {there}") from error
+
+
+def codec_fingerprint(codec: Codec | MimiCodec) -> str:
+    """8 hex digits that tell codecs apart: of our own codec those of its decoder (`models.code2wav.fingerprint`), of a
+    Mimi the CRC-32 of its quantizer."""
+    if isinstance(codec, Codec):
+        return fingerprint(codec.decoder)
+    quantizer = cast(nn.Module, codec.model.quantizer)
+    crc = 0
+    for _, value in sorted(quantizer.state_dict().items()):
+        crc = zlib.crc32(value.float().cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"
+
+
+def bits_per_frame(codec: Codec | MimiCodec) -> float:
+    """Bits that the codes of one frame hold."""
+    if isinstance(codec, Codec):
+        return codec.config.quantizers * math.log2(codec.config.codebook_size)
+    return codec.quantizers * math.log2(codec.model.config.codebook_size)
+
+
+def _is_run(folder: Path, public: str, hint: str = "") -> bool:
+    """Whether `folder` is that of a run with a checkpoint; if not, it has a config.json."""
+    if (folder / CONFIG).is_file():
+        if not (folder / LAST_CHECKPOINT).is_file():
+            raise FileNotFoundError(
+                f"{folder / LAST_CHECKPOINT} does not exist: this run has not written a checkpoint yet"
+            )
+        return True
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder{hint}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: neither a run folder (no {CONFIG}) nor {public} (no config.json){hint}")
+    return False
+
+
+def _load_run(folder: Path) -> tuple[OmniModel, SampleEncoder]:
+    from omnitrain.runs.experiment import build_model
+
+    tokenizer = folder / TOKENIZER
+    if not tokenizer.is_file():
+        raise FileNotFoundError(f"{tokenizer} does not exist: copy the tokenizer that the run was trained with there")
+    cfg = read_run_config(folder)
+    cfg.data.tokenizer, cfg.data.bad_samples_path = str(tokenizer), None
+    encoder: SampleEncoder = instantiate(cfg.data, _convert_="all").encoder
+    model = build_model(cfg, encoder.tokenizer)
+    if not isinstance(model, OmniModel):
+        raise ValueError(f"{folder} is the run of a codec, which has no language model to ask")
+    load_weights(model, model_weights(folder / LAST_CHECKPOINT), folder / LAST_CHECKPOINT)
+    return model, encoder
+
+
+def _load_codec_run(folder: Path) -> Codec:
+    cfg, checkpoint = read_run_config(folder), folder / LAST_CHECKPOINT
+    target = cfg.model.get("_target_")
+    if target != "omnitrain.models.presets.build_codec":
+        raise ValueError(
+            f"{folder / CONFIG}: model._target_ is {target}, which is no codec; name the run folder of "
+            "`omnitrain fit +recipe=codec`"
+        )
+    codec: Codec = instantiate(cfg.model, _convert_="all")
+    load_weights(codec, model_weights(checkpoint), checkpoint)
+    if not codec.quantizer.semantic.initialised:
+        raise ValueError(f"{checkpoint}: its codebooks are empty; train the codec for a step at least")
+    stored = codec.decoder.code_embedding.weight.detach().clone()
+    codec.fold_codebooks()
+    with torch.no_grad():
+        # The trainer has folded them already. Its table is kept to the bit, since the fingerprint is made from it and
+        # another machine's product would round otherwise.
+        if torch.allclose(stored, codec.decoder.code_embedding.weight, rtol=1e-3, atol=1e-5):
+            codec.decoder.code_embedding.weight.copy_(stored)
+    return codec
+
+
+def _load_public(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, speech: bool
+) -> tuple[OmniModel, SampleEncoder]:
+    tokenizer = ChatTokenizer.from_dir(folder)
+    model = load_pretrained(folder, dtype=dtype, device=device, speech=speech)
+    config = model.config
+    encoder = SampleEncoder(
+        tokenizer=tokenizer,
+        audio=AudioGeometry(n_mels=config.aut.n_mels, chunk_frames=config.aut.chunk_frames),
+        vision=VisionGeometry(
+            patch=config.vision.patch,
+            temporal_patch=config.vision.temporal_patch,
+            merge=config.vision.merge,
+            **_pixel_bounds(folder / "preprocessor_config.json"),
+        ),
+        limits=MediaLimits(),
+        ids_per_second=config.position_id_per_seconds,
+        vocab_size=config.thinker.vocab_size,
+    )
+    return model, encoder
+
+
+def _pixel_bounds(path: Path) -> dict[str, int]:
+    """`min_pixels` and `max_pixels` of the public preprocessor's configuration, where it states them."""
+    if not path.is_file():
+        return {}
+    stored = Section(read_json(path), path)
+    size = stored.section("size") if stored.get("size", None) else Section({}, path)
+    bounds = {
+        "min_pixels": stored.get("min_pixels", size.get("shortest_edge", None)),
+        "max_pixels": stored.get("max_pixels", size.get("longest_edge", None)),
+    }
+    return {name: int(value) for name, value in bounds.items() if value}
