@@ -34,14 +34,17 @@ TOKENS, MEL_FRAMES, PATCHES = 2048, 6000, 8192  # of a pack, as conf/data/shards
 def measure_stream(pack: Path, workers: int, batches: int, warm_up: int) -> dict[str, float]:
     """Rates of the packed stream with `workers` processes (0: in this one)."""
     from omnitrain.data.datamodule import OmniDataModule
+    from omnitrain.data.settings import DataConfig, SourceConfig
 
     data = OmniDataModule(
-        sources={"pack": {"path": pack, "split": "train"}},
-        tokenizer=pack / "tokenizer.json",
-        num_workers=workers,
-        max_tokens=TOKENS,
-        max_mel_frames=MEL_FRAMES,
-        max_patches=PATCHES,
+        DataConfig(
+            sources={"pack": SourceConfig(path=pack, split="train")},
+            tokenizer=str(pack / "tokenizer.json"),
+            num_workers=workers,
+            max_tokens=TOKENS,
+            max_mel_frames=MEL_FRAMES,
+            max_patches=PATCHES,
+        )
     )
     data.setup("fit")
     stream = data.stream()

@@ -3,64 +3,115 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+import lightning as L
 
 from omnitrain.cli.test import evaluate_and_report
-from omnitrain.config.compose import ConfigError
+from omnitrain.config.run_config import RunConfig
+from omnitrain.config.saved import write_config
+from omnitrain.config.typed import ConfigError
+from omnitrain.files import CHECKPOINTS, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
-from omnitrain.runs.experiment import Experiment, build, save_config, starting_checkpoint
+from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
+from omnitrain.runs.resume import check_resume, is_run, record_changes
 
 
-def run(cfg: DictConfig) -> float | None:
-    """Train as `cfg` says, or run its stages, or the arm of its study. Returns the last validation loss, which sweepers
-    minimise."""
-    if cfg.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
-        cfg.ckpt_path = "last"  # a job that Slurm has queued again goes on where it was
-    if cfg.get("stages") is not None:  # a run from before there were stages has no such key
-        return _run_stages(cfg)
-    if cfg.get("study") is not None:
+def run(config: RunConfig) -> float | None:
+    """Train as `config` says, or run its stages, or the arm of its study. Returns the last validation loss, which
+    sweepers minimise."""
+    if config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
+        config = replace(config, ckpt_path="last")  # a job that Slurm has queued again goes on where it was
+    if config.stages is not None:
+        return _run_stages(config)
+    if config.study is not None:
         from omnitrain.study.run import run_arm
 
-        return run_arm(cfg, train)
-    loss = train(cfg).trainer.callback_metrics.get("validation/loss")
+        return run_arm(config, train)
+    loss = train(config).trainer.callback_metrics.get("validation/loss")
     return None if loss is None else float(loss)
 
 
-def train(cfg: DictConfig) -> Experiment:
+def train(config: RunConfig) -> Experiment:
     """Train one model, then score it and write its report, if the configuration says so.
 
     Raises:
-        ConfigError: the run folder holds a run already, and `cfg.ckpt_path` does not continue it.
+        ConfigError: the run folder holds a run already, and `config.ckpt_path` does not continue it, or continues it
+            with other settings than can be.
     """
-    checkpoint = starting_checkpoint(cfg)
-    experiment = build(cfg, "fit")
-    run_dir, trainer = experiment.run_dir, experiment.trainer
-    if cfg.ckpt_path is None and (run_dir / "checkpoints" / "last.ckpt").exists():
+    run_dir = Path(config.paths.run_dir)
+    checkpoint = starting_checkpoint(config)
+    if config.ckpt_path is None and (run_dir / LAST_CHECKPOINT).exists():
         raise ConfigError(
             f"{run_dir} already holds a run; continue it with ckpt_path=last, or choose another paths.run_dir"
         )
+    check_folder(run_dir)
+    changed = {}
+    if checkpoint is not None:
+        begun_in = checkpoint.parent.parent
+        if is_run(begun_in):
+            changed = check_resume(config, run_dir, begun_in)
+    experiment = build_experiment(config, "fit")
+    trainer = experiment.trainer
+
+    def begin(step: int) -> None:
+        write_config(config, run_dir)
+        experiment.datamodule.tokenizer.save(run_dir / TOKENIZER)
+        record_changes(changed, run_dir, step)
+
+    vars(trainer)["callbacks"].insert(0, _Begins(begin))
     if trainer.is_global_zero:
-        save_config(cfg, run_dir)
-        experiment.datamodule.tokenizer.save(run_dir / "tokenizer.json")
+        if checkpoint is not None and checkpoint.parent.parent.resolve() != run_dir.resolve():
+            _bring_rows(checkpoint.parent.parent, run_dir)
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
-        if cfg.evaluation.after_fit and cfg.evaluation.scores != "heldout":
+        if config.evaluation.after_fit and config.evaluation.scores != "heldout":
             from omnitrain.evaluation.judges import missing_judges, missing_judges_notice
 
             if missing := missing_judges():  # said now, while it can still be mended before the end
                 print(missing_judges_notice(missing), flush=True)
     trainer.fit(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
-    if cfg.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
-        evaluate_and_report(experiment, cfg)
+    if config.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
+        evaluate_and_report(experiment, config)
     return experiment
 
 
-def _run_stages(cfg: DictConfig) -> None:
-    run_dir = Path(cfg.paths.run_dir)
-    stages = read_stages(OmegaConf.to_container(cfg.stages), OmegaConf.to_container(cfg.stage_overrides))
+class _Begins(L.Callback):
+    """Writes into the run folder only once the state of the run is restored: a refused resume leaves it as it was."""
+
+    def __init__(self, begin: Callable[[int], None]) -> None:
+        self._begin = begin
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._begin(trainer.global_step)
+
+
+def check_folder(run_dir: Path) -> None:
+    """Refuse a run folder whose parts are links to somewhere else: a run writes into its own folder alone.
+
+    Raises:
+        ConfigError: names the link.
+    """
+    for path in (run_dir / CHECKPOINTS, *(run_dir.iterdir() if run_dir.is_dir() else ())):
+        if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
+            raise ConfigError(f"{path} is a link that leads out of the run folder; put the file itself there")
+
+
+def _bring_rows(begun_in: Path, run_dir: Path) -> None:
+    """Logged rows of the run that a checkpoint of another folder belongs to, which this one goes on with."""
+    for name in (METRICS, THROUGHPUT, SKIPPED_STEPS):
+        if (begun_in / name).is_file() and not (run_dir / name).exists():
+            shutil.copyfile(begun_in / name, run_dir / name)
+
+
+def _run_stages(config: RunConfig) -> None:
+    run_dir = Path(config.paths.run_dir)
+    stages = read_stages(config.stages, config.stage_overrides)
     done = finished_stages(stages, run_dir)
-    save_config(cfg, run_dir)
+    write_config(config, run_dir)
     print(f"run folder: {run_dir}", flush=True)
     if status := run_stages(stages, run_dir, done):
         raise SystemExit(status)

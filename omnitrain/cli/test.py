@@ -2,63 +2,47 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import fields
 from pathlib import Path
 
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
-
-from omnitrain.config.compose import ConfigError
-from omnitrain.evaluation.settings import (
-    SETTINGS,
-    CodecEvaluation,
-    Evaluation,
-    HeldoutEvaluation,
-    SpeechEvaluation,
-)
+from omnitrain.config.run_config import PretrainedConfig, RunConfig
+from omnitrain.config.targets import built
+from omnitrain.config.typed import ConfigError, named, typed
+from omnitrain.evaluation.settings import CodecEvaluation, Evaluation, HeldoutEvaluation, SpeechEvaluation
 from omnitrain.files import EVALUATION, TASK_RESULTS
 from omnitrain.interop.start_from import load_weights, read_checkpoint
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
-from omnitrain.runs.experiment import Experiment, build, trained_checkpoint
+from omnitrain.runs.experiment import Experiment, build_experiment, trained_checkpoint
 
 
-def run(cfg: DictConfig) -> None:
+def run(config: RunConfig) -> None:
     """Score the checkpoint that `cfg` names, and write the report into the run folder; with ``+eval=NAME``, run
     benchmarks instead."""
-    if cfg.get("eval") is not None:
-        return run_benchmarks(cfg)
-    checkpoint = trained_checkpoint(cfg, "test")
-    experiment = build(cfg, "test")
+    if config.eval is not None:
+        return run_benchmarks(config)
+    checkpoint = trained_checkpoint(config, "test")
+    experiment = build_experiment(config, "test")
     if checkpoint is not None:
         load_weights(experiment.module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
     if experiment.trainer.is_global_zero:
-        evaluate_and_report(experiment, cfg)
+        evaluate_and_report(experiment, config)
 
 
-def run_benchmarks(cfg: DictConfig) -> None:
-    """Run the tasks of ``cfg.eval`` (``conf/eval``) on the run folder's last checkpoint, or on ``model.folder``."""
-    from hydra.utils import instantiate
-
+def run_benchmarks(config: RunConfig) -> None:
+    """Run the tasks of ``config.eval`` (``conf/eval``) on the run folder's last checkpoint, or on ``model.folder``."""
     from omnitrain.runs.load import load
     from omnitrain.tasks.results import model_fingerprint, print_result
     from omnitrain.tasks.settings import BenchmarkRun, RunOptions
 
-    known = [field.name for field in fields(BenchmarkRun)]
-    for key in map(str, cfg.eval):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"eval.{key}: there is no such key; " + (f"did you mean {near[0]}?" if near else ""))
-    asked = BenchmarkRun(**{str(key): value for key, value in cfg.eval.items()})
-    if cfg.ckpt_path not in (None, "last"):
-        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: benchmarks run on the last checkpoint of a run folder")
-    run_dir = Path(cfg.paths.run_dir)
+    asked = typed(BenchmarkRun, config.eval, "eval")
+    if config.ckpt_path not in (None, "last"):
+        raise ConfigError(f"ckpt_path={config.ckpt_path}: benchmarks run on the last checkpoint of a run folder")
+    run_dir, model_config = Path(config.paths.run_dir), config.model.config
     try:
-        tasks = [instantiate(task, _convert_="all") for task in asked.tasks.values() if task]
+        tasks = [built(named(task, f"eval.tasks.{name}")) for name, task in asked.tasks.items() if task]
         for task in tasks:
             task.check()
-        folder = Path(cfg.model.folder) if "folder" in cfg.model else run_dir
+        folder = Path(model_config.folder) if isinstance(model_config, PretrainedConfig) else run_dir
         model, encoder = load(folder, device=asked.device, dtype=asked.dtype)
         options = RunOptions(
             limit=asked.limit,
@@ -68,26 +52,22 @@ def run_benchmarks(cfg: DictConfig) -> None:
         )
         for task in tasks:
             print_result(task.run(model, encoder, run_dir / TASK_RESULTS, options))
-    except (InstantiationException, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
 
 
-def evaluate_and_report(experiment: Experiment, cfg: DictConfig) -> None:
-    """Score the model as it stands on `data.test_sources` in the way that `cfg.evaluation` names, print the table,
-    write ``report.html`` and name it."""
+def evaluate_and_report(experiment: Experiment, config: RunConfig) -> None:
+    """Score the model as it stands on `data.test_sources` as `config.evaluation` says, print the table, write
+    ``report.html`` and name it."""
     from omnitrain.reports.run import write_report
 
-    name = cfg.evaluation.scores
-    if name not in SETTINGS:
-        raise ConfigError(f"evaluation.scores={name}: there are {', '.join(SETTINGS)}")
-    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SETTINGS[name]), cfg.evaluation))
+    settings = config.evaluation
     trainer, model = experiment.trainer, experiment.module.model
-    assert isinstance(settings, Evaluation)
     assert isinstance(model, OmniModel | Codec)
     model.to(trainer.strategy.root_device).eval()
     if experiment.datamodule.test_sources:
         with trainer.precision_plugin.forward_context():
-            _evaluate(experiment, settings, cfg.codec)
+            _evaluate(experiment, settings, config.codec)
     else:
         print("nothing is held out to score: name data in data.test_sources", flush=True)
     if settings.report:

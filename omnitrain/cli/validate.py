@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
 from rich.console import Console
 
-from omnitrain.runs.experiment import build, trained_checkpoint
+from omnitrain.config.run_config import RunConfig
+from omnitrain.runs.experiment import build_experiment, trained_checkpoint
 
 
-def run(cfg: DictConfig) -> float:
+def run(config: RunConfig) -> float:
     """Returns the loss in nats per target token."""
-    checkpoint = trained_checkpoint(cfg, "validate")
-    experiment = build(cfg, "validate")
+    checkpoint = trained_checkpoint(config, "validate")
+    experiment = build_experiment(config, "validate")
     module, trainer = experiment.module, experiment.trainer
     trainer.validate(module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
     if trainer.is_global_zero:

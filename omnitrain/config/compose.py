@@ -34,21 +34,41 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-import omnitrain.config.resolvers  # noqa: F401  (a resolver)
-from omnitrain.config.locations import CONF, PACK, PACK_SPEECH, RECIPES
-from omnitrain.config.targets import EXTRA_VARIABLE, ForbiddenTarget, MissingTarget, check_origins, check_targets
+from omnitrain.config.door import read
+from omnitrain.config.errors import explained
+from omnitrain.config.hydra_keys import check_hydra, check_overrides
+from omnitrain.config.locations import CONF, RECIPES
+from omnitrain.config.resolvers import register_resolvers
+from omnitrain.config.run_config import RunConfig
+from omnitrain.config.saved import read_values
+from omnitrain.config.schemas import register_schemas
+from omnitrain.config.targets import ForbiddenTarget
+from omnitrain.config.typed import ConfigError
+from omnitrain.files import CONFIG, printable
 
-OmegaConf.register_new_resolver("omnitrain.pack", lambda: str(PACK), replace=True)
-OmegaConf.register_new_resolver("omnitrain.pack_speech", lambda: str(PACK_SPEECH), replace=True)
+register_resolvers()
+register_schemas()
 # conf/hydra/launcher/submitit_slurm.yaml has the plugin's own name on purpose: its usual spelling gets our defaults.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
 
 SAVED_RUN = "saved_run"
 """Name under which the configuration of an existing run folder is composed (`omnitrain test RUN_DIR`)."""
 
+__all__ = ["ConfigError", "ForbiddenTarget", "RunConfig", "run_config", "run_verb"]
 
-class ConfigError(ValueError):
-    """A configuration or command line that cannot work; the message says what to change."""
+
+def run_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> RunConfig:
+    """The configuration that ``python -m omnitrain fit OVERRIDES`` would run, for Python and notebooks:
+    ``build(run_config(["+recipe=quickstart", "optim.lr=5e-4"]))`` is the same experiment.
+
+    Raises:
+        ConfigError: as on the command line.
+    """
+    arguments = [*([] if config_dir is None else ["--config-dir", str(config_dir)]), *overrides]
+    args = get_args_parser().parse_args(arguments)
+    register_recipes(arguments)
+    with _composer(args):
+        return _read(_composed(list(args.overrides), "config"), list(args.overrides))
 
 
 def register_recipes(arguments: list[str]) -> None:
@@ -72,11 +92,11 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     """
     try:
         run_dir, hydra_arguments = _split_run_dir(arguments)
-        hydra_arguments = read_stage_overrides(hydra_arguments)
+        hydra_arguments = _readable_arguments(read_stage_overrides(hydra_arguments))
         register_recipes(hydra_arguments)
         check_command_line(hydra_arguments, "config" if run_dir is None else _register_run(run_dir))
-    except (ConfigError, ForbiddenTarget) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ConfigError as error:
+        print("error: " + printable(error, keep="\n"), file=sys.stderr)
         return 1
     return run_hydra(verb, hydra_arguments, config_name="config" if run_dir is None else SAVED_RUN, run_dir=run_dir)
 
@@ -111,23 +131,23 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> Any:
         job = HydraConfig.get()
-        try:
-            cfg = cfg.copy()
-            cfg.paths.run_dir = str(_run_dir(job))
-            resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-            if cfg.get("stages") is not None and self.verb != "fit":
+
+        def run() -> Any:
+            settled = cfg.copy()
+            settled.paths.run_dir = str(_run_dir(job))
+            config = read(OmegaConf.to_container(settled, resolve=True, throw_on_missing=True))  # ty: ignore
+            if config.stages is not None and self.verb != "fit":
                 raise ConfigError(
                     f"stages: this recipe has several, and only `fit` runs them; name the folder of one, as in "
                     f"`python -m omnitrain {self.verb} RUN_DIR/STAGE`"
                 )
-            check_origins(check_targets(resolved))
-            sys.argv = self._child_command(job, cfg.paths.run_dir)
-            return importlib.import_module(f"omnitrain.cli.{self.verb}").run(OmegaConf.create(resolved))
-        except (ConfigError, ForbiddenTarget, MissingTarget, OmegaConfBaseException) as error:
-            if "HYDRA_FULL_ERROR" in os.environ:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
+            sys.argv = self._child_command(job, config.paths.run_dir)
+            return importlib.import_module(f"omnitrain.cli.{self.verb}").run(config)
+
+        status, result = explained(run)
+        if status:
+            raise SystemExit(status)
+        return result
 
     def _child_command(self, job: Any, run_dir: str) -> list[str]:
         """The command line of this one job. Lightning starts further processes of a distributed run with it; all of
@@ -139,7 +159,7 @@ class Job:
             *([str(self.saved_run)] if self.saved_run else []),
             *(argument for folder in folders for argument in ("--config-dir", folder)),
             *(text for text in job.overrides.task if not text.startswith("paths.run_dir=")),
-            f"paths.run_dir='{run_dir}'",
+            f"paths.run_dir={quoted(run_dir)}",
         ]
 
 
@@ -162,57 +182,116 @@ def _run_dir(job: Any) -> Path:
 
 
 def _split_run_dir(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """A first argument without "=" that is a folder with a config.yaml is an existing run."""
-    if not arguments or arguments[0].startswith(("-", "+", "~")) or "=" in arguments[0]:
+    """A first argument that is a folder with a config.yaml is an existing run, whatever its name."""
+    if not arguments or arguments[0].startswith("-"):
         return None, arguments
     folder = Path(arguments[0])
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: neither an override KEY=VALUE nor a run folder (it has no config.yaml)")
-    return folder.resolve(), arguments[1:]
+    if (folder / CONFIG).is_file():
+        return folder.resolve(), arguments[1:]
+    if arguments[0].startswith(("+", "~")) or "=" in arguments[0]:
+        return None, arguments
+    raise ConfigError(f"{folder}: neither an override KEY=VALUE nor a run folder (it has no {CONFIG})")
 
 
 def _register_run(run_dir: Path) -> str:
-    """Store the configuration of an earlier run, which is complete but for Hydra's own settings."""
-    saved, root = OmegaConf.load(run_dir / "config.yaml"), OmegaConf.load(CONF / "config.yaml")
-    assert isinstance(saved, DictConfig)
+    """Store the configuration of an earlier run, which is complete but for Hydra's own settings. It passes the door
+    before Hydra sees it, so nothing in it can be resolved."""
+    values = read_values(run_dir)
+    try:
+        read(values)
+    except ConfigError as error:
+        raise type(error)(f"{run_dir / CONFIG}: {error}") from error
+    root = OmegaConf.load(CONF / "config.yaml")
     assert isinstance(root, DictConfig)
+    saved = OmegaConf.create({key: value for key, value in values.items() if key not in ("hydra", "defaults")})
     saved.hydra = root.hydra
     of_hydra = [
         entry for entry in root.defaults if OmegaConf.is_dict(entry) and next(iter(entry)).startswith("override ")
     ]
     saved.defaults = ["_self_", *of_hydra]
-    saved.paths.run_dir = str(run_dir)
     saved.ckpt_path = "last"
     ConfigStore.instance().store(name=SAVED_RUN, node=saved)
     return SAVED_RUN
+
+
+def quoted(value: str) -> str:
+    """`value` as Hydra's grammar takes it whatever characters it has."""
+    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _readable_arguments(arguments: list[str]) -> list[str]:
+    args = get_args_parser().parse_args(arguments)
+    better = dict(zip(args.overrides, readable(args.overrides, sweep=args.multirun), strict=True))
+    return [better.get(argument, argument) for argument in arguments]
+
+
+def readable(overrides: list[str], *, sweep: bool) -> list[str]:
+    """Overrides whose values Hydra's grammar cannot read, such as ``paths.run_dir=a = b``, with these in quotes; a
+    comma parts values in a sweep alone."""
+    parser, found = OverridesParser.create(), []
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        try:
+            parsed = parser.parse_override(text)
+            needs_quotes = parsed.is_sweep_override() and not sweep and "(" not in value
+        except HydraException:
+            needs_quotes = sign == "=" and not value.startswith(("'", '"', "[", "{"))
+        found.append(f"{key}={quoted(value)}" if needs_quotes else text)
+    return found
 
 
 # --- checking a command line -----------------------------------------------------------------------------------------
 
 
 def check_command_line(arguments: list[str], config_name: str = "config") -> None:
-    """Compose what `arguments` ask for and check it, without importing anything that it names.
+    """Compose what `arguments` ask for and pass it through the door, without importing anything that it names.
 
     Raises:
         ConfigError: it does not compose; the message has the nearest valid key or option.
-        ForbiddenTarget: it names code outside the allowed packages.
+        ForbiddenTarget: it names code that a configuration may not name.
     """
     args = get_args_parser().parse_args(arguments)
     if args.hydra_help or args.shell_completion or args.info:
         return
     with _composer(args):
         for overrides in _single_jobs(args.overrides):
-            try:
-                cfg = compose(config_name, overrides=overrides, return_hydra_config=True)
-            except (HydraException, OmegaConfBaseException) as error:
-                raise ConfigError(_explain(error, overrides, config_name)) from error
-            _check(cfg)
+            cfg = _composed(overrides, config_name)
+            if args.cfg is None:
+                _read(cfg, args.overrides)
         known = [*cfg, *GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)]
         for text in args.overrides:  # "+recpe=quickstart" would add a key that nobody reads
             key, _, value = text.lstrip("+").partition("=")
             near = difflib.get_close_matches(key, [str(name) for name in known if name != key], n=1, cutoff=0.75)
             if text.startswith("+") and "." not in key and key in cfg and key not in _root_keys() and near:
                 raise ConfigError(f"{text}: nothing reads a key '{key}'; did you mean +{near[0]}={value}?")
+
+
+def _composed(overrides: list[str], config_name: str) -> DictConfig:
+    try:
+        return compose(config_name, overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides, config_name)) from error
+
+
+def _read(cfg: DictConfig, overrides: list[str]) -> RunConfig:
+    """The typed configuration of `cfg`, which is checked with Hydra's own part."""
+    with open_dict(cfg):  # what Hydra fills in when a job starts
+        cfg.hydra.job.num, cfg.hydra.job.id, cfg.hydra.runtime.output_dir = 0, "0", "."
+    HydraConfig.instance().set_config(cfg)
+    try:
+        values: Any = OmegaConf.to_container(cfg, resolve=True)
+        usual: Any = OmegaConf.to_container(_launcher_defaults(values["hydra"]), resolve=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+    check_hydra(values["hydra"], usual, overrides, values["paths"]["run_dir"])
+    return read(values)
+
+
+def _launcher_defaults(hydra_values: dict[str, Any]) -> DictConfig:
+    """Hydra's part with the launcher that has been chosen, as it is without any recipe."""
+    chosen = hydra_values["runtime"]["choices"].get("hydra/launcher") or "basic"
+    return compose("config", overrides=[f"hydra/launcher={chosen}"], return_hydra_config=True).hydra
 
 
 def check_stage(name: str, command: Sequence[str]) -> None:
@@ -230,7 +309,7 @@ def check_stage(name: str, command: Sequence[str]) -> None:
     try:
         register_recipes(arguments)
         check_command_line(arguments)
-    except (ConfigError, ForbiddenTarget) as error:
+    except ConfigError as error:
         raise type(error)(f"stage '{name}': {error}") from error
     finally:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = running, job
@@ -278,8 +357,7 @@ def _root_keys() -> set[str]:
 @contextlib.contextmanager
 def _composer(args: Namespace) -> Generator[None]:
     """Hydra's compose API with the search path that the same arguments give `hydra.main`."""
-    if args.config_dir is not None and not Path(args.config_dir).is_dir():
-        raise ConfigError(f"--config-dir {args.config_dir}: no such folder")
+    check_overrides(args.overrides, args.config_dir)
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="check"):
         if args.config_dir is not None:
             from hydra.core.config_search_path import SearchPathQuery
@@ -318,20 +396,6 @@ def _single_jobs(overrides: list[str]) -> list[list[str]]:
         if len(values) > 1 and loader.get_group_options(group):
             jobs += [[*first[:i], value, *first[i + 1 :]] for value in values[1:]]
     return jobs
-
-
-def _check(cfg: DictConfig) -> None:
-    with open_dict(cfg):  # what Hydra fills in when a job starts
-        cfg.hydra.job.num, cfg.hydra.job.id, cfg.hydra.runtime.output_dir = 0, "0", "."
-    HydraConfig.instance().set_config(cfg)
-    try:
-        resolved = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
-    check_targets(resolved)
-    for name in cfg.hydra.job.env_set:
-        if str(name) == EXTRA_VARIABLE or str(name).startswith(("PYTHON", "LD_", "DYLD_")) or name == "PATH":
-            raise ForbiddenTarget(f"hydra.job.env_set.{name}: a configuration may not change what code is run")
 
 
 def _explain(error: Exception, overrides: list[str], config_name: str) -> str:

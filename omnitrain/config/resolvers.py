@@ -1,15 +1,22 @@
-"""How a mix that is meant in tokens becomes the mixture's weights, which count samples (docs/mixing.md)."""
+"""What `${omnitrain.NAME:...}` means in a configuration."""
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 from omegaconf import OmegaConf
+
+from omnitrain.config.locations import PACK, PACK_SPEECH
+from omnitrain.models.sizes import codec_vocabulary
 
 
 def sample_weight(tokens: float, per_sample: float) -> float:
-    """A source's weight. Weights are relative, so only the ratios between the sources of a mix matter.
+    """How a mix that is meant in tokens becomes the mixture's weights, which count samples (docs/mixing.md). Weights
+    are relative, so only the ratios between the sources of a mix matter.
 
     Args:
-        tokens: its share of the tokens, relative to the other sources'.
+        tokens: a source's share of the tokens, relative to the other sources'.
         per_sample: tokens of its average sample.
 
     Raises:
@@ -20,4 +27,23 @@ def sample_weight(tokens: float, per_sample: float) -> float:
     return round(1000 * tokens / per_sample, 4)
 
 
-OmegaConf.register_new_resolver("omnitrain.sample_weight", sample_weight, replace=True)
+@cache
+def _tokenizer(path: str) -> Any:
+    from omnitrain.data.chat import ChatTokenizer
+
+    return ChatTokenizer.from_file(path)
+
+
+def register_resolvers() -> None:
+    """Tell OmegaConf about them. Can be called again."""
+    resolvers = {
+        "pack": lambda: str(PACK),
+        "pack_speech": lambda: str(PACK_SPEECH),
+        "sample_weight": sample_weight,
+        "codec_vocabulary": lambda name, codebook_size: codec_vocabulary(codebook_size)[name],
+        "half": lambda number: number // 2,
+        "vocab_size": lambda path: _tokenizer(str(path)).vocab_size,
+        "special_tokens": lambda path: dict(_tokenizer(str(path)).special_ids),
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(f"omnitrain.{name}", resolver, replace=True)

@@ -1,122 +1,212 @@
-"""Which code a configuration may call.
+"""Which code a configuration may call, and the only place where it is called.
 
-A recipe is data that people pass around, and Hydra's ``_target_`` would let that data call any Python function. Before
-anything is imported, every ``_target_`` of the composed configuration must therefore start with one of a few prefixes;
-and since ``omnitrain.data.shards.os.system`` would start with one too, the object that it leads to must also have been
-*defined* under one of them.
+A configuration is data that people pass around: a recipe, a run folder, a checkpoint. It may name *constructors* with
+``_target_``: those listed here, and classes of a package that the user (never a configuration) has named in the
+environment variable ``OMNITRAIN_TARGETS``. Everything else in it is plain data. :func:`build` makes the object from the
+very data that were checked; nothing in them is resolved again.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-ALLOWED = (
-    "omnitrain.",
-    "torch.optim.",
-    "torch.nn.",
-    "torch.distributed.fsdp.",
-    "torch.distributed.device_mesh.",
-    "lightning.Trainer",
-    "lightning.pytorch.Trainer",
-    "lightning.pytorch.trainer.",
-    "lightning.pytorch.callbacks.",
-    "lightning.pytorch.loggers.",
-    "lightning.pytorch.plugins.",
-    "lightning.pytorch.profilers.",
-    "lightning.pytorch.strategies.",
-    "lightning.fabric.plugins.",
-    "lightning.fabric.strategies.",
-    "torchmetrics.",
-)
-HYDRA_ALLOWED = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.", "optuna.samplers.")
-"""What Hydra itself calls below the node `hydra`: launchers, sweepers and their samplers, its own callbacks."""
-LOGGING_ALLOWED = ("logging.", "colorlog.")
-"""Classes of Python's logging configuration (keys `()` and `class` below `hydra`), called before any job starts."""
+from omnitrain.config import run_config
+from omnitrain.config.typed import TARGET, ConfigError, Named
+from omnitrain.data.settings import DataConfig, WaveformsConfig
+from omnitrain.models.sizes import CodecConfig, OmniConfig
 
 EXTRA_VARIABLE = "OMNITRAIN_TARGETS"
-"""Environment variable with further packages, comma-separated. Who runs omnitrain sets it; a recipe cannot."""
+"""Environment variable with further packages, comma-separated."""
+OWN_PACKAGES = tuple(name.strip().rstrip(".") for name in os.environ.get(EXTRA_VARIABLE, "").split(",") if name.strip())
+"""What it said when the process started: no configuration can change it."""
+
+OURS: dict[str, type] = {
+    "omnitrain.models.omni.OmniModel": OmniConfig,
+    "omnitrain.models.codec.Codec": CodecConfig,
+    "omnitrain.interop.load_pretrained": run_config.PretrainedConfig,
+    "omnitrain.data.datamodule.OmniDataModule": DataConfig,
+    "omnitrain.data.waveforms.WaveformDataModule": WaveformsConfig,
+    "omnitrain.training.thinker.ThinkerModule": run_config.ThinkerModuleConfig,
+    "omnitrain.training.talker.TalkerModule": run_config.TalkerModuleConfig,
+    "omnitrain.training.codec.CodecModule": run_config.CodecModuleConfig,
+    "omnitrain.training.callbacks.AtomicCheckpoint": run_config.CheckpointConfig,
+    "omnitrain.training.callbacks.SpikeGuard": run_config.SpikeGuardConfig,
+    "omnitrain.training.callbacks.Throughput": run_config.ThroughputConfig,
+    "omnitrain.training.callbacks.RunRecord": run_config.RunRecordConfig,
+    "omnitrain.training.callbacks.TrainingProgress": run_config.ProgressConfig,
+    "omnitrain.training.callbacks.MediaPanels": run_config.MediaPanelsConfig,
+    "omnitrain.training.logging.ExactCsvLogger": run_config.CsvLoggerConfig,
+    "omnitrain.training.logging.wandb_logger": run_config.WandbConfig,
+}
+"""Constructor -> its configuration, which is its first argument."""
+
+_LOOSE: dict[str, str] = {
+    "lightning.pytorch.callbacks": "DeviceStatsMonitor EarlyStopping GradientAccumulationScheduler LearningRateMonitor "
+    "ModelCheckpoint ModelSummary RichModelSummary RichProgressBar StochasticWeightAveraging Timer TQDMProgressBar",
+    "lightning.pytorch.loggers": "CSVLogger TensorBoardLogger WandbLogger",
+    "lightning.pytorch.profilers": "AdvancedProfiler PyTorchProfiler SimpleProfiler",
+    "lightning.pytorch.strategies": "DDPStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy",
+    "lightning.pytorch.plugins.environments": "LightningEnvironment SLURMEnvironment TorchElasticEnvironment",
+    "omnitrain.evaluation.answers": "Decoding",
+    "omnitrain.tasks.captions": "AudioCaps AudioCaptionRule",
+    "omnitrain.tasks.choices": "MMMURule MMStarRule MathVistaRule RelaxedAccuracy StringMatch VideoMMERule",
+    "omnitrain.tasks.lm_harness": "HarnessTask",
+    "omnitrain.tasks.questions": "AudioBenchChoice ChartQA MMAU MMMU MMStar MathVista VideoMME",
+    "omnitrain.tasks.shards": "ReferenceMatch Shards",
+    "omnitrain.tasks.speech_to_text": "CoVoST CommonVoice ErrorRate Fleurs LibriSpeech Translation",
+    "omnitrain.tasks.task": "Task",
+    "omnitrain.tasks.tool_calls": "BFCL ToolCallRule",
+}
+LOOSE = tuple(f"{module}.{name}" for module, names in _LOOSE.items() for name in names.split())
+"""Constructors that take loose keywords."""
+
+CONSTRUCTORS = (*OURS, *LOOSE)
 
 
-class ForbiddenTarget(ValueError):
-    """A configuration names code outside the allowed packages."""
+class ForbiddenTarget(ConfigError):
+    """A configuration names code that it may not call."""
 
 
-class MissingTarget(ImportError):
+class MissingTarget(ConfigError):
     """A configuration names code that does not exist or cannot be imported."""
 
 
-def allowed_prefixes() -> tuple[str, ...]:
-    """:data:`ALLOWED` and the packages named by the environment variable ``OMNITRAIN_TARGETS``."""
-    extra = os.environ.get(EXTRA_VARIABLE, "")
-    return ALLOWED + tuple(f"{name.strip().rstrip('.')}." for name in extra.split(",") if name.strip())
+def config_class(target: str, place: str) -> tuple[type | None, bool]:
+    """The configuration that the constructor `target` takes (None: loose keywords), and whether it is one of ours.
 
-
-def check_targets(config: Any) -> dict[str, str]:
-    """Refuse a configuration that names code outside the allowed packages. Imports nothing.
-
-    Args:
-        config: nested dicts and lists, with interpolations resolved.
-
-    Returns:
-        Each target and the place where it first stands, in order.
+    Classes of the user's own package are imported here, since they may derive from ours; nothing else is.
 
     Raises:
-        ForbiddenTarget: names the target, where it stands, and how to allow it.
+        ForbiddenTarget: no constructor of the list, nor of a package named in the environment.
+        MissingTarget: there is no such class in the user's package.
     """
-    found: dict[str, str] = {}
-    for where, key, target in _targets(config, ""):
-        in_hydra = where == "hydra" or where.startswith("hydra.")
-        if in_hydra:
-            prefixes = HYDRA_ALLOWED if key == "_target_" else LOGGING_ALLOWED
-        elif key == "_target_":
-            prefixes = allowed_prefixes()
-            found.setdefault(str(target), where)
-        else:
-            continue
-        if not isinstance(target, str) or not _allowed(target, prefixes):
-            raise ForbiddenTarget(
-                f"{where or 'the configuration'}: {key} '{target}' is not allowed. A configuration may only call "
-                f"{', '.join(prefix.rstrip('.') for prefix in prefixes)}"
-                + ("" if in_hydra else f"; add your own package with the environment variable {EXTRA_VARIABLE}=NAME")
-            )
+    if target in OURS:
+        return OURS[target], True
+    if target in LOOSE:
+        return None, True
+    if not is_own(target):
+        raise ForbiddenTarget(_refusal(target, place))
+    bases = {f"{base.__module__}.{base.__qualname__}": base for base in getattr(_located(target, place), "__mro__", ())}
+    for name, cls in OURS.items():
+        module, _, attribute = name.rpartition(".")
+        if any(base == name or (base.startswith(f"{module}.") and base.endswith(f".{attribute}")) for base in bases):
+            return cls, False
+    return None, False
+
+
+def is_own(target: str) -> bool:
+    """Whether `target` lies in a package that the user has named in the environment."""
+    parts = target.split(".")
+    plain_name = all(part.isidentifier() and not part.startswith("__") for part in parts)
+    return plain_name and any(target.startswith(f"{package}.") for package in OWN_PACKAGES)
+
+
+def _refusal(target: str, place: str) -> str:
+    near = difflib.get_close_matches(target, CONSTRUCTORS, n=1, cutoff=0.8)
+    hint = f"did you mean {near[0]}?" if near else "it may name the constructors listed in docs/keys.md"
+    return (
+        f"{place or 'the configuration'}: {TARGET} {target!r} is not allowed in a configuration; {hint} A class of "
+        f"your own package is allowed by the environment variable {EXTRA_VARIABLE}=PACKAGE"
+    )
+
+
+def _located(target: str, place: str) -> Any:
+    module, _, attribute = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise MissingTarget(f"{place}: {TARGET} {target!r} cannot be imported: {error}") from error
+    if is_own(target) and not (callable(found) and is_own(f"{found.__module__}.{found.__qualname__}")):
+        raise ForbiddenTarget(f"{place}: {TARGET} {target!r} is not allowed: it is defined in {found.__module__}")
     return found
 
 
-def check_origins(targets: dict[str, str]) -> None:
-    """Import `targets` (which :func:`check_targets` has passed) and refuse those defined elsewhere.
+def build(node: Named, *arguments: Any, place: str = "", **offered: Any) -> Any:
+    """The object that `node` describes: its constructor, with its configuration first, then `arguments`.
 
-    ``omnitrain.data.shards.os.system`` is reached through an allowed module, but is not that module's own.
+    Args:
+        offered: keywords that are given to a constructor of ours (or one derived from it) if it has such a parameter.
 
     Raises:
-        ForbiddenTarget: names the target and where it really comes from.
-        MissingTarget: there is no such target.
+        ConfigError: the constructor refuses; the message names the place.
     """
-    from hydra._internal.utils import _locate
+    config_class(node.target, place)
+    constructor = _located(node.target, place)
+    keywords = {key: built(value) for key, value in node.keywords.items()}
+    if node.config is not None:
+        if inspect.isclass(constructor):
+            arguments = (*arguments, node.config)
+        else:  # a function, such as load_pretrained
+            keywords |= vars(node.config)
+        parameters = inspect.signature(constructor).parameters
+        keywords |= {key: value for key, value in offered.items() if key in parameters}
+    try:
+        return constructor(*arguments, **keywords)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: {error}" if place and place not in str(error) else str(error)) from error
 
-    for target, where in targets.items():
-        try:
-            thing = _locate(target)
-        except ImportError as error:
-            raise MissingTarget(f"{where}: _target_ '{target}' cannot be imported: {error}") from error
-        origin = f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', '')}"
-        if not callable(thing) or not _allowed(origin, allowed_prefixes()):
-            raise ForbiddenTarget(f"{where}: _target_ '{target}' is not allowed: it is '{origin}', defined elsewhere")
+
+def built(value: Any) -> Any:
+    """`value` with every :class:`Named` in it built."""
+    if isinstance(value, Named):
+        return build(value)
+    if isinstance(value, Mapping):
+        return {key: built(item) for key, item in value.items()}
+    return [built(item) for item in value] if isinstance(value, list) else value
 
 
-def _allowed(name: str, prefixes: tuple[str, ...]) -> bool:
-    inner = name.startswith(tuple(p for p in prefixes if p.endswith("."))) or name in prefixes
-    return inner and not name.startswith("omnitrain.cli.") and "__" not in name
+# --- what holds for any plain data ----------------------------------------------------------------------------------
 
 
-def _targets(node: Any, place: str) -> Iterator[tuple[str, str, Any]]:
-    """(place, key, value) of every key by which a configuration can name code."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key == "_target_" or (key in ("()", "class") and not isinstance(value, dict)):
-                yield place, key, value
-            yield from _targets(value, f"{place}.{key}" if place else str(key))
-    elif isinstance(node, list | tuple):
-        for i, value in enumerate(node):
-            yield from _targets(value, f"{place}[{i}]")
+def check_plain(config: Any, place: str = "") -> None:
+    """Refuse what would mean more than it shows: names of code that are not allowed, Hydra's own marks, and text that
+    would be resolved again. Imports nothing, but what lies in the user's own packages.
+
+    Raises:
+        ForbiddenTarget, MissingTarget.
+    """
+    for where, key, value in walk(config, place):
+        if key == TARGET:
+            if not isinstance(value, str):
+                raise ForbiddenTarget(f"{where}: {TARGET} must be the name of a constructor, not {value!r}")
+            if value not in CONSTRUCTORS and not is_own(value):
+                raise ForbiddenTarget(_refusal(value, where))
+        elif key in ("_partial_", "_args_", "_recursive_", "_convert_"):
+            raise ForbiddenTarget(f"{where}: {key} is not allowed in a configuration; leave it out")
+        if isinstance(value, str) and "${" in value:
+            raise ForbiddenTarget(
+                f"{where + '.' if where else ''}{key}: {value!r} still holds an interpolation after all have been "
+                "resolved; write the value itself"
+            )
+
+
+def walk(node: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, str, Any]]:
+    """(place, key, value) of everything below `node`."""
+    if depth > 64:
+        raise ForbiddenTarget(f"{place[:80]}...: a configuration is not nested this deep")
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list | tuple) else ()
+    for key, value in items:
+        yield place, str(key), value
+        inner = f"{place}[{key}]" if not isinstance(node, Mapping) else f"{place}.{key}" if place else str(key)
+        yield from walk(value, inner, depth + 1)
+
+
+def check_inside(node: Named, run_dir: Path, place: str) -> None:
+    """Refuse texts among loose keywords (`dirpath`, `save_dir`, `filename`, ...) that lead out of the run folder.
+
+    Raises:
+        ForbiddenTarget: names the key.
+    """
+    for where, key, value in walk(node.keywords, place):
+        if not isinstance(value, str) or not ("/" in value or "\\" in value or ".." in value) or "://" in value:
+            continue
+        if not (run_dir / value).resolve().is_relative_to(run_dir.resolve()):
+            raise ForbiddenTarget(
+                f"{where}.{key}={value}: leads out of the run folder, where all that a run writes lies"
+            )

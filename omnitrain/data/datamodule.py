@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning import LightningDataModule
 
@@ -15,128 +14,67 @@ from omnitrain.data.batch import PackedBatch
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.features import AudioGeometry, VisionGeometry
-from omnitrain.data.media import MediaLimits
-from omnitrain.data.mixture import Mixture, SourceConfig
-from omnitrain.data.packing import Budget
+from omnitrain.data.mixture import Mixture
+from omnitrain.data.settings import Budget, DataConfig, SourceConfig, Stage
 from omnitrain.data.shards import Source
-from omnitrain.data.stream import BadSampleLog, FinitePacks, PackedStream, Stage, planned_mixture
-
-T = TypeVar("T")
-Sources = Sequence[SourceConfig | Mapping[str, Any]] | Mapping[str, Mapping[str, Any]]
-"""Source configurations: a list of them, or a mapping from their names (which Hydra overrides one key at a time)."""
+from omnitrain.data.stream import BadSampleLog, FinitePacks, PackedStream, planned_mixture
+from omnitrain.files import BAD_SAMPLES
 
 
 class OmniDataModule(LightningDataModule):
     """Training, validation, test and prediction batches from shards.
-
-    ::
-
-        _target_: omnitrain.data.datamodule.OmniDataModule
-        tokenizer: ${omnitrain.pack:}/tokenizer.json
-        sources:                      # by name; a list of the same with `name:` in each also works
-          captions: {path: data/stamps, split: train, where: {task: [caption]}, weight: 3}
-          speech:   {path: data/stamps, split: train, where: {task: [asr, s2tt]}, weight: 2}
-          text:     {path: data/gcide, split: train, weight: 1}
-        validation_sources:
-          stamps: {path: data/stamps, split: validation, limit: 200}
-        max_tokens: 4096              # of a pack, which is the batch of one rank and step
-        max_mel_frames: 12000
-        max_patches: 8192
-        stages:                       # optional: change mixture and lengths at a token count of the whole run
-          - {until_tokens: 2000000, weights: {captions: 1, speech: 1}, max_tokens: 2048}
-          - {}                        # the weights and budgets above; or {samples: {captions: 300}}, exactly
-        num_workers: 2
-        seed: 0
 
     The training loader is endless (unless the last stage counts `samples`): a trainer needs `max_steps`. Call
     :meth:`mark_trained` with each batch once it has been trained on; checkpoints then hold the position after it,
     however far the loader has read ahead.
 
     Args:
-        sources: what is trained on, see `SourceConfig`.
-        tokenizer: a tokenizer, its file or its folder (`ChatTokenizer.from_file`).
-        validation_sources, test_sources, predict_sources: read once, in order, unshuffled; weights are ignored. Test
-            and prediction fall back on the validation sources. Prediction batches are prompts (no last answer).
-        voice_sources: recordings by which generated speech is told whose voice it is; default: `sources`.
-        max_tokens, max_mel_frames, max_patches, max_frames: budget of a pack (None: no bound).
-        validation_max_tokens: budget of tokens outside training; default `max_tokens`.
-        window: packs kept open by the packer. More packs fill better and hold more decoded media in memory.
-        stages: see `Stage`.
-        num_workers: worker processes of the training loader; the batches do not depend on it.
-        worker_buffer: encoded samples that each worker keeps ready: more than a pack holds, or training waits for each.
-        seed: of the order.
-        max_bad_fraction: see `PackedStream`.
-        audio, vision, limits: geometry of the features and limits on media, as dataclasses or mappings of their fields.
+        config: sources, budgets and features.
+        seed: of the order, where `config` has none of its own.
+        run_dir: where skipped samples are listed (`bad_samples.jsonl`; ranks above 0 add ``.rankN`` before the suffix).
         ids_per_second: TM-RoPE ids per second.
         vocab_size: of the model; samples with larger token ids are bad.
         speech: how the model's Talker numbers codes and voices; spoken answers are then laid out for it. None: their
             text alone is used. Settable later (`datamodule.speech = ...`), before anything is encoded.
-        bad_samples_path: JSONL of skipped samples (ranks above 0 add ``.rankN`` before the suffix).
+        tokenizer: instead of the file that `config` names.
         rank, world_size: default: the trainer's.
 
     Raises:
-        ValueError, TypeError: a misspelt or contradicting field; the message names it.
         FileNotFoundError: a missing shard or tokenizer (on setup).
     """
 
     def __init__(
         self,
+        config: DataConfig,
         *,
-        sources: Sources,
-        tokenizer: str | Path | ChatTokenizer,
-        validation_sources: Sources = (),
-        test_sources: Sources = (),
-        predict_sources: Sources = (),
-        voice_sources: Sources = (),
-        max_tokens: int = 4096,
-        max_mel_frames: int | None = None,
-        max_patches: int | None = None,
-        max_frames: int | None = None,
-        validation_max_tokens: int | None = None,
-        window: int = 8,
-        stages: Sequence[Stage | Mapping[str, Any]] = (),
-        num_workers: int = 0,
-        worker_buffer: int = 64,
         seed: int = 0,
-        max_bad_fraction: float = 0.01,
-        audio: AudioGeometry | Mapping[str, Any] | None = None,
-        vision: VisionGeometry | Mapping[str, Any] | None = None,
-        limits: MediaLimits | Mapping[str, Any] | None = None,
+        run_dir: str | Path | None = None,
         ids_per_second: float = 13,
         vocab_size: int | None = None,
         speech: SpeechCodes | None = None,
-        bad_samples_path: str | Path | None = None,
+        tokenizer: ChatTokenizer | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.sources = _sources(sources, "sources")
-        self.validation_sources = _sources(validation_sources, "validation_sources")
-        self.test_sources = _sources(test_sources, "test_sources") or self.validation_sources
-        self.predict_sources = _sources(predict_sources, "predict_sources") or self.validation_sources
-        self.voice_sources = _sources(voice_sources, "voice_sources") or self.sources
-        if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it is a share between 0 and 1")
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must be at least 0")
-        self.budget = Budget(tokens=max_tokens, mel_frames=max_mel_frames, patches=max_patches, frames=max_frames)
-        self.validation_budget = Budget(
-            tokens=validation_max_tokens or max_tokens,
-            mel_frames=max_mel_frames,
-            patches=max_patches,
-            frames=max_frames,
+        self.config = config
+        self.sources = _named(config.sources)
+        self.validation_sources = _named(config.validation_sources)
+        self.test_sources = _named(config.test_sources) or self.validation_sources
+        self.predict_sources = _named(config.predict_sources) or self.validation_sources
+        self.voice_sources = _named(config.voice_sources) or self.sources
+        self.budget = Budget(
+            tokens=config.max_tokens,
+            mel_frames=config.max_mel_frames,
+            patches=config.max_patches,
+            frames=config.max_frames,
         )
-        self.window, self.num_workers, self.worker_buffer = window, num_workers, worker_buffer
-        self.stages = [_build(Stage, stage, f"stages[{i}]") for i, stage in enumerate(stages)]
-        self.seed, self.max_bad_fraction = seed, max_bad_fraction
-        self.audio = _build(AudioGeometry, audio or {}, "audio")
-        self.vision = _build(VisionGeometry, vision or {}, "vision")
-        self.limits = _build(MediaLimits, limits or {}, "limits")
+        self.validation_budget = replace(self.budget, tokens=config.validation_max_tokens or config.max_tokens)
+        self.stages = list(config.stages)
+        self.seed = seed if config.seed is None else config.seed
         self.ids_per_second, self.vocab_size, self._speech = ids_per_second, vocab_size, speech
-        self.bad_samples_path = Path(bad_samples_path) if bad_samples_path is not None else None
-        self._rank, self._world_size = rank, world_size
-        self._tokenizer = tokenizer
+        self.bad_samples_path = None if run_dir is None else Path(run_dir) / BAD_SAMPLES
+        self._rank, self._world_size, self._tokenizer = rank, world_size, tokenizer
         self._encoder: SampleEncoder | None = None
         self._opened: dict[str, dict[str, Source]] = {}
         self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state that no stream has taken over yet
@@ -150,12 +88,11 @@ class OmniDataModule(LightningDataModule):
     def encoder(self) -> SampleEncoder:
         """Sample -> numbers, as in training; evaluation and generation use the same."""
         if self._encoder is None:
-            loaded = self._tokenizer
             self._encoder = SampleEncoder(
-                tokenizer=loaded if isinstance(loaded, ChatTokenizer) else ChatTokenizer.from_file(loaded),
-                audio=self.audio,
-                vision=self.vision,
-                limits=self.limits,
+                tokenizer=self._tokenizer or ChatTokenizer.from_file(self.config.tokenizer),
+                audio=self.config.audio,
+                vision=self.config.vision,
+                limits=self.config.limits,
                 ids_per_second=self.ids_per_second,
                 vocab_size=self.vocab_size,
                 speech=self.speech,
@@ -238,7 +175,7 @@ class OmniDataModule(LightningDataModule):
             self._mixture(which, self.encoder.encode_prompt if prompts else self.encoder, names),
             budget=self.validation_budget,
             n_bytes=self.tokenizer.n_bytes,
-            max_bad_fraction=self.max_bad_fraction,
+            max_bad_fraction=self.config.max_bad_fraction,
         )
 
     def teardown(self, stage: str) -> None:
@@ -266,11 +203,11 @@ class OmniDataModule(LightningDataModule):
             weights=self._weights(),
             budget=self.budget,
             stages=self.stages,
-            window=self.window,
+            window=self.config.window,
             n_bytes=self.tokenizer.n_bytes,
-            max_bad_fraction=self.max_bad_fraction,
-            num_workers=self.num_workers,
-            ahead=self.worker_buffer,
+            max_bad_fraction=self.config.max_bad_fraction,
+            num_workers=self.config.num_workers,
+            ahead=self.config.worker_buffer,
             log=BadSampleLog(self._log_path()),
             state=state,
         )
@@ -346,11 +283,15 @@ class OmniDataModule(LightningDataModule):
             "filters": {config.name: _plain([config.split, config.where, config.limit]) for config in self.sources},
             "weights": self._weights(),
             "budget": asdict(self.budget),
-            "window": self.window,
+            "window": self.config.window,
             "stages": [_plain(asdict(stage)) for stage in self.stages],
             "tokenizer": zlib.crc32(self.tokenizer.to_json().encode()),
             "features": _plain(
-                [asdict(self.audio), asdict(self.vision), asdict(self.limits), self.ids_per_second, self.vocab_size]
+                [
+                    *(asdict(x) for x in (self.config.audio, self.config.vision, self.config.limits)),
+                    self.ids_per_second,
+                    self.vocab_size,
+                ]
             ),
             "speech": None if self.speech is None else _plain(asdict(self.speech)),
         }
@@ -411,32 +352,9 @@ class TrainLoader(Iterable[PackedBatch]):
             )
 
 
-def _sources(configs: Sources, argument: str) -> list[SourceConfig]:
-    if isinstance(configs, Mapping):
-        configs = [{"name": name, **config} for name, config in configs.items() if config is not None]
-    built = [_build(SourceConfig, config, f"{argument}[{i}]") for i, config in enumerate(configs)]
-    names = [config.name for config in built]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{argument}: the names {repeated} occur more than once; each source needs its own")
-    return built
-
-
-def _build(kind: type[T], values: T | Mapping[str, Any], where: str) -> T:
-    """`values` as the dataclass `kind`; unknown fields are named, with the nearest one that exists."""
-    if isinstance(values, kind):
-        return values
-    if not isinstance(values, Mapping):
-        raise TypeError(f"data.{where} must be a mapping, not {type(values).__name__}")
-    known = [f.name for f in fields(kind)] if is_dataclass(kind) else []
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"data.{where} has no field {name!r}{hint} Fields: {', '.join(known)}")
-    try:
-        return kind(**{str(name): value for name, value in values.items()})
-    except TypeError as error:
-        raise TypeError(f"data.{where}: {error}") from error
+def _named(sources: Mapping[str, SourceConfig | None]) -> list[SourceConfig]:
+    """Those that are not left out (null), each called by its key."""
+    return [replace(config, name=name) for name, config in sources.items() if config is not None]
 
 
 def _binding_stages(stages: list[dict[str, Any]], current: int) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ class SourceConfig:
     """One source of the mixture.
 
     Attributes:
-        name: unique; weights, counters and logs use it.
+        name: its key; weights, counters and logs use it.
         path: a folder of shards, one file, a glob, or a list of files of one folder; a ``.yaml`` mapping reads a user's
             own data (`adapters`).
         split, where: which rows, see `SampleSource`.
@@ -31,7 +31,7 @@ class SourceConfig:
         ValueError: a limit or a weight that cannot be.
     """
 
-    name: str
+    name: str = ""
     path: Any = None
     split: str | None = None
     where: dict[str, Any] = field(default_factory=dict)
@@ -197,3 +197,108 @@ def _at_least_one(settings: Any, name: str, but: str = "") -> None:
     for key, value in vars(settings).items():
         if value is not None and key != but and value < 1:
             raise ValueError(f"{name}: {key} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """``data=shards``: samples, how they are mixed and packed (`datamodule.OmniDataModule`).
+
+    Attributes:
+        tokenizer: a tokenizer.json, or a folder with one.
+        sources: what is trained on, by name. `weight` is the share of samples; without it, each source counts its
+            samples. `where` keeps only some rows: {task: [caption, asr], languages: [en]}. null drops a source that a
+            recipe underneath has named.
+        validation_sources: read once, in order, for the loss during training.
+        test_sources: scored after training, split by split; none: the validation sources.
+        predict_sources: prompts for `predict` (without the last answer); none: the validation sources.
+        voice_sources: recordings that tell voices apart in the scores of speech; none: sources.
+        max_tokens, max_mel_frames, max_patches, max_frames: a pack is one rank's batch: whole samples end to end until
+            one of these budgets is full; a mel frame has 10 ms, a codec frame of a spoken answer 80 ms.
+        validation_max_tokens: budget of tokens outside training; null: max_tokens.
+        window: packs kept open by the packer. More packs fill better and hold more decoded media in memory.
+        stages: e.g. [{until_tokens: 2000000, max_tokens: 1024}, {}].
+        num_workers: processes that decode media; batches do not depend on it.
+        worker_buffer: encoded samples that each keeps ready; more than a pack holds, or training waits.
+        max_bad_fraction: more unreadable samples than this stop the run.
+        audio, vision: geometry of the features; must match the model's encoders.
+        limits: largest picture, longest recording, ...
+        seed: of the order; null: the run's.
+    """
+
+    tokenizer: str
+    sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    validation_sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    test_sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    predict_sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    voice_sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    max_tokens: int = 2048
+    max_mel_frames: int | None = 6000
+    max_patches: int | None = 8192
+    max_frames: int | None = None
+    validation_max_tokens: int | None = None
+    window: int = 8
+    stages: list[Stage] = field(default_factory=list)
+    num_workers: int = 1
+    worker_buffer: int = 64
+    max_bad_fraction: float = 0.01
+    audio: AudioGeometry = field(default_factory=AudioGeometry)
+    vision: VisionGeometry = field(default_factory=VisionGeometry)
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_loading(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveformsConfig:
+    """``data=waveforms``: rows of sound for training a codec (`waveforms.WaveformDataModule`). Sources as in
+    data=shards; whatever holds a recording is used.
+
+    Attributes:
+        tokenizer: kept in the run folder with the codec, as with every run.
+        sources, validation_sources, test_sources, voice_sources, num_workers, worker_buffer, max_bad_fraction, limits,
+            seed: see `DataConfig`.
+        rows: of a batch.
+        row_seconds: length of a row, a multiple of 0.08 s.
+        sample_rate: Hz.
+        samples_per_frame: of the codec; a row is a whole number of frames.
+        validation_rows: at most so many rows are read for a validation.
+    """
+
+    tokenizer: str
+    sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    validation_sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    test_sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    voice_sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    rows: int = 8
+    row_seconds: float = 1.92
+    sample_rate: int = 24_000
+    samples_per_frame: int = 1920
+    validation_rows: int = 16
+    num_workers: int = 1
+    worker_buffer: int = 16
+    max_bad_fraction: float = 0.01
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_loading(self)
+        samples = round(self.row_seconds * self.sample_rate)
+        if self.rows < 1 or samples < self.samples_per_frame or samples % self.samples_per_frame:
+            raise ValueError(
+                f"data.row_seconds={self.row_seconds}: {samples} samples are no whole number of frames of "
+                f"{self.samples_per_frame}; use a multiple of {self.samples_per_frame / self.sample_rate:g} s, and at "
+                "least one row"
+            )
+
+    @property
+    def row_samples(self) -> int:
+        return round(self.row_seconds * self.sample_rate)
+
+
+def _check_loading(config: DataConfig | WaveformsConfig) -> None:
+    if not 0 <= config.max_bad_fraction <= 1:
+        raise ValueError(f"data.max_bad_fraction is {config.max_bad_fraction}; it is a share between 0 and 1")
+    if config.num_workers < 0:
+        raise ValueError(f"data.num_workers is {config.num_workers}; it must be at least 0")

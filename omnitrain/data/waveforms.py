@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omnitrain.data.datamodule import OmniDataModule, Sources
-from omnitrain.data.media import MediaLimits, decode_audio
+from omnitrain.data.datamodule import OmniDataModule
+from omnitrain.data.media import decode_audio
 from omnitrain.data.mixture import Draw, Mixture
 from omnitrain.data.sample import BadSample, Sample, Segment
+from omnitrain.data.settings import DataConfig, MediaLimits, WaveformsConfig
 from omnitrain.data.stream import BadSampleLog, Tally, check_bad_fraction
 
 SILENCE = 1e-4
@@ -217,68 +219,25 @@ class WaveformDataModule(OmniDataModule):
     """Rows of waveforms from the same sources, with the same order, weights and resume as `OmniDataModule`.
 
     Args:
-        rows: of a batch.
-        row_seconds: length of a row.
-        sample_rate: Hz.
-        samples_per_frame: of the codec; a row is a whole number of frames.
-        validation_rows: at most so many rows are read for a validation.
-        Others: see `OmniDataModule`.
-
-    Raises:
-        ValueError: a row that is no whole number of frames.
+        config: sources and rows.
+        seed, run_dir: see `OmniDataModule`.
     """
 
-    def __init__(
-        self,
-        *,
-        sources: Sources,
-        tokenizer: Any,
-        rows: int = 8,
-        row_seconds: float = 1.92,
-        sample_rate: int = 24_000,
-        samples_per_frame: int = 1920,
-        validation_rows: int = 32,
-        validation_sources: Sources = (),
-        test_sources: Sources = (),
-        voice_sources: Sources = (),
-        num_workers: int = 0,
-        worker_buffer: int = 16,
-        seed: int = 0,
-        max_bad_fraction: float = 0.01,
-        limits: MediaLimits | Mapping[str, Any] | None = None,
-        bad_samples_path: Any = None,
-    ) -> None:
-        super().__init__(
-            sources=sources,
-            tokenizer=tokenizer,
-            validation_sources=validation_sources,
-            test_sources=test_sources,
-            voice_sources=voice_sources,
-            num_workers=num_workers,
-            worker_buffer=worker_buffer,
-            seed=seed,
-            max_bad_fraction=max_bad_fraction,
-            limits=limits,
-            bad_samples_path=bad_samples_path,
-        )
-        samples = round(row_seconds * sample_rate)
-        if rows < 1 or samples < samples_per_frame or samples % samples_per_frame:
-            raise ValueError(
-                f"data.row_seconds={row_seconds}: {samples} samples are no whole number of frames of "
-                f"{samples_per_frame}; use a multiple of {samples_per_frame / sample_rate:g} s, and at least one row"
-            )
-        self.reader = UtteranceReader(sample_rate=sample_rate, limits=self.limits)
-        self.filler = RowFiller(rows, samples, samples_per_frame, seed)
-        self.validation_rows = validation_rows
+    def __init__(self, config: WaveformsConfig, *, seed: int = 0, run_dir: str | Path | None = None) -> None:
+        shared = {f.name: getattr(config, f.name) for f in fields(DataConfig) if hasattr(config, f.name)}
+        super().__init__(DataConfig(**shared), seed=seed, run_dir=run_dir)
+        self.rows = config
+        self.reader = UtteranceReader(sample_rate=config.sample_rate, limits=config.limits)
+        self.filler = RowFiller(config.rows, config.row_samples, config.samples_per_frame, self.seed)
 
     def _new_stream(self, state: Mapping[str, Any] | None) -> Any:
         return WaveStream(
             self._mixture("sources", self.reader),
             self.filler,
             weights=self._weights(),
-            max_bad_fraction=self.max_bad_fraction,
-            num_workers=self.num_workers,
-            ahead=self.worker_buffer,
+            max_bad_fraction=self.config.max_bad_fraction,
+            num_workers=self.config.num_workers,
+            ahead=self.config.worker_buffer,
             log=BadSampleLog(self._log_path()),
             state=state,
         )
@@ -288,10 +247,10 @@ class WaveformDataModule(OmniDataModule):
         if not names:
             return []
         mixture = self._mixture(which, self.reader, names)
-        rows = replace_rows(self.filler, 1)
+        rows = RowFiller(1, self.rows.row_samples, self.rows.samples_per_frame, self.seed)
         found: list[WaveBatch] = []
         utterances: Any = ((d.pick.source, d.pick.position, d.sample) for d in mixture.once() if d.sample is not None)
-        while len(found) < self.validation_rows and (batch := rows.fill(utterances)) is not None:
+        while len(found) < self.rows.validation_rows and (batch := rows.fill(utterances)) is not None:
             found.append(batch)
         return FiniteRows(found)
 
@@ -311,8 +270,3 @@ class FiniteRows(Iterable[WaveBatch]):
 
     def __iter__(self) -> Iterator[WaveBatch]:
         return iter(self._batches)
-
-
-def replace_rows(filler: RowFiller, rows: int) -> RowFiller:
-    """The same filler with another number of rows."""
-    return RowFiller(rows, filler.samples, filler.samples_per_frame, filler.seed)

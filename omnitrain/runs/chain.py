@@ -32,8 +32,9 @@ from typing import Any
 
 import yaml
 
+from omnitrain.config.compose import check_stage
+from omnitrain.config.typed import ConfigError
 from omnitrain.config.verbs import HYDRA_VERBS, VERBS
-from omnitrain.config.compose import ConfigError, check_stage
 from omnitrain.files import STAGES, printable, write_json
 
 ALL = "all"

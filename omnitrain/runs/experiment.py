@@ -1,5 +1,5 @@
-"""From a configuration to the objects of a run. The configuration goes no further than this file: everything else takes
-typed arguments."""
+"""From a configuration to the objects of a run. The configuration as a whole goes no further than this file: everything
+else takes the part that it needs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import logging
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 
-from omnitrain.config.compose import ConfigError
-from omnitrain.data.chat import ChatTokenizer
+from omnitrain.config.run_config import RunConfig, TalkerModuleConfig
+from omnitrain.config.targets import LOOSE, build, check_inside
+from omnitrain.config.typed import ConfigError, Named
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.datamodule import OmniDataModule
-from omnitrain.files import write_text
+from omnitrain.files import LAST_CHECKPOINT
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import init_codec_weights, init_weights
+from omnitrain.models.sizes import CodecConfig, OmniConfig
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.talker import TalkerModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,52 +34,88 @@ class Experiment:
     trainer: L.Trainer
 
 
-def build(cfg: DictConfig, stage: str) -> Experiment:
+def build_experiment(config: RunConfig, stage: str) -> Experiment:
     """Seed everything, then build data, model, module, callbacks, loggers and trainer, in this order.
 
     Args:
         stage: ``fit``, ``validate``, ``test`` or ``predict``: which data are opened.
 
     Raises:
-        hydra.errors.InstantiationException: a constructor refused its arguments; names the place in the configuration.
-        ConfigError: data or tokenizer are not where the configuration says.
+        ConfigError: a constructor refuses what the configuration gives it, or data or tokenizer are not where it says.
     """
     quiet_lightning()
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule: OmniDataModule = instantiate(cfg.data, _convert_="all")
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    run_dir = Path(config.paths.run_dir)
+    datamodule = build_data(config)
     try:
         datamodule.setup(stage)  # a missing shard stops the run here, before anything large is built
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
-    model = build_model(cfg, datamodule.tokenizer)
-    if "preset" in cfg.model:
-        if isinstance(model, Codec):
-            init_codec_weights(model, cfg.seed)
-        else:
-            init_weights(model, cfg.seed)
+    model = build_model(config.model)
+    if isinstance(model, Codec):
+        init_codec_weights(model, config.seed)
+    elif has_fresh_weights(config):
+        init_weights(model, config.seed)
     if isinstance(model, OmniModel) and model.talker is not None:
-        datamodule.speech = give_voice(model, cfg.codec)
-    optim = instantiate(cfg.optim, _convert_="all")
-    try:
-        module: TrainingModule = instantiate(cfg.module, _convert_="all", _partial_=True)(model, optim)
-    except ValueError as error:  # parts, weights to start from
-        raise ConfigError(str(error)) from error
-    if isinstance(module, TalkerModule) and module.cached_thinker:
+        datamodule.speech = give_voice(model, config.codec)
+    module: TrainingModule = build(config.module, model, optim=config.optim, seed=config.seed, place="module")
+    if isinstance(config.module.config, TalkerModuleConfig) and config.module.config.cached_thinker:
+        assert isinstance(model, OmniModel)
         assert datamodule.speech is not None
-        datamodule.speech = replace(datamodule.speech, thinker=thinker_fingerprint(module.model))
-    trainer: L.Trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
-        callbacks=[instantiate(callback, _convert_="all") for callback in cfg.callbacks.values() if callback],
-        logger=[instantiate(logger, _convert_="all") for logger in cfg.logger.values() if logger],
-    )
-    return Experiment(run_dir=Path(cfg.paths.run_dir), datamodule=datamodule, module=module, trainer=trainer)
+        datamodule.speech = replace(datamodule.speech, thinker=thinker_fingerprint(model))
+    return Experiment(run_dir=run_dir, datamodule=datamodule, module=module, trainer=build_trainer(config))
 
 
-def build_model(cfg: DictConfig, tokenizer: ChatTokenizer) -> OmniModel | Codec:
-    """The model that ``cfg.model`` describes. The weights of a preset are not drawn yet."""
-    # The model's vocabulary is the tokenizer's, unless the configuration says otherwise.
-    from_tokenizer = {"vocab_size": tokenizer.vocab_size, "special_tokens": tokenizer.special_ids}
-    filled = {key: value for key, value in from_tokenizer.items() if key in cfg.model and cfg.model[key] is None}
-    return instantiate(cfg.model, _convert_="all", **filled)
+def build_data(config: RunConfig) -> OmniDataModule:
+    """The data, nothing of them opened yet."""
+    sizes = config.model.config
+    ids_per_second = sizes.position_id_per_seconds if isinstance(sizes, OmniConfig) else 13
+    offered = {"seed": config.seed, "run_dir": config.paths.run_dir, "ids_per_second": ids_per_second}
+    return build(config.data, place="data", **offered)
+
+
+def has_fresh_weights(config: RunConfig) -> bool:
+    """Whether the model is described by its sizes, so that its weights are drawn from the seed."""
+    return isinstance(config.model.config, OmniConfig | CodecConfig)
+
+
+def build_model(model: Named) -> OmniModel | Codec:
+    """The model that ``config.model`` describes. The weights of one described by its sizes are not drawn yet."""
+    return build(model, place="model")
+
+
+def build_trainer(config: RunConfig) -> L.Trainer:
+    """Lightning's Trainer with callbacks and loggers, all of which write into the run folder alone."""
+    run_dir = Path(config.paths.run_dir)
+    arguments: dict[str, Any] = {f.name: getattr(config.trainer, f.name) for f in fields(config.trainer)}
+    arguments["strategy"] = _part(config.trainer.strategy, config, "trainer.strategy")
+    arguments["profiler"] = _part(config.trainer.profiler, config, "trainer.profiler")
+    plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(config.trainer.plugins)]
+    arguments["plugins"] = plugins or None
+    try:
+        return L.Trainer(
+            **arguments,
+            default_root_dir=run_dir,
+            callbacks=[_part(node, config, f"callbacks.{name}") for name, node in config.callbacks.items() if node],
+            logger=[_part(node, config, f"logger.{name}") for name, node in config.logger.items() if node],
+        )
+    except (ValueError, TypeError, RuntimeError, L.pytorch.utilities.exceptions.MisconfigurationException) as error:
+        raise ConfigError(str(error) if isinstance(error, ConfigError) else f"trainer: {error}") from error
+
+
+_FOLDERS = ("save_dir", "dirpath")
+
+
+def _part(node: Any, config: RunConfig, place: str) -> Any:
+    if not isinstance(node, Named):
+        return node
+    run_dir = Path(config.paths.run_dir)
+    if node.target in LOOSE:
+        check_inside(node, run_dir, place)
+        given = {name: str(run_dir / node.keywords[name]) for name in _FOLDERS if node.keywords.get(name) is not None}
+        default = {"save_dir": str(run_dir)} if place.startswith("logger.") else {}
+        node = replace(node, keywords={**default, **node.keywords, **given})
+    return build(node, run_dir=run_dir, run_name=config.name, place=place)
 
 
 def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
@@ -121,39 +157,34 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
 
 
-def starting_checkpoint(cfg: DictConfig) -> Path | None:
+def starting_checkpoint(config: RunConfig) -> Path | None:
     """The file that `ckpt_path` names: ``last`` is that of the run folder, or None while there is none.
 
     Raises:
         ConfigError: the file does not exist.
     """
-    if cfg.ckpt_path is None:
+    if config.ckpt_path is None:
         return None
-    if cfg.ckpt_path == "last":
-        last = Path(cfg.paths.run_dir) / "checkpoints" / "last.ckpt"
+    if config.ckpt_path == "last":
+        last = Path(config.paths.run_dir) / LAST_CHECKPOINT
         return last if last.exists() else None
-    path = Path(cfg.ckpt_path)
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    path = Path(config.ckpt_path)
+    path = path / LAST_CHECKPOINT if path.is_dir() else path
     if not path.exists():
-        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: there is no file {path}")
+        raise ConfigError(f"ckpt_path={config.ckpt_path}: there is no file {path}")
     return path
 
 
-def trained_checkpoint(cfg: DictConfig, verb: str) -> Path | None:
+def trained_checkpoint(config: RunConfig, verb: str) -> Path | None:
     """The checkpoint of a verb that needs trained weights. None for a model that brings its own (model=pretrained).
 
     Raises:
         ConfigError: there is none.
     """
-    path = starting_checkpoint(cfg)
-    if path is None and "preset" in cfg.model and cfg.module.init_from is None:
+    path = starting_checkpoint(config)
+    if path is None and has_fresh_weights(config) and config.module.config.init_from is None:
         raise ConfigError(
-            f"{verb} needs trained weights, and {cfg.paths.run_dir} holds none: name a run, as in "
+            f"{verb} needs trained weights, and {config.paths.run_dir} holds none: name a run, as in "
             f"`python -m omnitrain {verb} RUN_DIR`, or a file with ckpt_path=FILE"
         )
     return path
-
-
-def save_config(cfg: DictConfig, run_dir: Path) -> None:
-    """Write the resolved configuration to ``run_dir/config.yaml``, all or nothing."""
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

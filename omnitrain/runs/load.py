@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from omnitrain.config.targets import check_origins, check_targets
+from omnitrain.config.saved import read_config
+from omnitrain.config.targets import build
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.settings import AudioGeometry, MediaLimits, VisionGeometry
@@ -26,6 +26,7 @@ from omnitrain.interop.start_from import load_weights, model_weights
 from omnitrain.models.code2wav import fingerprint
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
+from omnitrain.models.sizes import CodecConfig
 
 SAMPLE_RATE = 24_000
 """Hz of the waveforms that every codec here takes and gives."""
@@ -81,18 +82,6 @@ def load_codec(folder: str | Path) -> Codec | MimiCodec:
     return codec.eval().requires_grad_(False)
 
 
-def read_run_config(folder: Path) -> DictConfig:
-    """The configuration of a run, whose targets may be called: they have been checked.
-
-    Raises:
-        ForbiddenTarget, MissingTarget: it names code that may not run, or does not exist.
-    """
-    values: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=True)
-    values = {"data": values.get("data"), "model": values.get("model")}
-    check_origins(check_targets(values))
-    return OmegaConf.create(values)
-
-
 def usable_device(device: torch.device | str) -> torch.device:
     """The device of that name; "auto" is a GPU if there is one.
 
@@ -146,15 +135,15 @@ def _is_run(folder: Path, public: str, hint: str = "") -> bool:
 
 
 def _load_run(folder: Path) -> tuple[OmniModel, SampleEncoder]:
-    from omnitrain.runs.experiment import build_model
+    from omnitrain.runs.experiment import build_data, build_model
 
     tokenizer = folder / TOKENIZER
     if not tokenizer.is_file():
         raise FileNotFoundError(f"{tokenizer} does not exist: copy the tokenizer that the run was trained with there")
-    cfg = read_run_config(folder)
-    cfg.data.tokenizer, cfg.data.bad_samples_path = str(tokenizer), None
-    encoder: SampleEncoder = instantiate(cfg.data, _convert_="all").encoder
-    model = build_model(cfg, encoder.tokenizer)
+    config = read_config(folder)
+    data = replace(config.data, config=replace(config.data.config, tokenizer=str(tokenizer)))
+    encoder: SampleEncoder = build_data(replace(config, data=data)).encoder
+    model = build_model(config.model)
     if not isinstance(model, OmniModel):
         raise ValueError(f"{folder} is the run of a codec, which has no language model to ask")
     load_weights(model, model_weights(folder / LAST_CHECKPOINT), folder / LAST_CHECKPOINT)
@@ -162,14 +151,13 @@ def _load_run(folder: Path) -> tuple[OmniModel, SampleEncoder]:
 
 
 def _load_codec_run(folder: Path) -> Codec:
-    cfg, checkpoint = read_run_config(folder), folder / LAST_CHECKPOINT
-    target = cfg.model.get("_target_")
-    if target != "omnitrain.models.presets.build_codec":
+    model, checkpoint = read_config(folder).model, folder / LAST_CHECKPOINT
+    if not isinstance(model.config, CodecConfig):
         raise ValueError(
-            f"{folder / CONFIG}: model._target_ is {target}, which is no codec; name the run folder of "
+            f"{folder / CONFIG}: model._target_ is {model.target}, which is no codec; name the run folder of "
             "`omnitrain fit +recipe=codec`"
         )
-    codec: Codec = instantiate(cfg.model, _convert_="all")
+    codec: Codec = build(model, place="model")
     load_weights(codec, model_weights(checkpoint), checkpoint)
     if not codec.quantizer.semantic.initialised:
         raise ValueError(f"{checkpoint}: its codebooks are empty; train the codec for a step at least")

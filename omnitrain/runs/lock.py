@@ -28,7 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omnitrain.config.compose import ConfigError
+from omnitrain.config.typed import ConfigError
 from omnitrain.files import LOCK, printable
 
 HEARTBEAT = 5.0

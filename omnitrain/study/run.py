@@ -17,21 +17,21 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from omnitrain.config.compose import ConfigError
+from omnitrain.config.run_config import RunConfig
+from omnitrain.config.targets import build
+from omnitrain.config.typed import ConfigError, plain, typed
 from omnitrain.data.batch import IGNORE, EncodedSample
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.mixture import Mixture
@@ -40,7 +40,8 @@ from omnitrain.data.shards import Source
 from omnitrain.data.sizes import SizedSource, as_it_is, measure, sized_sources
 from omnitrain.data.stream import PackedStream, Stage
 from omnitrain.models.omni import OmniModel
-from omnitrain.runs.experiment import Experiment, build_model
+from omnitrain.models.sizes import OmniConfig
+from omnitrain.runs.experiment import Experiment, build_data, build_model
 from omnitrain.runs.lock import hold
 from omnitrain.study.verdicts import CURVE, ITEMS, MATCHES, RUN
 from omnitrain.training.callbacks.run_record import package_versions
@@ -90,8 +91,8 @@ class Arm:
         kept: the share of the samples of `first` that is kept for the time when the others have come.
     """
 
-    sources: Sequence[str]
-    first: Sequence[str] = ()
+    sources: list[str]
+    first: list[str] = field(default_factory=list)
     kept: float = 0.25
 
 
@@ -110,26 +111,23 @@ class Study:
         lr: peak learning rate by arm, where it is not `optim.lr`.
     """
 
-    arms: Mapping[str, Arm]
-    epochs: Mapping[str, float]
-    margins: Mapping[str, float]
+    arms: dict[str, Arm]
+    epochs: dict[str, float]
+    margins: dict[str, float]
     compute_reference: str
     warmup_fraction: float = 0.03
     validations: int = 8
-    lr: Mapping[str, float] = field(default_factory=dict)
+    lr: dict[str, float] = field(default_factory=dict)
 
 
-def read_study(cfg: DictConfig) -> Study:
-    """`cfg.study`, checked against `cfg.data.sources`.
+def read_study(config: RunConfig) -> Study:
+    """`config.study`, checked against the data's sources.
 
     Raises:
         ConfigError: a field that is missing, unknown or contradicts another; the message names it.
     """
-    given = OmegaConf.to_container(cfg.study)
-    assert isinstance(given, dict)
-    arms = {str(name): _fields(Arm, arm, f"study.arms.{name}") for name, arm in (given.get("arms") or {}).items()}
-    study = _fields(Study, {**given, "arms": arms}, "study")
-    sources = [name for name, source in cfg.data.sources.items() if source is not None]
+    study = typed(Study, config.study, "study")
+    sources = [name for name, source in config.data.config.sources.items() if source is not None]
     for name, arm in study.arms.items():
         place = f"study.arms.{name}"
         if unknown := [source for source in (*arm.sources, *arm.first) if source not in sources]:
@@ -148,73 +146,59 @@ def read_study(cfg: DictConfig) -> Study:
     return study
 
 
-def _fields(kind: Callable[..., Any], values: Any, place: str) -> Any:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{place}: write a mapping, not {values}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{place}: {error}") from error
-
-
-def _chosen(study: Study, cfg: DictConfig) -> tuple[str, str]:
+def _chosen(study: Study, config: RunConfig) -> tuple[str, str]:
     """`arm` and `match` of the configuration.
 
     Raises:
         ConfigError: there is no such choice, or a setting under which a plan would not hold.
     """
     for key, choices in (("arm", tuple(study.arms)), ("match", MATCHES)):
-        if cfg.get(key) not in choices:
-            raise ConfigError(f"{key}={cfg.get(key)}: the study has no such {key}; choose {', '.join(choices)}")
+        if getattr(config, key) not in choices:
+            raise ConfigError(f"{key}={getattr(config, key)}: the study has no such {key}; choose {', '.join(choices)}")
     processes = max(int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("SLURM_NTASKS") or 1))
-    if processes > 1 or str(cfg.trainer.devices) != "1" or cfg.trainer.accumulate_grad_batches != 1:
+    if processes > 1 or str(config.trainer.devices) != "1" or config.trainer.accumulate_grad_batches != 1:
         raise ConfigError(
             "study: a run is one process whose batches are its steps; set trainer.devices=1 and "
             "trainer.accumulate_grad_batches=1 (runs of a study go side by side with a launcher)"
         )
-    if cfg.ckpt_path not in (None, "last"):
-        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: a run of a study starts anew, or continues its own folder")
-    if cfg.data.stages or cfg.model.get("speech") or "preset" not in cfg.model or not cfg.evaluation.after_fit:
+    if config.ckpt_path not in (None, "last"):
+        raise ConfigError(f"ckpt_path={config.ckpt_path}: a run of a study starts anew, or continues its own folder")
+    sizes, after_fit = config.model.config, config.evaluation.after_fit
+    if config.data.config.stages or not isinstance(sizes, OmniConfig) or sizes.talker or not after_fit:
         raise ConfigError(
             "study: the study sets data.stages itself, counts no Talker, draws the first weights from the seed and "
-            "scores after training; leave out data.stages and model.speech, choose a model with a preset, and keep "
+            "scores after training; leave out data.stages, choose a model of sizes without a Talker, and keep "
             "evaluation.after_fit=true"
         )
-    return cfg.arm, cfg.match
+    assert config.arm is not None
+    assert config.match is not None
+    return config.arm, config.match
 
 
 # --- one configuration, one set of data ------------------------------------------------------------------------------
 
 _HASHED = ("model", "data", "module", "optim", "trainer", "callbacks", "evaluation", "study")
 _NO_RESULT = {
-    "data": ("num_workers", "worker_buffer", "bad_samples_path", "tokenizer", "predict_sources", "voice_sources"),
-    "trainer": ("default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger"),
+    "data": ("num_workers", "worker_buffer", "tokenizer", "predict_sources", "voice_sources"),
+    "trainer": ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler"),
     "callbacks": ("checkpoint", "throughput", "record", "progress", "media_panels"),
     "evaluation": ("report", "after_fit"),
 }
 """What changes no score. (The tokenizer and what lies at the paths of the sources are in the hash of the data.)"""
 
 
-def hashed_configuration(cfg: DictConfig) -> dict[str, Any]:
+def hashed_configuration(config: RunConfig) -> dict[str, Any]:
     """What the results of a study depend on besides arm, matching, seed and data."""
-    config: dict[str, Any] = {key: OmegaConf.to_container(cfg)[key] for key in _HASHED}  # ty: ignore
-    for section in ("data", "module"):
-        if config[section].get("seed") == cfg.seed:
-            del config[section]["seed"]
+    whole = plain(config)
+    hashed: dict[str, Any] = {key: whole[key] for key in _HASHED}
     for section, keys in _NO_RESULT.items():
         for key in keys:
-            config[section].pop(key, None)
+            hashed[section].pop(key, None)
     for which in ("sources", "validation_sources", "test_sources"):
-        for source in config["data"][which].values():
+        for source in hashed["data"][which].values():
             if source is not None:
                 source.pop("path", None)
-    return _without(config, ("run_dir", "dirpath"))
-
-
-def _without(node: Any, keys: Sequence[str]) -> Any:
-    if isinstance(node, dict):
-        return {str(key): _without(value, keys) for key, value in node.items() if key not in keys}
-    return [_without(value, keys) for value in node] if isinstance(node, list) else node
+    return hashed
 
 
 def data_fingerprint(data: OmniDataModule) -> dict[str, Any]:
@@ -365,9 +349,9 @@ class Planner:
             weights=dict.fromkeys(names, 1),
             budget=self._data.budget,
             stages=stages,
-            window=self._data.window,
+            window=self._data.config.window,
             n_bytes=len,
-            max_bad_fraction=self._data.max_bad_fraction,
+            max_bad_fraction=self._data.config.max_bad_fraction,
         )
         tokens, flops, batches = [0], [0.0], []
         by_part: dict[str, float] = {}
@@ -478,12 +462,12 @@ def sample_sizes(data: OmniDataModule, path: Path) -> dict[str, SizedSource]:
     return sized_sources(pq.read_table(path))
 
 
-def planning_model(cfg: DictConfig, data: OmniDataModule) -> OmniModel:
+def planning_model(config: RunConfig) -> OmniModel:
     """The shapes of the model's weights, on `meta`, and which of them learn."""
     with torch.device("meta"):
-        model = build_model(cfg, data.tokenizer)
+        model = build_model(config.model)
         # The module freezes what does not learn. (Weights to start from have the same shapes.)
-        instantiate(cfg.module, _convert_="all", _partial_=True, init_from=None)(model)
+        build(replace(config.module, config=replace(config.module.config, init_from=None)), model, place="module")
     assert isinstance(model, OmniModel)
     return model
 
@@ -491,37 +475,37 @@ def planning_model(cfg: DictConfig, data: OmniDataModule) -> OmniModel:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def run_arm(cfg: DictConfig, train: Callable[[DictConfig], Experiment]) -> float | None:
-    """Train, continue or only name the run that `cfg` describes. Returns its last validation loss, nats per target
+def run_arm(config: RunConfig, train: Callable[[RunConfig], Experiment]) -> float | None:
+    """Train, continue or only name the run that `config` describes. Returns its last validation loss, nats per target
     token, which sweepers minimise; None if it was stopped by hand.
 
     Args:
-        cfg: the resolved configuration.
+        config: of the run.
         train: makes an ordinary run (`fit.train`).
 
     Raises:
         ConfigError: see `read_study` and `check_same_study`.  FolderInUse: another process has the run.
     """
-    study, run_dir, study_dir = read_study(cfg), Path(cfg.paths.run_dir), Path(cfg.paths.study_dir)
-    arm, match = _chosen(study, cfg)
+    study, run_dir, study_dir = read_study(config), Path(config.paths.run_dir), Path(config.paths.study_dir)
+    arm, match = _chosen(study, config)
     with hold(run_dir):
-        data: OmniDataModule = instantiate(cfg.data, _convert_="all")
+        data = build_data(config)
         try:
             data.setup("fit")
             fingerprint = data_fingerprint(data)
         except (FileNotFoundError, ValueError) as error:
             raise ConfigError(f"data: {error}") from error
-        config_hash, data_hash = check_same_study(study_dir, hashed_configuration(cfg), fingerprint)
+        config_hash, data_hash = check_same_study(study_dir, hashed_configuration(config), fingerprint)
         if (run_dir / ITEMS).exists():
             print(f"finished before: {run_dir}", flush=True)
             return _validation_loss(run_dir)
         sizes = sample_sizes(data, study_dir / f"sizes-{_digest([config_hash, data_hash])[:16]}.parquet")
-        model = planning_model(cfg, data)
-        limit = cfg.trainer.max_steps if cfg.trainer.max_steps > 0 else None
+        model = planning_model(config)
+        limit = config.trainer.max_steps if config.trainer.max_steps > 0 else None
         plan = Planner(study, data, sizes, model).plan(arm, match, limit)
-        configured = run_configuration(cfg, study, plan)
+        configured = run_configuration(config, study, plan)
         record: dict[str, Any] = {
-            "arm": arm, "match": match, "seed": cfg.seed, "config_hash": config_hash, "data_hash": data_hash,
+            "arm": arm, "match": match, "seed": config.seed, "config_hash": config_hash, "data_hash": data_hash,
             "planned": {
                 "steps": plan.steps, "tokens": plan.tokens[-1], "samples": plan.samples, "flops": plan.flops[-1],
                 "flops_by_part": plan.flops_by_part,
@@ -532,7 +516,7 @@ def run_arm(cfg: DictConfig, train: Callable[[DictConfig], Experiment]) -> float
         }  # fmt: skip
         _write_json(run_dir / RUN, record)
         print(
-            f"{match}/{arm}, seed {cfg.seed}: {plan.steps} steps, {plan.tokens[-1]:,} tokens, "
+            f"{match}/{arm}, seed {config.seed}: {plan.steps} steps, {plan.tokens[-1]:,} tokens, "
             f"{plan.flops[-1] / 1e12:.2f} TFLOP; samples: "
             + ", ".join(f"{name} {count:,}" for name, count in plan.samples.items()),
             flush=True,
@@ -542,7 +526,7 @@ def run_arm(cfg: DictConfig, train: Callable[[DictConfig], Experiment]) -> float
             return None
         _check_as_planned(plan, experiment.trainer.global_step, experiment.datamodule.seen_mixture()["drawn"])
         record |= {"seconds": _seconds(run_dir), "finished": True}
-        keys = {"match": match, "arm": arm, "seed": cfg.seed}
+        keys = {"match": match, "arm": arm, "seed": config.seed}
         items, curve = _items(run_dir, keys), _curve(run_dir, keys, plan)
         _write(run_dir / CURVE, lambda partial: pq.write_table(curve, partial, compression="zstd"))
         _write_json(run_dir / RUN, record)
@@ -550,18 +534,31 @@ def run_arm(cfg: DictConfig, train: Callable[[DictConfig], Experiment]) -> float
         return _validation_loss(run_dir)
 
 
-def run_configuration(cfg: DictConfig, study: Study, plan: Plan) -> DictConfig:
-    """`cfg` as an ordinary run, without `study`, of what `plan` says: sources, stages, steps, and what is a fraction of
-    these."""
-    run = cfg.copy()
-    run.data.sources = {name: cfg.data.sources[name] for name in plan.samples}
-    run.data.stages = [{"samples": dict(stage.samples or {})} for stage in plan.stages]
-    run.trainer.max_steps = plan.steps
-    run.trainer.val_check_interval = max(1, plan.steps // study.validations)
-    run.optim.warmup_steps = max(1, round(study.warmup_fraction * plan.steps))
-    run.optim.lr = study.lr.get(cfg.arm, cfg.optim.lr)
-    run.ckpt_path, run.study = "last", None
-    return run
+def run_configuration(config: RunConfig, study: Study, plan: Plan) -> RunConfig:
+    """`config` as an ordinary run, without `study`, of what `plan` says: sources, stages, steps, and what is a fraction
+    of these."""
+    data = config.data.config
+    return replace(
+        config,
+        data=replace(
+            config.data,
+            config=replace(
+                data,
+                sources={name: data.sources[name] for name in plan.samples},
+                stages=[Stage(samples=dict(stage.samples or {})) for stage in plan.stages],
+            ),
+        ),
+        trainer=replace(
+            config.trainer, max_steps=plan.steps, val_check_interval=max(1, plan.steps // study.validations)
+        ),
+        optim=replace(
+            config.optim,
+            warmup_steps=max(1, round(study.warmup_fraction * plan.steps)),
+            lr=study.lr.get(config.arm or "", config.optim.lr),
+        ),
+        ckpt_path="last",
+        study=None,
+    )
 
 
 def _check_as_planned(plan: Plan, steps: int, drawn: Mapping[str, int]) -> None:

@@ -7,7 +7,6 @@ and schedules count the same thing as everywhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from rich.table import Table
 from torch import Tensor
 
+from omnitrain.config.run_config import CodecModuleConfig, OptimConfig
 from omnitrain.data.waveforms import WaveBatch
 from omnitrain.interop.start_from import start_codec_from
 from omnitrain.models.codec import Codec
-from omnitrain.models.discriminators import DiscriminatorConfig, Discriminators
+from omnitrain.models.discriminators import Discriminators
 from omnitrain.training.codec_losses import (
-    CodecLossConfig,
     ContentHead,
     MelDistance,
     generator_losses,
@@ -28,7 +27,7 @@ from omnitrain.training.codec_losses import (
     si_sdr,
 )
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import OptimConfig, schedule_factor
+from omnitrain.training.optim import schedule_factor
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 
 
@@ -37,38 +36,31 @@ class CodecModule(TrainingModule):
 
     Args:
         model: the `Codec`.
-        optim: of the codec. The judges have their own AdamW at the same rate and schedule.
-        loss: weights of the terms, and when the judges come in.
-        discriminator: sizes of the judges.
-        init_from: folder of a codec's run; its codec, judges and content head are where this one starts (same sizes).
-        clip: largest gradient norm of the codec, and of the judges.
+        config: weights of the terms, and when the discriminators come in.
+        optim: of the codec. The discriminators have their own AdamW at the same rate and schedule.
+        sample_rate: Hz.
     """
 
     def __init__(
         self,
         model: Codec,
+        config: CodecModuleConfig | None = None,
         optim: OptimConfig | None = None,
-        loss: CodecLossConfig | Mapping[str, Any] | None = None,
-        discriminator: DiscriminatorConfig | Mapping[str, Any] | None = None,
         *,
-        init_from: str | None = None,
-        clip: float = 1.0,
         sample_rate: int = 24_000,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.config = config or CodecModuleConfig()
         self.model = model
         self.optim_config = optim or OptimConfig()
-        self.loss_config = loss if isinstance(loss, CodecLossConfig) else CodecLossConfig(**_tuples(loss or {}))
-        judges = discriminator
-        if not isinstance(judges, DiscriminatorConfig):
-            judges = DiscriminatorConfig(**_tuples(judges or {}))
-        self.discriminators = Discriminators(judges)
+        self.loss_config = self.config.loss
+        self.discriminators = Discriminators(self.config.discriminator)
         self.content = ContentHead(model.config.d_model)
         self.mel = MelDistance(sample_rate, self.loss_config.windows, self.loss_config.n_mels)
-        if init_from is not None:
-            start_codec_from(self, init_from)
-        self.clip = clip
+        if self.config.init_from is not None:
+            start_codec_from(self, self.config.init_from)
+        self.clip = self.config.clip
         self._step_loss = math.nan
         self._sums: dict[str, tuple[float, float]] = {}
         """Since the last row: (sum, count) by name."""
@@ -265,8 +257,3 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
             row[f"codebook/use/{q}"] = float((row_counts > 0).double().mean())
             row[f"codebook/perplexity/{q}"] = float(torch.special.entr(share).sum().exp())
     return row
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML has lists where the configurations have tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

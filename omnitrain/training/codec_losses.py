@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -14,32 +13,6 @@ from torchaudio.functional import melscale_fbanks
 
 Judgement = list[tuple[Tensor, list[Tensor]]]
 """Per judge: score map, features (`Discriminators.forward`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodecLossConfig:
-    """Weights of the terms.
-
-    Attributes:
-        mel: multi-scale log-mel distance.  waveform: L1 of samples.  commitment: of the encoder to its codes.
-        content: CTC of the spoken text from codebook 0 (samples without text do not count).
-        adversarial, features: generator's hinge loss and feature matching, from step `adversarial_after` on.
-        windows: STFT windows of the mel distance, in samples.  n_mels: bands of each.
-    """
-
-    mel: float = 15.0
-    waveform: float = 1.0
-    commitment: float = 0.25
-    content: float = 0.1
-    adversarial: float = 1.0
-    features: float = 2.0
-    adversarial_after: int = 10_000
-    windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
-    n_mels: tuple[int, ...] = (160, 80, 40, 20, 10)
-
-    def __post_init__(self) -> None:
-        if len(self.windows) != len(self.n_mels):
-            raise ValueError(f"module.loss: {len(self.windows)} windows but {len(self.n_mels)} values of n_mels")
 
 
 class MelDistance(nn.Module):

@@ -17,6 +17,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from omnitrain.config.run_config import CsvLoggerConfig
+
 TIME_PREFIX = "time/"
 
 
@@ -92,7 +94,7 @@ class ExactCsvLogger(Logger):
         run_dir: the run folder.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+    def __init__(self, config: CsvLoggerConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
         super().__init__()
         self.run_dir = Path(run_dir)
         self._tables: dict[str, CsvTable] = {}
@@ -148,3 +150,12 @@ def _number(value: Any) -> Any:
     """Shortest text that reads back to the same number."""
     value = value.item() if hasattr(value, "item") else value
     return repr(value) if isinstance(value, float) else value
+
+
+def wandb_logger(*, run_dir: Path, run_name: str, **options: Any) -> Logger:
+    """Weights & Biases beside the CSV; `options` are the fields of `WandbConfig`."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    name = options.pop("name") or run_name
+    given = {key: value for key, value in options.items() if value is not None}
+    return WandbLogger(name=name, save_dir=run_dir, **given)

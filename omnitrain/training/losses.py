@@ -13,39 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from omnitrain.data.batch import IGNORE, PackedBatch
-
-MODALITIES = ("text", "image", "audio", "video", "audio_video")
-"""Groups that losses are reported and weighted by (`Sample.modality`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """
-    Attributes:
-        balance_coefficient: c above; 0.001 is the public Thinker's value. 0 turns the term off.
-        balance_pools_layers: True sums counts and probabilities over layers before multiplying them, as the public
-            reference implementation does; False (default) balances each layer by itself.
-        modality_weights: weight of a target token by modality; modalities not named weigh 1.
-        chunk: positions per cross-entropy product; memory is chunk * vocabulary * 4 bytes.
-    """
-
-    balance_coefficient: float = 0.001
-    balance_pools_layers: bool = False
-    modality_weights: Mapping[str, float] = field(default_factory=dict)
-    chunk: int = 1024
-
-    def __post_init__(self) -> None:
-        for name, weight in self.modality_weights.items():
-            if name not in MODALITIES:
-                raise ValueError(f"loss.modality_weights.{name}: no such modality; use one of {', '.join(MODALITIES)}")
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"loss.modality_weights.{name}={weight}: must be a finite number >= 0")
 
 
 def balance_loss(share: Tensor, probability: Tensor, *, pool_layers: bool = False) -> Tensor:

@@ -4,75 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-PARTS: dict[str, str] = {
-    "aut_adapter": r"^aut\.(ln_post|proj)",
-    "aut": r"^aut\.",
-    "visual_adapter": r"^visual\.merger",
-    "visual": r"^visual\.",
-    "embeddings": r"^thinker\.embed_tokens\.",
-    "head": r"^thinker\.lm_head\.",
-    "router": r"^thinker\..*\.router\.",
-    "thinker": r"^thinker\.",
-    "mtp": r"^talker\.mtp\.",
-    "talker_router": r"^talker\..*\.router\.",
-    "talker": r"^talker\.",
-    "code2wav": r"^code2wav\.",
-}
-"""Part -> pattern of the `OmniModel` parameter names in it; the first match wins. The adapters are what stands between
-an encoder and the Thinker (report, section 3: stage S1 trains them before the encoders). `train` and `lr_scale` use
-these names."""
-
-THINKER_PARTS = tuple(PARTS)[:8]
-"""The parts that writing text needs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """
-    Attributes:
-        lr: peak learning rate.
-        lr_scale: factor on `lr` by part (see `PARTS`); parts not named have 1.
-        weight_decay: decoupled; matrices only: norms, biases and other vectors are never decayed.
-        schedule: "wsd" (warm-up, stable, linear decay over the last `decay_fraction` of the steps), "cosine" or
-            "constant" (each after the warm-up).
-        warmup_steps: optimizer steps of linear warm-up.
-        min_lr_ratio: final learning rate over the peak.
-        total_steps: length of the schedule in optimizer steps; None: `trainer.max_steps`.
-        fused: one kernel for all parameters.
-    """
-
-    lr: float = 3e-4
-    lr_scale: Mapping[str, float] = field(default_factory=dict)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    warmup_steps: int = 100
-    decay_fraction: float = 0.2
-    min_lr_ratio: float = 0.05
-    total_steps: int | None = None
-    fused: bool = True
-
-    def __post_init__(self) -> None:
-        if self.schedule not in ("wsd", "cosine", "constant"):
-            raise ValueError(f"optim.schedule={self.schedule!r}: use wsd, cosine or constant")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"optim.decay_fraction={self.decay_fraction}: must lie in [0, 1]")
-        check_parts(self.lr_scale, "optim.lr_scale")
-
-
-def check_parts(names: Iterable[str], field_name: str) -> None:
-    """Raise ValueError, naming `field_name`, if one of `names` is no part."""
-    for name in names:
-        if name not in PARTS:
-            raise ValueError(f"{field_name}: no part {name!r}; the parts are {', '.join(PARTS)}")
+from omnitrain.config.run_config import PARTS, OptimConfig
 
 
 def part_of(name: str) -> str:
@@ -84,7 +21,7 @@ def part_of(name: str) -> str:
     for part, pattern in PARTS.items():
         if re.search(pattern, name):
             return part
-    raise ValueError(f"parameter {name!r} belongs to no part; add its pattern to omnitrain/training/optim.py: PARTS")
+    raise ValueError(f"parameter {name!r} belongs to no part; add its pattern to omnitrain/config/run_config.py: PARTS")
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:

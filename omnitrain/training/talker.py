@@ -6,35 +6,19 @@ in the same step. Everything else (normalisation, clipping, the spike guard, res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from omnitrain.config.run_config import THINKER_PARTS, OptimConfig, TalkerLossConfig, TalkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch, SpokenAnswers
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.talker import Talker, TalkerInputs
-from omnitrain.training.losses import BatchLosses, LossConfig, RouterUse
-from omnitrain.training.optim import THINKER_PARTS, OptimConfig
+from omnitrain.training.losses import BatchLosses, RouterUse
 from omnitrain.training.thinker import ThinkerModule
-
-TALKER_PARTS = ("mtp", "talker_router", "talker")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TalkerLossConfig(LossConfig):
-    """
-    Attributes:
-        residual: weight of the mean over the other codebooks' losses against codebook 0's.
-        text: weight of a text token against a frame, where the Thinker is trained too.
-    """
-
-    residual: float = 1.0
-    text: float = 1.0
 
 
 class TalkerModule(ThinkerModule):
@@ -42,44 +26,26 @@ class TalkerModule(ThinkerModule):
     `speaker_finetune`).
 
     Args:
-        train: parts that learn. With a part of the Thinker among them the two are trained jointly, and gradients of
-            speech reach the word embeddings and, at user media, the Thinker's lower layers.
-        frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone.
-            A Talker that always sees true codes learns to continue sounds and hardly listens to the text; left to
-            itself it then babbles fluently (word dropout: Bowman et al. 2016, arXiv 1511.06349, section 3.1).
-        cached_thinker: the frozen Thinker is not run; its hidden states at media are read from the shards, where
-            ``omnitrain data encode --thinker`` wrote them (with the audio encoder's own attention window).
-        Others: see `ThinkerModule`.
+        model, config, optim, seed: see `ThinkerModule`.
 
     Raises:
-        ValueError: the model has no Talker, or a Thinker that is trained cannot be read from shards.
+        ValueError: the model has no Talker.
     """
+
+    config: TalkerModuleConfig
 
     def __init__(
         self,
         model: OmniModel,
+        config: TalkerModuleConfig | None = None,
         optim: OptimConfig | None = None,
-        loss: TalkerLossConfig | None = None,
         *,
-        train: Sequence[str] = TALKER_PARTS,
-        frame_dropout: float = 0.0,
-        cached_thinker: bool = False,
-        **options: Any,
+        seed: int = 0,
     ) -> None:
-        if not 0 <= frame_dropout < 1:
-            raise ValueError(f"module.frame_dropout={frame_dropout}: must lie in [0, 1)")
         if model.talker is None:
-            raise ValueError("the model has no Talker: set model.speech=true")
-        super().__init__(model, optim, loss or TalkerLossConfig(), train=train, **options)
-        self.joint = any(part in THINKER_PARTS for part in train)
-        self.frame_dropout = frame_dropout
-        self.cached_thinker = cached_thinker
-        if cached_thinker and self.joint:
-            learning = ", ".join(part for part in train if part in THINKER_PARTS)
-            raise ValueError(
-                f"module.cached_thinker needs a frozen Thinker, but module.train has its parts {learning}: leave them "
-                "out, or set module.cached_thinker=false"
-            )
+            raise ValueError("module=talker: the model has no Talker; choose one with it, as model=tiny_speech")
+        super().__init__(model, config or TalkerModuleConfig(), optim, seed=seed)
+        self.joint = any(part in THINKER_PARTS for part in self.config.train)
 
     @property
     def talker(self) -> Talker:
@@ -103,8 +69,8 @@ class TalkerModule(ThinkerModule):
         talker, config = self.talker, self.loss_config
         assert isinstance(config, TalkerLossConfig)
         inputs = TalkerInputs(**spoken.inputs())
-        if self.training and self.frame_dropout:
-            hidden = torch.rand(len(inputs.frame_rows), device=inputs.frame_rows.device) < self.frame_dropout
+        if self.training and self.config.frame_dropout:
+            hidden = torch.rand(len(inputs.frame_rows), device=inputs.frame_rows.device) < self.config.frame_dropout
             inputs = replace(inputs, frame_rows=inputs.frame_rows.masked_fill(hidden, -1))
         words = self.model.thinker.embed_tokens
         x = talker.embed(inputs, words, None if accept_hidden is None else accept_hidden.to(words.weight.dtype))

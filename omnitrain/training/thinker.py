@@ -8,7 +8,7 @@ target tokens of all ranks and all accumulation steps. Clipping, the spike guard
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.table import Table
 from torch import Tensor
 
+from omnitrain.config.run_config import OptimConfig, ThinkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.interop.start_from import start_from
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
@@ -26,14 +27,13 @@ from omnitrain.models.omni import OmniModel, OmniOutput
 from omnitrain.training.flops import BatchSizes, training_flops
 from omnitrain.training.losses import (
     BatchLosses,
-    LossConfig,
     RouterUse,
     SampleSums,
     balance_loss,
     token_weights,
 )
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import THINKER_PARTS, OptimConfig, build_optimizer, check_parts, part_of, schedule_factor
+from omnitrain.training.optim import build_optimizer, part_of, schedule_factor
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
 
@@ -54,48 +54,32 @@ class ThinkerModule(TrainingModule):
 
     Args:
         model: the `OmniModel`.
+        config: what learns, from what loss.
         optim: optimizer and schedule.
-        loss: loss weights.
-        train: parts that learn (names of `PARTS`); the others are frozen.
-        init_from: whose weights replace the model's (same shapes): a folder in the public format, or the folder of a
-            run. Talker and Code2Wav stay as they are if it has none. Or such folders by part, see `interop.start_from`.
-        aut_window_seconds: attention window of the audio encoder, drawn anew for each optimizer step from these bounds
-            (whole seconds, inclusive; report, section 3: 1 to 8 s). None: the encoder's own window. Evaluation always
-            uses the encoder's own.
-        word_dropout: share of the words of an answer about a picture or a sound that are hidden from the words after
-            them in training (word dropout: Bowman et al. 2016, arXiv 1511.06349, section 3.1). A Thinker that always
-            sees the answer so far learns to continue sentences long before it looks or listens.
-        seed: of the window draws.
-        generation: arguments of `generation.text.generate` for `predict` (`max_new_tokens`, `temperature`, ...).
+        seed: of the window draws, where `config` has none of its own.
+
+    Raises:
+        ValueError: weights to start from that do not fit.
     """
 
     def __init__(
         self,
         model: OmniModel,
+        config: ThinkerModuleConfig | None = None,
         optim: OptimConfig | None = None,
-        loss: LossConfig | None = None,
         *,
-        train: Sequence[str] = THINKER_PARTS,
-        init_from: str | Mapping[str, str] | None = None,
-        aut_window_seconds: tuple[int, int] | None = (1, 8),
-        word_dropout: float = 0.0,
         seed: int = 0,
-        generation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_parts(train, "module.train")
-        if not 0 <= word_dropout < 1:
-            raise ValueError(f"module.word_dropout={word_dropout}: must lie in [0, 1)")
-        self.word_dropout = word_dropout
+        self.config = config or ThinkerModuleConfig()
         self.model: OmniModel = model
         self.optim_config = optim or OptimConfig()
-        self.loss_config = loss or LossConfig()
-        self.aut_window_seconds = tuple(aut_window_seconds) if aut_window_seconds else None
-        self.seed = seed
-        self.generation = dict(generation or {"max_new_tokens": 64, "temperature": 0.0})
-        if init_from is not None:
-            for notice in start_from(model, init_from):
+        self.loss_config = self.config.loss
+        self.seed = seed if self.config.seed is None else self.config.seed
+        if self.config.init_from is not None:
+            for notice in start_from(model, self.config.init_from):
                 rank_zero_warn(notice)
+        train = self.config.train
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in train)
 
@@ -117,7 +101,7 @@ class ThinkerModule(TrainingModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        seen = hide_words(batch, self.word_dropout) if self.word_dropout else batch
+        seen = hide_words(batch, self.config.word_dropout) if self.config.word_dropout else batch
         losses = self.losses(seen, window=self._aut_window_frames())
         loss, routers = losses.total, losses.routers
         # One message to the other ranks: nats, weights, the data's stage, and positions and counts of every router.
@@ -193,9 +177,9 @@ class ThinkerModule(TrainingModule):
 
     def _aut_window_frames(self) -> int | None:
         """Frames (10 ms) of this step's audio attention window; a function of seed and step, so resume repeats it."""
-        if self.aut_window_seconds is None:
+        if self.config.aut_window_seconds is None:
             return None
-        return 100 * random.Random(f"{self.seed}/{self.global_step}").randint(*self.aut_window_seconds)
+        return 100 * random.Random(f"{self.seed}/{self.global_step}").randint(*self.config.aut_window_seconds)
 
     def on_after_backward(self) -> None:
         if self.trainer.fit_loop._should_accumulate():
@@ -332,7 +316,7 @@ class ThinkerModule(TrainingModule):
         from omnitrain.generation.text import generate
 
         tokenizer = self.datamodule.tokenizer
-        options: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, **self.generation}
+        options: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, **vars(self.config.generation)}
         answers = generate(self.model, batch, **options)
         return [
             {"id": i, "source": s, "task": t, "modality": m, "text": tokenizer.decode(ids)}

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from omnitrain.config.typed import typed
 from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, VIDEO, PackedBatch
 from omnitrain.data.chat import train_bpe
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.media import encode_audio, encode_image, encode_video
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
+from omnitrain.data.settings import DataConfig
 from omnitrain.data.shards import write_shards
 from omnitrain.data.stream import TooManyBadSamples
 from tests.data import corrupt
@@ -72,8 +74,12 @@ def folder(tmp_path_factory):
 
 
 def module(folder, **changes):
-    return OmniDataModule(
-        **{
+    others = {
+        name: changes.pop(name) for name in ("seed", "run_dir", "vocab_size", "rank", "world_size") if name in changes
+    }
+    config = typed(
+        DataConfig,
+        {
             "sources": {
                 "media": {
                     "path": folder,
@@ -84,17 +90,19 @@ def module(folder, **changes):
                 "text": {"path": folder, "split": "train", "where": {"task": "text"}, "weight": 1},
             },
             "tokenizer": folder / "tokenizer.json",
-            "validation_sources": [{"name": "toys", "path": folder, "split": "validation"}],
+            "validation_sources": {"toys": {"path": folder, "split": "validation"}},
             "max_tokens": 160,
             "max_mel_frames": 400,
             "max_patches": 256,
             "window": 3,
             "max_bad_fraction": 0.2,
             "vision": {"min_pixels": 32 * 32, "max_pixels": 64 * 64, "video_min_pixels": 32 * 32},
-            "seed": 1,
+            "num_workers": 0,
             **changes,
-        }
+        },
+        "data",
     )
+    return OmniDataModule(config, **{"seed": 1, **others})
 
 
 def take(data, n, train=True):
@@ -267,7 +275,7 @@ def test_lightning_trains_checkpoints_and_resumes(folder, uninterrupted, tmp_pat
     trainer(max_steps=9).fit(second, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert second.ids == [batch.sample_ids for batch in uninterrupted[5:9]]
     assert data._stream is None  # worker processes are gone
-    trainer().test(second, module(folder, test_sources=[*data.validation_sources, data.sources[1]]))
+    trainer().test(second, module(folder, test_sources={"toys": data.validation_sources[0], "text": data.sources[1]}))
 
 
 def test_validation_is_finite_and_repeats(folder):
@@ -310,7 +318,7 @@ def test_planned_and_seen(folder, uninterrupted):
 
 
 def test_weights_default_to_the_number_of_samples(folder):
-    data = module(folder, sources=[{"name": "all", "path": folder}, {"name": "few", "path": folder, "limit": 10}])
+    data = module(folder, sources={"all": {"path": folder}, "few": {"path": folder, "limit": 10}})
     n = len(data.opened("sources")["all"])
     assert data.planned_mixture()[0]["shares"] == {
         "all": pytest.approx(n / (n + 10)),
@@ -319,7 +327,7 @@ def test_weights_default_to_the_number_of_samples(folder):
 
 
 def test_bad_samples_land_in_the_log(folder, tmp_path):
-    data = module(folder, bad_samples_path=tmp_path / "run" / "bad_samples.jsonl")
+    data = module(folder, run_dir=tmp_path / "run")
     batches = take(data, 12)
     records = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert records[0]["id"] == "image/train/99"
@@ -332,7 +340,7 @@ def test_every_kind_of_corrupt_sample_is_skipped_counted_and_logged(folder, tmp_
     shard, reasons = corrupt.corrupt_shard(tmp_path)
     log = tmp_path / "bad_samples.jsonl"
     settings = {"sources": {"corrupt": {"path": shard}}, "max_tokens": 600, "max_patches": 600, "seed": 0}
-    data = module(folder, **settings, validation_sources=settings["sources"], max_bad_fraction=1, bad_samples_path=log)
+    data = module(folder, **settings, validation_sources=settings["sources"], max_bad_fraction=1, run_dir=tmp_path)
     packs = list(data.val_dataloader())
     assert sum(len(batch) for batch in packs) == 8
     assert packs[-1].skipped == Counter(reasons.values())
@@ -345,7 +353,7 @@ def test_every_kind_of_corrupt_sample_is_skipped_counted_and_logged(folder, tmp_
     assert Counter(r["reason"] for r in records) == skipped
 
     with pytest.raises(TooManyBadSamples, match=r"of 100 samples are bad .*max_bad_fraction allows 1.0%.*bad_samples"):
-        take(module(folder, **settings, max_bad_fraction=0.01, bad_samples_path=log), 50)
+        take(module(folder, **settings, max_bad_fraction=0.01, run_dir=tmp_path), 50)
 
 
 def test_token_out_of_range_and_nothing_to_learn(folder):
@@ -369,12 +377,12 @@ def test_token_out_of_range_and_nothing_to_learn(folder):
 
 def test_mistakes_are_named(folder):
     for changes, message in [
-        ({"sources": [{"nmae": "x"}]}, r"data.sources\[0\] has no field 'nmae'; did you mean 'name'"),
-        ({"sources": [{"path": "x"}]}, "name"),
+        ({"sources": {"a": {"pth": "x"}}}, r"data\.sources\.a\.pth: there is no such key; did you mean path"),
+        ({"sources": {"a": {}}}, "'a' needs a path"),
         ({"sources": {"a": {"path": "nowhere"}}}, "nowhere"),
-        ({"sources": [{"name": "a", "path": folder}, {"name": "a", "path": folder}]}, r"\['a'\] occur more than once"),
-        ({"vision": {"patchsize": 3}}, "data.vision has no field 'patchsize'; did you mean 'patch'"),
-        ({"stages": [3]}, r"data.stages\[0\] must be a mapping"),
+        ({"sources": ["a"]}, r"data\.sources: write a mapping"),
+        ({"vision": {"patchsize": 3}}, r"data\.vision\.patchsize: there is no such key; did you mean patch"),
+        ({"stages": [3]}, r"data\.stages\[0\]: write a mapping"),
         ({"max_bad_fraction": 2}, "max_bad_fraction"),
         ({"num_workers": -1}, "num_workers"),
         ({"max_patches": 0}, "patches is 0"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from omnitrain.config.run_config import ThinkerModuleConfig
 from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.interop.public_format import CheckpointError
 from omnitrain.interop.start_from import start_from
@@ -101,7 +102,7 @@ def test_logits_of_the_text_model(tmp_path: Path, kind: str, theirs: dict, ours:
     model = thinker(**ours)
     encoder = model.aut.state_dict()
     encoder = {name: x.clone() for name, x in encoder.items()}
-    ThinkerModule(model, init_from={"thinker": str(tmp_path)})
+    ThinkerModule(model, ThinkerModuleConfig(init_from={"thinker": str(tmp_path)}))
     texts = [[5, 17, 3, 88, 95, 0, 41], [9, 9, 2], list(range(40))]
     for ids, ours_ in zip(texts, logits(model, texts), strict=True):
         with torch.no_grad():

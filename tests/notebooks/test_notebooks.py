@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
 from tests.study.simulated_study import write_collected_study
 
 ROOT = Path(__file__).parents[2]

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from omnitrain.config.typed import typed
 from omnitrain.data.chat import train_bpe
 from omnitrain.data.composition import composition
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.data.settings import DataConfig
 from omnitrain.data.shards import write_shards
 from omnitrain.reports.mixture import by_language, by_modality, by_source, planned_draws
 
@@ -35,10 +37,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def module(sources: dict[str, Path], **options: Any) -> OmniDataModule:
-    return OmniDataModule(
-        sources={name: {"path": sources[name], "weight": w} for name, w in (("plain", 0.7), ("pairs", 1.1))},
-        tokenizer=sources["folder"] / "tokenizer.json", max_tokens=128, rank=0, world_size=1, **options,
-    )  # fmt: skip
+    values = {
+        "sources": {name: {"path": sources[name], "weight": w} for name, w in (("plain", 0.7), ("pairs", 1.1))},
+        "tokenizer": sources["folder"] / "tokenizer.json", "max_tokens": 128, "num_workers": 0, **options,
+    }  # fmt: skip
+    return OmniDataModule(typed(DataConfig, values, "data"), rank=0, world_size=1)
 
 
 def record(data: OmniDataModule) -> dict[str, Any]:

@@ -16,10 +16,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from omnitrain.__main__ import main
-from omnitrain.config.compose import ConfigError, read_stage_overrides
-from omnitrain.runs.chain import Stage, read_stages
+from omnitrain.config.compose import read_stage_overrides
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import write_shards
+from omnitrain.runs.chain import Stage, read_stages
 
 QUICK = ["data", "--help"]
 

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.study.simulated_study import simulated_items, write_study
 
 from omnitrain.cli.report import main
 from omnitrain.evaluation.heldout import PREDICTIONS_SCHEMA
 from omnitrain.reports.comparison import compare_runs, write_comparison
 from omnitrain.study.report import write_study_report
 from omnitrain.study.verdicts import main_table, read_study, scores_of
+from tests.study.simulated_study import simulated_items, write_study
 
 OUTSIDE = re.compile(r"""(?:src|href|url|@import)\s*[=(]\s*["']?\s*(?:https?:)?//""", re.IGNORECASE)
 SECTIONS = ("answer", "forest", "curves", "cells", "details", "cost", "repeat")

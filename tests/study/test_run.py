@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from omnitrain.__main__ import main
-from omnitrain.config.compose import ConfigError, register_recipes
+from omnitrain.config.compose import register_recipes
 from omnitrain.config.locations import CONF
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import write_shards

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.study.simulated_study import items_table, simulated_items, write_collected_study, write_study
 
 from omnitrain.study.verdicts import (
     ARMS,
@@ -35,6 +34,7 @@ from omnitrain.study.verdicts import (
     t_quantile,
     verdict,
 )
+from tests.study.simulated_study import items_table, simulated_items, write_collected_study, write_study
 
 
 def table_of(folder: Path, match: str = "data") -> dict[str, Comparison]:

@@ -11,24 +11,20 @@ import torch
 import torchaudio
 from torch.nn import functional as F
 
+from omnitrain.config.run_config import CheckpointConfig, CodecLossConfig, CodecModuleConfig, OptimConfig
+from omnitrain.config.typed import typed
 from omnitrain.data.media import encode_audio
 from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.data.settings import WaveformsConfig
 from omnitrain.data.shards import write_shards
 from omnitrain.data.waveforms import WaveformDataModule
 from omnitrain.models.codec import Codec
 from omnitrain.models.presets import build_codec, init_codec_weights
+from omnitrain.models.sizes import DiscriminatorConfig
 from omnitrain.training.callbacks import AtomicCheckpoint
 from omnitrain.training.codec import CodecModule, codebook_use
-from omnitrain.training.codec_losses import (
-    CodecLossConfig,
-    ContentHead,
-    MelDistance,
-    generator_losses,
-    judge_loss,
-    si_sdr,
-)
+from omnitrain.training.codec_losses import ContentHead, MelDistance, generator_losses, judge_loss, si_sdr
 from omnitrain.training.logging import ExactCsvLogger
-from omnitrain.training.optim import OptimConfig
 
 TOKENIZER = Path(__file__).parents[2] / "omnitrain/pack/tokenizer.json"
 WORDS = ("one red cat", "two blue dogs", "three old birds")
@@ -94,10 +90,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SMALL_DISCRIMINATORS = DiscriminatorConfig(periods=(2, 3), period_width=2, stft_windows=(256,), stft_width=2)
+
+
 def data(shards: Path, **changes: object) -> WaveformDataModule:
     options: dict = {"sources": {"tones": {"path": shards}}, "tokenizer": TOKENIZER, "rows": 2, "row_seconds": 0.96}
     options |= {"validation_sources": {"tones": {"path": shards}}, "max_bad_fraction": 0.5} | changes
-    return WaveformDataModule(**options)
+    run_dir = options.pop("run_dir", None)
+    return WaveformDataModule(typed(WaveformsConfig, {"num_workers": 0, **options}, "data"), run_dir=run_dir)
 
 
 # ----------------------------------------------------------------------------------------------------------- the rows
@@ -133,13 +133,13 @@ def wave_of(piece: np.ndarray) -> np.ndarray:
 
 
 def test_silence_is_skipped_and_counted(shards: Path, tmp_path: Path) -> None:
-    module = data(shards, bad_samples_path=tmp_path / "bad.jsonl")
+    module = data(shards, run_dir=tmp_path)
     module.setup("fit")
     batches = iter(module.train_dataloader())
     for _ in range(12):
         batch = next(batches)
     assert batch.skipped["audio_silent"] > 0
-    assert "tone/9" in (tmp_path / "bad.jsonl").read_text()
+    assert "tone/9" in (tmp_path / "bad_samples.jsonl").read_text()
 
 
 def test_a_row_that_is_no_whole_number_of_frames_is_refused(shards: Path) -> None:
@@ -230,9 +230,11 @@ def fit(folder: Path, shards: Path, steps: int, *, resume: bool = False, after: 
     L.seed_everything(1, verbose=False)
     module = CodecModule(
         tiny_codec(),
-        OptimConfig(lr=1e-3, warmup_steps=2, schedule="wsd", total_steps=8),
-        CodecLossConfig(adversarial_after=after, windows=(512, 128), n_mels=(20, 10)),
-        {"periods": [2, 3], "period_width": 2, "stft_windows": [256], "stft_width": 2},
+        CodecModuleConfig(
+            loss=CodecLossConfig(adversarial_after=after, windows=(512, 128), n_mels=(20, 10)),
+            discriminator=SMALL_DISCRIMINATORS,
+        ),
+        OptimConfig(lr=1e-3, warmup_steps=2, schedule="wsd", total_steps=8, decay_fraction=0.2),
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -243,8 +245,8 @@ def fit(folder: Path, shards: Path, steps: int, *, resume: bool = False, after: 
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         limit_val_batches=2,
-        logger=[ExactCsvLogger(folder)],
-        callbacks=[AtomicCheckpoint(folder / "checkpoints", every_n_steps=1)],
+        logger=[ExactCsvLogger(run_dir=folder)],
+        callbacks=[AtomicCheckpoint(CheckpointConfig(every_n_steps=1), run_dir=folder)],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -275,9 +277,7 @@ def test_judges_learn_only_once_they_come_in(shards: Path, tmp_path: Path) -> No
     untouched = fit(tmp_path / "before", shards, 2, after=10).discriminators
     learnt = fit(tmp_path / "after", shards, 4, after=2).discriminators
     L.seed_everything(1, verbose=False)
-    fresh = CodecModule(
-        tiny_codec(), None, None, {"periods": [2, 3], "period_width": 2, "stft_windows": [256], "stft_width": 2}
-    ).discriminators
+    fresh = CodecModule(tiny_codec(), CodecModuleConfig(discriminator=SMALL_DISCRIMINATORS)).discriminators
     pairs = list(zip(fresh.parameters(), untouched.parameters(), learnt.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert all(not torch.equal(a, c) for a, _, c in pairs)

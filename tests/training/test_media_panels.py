@@ -7,7 +7,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 
+from omnitrain.config.run_config import MediaPanelsConfig
 from omnitrain.data.datamodule import OmniDataModule
+from omnitrain.data.settings import DataConfig, SourceConfig
 from omnitrain.models.presets import build, init_weights
 from omnitrain.training.callbacks.media_panels import MediaPanels
 from omnitrain.training.thinker import ThinkerModule
@@ -20,17 +22,20 @@ def test_offline_run_has_pictures_and_players(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     data = OmniDataModule(
-        tokenizer=PACK / "tokenizer.json",
-        sources={"pack": {"path": PACK, "split": "train"}},
-        validation_sources={"pack": {"path": PACK, "split": "validation", "limit": 60}},
-        max_tokens=256,
+        DataConfig(
+            tokenizer=str(PACK / "tokenizer.json"),
+            sources={"pack": SourceConfig(path=PACK, split="train")},
+            validation_sources={"pack": SourceConfig(path=PACK, split="validation", limit=60)},
+            max_tokens=256,
+            num_workers=0,
+        )
     )
     model = build(
         "tiny", vocab_size=data.tokenizer.vocab_size, special_tokens=data.tokenizer.special_ids, thinker={"layers": 2}
     )
     init_weights(model, 0)
     module = ThinkerModule(model)
-    panels = MediaPanels(samples_per_modality=1, max_new_tokens=2)
+    panels = MediaPanels(MediaPanelsConfig(samples_per_modality=1, max_new_tokens=2))
     trainer = L.Trainer(
         accelerator="cpu",
         logger=WandbLogger(project="test", save_dir=tmp_path, offline=True),

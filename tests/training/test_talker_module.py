@@ -12,20 +12,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from omnitrain.config.run_config import CheckpointConfig, OptimConfig, TalkerLossConfig, TalkerModuleConfig
+from omnitrain.config.typed import typed
 from omnitrain.data.batch import PackedBatch
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes, decode_codes, encode_codes, heard_rows
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.media import encode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
+from omnitrain.data.settings import DataConfig
 from omnitrain.data.shards import write_shards
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import build, init_weights
 from omnitrain.models.talker import TalkerInputs
 from omnitrain.training.callbacks import AtomicCheckpoint
 from omnitrain.training.logging import ExactCsvLogger
-from omnitrain.training.optim import OptimConfig
-from omnitrain.training.talker import TalkerLossConfig, TalkerModule
+from omnitrain.training.talker import TalkerModule
 
 PACK = Path(__file__).parents[2] / "omnitrain/pack"
 TOKENIZER = ChatTokenizer.from_file(PACK / "tokenizer.json")
@@ -94,8 +96,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data(shards: Path, **changes: Any) -> OmniDataModule:
-    options: dict[str, Any] = {"sources": {"speech": {"path": shards}}, "tokenizer": TOKENIZER, "max_tokens": 256}
-    return OmniDataModule(**options | {"speech": SPEECH, "validation_sources": {"v": {"path": shards}}} | changes)
+    options: dict[str, Any] = {"sources": {"speech": {"path": shards}}, "tokenizer": "", "max_tokens": 256}
+    speech = changes.pop("speech", SPEECH)
+    options |= {"validation_sources": {"v": {"path": shards}}, "num_workers": 0} | changes
+    return OmniDataModule(typed(DataConfig, options, "data"), speech=speech, tokenizer=TOKENIZER)
 
 
 def a_batch(shards: Path) -> PackedBatch:
@@ -174,7 +178,7 @@ def test_frames_bound_a_pack(shards: Path) -> None:
 
 def test_the_loss_is_the_mean_over_frames_of_both_parts(shards: Path) -> None:
     model, batch = talking_model(), a_batch(shards)
-    module = TalkerModule(model, loss=TalkerLossConfig(residual=0.5))
+    module = TalkerModule(model, TalkerModuleConfig(loss=TalkerLossConfig(residual=0.5), frame_dropout=0.0))
     losses = module.losses(batch)
     assert model.talker is not None
     assert batch.spoken is not None
@@ -198,14 +202,14 @@ def test_text_alone_needs_no_thinker(shards: Path, monkeypatch: pytest.MonkeyPat
     encoder = data(shards).encoder
     batch = PackedBatch.pack([encoder(speech_sample(1), lambda s: s.media or b"")])
     monkeypatch.setattr(model.thinker, "forward", None)  # calling it would fail
-    assert torch.isfinite(TalkerModule(model).losses(batch).total)
+    assert torch.isfinite(TalkerModule(model, TalkerModuleConfig(frame_dropout=0.0)).losses(batch).total)
 
 
 def test_frame_dropout_hides_codes_in_training_alone(shards: Path) -> None:
     batch = a_batch(shards)
     assert batch.spoken is not None
     other = replace(batch, spoken=replace(batch.spoken, codes=(batch.spoken.codes + 1) % 16))
-    module = TalkerModule(talking_model(), frame_dropout=0.999999)
+    module = TalkerModule(talking_model(), TalkerModuleConfig(frame_dropout=0.999999))
     module.loss_config = TalkerLossConfig(residual=0.0)
     # Nothing of the codes is seen: with the same labels, other codes give the same loss of codebook 0.
     assert torch.equal(module.train().losses(batch).total, module.losses(other).total)
@@ -254,7 +258,7 @@ def test_a_cached_thinker_is_the_thinker(shards: Path, tmp_path: Path, monkeypat
         if is_cached:
             monkeypatch.setattr(model.thinker, "forward", None)  # calling it would fail
         model.zero_grad()
-        loss = TalkerModule(model, cached_thinker=is_cached).losses(batch).total
+        loss = TalkerModule(model, TalkerModuleConfig(cached_thinker=is_cached, frame_dropout=0.0)).losses(batch).total
         loss.backward()
         assert model.talker is not None
         gradients.append([loss.detach(), *(p.grad.clone() for p in model.talker.parameters() if p.grad is not None)])
@@ -272,7 +276,7 @@ def test_hidden_states_of_another_thinker_are_refused(shards: Path, tmp_path: Pa
             module.encoder(source[0], source.media_bytes)
         assert module.encoder(source[1], source.media_bytes).spoken  # has no media
     with pytest.raises(ValueError, match=r"cached_thinker needs a frozen Thinker.*thinker"):
-        TalkerModule(talking_model(), train=("thinker", "talker"), cached_thinker=True)
+        TalkerModuleConfig(train=["thinker", "talker"], cached_thinker=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the training
@@ -280,7 +284,9 @@ def test_hidden_states_of_another_thinker_are_refused(shards: Path, tmp_path: Pa
 
 def fit(folder: Path, shards: Path, steps: int, *, resume: bool = False, **options: Any) -> TalkerModule:
     L.seed_everything(1, verbose=False)
-    module = TalkerModule(talking_model(), OptimConfig(lr=5e-3, warmup_steps=2, total_steps=max(8, steps)), **options)
+    config = TalkerModuleConfig(**{"frame_dropout": 0.0, **options})
+    optim = OptimConfig(lr=5e-3, warmup_steps=2, total_steps=max(8, steps), decay_fraction=0.2)
+    module = TalkerModule(talking_model(), config, optim)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -289,8 +295,8 @@ def fit(folder: Path, shards: Path, steps: int, *, resume: bool = False, **optio
         val_check_interval=4,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        logger=[ExactCsvLogger(folder)],
-        callbacks=[AtomicCheckpoint(folder / "checkpoints", every_n_steps=1)],
+        logger=[ExactCsvLogger(run_dir=folder)],
+        callbacks=[AtomicCheckpoint(CheckpointConfig(every_n_steps=1), run_dir=folder)],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from toy_training import Toy, step_samples, toy_model, train
 
+from omnitrain.config.run_config import LossConfig, OptimConfig, SpikeGuardConfig, ThinkerModuleConfig
 from omnitrain.data.batch import PackedBatch
 from omnitrain.training.callbacks import SpikeGuard, TrainingDiverged
-from omnitrain.training.losses import LossConfig, balance_loss, token_weights
-from omnitrain.training.optim import OptimConfig, build_optimizer, schedule_factor
+from omnitrain.training.losses import balance_loss, token_weights
+from omnitrain.training.optim import build_optimizer, schedule_factor
 from omnitrain.training.thinker import ThinkerModule, hide_words
 
 
@@ -38,7 +39,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: fl
 def plain_training(steps: int, accumulate: int, balance: float) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The same training, written down without Lightning, without chunks and without running sums."""
     model = toy_model()
-    config = OptimConfig(lr=3e-3, warmup_steps=2, total_steps=20, eps=1e-4)
+    config = OptimConfig(lr=3e-3, warmup_steps=2, total_steps=20, eps=1e-4, decay_fraction=0.2)
     optimizer = build_optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(config, 20))
     losses = []
@@ -161,7 +162,7 @@ def test_too_many_bad_steps_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_the_guard_starts_anew_with_a_new_stage_of_the_data(tmp_path: Path) -> None:
-    guard, module = SpikeGuard(tmp_path, factor=2.0, min_steps=3), ThinkerModule(toy_model())
+    guard, module = SpikeGuard(SpikeGuardConfig(factor=2.0, min_steps=3), run_dir=tmp_path), ThinkerModule(toy_model())
     module._window = torch.ones(2, dtype=torch.float64)
 
     def accept(guard: SpikeGuard, norm: float) -> None:
@@ -172,7 +173,7 @@ def test_the_guard_starts_anew_with_a_new_stage_of_the_data(tmp_path: Path) -> N
         accept(guard, norm)
     assert guard.bound == 2.0
     module.data_stage = 1.0
-    continued = SpikeGuard(tmp_path, factor=2.0, min_steps=3)
+    continued = SpikeGuard(SpikeGuardConfig(factor=2.0, min_steps=3), run_dir=tmp_path)
     continued.load_state_dict(guard.state_dict())  # interrupted just there
     for each in (guard, continued):
         accept(each, 12.0)  # pictures after text: above the bound of before
@@ -185,7 +186,7 @@ def test_the_guard_starts_anew_with_a_new_stage_of_the_data(tmp_path: Path) -> N
 
 
 def test_a_gradient_spike_is_skipped(tmp_path: Path) -> None:
-    guard = SpikeGuard(tmp_path, factor=3.0, window=4, min_steps=3)
+    guard = SpikeGuard(SpikeGuardConfig(factor=3.0, window=4, min_steps=3), run_dir=tmp_path)
     guard.load_state_dict({"norms": [1.0, 2.0], "in_a_row": 0})
     assert guard.bound == math.inf
     guard.load_state_dict({"norms": [3.0], "in_a_row": 0})
@@ -252,14 +253,16 @@ def test_word_dropout_hides_words_of_answers_about_media_alone() -> None:
 def test_word_dropout_is_of_training_alone(tmp_path: Path) -> None:
     batch = PackedBatch.pack(step_samples(0))
     with torch.no_grad():
-        plain, dropping = (ThinkerModule(toy_model(), word_dropout=share).losses(batch) for share in (0.0, 0.5))
+        plain, dropping = (
+            ThinkerModule(toy_model(), ThinkerModuleConfig(word_dropout=share)).losses(batch) for share in (0.0, 0.5)
+        )
     assert torch.equal(plain.total, dropping.total)
     for share in (0.0, 0.5):
         train(Toy(out=str(tmp_path / str(share)), steps=1, word_dropout=share))
     first, second = (float(read_csv(tmp_path / name / "metrics.csv")[0]["train/loss"]) for name in ("0.0", "0.5"))
     assert abs(first - second) > 1e-3
     with pytest.raises(ValueError, match=r"module\.word_dropout=1"):
-        ThinkerModule(toy_model(), word_dropout=1.0)
+        ThinkerModuleConfig(word_dropout=1.0)
 
 
 def test_misspelt_names_are_refused() -> None:

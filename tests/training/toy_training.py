@@ -20,6 +20,15 @@ import lightning as L
 import numpy as np
 import torch
 
+from omnitrain.config.run_config import (
+    THINKER_PARTS,
+    CheckpointConfig,
+    LossConfig,
+    OptimConfig,
+    SpikeGuardConfig,
+    ThinkerModuleConfig,
+    ThroughputConfig,
+)
 from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, TEXT, EncodedSample, PackedBatch
 from omnitrain.data.positions import AudioSpan, ImageSpan, TextSpan, audio_tokens, tm_rope_positions
 from omnitrain.models.aut import AuTConfig
@@ -29,8 +38,6 @@ from omnitrain.models.thinker import ThinkerConfig
 from omnitrain.models.vision import VisionConfig
 from omnitrain.training.callbacks import AtomicCheckpoint, RunRecord, SpikeGuard, Throughput
 from omnitrain.training.logging import ExactCsvLogger
-from omnitrain.training.losses import LossConfig
-from omnitrain.training.optim import OptimConfig
 from omnitrain.training.thinker import ThinkerModule
 
 VOCAB = 64
@@ -226,21 +233,22 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
     if toy.launcher:  # rank 0 queues the job again and exits, the others return
         signal.signal(signal.SIGUSR2, lambda *_: os.environ.get("LOCAL_RANK", "0") == "0" and sys.exit(7))
     out = Path(toy.out)
-    parts = {} if toy.train is None else {"train": toy.train}
     module = ThinkerModule(
         toy_model(),
+        ThinkerModuleConfig(
+            train=list(toy.train or THINKER_PARTS),
+            word_dropout=toy.word_dropout,
+            loss=LossConfig(balance_coefficient=toy.balance, chunk=16),
+        ),
         # eps well above rounding: AdamW would turn a gradient that is only rounding noise into a full step.
-        OptimConfig(lr=3e-3, warmup_steps=2, total_steps=toy.max_steps_of_schedule, eps=1e-4),
-        LossConfig(balance_coefficient=toy.balance, chunk=16),
-        word_dropout=toy.word_dropout,
-        **parts,
+        OptimConfig(lr=3e-3, warmup_steps=2, total_steps=toy.max_steps_of_schedule, eps=1e-4, decay_fraction=0.2),
     )
     data = ToyData(poison=tuple(toy.poison), delay=toy.delay, stage_at=toy.stage_at)
     callbacks: list[L.Callback] = [
-        AtomicCheckpoint(out / "checkpoints", every_n_steps=toy.checkpoint_every),
-        SpikeGuard(out, min_steps=4, max_in_a_row=toy.max_in_a_row),
-        Throughput(peak_tflops=0.1),
-        RunRecord(out),
+        AtomicCheckpoint(CheckpointConfig(every_n_steps=toy.checkpoint_every), run_dir=out),
+        SpikeGuard(SpikeGuardConfig(min_steps=4, max_in_a_row=toy.max_in_a_row), run_dir=out),
+        Throughput(ThroughputConfig(peak_tflops=0.1)),
+        RunRecord(run_dir=out),
     ]
     if toy.ema:
         from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -268,7 +276,7 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
         gradient_clip_val=toy.clip,
         default_root_dir=out,
         callbacks=callbacks,
-        logger=ExactCsvLogger(out),
+        logger=ExactCsvLogger(run_dir=out),
     )
     last = out / "checkpoints" / "last.ckpt"
     ckpt = last if toy.resume and last.exists() else None

@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from omnitrain.files import atomic
+from omnitrain.config.run_config import CheckpointConfig
+from omnitrain.files import CHECKPOINTS, atomic
 from omnitrain.training.logging import ExactCsvLogger
 from omnitrain.training.ranks import sum_over_ranks
 
@@ -33,21 +34,15 @@ class AtomicCheckpoint(Checkpoint):
     A run that resumes from here continues bit for bit, `metrics.csv` included.
 
     Args:
-        dirpath: folder of the checkpoints.
-        every_n_steps: optimizer steps between checkpoints.
-        keep_every_n_steps: also keep `step=N.ckpt` at multiples of this; None keeps only the last.
+        config: how often.
+        run_dir: the run folder.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
-    def __init__(
-        self, dirpath: str | os.PathLike[str], every_n_steps: int = 100, keep_every_n_steps: int | None = None
-    ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"callbacks.checkpoint.every_n_steps={every_n_steps}: must be at least 1")
-        self.dirpath = Path(dirpath)
-        self.every_n_steps = every_n_steps
-        self.keep_every_n_steps = keep_every_n_steps
+    def __init__(self, config: CheckpointConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
+        self.config = config or CheckpointConfig()
+        self.dirpath = Path(run_dir) / CHECKPOINTS
         self.last_step: int | None = None
         self._saved: dict[str, Any] | None = None
         self._validation_due = False
@@ -120,7 +115,7 @@ class AtomicCheckpoint(Checkpoint):
         self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
         if final and self._validation_due and not terminated:
             return  # saved after that validation: a finished run is not entered again to make up for it
-        if terminated or final or self._validation_due or step % self.every_n_steps == 0:
+        if terminated or final or self._validation_due or step % self.config.every_n_steps == 0:
             self.save(trainer)
         if terminated:
             self._leave(trainer, terminated)
@@ -149,7 +144,7 @@ class AtomicCheckpoint(Checkpoint):
         # Every rank takes part in gathering the state; only rank 0 writes, and so only its place gets the name.
         with atomic(self.path) if trainer.is_global_zero else nullcontext(self.path) as partial:
             trainer.save_checkpoint(partial)
-        due = bool(self.keep_every_n_steps) and trainer.global_step % (self.keep_every_n_steps or 1) == 0
+        due = bool(self.config.keep_every_n_steps) and trainer.global_step % (self.config.keep_every_n_steps or 1) == 0
         if trainer.is_global_zero and due:
             kept = self.dirpath / f"step={trainer.global_step:07d}.ckpt"
             kept.unlink(missing_ok=True)

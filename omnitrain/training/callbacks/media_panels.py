@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from omnitrain.config.run_config import MediaPanelsConfig
 from omnitrain.data.batch import PackedBatch
 from omnitrain.data.media import MediaLimits, decode_audio, sniff
 from omnitrain.data.sample import BadSample, Sample, has_medium
@@ -52,9 +53,8 @@ class MediaPanels(Callback):
         max_new_tokens: length of a prediction; decoding is greedy.
     """
 
-    def __init__(self, samples_per_modality: int = 3, max_new_tokens: int = 48) -> None:
-        self.samples_per_modality = samples_per_modality
-        self.max_new_tokens = max_new_tokens
+    def __init__(self, config: MediaPanelsConfig | None = None) -> None:
+        self.config = config or MediaPanelsConfig()
         self._drawn: list[Drawn] | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -63,7 +63,7 @@ class MediaPanels(Callback):
             return
         assert isinstance(pl_module, ThinkerModule)
         if trainer.is_global_zero:
-            panels = self.panels(self.answered(pl_module), pl_module.datamodule.limits)
+            panels = self.panels(self.answered(pl_module), pl_module.datamodule.config.limits)
             logger.experiment.log({**panels, "trainer/global_step": trainer.global_step})
         gather_objects(None)  # the other ranks wait here, and not in their next step's time
 
@@ -73,7 +73,7 @@ class MediaPanels(Callback):
 
         data = pl_module.datamodule
         if self._drawn is None:
-            groups = draw(data.opened("validation_sources"), self.samples_per_modality)
+            groups = draw(data.opened("validation_sources"), self.config.samples_per_modality)
             self._drawn = [drawn for group in groups.values() for drawn in group]
         found = []
         for drawn in self._drawn:
@@ -84,9 +84,9 @@ class MediaPanels(Callback):
                 continue
             batch = PackedBatch.pack([prompt]).to(pl_module.device)
             stop = data.tokenizer.stop_ids
-            (answer,) = generate(pl_module.model, batch, max_new_tokens=self.max_new_tokens, stop_ids=stop)
+            (answer,) = generate(pl_module.model, batch, max_new_tokens=self.config.max_new_tokens, stop_ids=stop)
             segments = [s for message in sample.messages for s in message.segments if has_medium(s)]
-            shown = tuple(show(segment, media_bytes, data.limits) for segment in segments)
+            shown = tuple(show(segment, media_bytes, data.config.limits) for segment in segments)
             found.append(Answered(sample, shown, data.tokenizer.decode(answer)))
         return found
 

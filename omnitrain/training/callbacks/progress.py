@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from omnitrain.config.run_config import ProgressConfig
 from omnitrain.data.batch import PackedBatch
 from omnitrain.training.callbacks.checkpoint import step_ended
 from omnitrain.training.module import TrainingModule
@@ -21,13 +22,13 @@ class TrainingProgress(ProgressBar):
     with loss and bits per byte of each modality. Without a terminal it prints a plain line now and then.
 
     Args:
-        plain_every_n_seconds: time between the lines when there is no terminal.
+        config: how often, when there is no terminal.
     """
 
-    def __init__(self, plain_every_n_seconds: float = 20.0) -> None:
+    def __init__(self, config: ProgressConfig | None = None) -> None:
         super().__init__()
         self._enabled = True
-        self.plain_every_n_seconds = plain_every_n_seconds
+        self.config = config or ProgressConfig()
         self.console = Console(stderr=True)
         self._progress: Progress | None = None
         self._task: Any = None
@@ -108,7 +109,7 @@ class TrainingProgress(ProgressBar):
             self._progress.update(self._task, completed=trainer.global_step, description=doing)
             if status is not None:
                 self._progress.update(self._task, status=status)
-        elif status is not None and time.perf_counter() - self._last_plain > self.plain_every_n_seconds:
+        elif status is not None and time.perf_counter() - self._last_plain > self.config.plain_every_n_seconds:
             self._last_plain = time.perf_counter()
             self.console.print(f"step {trainer.global_step}/{trainer.max_steps}  {status}", highlight=False)
 

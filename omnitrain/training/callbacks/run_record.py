@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from omnitrain.config.run_config import RunRecordConfig
 from omnitrain.data.composition import composition
 from omnitrain.files import write_json
 from omnitrain.training.module import TrainingModule
@@ -30,7 +31,7 @@ class RunRecord(Callback):
 
     PACKAGES = ("omnitrain", "torch", "torchvision", "torchaudio", "lightning", "datasets", "grain", "av", "tokenizers")
 
-    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+    def __init__(self, config: RunRecordConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
         self.run_dir = Path(run_dir)
         self._composition: dict[str, Any] | None = None
 

@@ -14,7 +14,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
-from omnitrain.files import write_text
+from omnitrain.config.run_config import SpikeGuardConfig
+from omnitrain.files import SKIPPED_STEPS, write_text
 from omnitrain.training.callbacks.checkpoint import AtomicCheckpoint
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.ranks import gather_objects
@@ -33,25 +34,17 @@ class SpikeGuard(Callback):
     Where the data pass to another stage of their mixture, norms may well jump for good: the median starts anew.
 
     Args:
+        config: the bound.
         run_dir: the run folder.
-        factor, window, min_steps: the bound.
-        max_in_a_row: so many skipped steps in a row end the run.
 
     Raises (while training):
         TrainingDiverged: naming the last good checkpoint.
     """
 
-    def __init__(
-        self,
-        run_dir: str | os.PathLike[str],
-        factor: float = 10.0,
-        window: int = 200,
-        min_steps: int = 20,
-        max_in_a_row: int = 5,
-    ) -> None:
-        self.path = Path(run_dir) / "skipped_steps.jsonl"
-        self.factor, self.min_steps, self.max_in_a_row = factor, min_steps, max_in_a_row
-        self.norms: deque[float] = deque(maxlen=window)
+    def __init__(self, config: SpikeGuardConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
+        self.config = config or SpikeGuardConfig()
+        self.path = Path(run_dir) / SKIPPED_STEPS
+        self.norms: deque[float] = deque(maxlen=self.config.window)
         self.in_a_row = 0
         self.stage = 0.0
 
@@ -65,7 +58,9 @@ class SpikeGuard(Callback):
     @property
     def bound(self) -> float:
         """Largest gradient norm that is accepted now."""
-        return self.factor * statistics.median(self.norms) if len(self.norms) >= self.min_steps else math.inf
+        if len(self.norms) < self.config.min_steps:
+            return math.inf
+        return self.config.factor * statistics.median(self.norms)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and self.path.exists():  # drop what comes after the state that we resume from
@@ -85,7 +80,7 @@ class SpikeGuard(Callback):
         elif not math.isfinite(norm):
             reason = "gradient norm is not finite"
         elif norm > bound:
-            reason = f"gradient norm is above {self.factor:g} x the running median"
+            reason = f"gradient norm is above {self.config.factor:g} x the running median"
         else:
             self.norms.append(norm)
             self.in_a_row = 0
@@ -108,7 +103,7 @@ class SpikeGuard(Callback):
                 file.write(json.dumps({k: _json_number(v) for k, v in record.items()}, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        if self.in_a_row >= self.max_in_a_row:
+        if self.in_a_row >= self.config.max_in_a_row:
             checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, AtomicCheckpoint)), None)
             good = (
                 f"the last good checkpoint is {checkpoint.path} (step {checkpoint.last_step})"

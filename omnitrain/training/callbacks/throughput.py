@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from omnitrain.config.run_config import ThroughputConfig
 from omnitrain.data.batch import PackedBatch
 from omnitrain.training.callbacks.checkpoint import step_ended
 from omnitrain.training.flops import peak_flops
@@ -25,11 +26,12 @@ class Throughput(Callback):
     Time spent in validation, checkpoints and logging is left out; the first step (warm-up) too.
 
     Args:
-        peak_tflops: what MFU is measured against, per device; None: see `training.flops.peak_flops`.
+        config: what MFU is measured against.
     """
 
-    def __init__(self, peak_tflops: float | None = None) -> None:
-        self._peak = None if peak_tflops is None else (peak_tflops * 1e12, "configured")
+    def __init__(self, config: ThroughputConfig | None = None) -> None:
+        peak = (config or ThroughputConfig()).peak_tflops
+        self._peak = None if peak is None else (peak * 1e12, "configured")
         self._clear()
         self._batch_start = self._validation_end = 0.0
         self._counted_any = False

@@ -1,0 +1,121 @@
+"""What a configuration may change of Hydra itself, which runs code of its own before any job starts.
+
+A recipe, or a folder given with ``--config-dir``, is a stranger's data; the command line is the user's word. So
+whatever names code or shell lines below ``hydra`` must be on a list here, or stand on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omnitrain.config.targets import ForbiddenTarget, walk
+from omnitrain.config.typed import TARGET, ConfigError
+
+CONSTRUCTORS = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    "hydra.experimental.callbacks.LogJobReturnCallback",
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+    "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+    "optuna.samplers.CmaEsSampler",
+    "optuna.samplers.GridSampler",
+    "optuna.samplers.MOTPESampler",
+    "optuna.samplers.NSGAIISampler",
+    "optuna.samplers.RandomSampler",
+    "optuna.samplers.TPESampler",
+)
+"""Launchers, sweepers and their samplers, and a callback, that may be named below ``hydra``."""
+_LOGGING = {"class": ("logging.StreamHandler", "logging.NullHandler"), "()": ("colorlog.ColoredFormatter",)}
+_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+_ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM", "WANDB_MODE")
+_OWN = ("config.yaml", "schema", "hydra/launcher", "hydra/sweeper", "hydra/job_logging", "hydra/callbacks")
+"""What a folder given with ``--config-dir`` may not replace."""
+_SHELL = ("setup", "python", "srun_args", "additional_parameters", "comment")
+"""Keys of ``hydra.launcher`` that end up in a shell or choose a program."""
+
+
+def check_overrides(overrides: Sequence[str], config_dir: str | None) -> None:
+    """What must be known before Hydra composes: where it will look.
+
+    Raises:
+        ForbiddenTarget: a search path in a Python package, which would be imported.
+        ConfigError: a folder that would replace the root configuration.
+    """
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key.lstrip("+~").startswith("hydra.searchpath") and "pkg:" in value.replace(" ", ""):
+            raise ForbiddenTarget(f"{text}: a search path may not name a Python package; name a folder")
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: no such folder")
+        for name in _OWN:
+            if (Path(config_dir) / name).exists():
+                raise ForbiddenTarget(
+                    f"--config-dir {config_dir}: {name} there would replace omnitrain's own; give it another name, and "
+                    "change single keys in a recipe"
+                )
+
+
+def check_hydra(
+    hydra: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Sequence[str], run_dir: str | None
+) -> None:
+    """Refuse a resolved ``hydra`` node that names code, shell lines or folders that only a user may name.
+
+    Args:
+        defaults: the same node without the recipe: with the user's choice of launcher and sweeper alone.
+        overrides: the user's command line.
+        run_dir: `paths.run_dir`, resolved.
+
+    Raises:
+        ForbiddenTarget: names the key.
+    """
+    given = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    for where, key, value in walk(hydra, "hydra"):
+        place = f"{where}.{key}"
+        if key == TARGET and value not in CONSTRUCTORS:
+            raise ForbiddenTarget(f"{where}: {TARGET} {value!r} is not allowed there")
+        in_logging = where.startswith(("hydra.job_logging", "hydra.hydra_logging"))
+        if in_logging and key in _LOGGING and not isinstance(value, Mapping) and value not in _LOGGING[key]:
+            raise ForbiddenTarget(f"{where}: {key} '{value}' is not allowed there; log to the terminal")
+        if in_logging and isinstance(value, str) and "://" in value and value not in _STREAMS:
+            raise ForbiddenTarget(f"{place}: '{value}' is not allowed there")
+    for name in hydra.get("job", {}).get("env_set", {}):
+        if name not in _ENVIRONMENT:
+            raise ForbiddenTarget(
+                f"hydra.job.env_set.{name}: a configuration may not change what code is run; set it in the shell"
+            )
+    if any("pkg:" in str(path) for path in hydra.get("searchpath") or []):
+        raise ForbiddenTarget("hydra.searchpath: a search path may not name a Python package; name a folder")
+    if hydra.get("callbacks") and not any(key.startswith("hydra.callbacks") for key in given):
+        raise ForbiddenTarget("hydra.callbacks: only the command line may name them")
+    launcher, usual = hydra.get("launcher") or {}, defaults.get("launcher") or {}
+    for key in _SHELL:
+        if launcher.get(key) != usual.get(key) and not any(name.startswith(f"hydra.launcher.{key}") for name in given):
+            raise ForbiddenTarget(
+                f"hydra.launcher.{key}: it is run by a shell, so only the command line may set it, with "
+                f"'hydra.launcher.{key}=...'"
+            )
+    for key in (hydra.get("sweeper") or {}).get("params") or {}:
+        name = str(key).lstrip("+~")
+        if name.startswith("hydra") or TARGET in name or "@" in name:
+            raise ForbiddenTarget(f"hydra.sweeper.params.{key}: a search may vary values, not code or Hydra itself")
+    if hydra.get("output_subdir") is not None and "hydra.output_subdir" not in given:
+        raise ForbiddenTarget("hydra.output_subdir: only the command line may set it")
+    folders = {"paths.run_dir": run_dir, "hydra.sweep.dir": hydra.get("sweep", {}).get("dir")}
+    for key, folder in folders.items():
+        if folder is not None and not _was_asked_for(folder, overrides):
+            raise ForbiddenTarget(
+                f"{key}={folder}: a recipe may only write below the current folder; name another with {key}=FOLDER"
+            )
+
+
+def _was_asked_for(folder: str, overrides: Sequence[str]) -> bool:
+    """Whether `folder` lies below the current one, or below one that stands on the command line."""
+    place = Path(folder).resolve()
+    values = (text.partition("=")[2].strip("'\"") for text in overrides)
+    named = [Path(value).resolve() for text in values for value in text.split(",") if "/" in value or value]
+    return any(place.is_relative_to(root) for root in (Path.cwd().resolve(), *named))

@@ -1,0 +1,485 @@
+"""The whole configuration of a run as one tree of frozen dataclasses: the only place of defaults.
+
+What a model or a data set is made of is configured by dataclasses that stand with them (`models.sizes`,
+`data.settings`, `evaluation.settings`); they hang in this tree. docs/keys.md is made from it. Nothing here imports
+torch, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omnitrain.config.typed import Named
+from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation
+from omnitrain.models.sizes import DiscriminatorConfig
+
+PARTS: dict[str, str] = {
+    "aut_adapter": r"^aut\.(ln_post|proj)",
+    "aut": r"^aut\.",
+    "visual_adapter": r"^visual\.merger",
+    "visual": r"^visual\.",
+    "embeddings": r"^thinker\.embed_tokens\.",
+    "head": r"^thinker\.lm_head\.",
+    "router": r"^thinker\..*\.router\.",
+    "thinker": r"^thinker\.",
+    "mtp": r"^talker\.mtp\.",
+    "talker_router": r"^talker\..*\.router\.",
+    "talker": r"^talker\.",
+    "code2wav": r"^code2wav\.",
+}
+"""Part -> pattern of the `OmniModel` parameter names in it; the first match wins. The adapters are what stands between
+an encoder and the Thinker (report, section 3: stage S1 trains them before the encoders). `module.train` and
+`optim.lr_scale` use these names."""
+
+THINKER_PARTS = tuple(PARTS)[:8]
+"""The parts that writing text needs."""
+TALKER_PARTS = ("mtp", "talker_router", "talker")
+
+MODALITIES = ("text", "image", "audio", "video", "audio_video")
+"""Groups that losses are reported and weighted by (`Sample.modality`)."""
+
+
+def check_parts(names: Iterable[str], key: str) -> None:
+    """Raise ValueError, naming `key`, if one of `names` is no part."""
+    for name in names:
+        if name not in PARTS:
+            raise ValueError(f"{key}: no part {name!r}; the parts are {', '.join(PARTS)}")
+
+
+def _check_share(value: float, key: str) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{key}={value}: must lie in [0, 1)")
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    """``model=pretrained``: a folder in the public Qwen3-Omni format.
+
+    Attributes:
+        folder: with config.json and *.safetensors.
+        speech: with Talker and Code2Wav, where the folder has them.
+    """
+
+    folder: str
+    speech: bool = False
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The Thinker's loss.
+
+    Attributes:
+        balance_coefficient: weight of the experts' load-balancing loss; 0.001 is the public Thinker's. 0 turns it off.
+        balance_pools_layers: True sums counts and probabilities over layers before multiplying them, as the public
+            reference implementation does; False balances each layer by itself.
+        modality_weights: weight of a target token by modality, e.g. {image: 2.0}; modalities not named weigh 1.
+        chunk: positions per cross-entropy product; memory is chunk * vocabulary * 4 bytes.
+    """
+
+    balance_coefficient: float = 0.001
+    balance_pools_layers: bool = False
+    modality_weights: dict[str, float] = field(default_factory=dict)
+    chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, weight in self.modality_weights.items():
+            if name not in MODALITIES:
+                raise ValueError(f"loss.modality_weights.{name}: no such modality; use one of {', '.join(MODALITIES)}")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"loss.modality_weights.{name}={weight}: must be a finite number >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkerLossConfig(LossConfig):
+    """The Talker's loss.
+
+    Attributes:
+        residual: weight of the mean over the other codebooks' losses against codebook 0's.
+        text: weight of a text token against a frame, where the Thinker is trained too.
+    """
+
+    residual: float = 1.0
+    text: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecLossConfig:
+    """Weights of the codec's terms.
+
+    Attributes:
+        mel: multi-scale log-mel distance.
+        waveform: L1 of samples.
+        commitment: of the encoder to its codes.
+        content: CTC of the spoken text from codebook 0, which makes it the semantic one (samples without text do not
+            count).
+        adversarial, features: generator's hinge loss and feature matching, from step `adversarial_after` on.
+        windows: STFT windows of the mel distance, in samples.
+        n_mels: bands of each.
+    """
+
+    mel: float = 15.0
+    waveform: float = 1.0
+    commitment: float = 0.25
+    content: float = 0.1
+    adversarial: float = 1.0
+    features: float = 2.0
+    adversarial_after: int = 10_000
+    windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    n_mels: tuple[int, ...] = (160, 80, 40, 20, 10)
+
+    def __post_init__(self) -> None:
+        if len(self.windows) != len(self.n_mels):
+            raise ValueError(f"module.loss: {len(self.windows)} windows but {len(self.n_mels)} values of n_mels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How ``predict`` writes.
+
+    Attributes:
+        max_new_tokens: of an answer.
+        temperature: 0: the likeliest token.
+    """
+
+    max_new_tokens: int = 48
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkerModuleConfig:
+    """``module=thinker``: the Thinker and its encoders learn to predict text.
+
+    Attributes:
+        train: parts that learn; leave one out to freeze it.
+        init_from: a run folder, or one in the public format, whose weights replace the fresh ones. Or such folders by
+            part, as in {thinker: DIR, aut: DIR}; DIR of `thinker` may hold a text model (Qwen3ForCausalLM,
+            Qwen3MoeForCausalLM).
+        aut_window_seconds: attention window of the audio encoder, drawn anew for each optimizer step from these bounds
+            (whole seconds, inclusive; report, section 3: 1 to 8 s). null: the encoder's own. Evaluation uses its own.
+        word_dropout: share of the words of an answer about a picture or a sound that are hidden from the words after
+            them in training (word dropout: Bowman et al. 2016, arXiv 1511.06349, section 3.1), so that the model looks
+            and listens.
+        seed: of the window draws; null: the run's.
+        loss: weights.
+        generation: for `predict`.
+    """
+
+    train: list[str] = field(default_factory=lambda: list(THINKER_PARTS))
+    init_from: str | dict[str, str] | None = None
+    aut_window_seconds: tuple[int, int] | None = (1, 8)
+    word_dropout: float = 0.0
+    seed: int | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        check_parts(self.train, "module.train")
+        _check_share(self.word_dropout, "module.word_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkerModuleConfig(ThinkerModuleConfig):
+    """``module=talker``: the Talker with MTP learns to say the answers' text (report, section 4).
+
+    Attributes:
+        train: with a part of the Thinker among them the two are trained jointly, and gradients of speech reach the word
+            embeddings and, at user media, the Thinker's lower layers.
+        frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone. A
+            Talker that always sees true codes learns to continue sounds and hardly listens to the text.
+        cached_thinker: the frozen Thinker is not run; its hidden states at media are read from the shards, where
+            ``omnitrain data encode --thinker`` wrote them (with the audio encoder's own attention window).
+    """
+
+    train: list[str] = field(default_factory=lambda: list(TALKER_PARTS))
+    frame_dropout: float = 0.5
+    cached_thinker: bool = False
+    loss: TalkerLossConfig = field(default_factory=TalkerLossConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_share(self.frame_dropout, "module.frame_dropout")
+        learning = ", ".join(part for part in self.train if part in THINKER_PARTS)
+        if self.cached_thinker and learning:
+            raise ValueError(
+                f"module.cached_thinker needs a frozen Thinker, but module.train has its parts {learning}: leave them "
+                "out, or set module.cached_thinker=false"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecModuleConfig:
+    """``module=codec``: encoder, quantizer and Code2Wav learn from spectrograms, then also from discriminators.
+
+    Attributes:
+        init_from: folder of a codec's run; its codec, discriminators and content head are where this one starts.
+        clip: largest gradient norm of the codec, and of the discriminators.
+        loss: weights of the terms.
+        discriminator: sizes of the discriminators.
+    """
+
+    init_from: str | None = None
+    clip: float = 1.0
+    loss: CodecLossConfig = field(default_factory=CodecLossConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning rate by step.
+
+    Attributes:
+        lr: peak learning rate.
+        lr_scale: factor on `lr` by part, e.g. {aut: 0.5, visual: 0.5}; parts not named have 1.
+        betas, eps: of AdamW.
+        weight_decay: decoupled; matrices only: norms, biases and other vectors are never decayed.
+        schedule: wsd (warm-up, stable, linear decay over the last `decay_fraction` of the steps: arXiv 2404.06395; the
+            stable phase can be continued later from its last checkpoint), cosine (arXiv 1608.03983) or constant, each
+            after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up.
+        decay_fraction: of the steps.
+        min_lr_ratio: final learning rate over the peak.
+        total_steps: length of the schedule in optimizer steps; null: trainer.max_steps.
+        fused: one kernel for all parameters.
+    """
+
+    lr: float = 1e-3
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int = 50
+    decay_fraction: float = 0.3
+    min_lr_ratio: float = 0.05
+    total_steps: int | None = None
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"optim.decay_fraction={self.decay_fraction}: must lie in [0, 1]")
+        check_parts(self.lr_scale, "optim.lr_scale")
+
+
+# --- how it runs -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Lightning's Trainer; its documentation has more on each argument.
+
+    Attributes:
+        accelerator: cpu, gpu or auto.
+        devices: how many, or which.
+        num_nodes: machines.
+        strategy: auto, ddp, or a strategy by name.
+        precision: 32-true (most processors have no fast bf16), bf16-mixed, ...
+        max_steps: optimizer steps; the data stream has no end.
+        accumulate_grad_batches: batches of an optimizer step.
+        gradient_clip_val: largest gradient norm, after the division by the target tokens; null: no bound.
+        log_every_n_steps: rows of metrics.csv.
+        val_check_interval: batches between two looks at the validation split.
+        limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches: batches (a whole number) or
+            share (a fraction).
+        num_sanity_val_steps: validation batches before training.
+        use_distributed_sampler: false, since the data stream shards itself over ranks.
+        detect_anomaly: autograd names the forward operation of a NaN; several times slower.
+        profiler: by name.
+        plugins: by name.
+    """
+
+    accelerator: str = "cpu"
+    devices: int | str | list[int] = 1
+    num_nodes: int = 1
+    strategy: str | Named = "auto"
+    precision: str = "32-true"
+    max_steps: int = 1000
+    max_epochs: int | None = -1
+    max_time: str | None = None
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = 1.0
+    log_every_n_steps: int = 1
+    val_check_interval: int | float | None = 200
+    check_val_every_n_epoch: int | None = None
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = 20
+    limit_test_batches: int | float | None = None
+    limit_predict_batches: int | float | None = None
+    overfit_batches: int | float = 0.0
+    num_sanity_val_steps: int = 0
+    use_distributed_sampler: bool = False
+    enable_model_summary: bool = False
+    enable_progress_bar: bool | None = None
+    detect_anomaly: bool = False
+    deterministic: bool | str | None = None
+    benchmark: bool | None = None
+    sync_batchnorm: bool = False
+    profiler: str | Named | None = None
+    plugins: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """``checkpoints/last.ckpt``: the whole state, all or nothing, also on SIGTERM and Ctrl-C.
+
+    Attributes:
+        every_n_steps: optimizer steps between checkpoints.
+        keep_every_n_steps: also keep step=N.ckpt at multiples of this; null: only the last.
+    """
+
+    every_n_steps: int = 100
+    keep_every_n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1:
+            raise ValueError(f"callbacks.checkpoint.every_n_steps={self.every_n_steps}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikeGuardConfig:
+    """Skips a step with a NaN, or with a gradient far above the usual ones.
+
+    Attributes:
+        factor: a step is skipped if its gradient norm is above `factor` times the median of
+        window: the last so many accepted steps, from the
+        min_steps: -th accepted step on.
+        max_in_a_row: so many skipped steps in a row end the run.
+    """
+
+    factor: float = 10.0
+    window: int = 200
+    min_steps: int = 20
+    max_in_a_row: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputConfig:
+    """Tokens/s, MFU, data wait and memory, in throughput.csv.
+
+    Attributes:
+        peak_tflops: what MFU is measured against, per device; null: see `training.flops.peak_flops`.
+    """
+
+    peak_tflops: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecordConfig:
+    """environment.json and data.json. It has nothing to configure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressConfig:
+    """One line that says what is happening.
+
+    Attributes:
+        plain_every_n_seconds: time between the lines when there is no terminal.
+    """
+
+    plain_every_n_seconds: float = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaPanelsConfig:
+    """With logger=wandb: pictures, spectrograms, players and answers after each validation.
+
+    Attributes:
+        samples_per_modality: shown.
+        max_new_tokens: of their answers.
+    """
+
+    samples_per_modality: int = 3
+    max_new_tokens: int = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class CsvLoggerConfig:
+    """metrics.csv and throughput.csv: resume and report need them. It has nothing to configure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """``logger=wandb``: Weights & Biases, beside the CSV.
+
+    Attributes:
+        project, name, entity, group, tags: as there; null of `name`: the run's name.
+        offline: without a network; later `wandb sync RUN_DIR/wandb/...`.
+        log_model: upload checkpoints.
+    """
+
+    project: str = "omnitrain"
+    name: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] | None = None
+    offline: bool = False
+    log_model: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathsConfig:
+    """Folders.
+
+    Attributes:
+        run_dir: everything a run writes lands here: config.yaml, metrics.csv, checkpoints/, eval/, report.html.
+        data_dir: where data_prep writes and recipes look for prepared data.
+        study_dir: runs of a study (recipe nondegradation): MATCH/ARM/seed=N.
+    """
+
+    run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
+    data_dir: str = "data"
+    study_dir: str = "runs/nondegradation"
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run.
+
+    Attributes:
+        name: what it is called in reports and loggers.
+        seed: of weights, data order and dropout.
+        ckpt_path: null: start anew. last: continue the run in paths.run_dir, or start it if the folder is empty, so
+            that a scheduler can call the same line again and again. A file, or a run's folder: start from there.
+        codec: run folder of the codec that a Talker speaks through.
+        codes: folder of shards with its frames (`omnitrain data encode`).
+        model, data, module, optim, trainer, callbacks, logger, evaluation, paths: one option of each group.
+        eval: benchmarks (`omnitrain test RUN_DIR +eval=NAME`).
+        stages: of a recipe of several commands: [{name: NAME, command: [VERB, ARGUMENT, ...]}, ...].
+        stage_overrides: more arguments for a stage: 'stage_overrides.NAME=[trainer.max_steps=50]'.
+        study: the recipe's study (docs/nondegradation.md), of which
+        arm, match: name one run.
+        variables: keys that only a recipe itself reads.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    ckpt_path: str | None = None
+    codec: str | None = None
+    codes: str | None = None
+    model: Named
+    data: Named
+    module: Named
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: dict[str, Named | None] = field(default_factory=dict)
+    logger: dict[str, Named | None] = field(default_factory=dict)
+    evaluation: HeldoutEvaluation | CodecEvaluation | SpeechEvaluation = field(default_factory=HeldoutEvaluation)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    eval: dict[str, Any] | None = None
+    stages: list[Any] | None = None
+    stage_overrides: dict[str, Any] = field(default_factory=dict)
+    study: dict[str, Any] | None = None
+    arm: str | None = None
+    match: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,99 @@
+"""The configuration in a run folder: ``config.yaml``, whole, resolved, and of use wherever the folder is moved to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from omnitrain.config.run_config import RunConfig
+from omnitrain.config.typed import ConfigError, plain
+from omnitrain.files import CONFIG, write_text
+
+HERE = "{run_dir}"
+"""Stands in `config.yaml` for the folder that it lies in."""
+_LARGEST = 4 << 20  # bytes
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _Loader(yaml.SafeLoader):
+    """Without anchors: a few lines of them can stand for more than fits into memory, and we write none."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it refers to an anchor (*NAME); write the values out")
+        return super().compose_node(parent, index)
+
+
+for _kind in (_Loader, _Dumper):  # numbers such as 1e-3, which YAML 1.1 takes for text
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def to_yaml(config: RunConfig, run_dir: Path) -> str:
+    """`config` as it is written into `run_dir`."""
+    inside = re.compile(re.escape(str(run_dir)) + r"(?![^/'\",\]\s])")
+    values = _each_text(plain(config), lambda text: inside.sub(HERE.replace("\\", r"\\"), text))
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_config(config: RunConfig, run_dir: Path) -> None:
+    """Write ``run_dir/config.yaml``, all or nothing."""
+    write_text(run_dir / CONFIG, to_yaml(config, run_dir))
+
+
+def read_values(run_dir: Path) -> dict[str, Any]:
+    """The plain values of ``run_dir/config.yaml``, their own folder in place.
+
+    Raises:
+        ConfigError: there is none, or it is no configuration.
+    """
+    path = run_dir / CONFIG
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(f"{path}: larger than {_LARGEST >> 20} MiB, which no configuration is")
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{run_dir}: not a run folder (it has no {CONFIG})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ConfigError(f"{path}: not the configuration of a run (it has no mapping `model`)")
+    own = str(run_dir.resolve())
+    before = (values.get("paths") or {}).get("run_dir")
+    values = _each_text(values, lambda text: text.replace(HERE, own))
+    if isinstance(before, str) and before.startswith("/") and before != own:  # of before folders could be moved
+        values = _each_text(values, lambda text: text.replace(before, own))
+    values["paths"] = {**(values.get("paths") or {}), "run_dir": own}
+    return values
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The configuration of the run in a folder, checked as any other is (`door.read`).
+
+    Raises:
+        ConfigError: there is none, or one that cannot be used; names the file.
+    """
+    from omnitrain.config.door import read
+
+    values = read_values(Path(run_dir))
+    try:
+        return read(values)
+    except ConfigError as error:
+        raise type(error)(f"{Path(run_dir) / CONFIG}: {error}") from error
+
+
+def _each_text(node: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _each_text(value, change) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_each_text(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node

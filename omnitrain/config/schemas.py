@@ -1,0 +1,111 @@
+"""What Hydra composes from: each option's defaults, from the dataclasses, as the group `schema`.
+
+``conf/module/talker.yaml`` begins with ``/schema/module/talker@_here_`` and says only what differs. Sizes that follow
+another size are interpolations here, so that ``model.thinker.d_model=256`` changes what must change with it; a saved
+``config.yaml`` has the numbers.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from omnitrain.config import run_config
+from omnitrain.config.targets import OURS
+from omnitrain.config.typed import schema
+from omnitrain.data.settings import DataConfig, WaveformsConfig
+from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation
+from omnitrain.models.sizes import CODEC_PRESETS, PRESETS, SPEECH_PRESETS, OmniConfig, codec_vocabulary
+
+_TARGETS = {cls: target for target, cls in OURS.items()}
+GROUPS = ("model", "data", "module", "optim", "trainer", "callbacks", "logger", "evaluation", "paths")
+"""One option of each stands in every configuration."""
+
+
+def register_schemas() -> None:
+    """Put them into Hydra's store. Can be called again."""
+    store = ConfigStore.instance()
+    for group, options in _options().items():
+        for name, node in options.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+    store.store(group="schema", name="run", node=_root())
+
+
+def _root() -> DictConfig:
+    """The keys that are in no group."""
+    node = schema(run_config.RunConfig)
+    with open_dict(node):
+        for name in (*GROUPS, "eval", "study", "arm", "match", "variables"):
+            del node[name]
+    return node
+
+
+def _options() -> dict[str, dict[str, DictConfig]]:
+    c = run_config
+    return {
+        "model": {
+            **{name: omni(name, speech=False) for name in PRESETS},
+            **{f"{name}_speech": omni(name, speech=True) for name in SPEECH_PRESETS},
+            **{f"codec_{name}": _named(type(config), config) for name, config in CODEC_PRESETS.items()},
+            "pretrained": _named(c.PretrainedConfig),
+        },
+        "data": {"shards": _named(DataConfig), "waveforms": _named(WaveformsConfig)},
+        "module": {
+            "thinker": _named(c.ThinkerModuleConfig),
+            "talker": _named(c.TalkerModuleConfig),
+            "codec": _named(c.CodecModuleConfig),
+        },
+        "optim": {"adamw": schema(c.OptimConfig)},
+        "trainer": {"trainer": schema(c.TrainerConfig)},
+        "callbacks": {
+            "default": OmegaConf.create(
+                {
+                    "checkpoint": _named(c.CheckpointConfig),
+                    "spike_guard": _named(c.SpikeGuardConfig),
+                    "throughput": _named(c.ThroughputConfig),
+                    "record": _named(c.RunRecordConfig),
+                    "progress": _named(c.ProgressConfig),
+                    "media_panels": _named(c.MediaPanelsConfig),
+                }
+            )
+        },
+        "logger": {
+            "csv": OmegaConf.create({"csv": _named(c.CsvLoggerConfig)}),
+            "wandb": OmegaConf.create({"wandb": _named(c.WandbConfig)}),
+        },
+        "evaluation": {
+            "heldout": schema(HeldoutEvaluation),
+            "codec": schema(CodecEvaluation),
+            "speech": schema(SpeechEvaluation),
+        },
+        "paths": {"default": schema(c.PathsConfig)},
+    }
+
+
+def _named(cls: type, value: Any = None) -> DictConfig:
+    return schema(cls, value, target=_TARGETS[cls])
+
+
+def omni(preset: str, *, speech: bool) -> DictConfig:
+    """The sizes of a preset of `OmniModel`, with what follows from others as interpolations."""
+    talker, code2wav = SPEECH_PRESETS[preset] if speech else (None, None)
+    node = _named(OmniConfig, SimpleNamespace(**{**vars(PRESETS[preset]), "talker": talker, "code2wav": code2wav}))
+    model = "${model.thinker."
+    node.special_tokens = "${omnitrain.special_tokens:${data.tokenizer}}"
+    if preset != "qwen3_omni_30b_a3b":  # there it is padded beyond the tokenizer
+        node.thinker.vocab_size = "${omnitrain.vocab_size:${data.tokenizer}}"
+    node.thinker.accept_hidden_layer = "${omnitrain.half:" + model + "layers}}"
+    node.aut.out_dim = node.vision.out_dim = model + "d_model}"
+    if talker is not None:
+        own = "${model.talker."
+        node.talker.thinker_dim, node.talker.accept_hidden_layer = model + "d_model}", model + "accept_hidden_layer}"
+        for name in ("d_model", "codebooks", "codebook_size"):
+            node.talker.mtp[name] = own + name + "}"
+        for name in codec_vocabulary(talker.codebook_size):
+            if name != "codebook_size":
+                node.talker[name] = "${omnitrain.codec_vocabulary:" + name + "," + own + "codebook_size}}"
+        node.code2wav.quantizers, node.code2wav.codebook_size = own + "codebooks}", own + "codebook_size}"
+    return node
