@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from omnitrain.__main__ import main
 from omnitrain.config.compose import read_stage_overrides
+from omnitrain.config.typed import ConfigError
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import write_shards
 from omnitrain.runs.chain import Stage, read_stages

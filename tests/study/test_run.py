@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omnitrain.__main__ import main
 from omnitrain.config.compose import register_recipes
 from omnitrain.config.locations import CONF
+from omnitrain.config.typed import ConfigError
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import write_shards
 from omnitrain.runs.experiment import build
