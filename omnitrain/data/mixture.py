@@ -8,24 +8,18 @@
    |c_i - k w_i| <= 1 - 1 / (2n - 2) < 1, hence less than 2 off in any window. Integers only, no randomness.
 3. Both are functions of counts. A position in the stream is therefore the number of samples drawn per source, and
    resuming is counting on.
-4. Decoding and encoding run in Grain's worker processes, which take turns: worker j of N encodes draws j, j + N, ...
-   The order is that of zero workers, so their number may change between runs.
+4. Decoding and encoding run in worker processes, which take turns (`workers`). The order is that of zero workers, so
+   their number may change between runs.
 """
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 import grain
@@ -35,6 +29,7 @@ from omnitrain.data.batch import EncodedSample
 from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.data.settings import SourceConfig as SourceConfig
 from omnitrain.data.shards import Source
+from omnitrain.data.workers import Workers
 
 if TYPE_CHECKING:
     from omnitrain.data.encode import SampleEncoder
@@ -127,7 +122,7 @@ class Mixture:
         self.sizes = [len(source) for source in sources.values()]
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self._order = _Order(self.names, self.sizes, seed)
-        self._fetch = _Fetch(tuple(sources.values()), encode)
+        self._fetch = _Fetch(tuple(sources.values()), encode, self._order)
 
     def draws(
         self,
@@ -136,7 +131,7 @@ class Mixture:
         before: Sequence[int],
         num_workers: int = 0,
         ahead: int = 4,
-    ) -> Iterator[Draw]:
+    ) -> Workers[Draw] | Generator[Draw]:
         """Draws from here on. Call `.close()` on the iterator when done with it: it ends the workers.
 
         Args:
@@ -146,15 +141,10 @@ class Mixture:
             num_workers: processes that decode and encode; 0: this one.
             ahead: samples that each worker keeps ready.
         """
-        picks = _Picks(self._order, tuple(weights), tuple(drawn), tuple(before), self.rank, self.world_size)
-        dataset = grain.MapDataset.source(picks).map(self._fetch)
-        stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        places = _Places(tuple(weights), tuple(drawn), tuple(before), self.rank, self.world_size)
         if num_workers:
-            stream = stream.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=ahead),
-                worker_init_fn=_start_worker,
-            )
-        return iter(stream)
+            return Workers(self._fetch, places, num_workers, ahead)
+        return (self._fetch(place) for place in places)
 
     def source(self, source: int) -> Source:
         """Source number `source`."""
@@ -166,14 +156,14 @@ class Mixture:
 
     def fetch(self, source: int, position: int) -> Draw:
         """One draw again, in this process."""
-        return self._fetch(Pick(source, position, self._order(source, position)))
+        return self._fetch((source, position))
 
     def once(self) -> Iterator[Draw]:
         """This rank's share of all samples, once, source after source, not shuffled."""
         everything = ((source, index) for source, size in enumerate(self.sizes) for index in range(size))
         for number, (source, index) in enumerate(everything):
             if number % self.world_size == self.rank:
-                yield self._fetch(Pick(source, index, index))
+                yield self._fetch.at(Pick(source, index, index))
 
 
 class _Order:
@@ -193,50 +183,33 @@ class _Order:
         return (type(self), (self.names, self.sizes, self.seed))
 
 
-class _Picks:
-    """Random access to the picks of one rank, for Grain. Access is cheap in rising order, as readers do."""
+@dataclass(frozen=True)
+class _Places:
+    """The places (source, position) that one rank draws from here on, for ever."""
 
-    def __init__(
-        self,
-        order: _Order,
-        weights: tuple[float, ...],
-        drawn: tuple[int, ...],
-        before: tuple[int, ...],
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._order, self._weights, self._drawn, self._before = order, weights, drawn, before
-        self._rank, self._world_size = rank, world_size
-        self._rewind()
+    weights: tuple[float, ...]
+    drawn: tuple[int, ...]
+    before: tuple[int, ...]
+    rank: int
+    world_size: int
 
-    def _rewind(self) -> None:
-        self._schedule, self._next = Schedule(self._weights, self._drawn), 0
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> Pick:
-        if index < self._next:
-            self._rewind()
-        while True:
-            source = next(self._schedule)
-            self._next += 1
-            if self._next > index:
-                break
-        count = self._before[source] + self._schedule.drawn[source] - 1  # samples of this source drawn before this one
-        position = self._rank + self._world_size * count
-        return Pick(source, position, self._order(source, position))
-
-    def __repr__(self) -> str:
-        return f"omnitrain.Picks({', '.join(self._order.names)})"
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        schedule = Schedule(self.weights, self.drawn)
+        for source in schedule:
+            count = self.before[source] + schedule.drawn[source] - 1  # samples of this source drawn before this one
+            yield source, self.rank + self.world_size * count
 
 
 @dataclass(frozen=True)
 class _Fetch:
     sources: tuple[Source, ...]
     encode: Callable[[Sample, Callable[[Segment], bytes]], EncodedSample]
+    order: _Order
 
-    def __call__(self, pick: Pick) -> Draw:
+    def __call__(self, place: tuple[int, int]) -> Draw:
+        return self.at(Pick(*place, self.order(*place)))
+
+    def at(self, pick: Pick) -> Draw:
         source = self.sources[pick.source]
         sample_id = ""
         try:
@@ -254,12 +227,6 @@ class _Fetch:
             raise
 
 
-def _exit_after(seconds: float) -> None:
-    timer = threading.Timer(seconds, os._exit, (0,))
-    timer.daemon = True
-    timer.start()
-
-
 @contextmanager
 def _one_thread() -> Generator[None]:
     """Matrix products may round differently on another number of threads; samples must come out the same, bit for bit,
@@ -273,20 +240,3 @@ def _one_thread() -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _start_worker(index: int, count: int) -> None:
-    """Manners of a worker process: one thread, no signals of its own, gone when its parent is."""
-    torch.set_num_threads(1)
-    # The run decides what Ctrl-C and SIGTERM (a scheduler's warning, sent to every process) mean: it still needs data
-    # to finish its step and save.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: _exit_after(60))
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # after kill -9 of the run nobody would end this process
-
-        def follow(sentinel: int) -> None:
-            wait([sentinel])
-            os._exit(1)
-
-        threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()

@@ -12,22 +12,14 @@ so that an interrupted run continues behind the last one, and a folder never hol
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import pickle
 import shutil
-import signal
 import sys
-import threading
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +36,7 @@ from omnitrain.data.encode import SampleEncoder as ThinkerEncoder
 from omnitrain.data.media import decode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_medium
 from omnitrain.data.shards import SampleSource, shard_files, write_shards
+from omnitrain.data.workers import WorkerDied, Workers
 from omnitrain.evaluation.judges import mel_distance
 from omnitrain.files import printable, write_json
 from omnitrain.interop.mimi import MimiCodec
@@ -55,8 +48,6 @@ from omnitrain.training.codec_losses import si_sdr
 RECORD = "encode.json"
 CHECKED = 4
 """Samples that are decoded again at the end."""
-_ROWS = 4  # of a worker's task
-
 
 Thinker = tuple[OmniModel, ThinkerEncoder]
 """A model that listens, and the encoder of what it reads."""
@@ -76,7 +67,7 @@ class Encoded:
 
 
 class SampleEncoder:
-    """`encoder(folder, index)` -> :class:`Encoded`: a sample of the source in that folder, with codec frames.
+    """`encoder((folder, index))` -> :class:`Encoded`: a sample of the source in that folder, with codec frames.
 
     Args:
         codec: what encodes.  sources: by folder.
@@ -95,7 +86,8 @@ class SampleEncoder:
         self.fingerprint = codec_fingerprint(codec)
         self.thinker_fingerprint = thinker_fingerprint(thinker[0]) if thinker else ""
 
-    def __call__(self, folder: Path, index: int) -> Encoded:
+    def __call__(self, task: Task) -> Encoded:
+        folder, index = task
         source = self.sources[folder]
         name = "?"
         try:
@@ -187,14 +179,12 @@ def is_recorded(segment: Segment) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------- workers
 
-Task = tuple[Path, tuple[int, ...]]
-"""The folder of a source, and the samples in it."""
-
-_encoder: SampleEncoder | None = None  # of this worker process
+Task = tuple[Path, int]
+"""The folder of a source, and a sample in it."""
 
 
 @contextmanager
-def _results(encoder: SampleEncoder, tasks: Iterable[Task], workers: int) -> Generator[Iterator[Encoded]]:
+def _results(encoder: SampleEncoder, tasks: list[Task], workers: int) -> Generator[Iterator[Encoded]]:
     """The rows of all tasks, in order, from `workers` processes of one thread each; one worker is this process.
 
     Raises:
@@ -204,50 +194,16 @@ def _results(encoder: SampleEncoder, tasks: Iterable[Task], workers: int) -> Gen
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            yield (encoder(folder, index) for folder, indices in tasks for index in indices)
+            yield (encoder(task) for task in tasks)
         finally:
             torch.set_num_threads(threads)
         return
-    # The codec travels as bytes, not as a path: a run may be writing its next checkpoint. "spawn", since a process
-    # that has used torch's threads must not be forked.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(pickle.dumps(encoder),))
-    try:
-        yield _in_order(pool, iter(tasks), ahead=4 * workers)
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker process died, most likely for want of memory; the same line continues, with fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _in_order(pool: ProcessPoolExecutor, tasks: Iterator[Task], ahead: int) -> Iterator[Encoded]:
-    waiting: deque[Future[list[Encoded]]] = deque(pool.submit(_run_task, task) for task in islice(tasks, ahead))
-    while waiting:
-        yield from waiting.popleft().result()
-        waiting.extend(pool.submit(_run_task, task) for task in islice(tasks, 1))
-
-
-def _run_task(task: Task) -> list[Encoded]:
-    assert _encoder is not None
-    return [_encoder(task[0], index) for index in task[1]]
-
-
-def _start_worker(encoder: bytes) -> None:
-    """Manners of a worker process: one thread, no Ctrl-C of its own, gone when its parent is."""
-    global _encoder
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _encoder = pickle.loads(encoder)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow(sentinel: int) -> None:  # after kill -9 of the parent nobody would end this process
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
+    # The codec travels as bytes, not as a path: a run may be writing its next checkpoint.
+    with closing(Workers(encoder, tasks, workers, ahead=16)) as results:
+        try:
+            yield results
+        except WorkerDied as error:
+            raise ValueError(f"{error}; the same line continues, with fewer --workers") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- the folder
@@ -400,11 +356,7 @@ def encode(
     todo = [file for file in files if not folder.is_complete(file, checksums[file])]
     if len(todo) < len(files):
         print(f"{len(files) - len(todo)} of {len(files)} shards are there already")
-    tasks = [
-        (file.parent, tuple(rows[file][first : first + _ROWS]))
-        for file in todo
-        for first in range(0, len(rows[file]), _ROWS)
-    ]
+    tasks = [(file.parent, index) for file in todo for index in rows[file]]
     told: Counter[str] = Counter()
     with (
         progress(f"encoding into {printable(out)}", sum(len(rows[file]) for file in todo)) as advance,
