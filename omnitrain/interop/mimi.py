@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnitrain.interop.public_format import CheckpointError
+from omnitrain.interop.public_config import CheckpointError
 
 SAMPLE_RATE = 24000
 SAMPLES_PER_FRAME = 1920

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from omnitrain.files import LAST_CHECKPOINT
-from omnitrain.interop.public_format import SPEECH_PARTS, CheckpointError, load_pretrained
+from omnitrain.interop.public_config import CheckpointError
+from omnitrain.interop.public_format import SPEECH_PARTS, load_pretrained
 from omnitrain.interop.text_model import is_text_model, load_text_model
 from omnitrain.models.omni import OmniModel
 

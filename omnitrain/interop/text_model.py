@@ -14,18 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnitrain.interop.public_format import (
-    CheckpointError,
-    Section,
-    _Checkpoint,
-    _require_plain_decoder,
-    _theta,
-    read_json,
-)
+from omnitrain.interop.public_config import TEXT, CheckpointError, Section, architecture_of, read_json, rope_theta
+from omnitrain.interop.public_format import TensorFiles
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.thinker import ThinkerConfig
 
 DENSE, SPARSE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+SHARED = ("d_model", "layers", "heads", "kv_heads", "head_dim", "norm_eps", "attention_bias")
+OF_EXPERTS = ("n_experts", "top_k", "expert_width", "normalise_top_k")
+"""Sizes of a text model that must be those of the Thinker."""
 _PER_TOKEN = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -45,7 +42,7 @@ class TextWeights:
 def is_text_model(folder: str | Path) -> bool:
     """Whether `folder`/config.json names one of the two public text architectures."""
     path = Path(folder) / "config.json"
-    return path.is_file() and (read_json(path).get("architectures") or [None])[0] in (DENSE, SPARSE)
+    return path.is_file() and architecture_of(Section(read_json(path), path)) in (DENSE, SPARSE)
 
 
 def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
@@ -61,16 +58,15 @@ def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
     """
     folder = Path(folder)
     path = folder / "config.json"
-    values = read_json(path)
-    architecture = (values.get("architectures") or [None])[0]
+    section = Section(read_json(path), path)
+    architecture = architecture_of(section)
     if architecture not in (DENSE, SPARSE):
         raise CheckpointError(f"{path}: architectures is {architecture!r}; expected {SPARSE} or {DENSE}")
-    section = Section(values, path)
     _check_sizes(section, architecture == SPARSE, model.config.thinker)
     tied = section.get("tie_word_embeddings", False)
     weights: dict[str, Tensor] = {}
     missing: int | None = None
-    with _Checkpoint(folder, "") as checkpoint:
+    with TensorFiles(folder, "") as checkpoint:
         for name, parameter in model.thinker.named_parameters():
             if name in _PER_TOKEN:
                 key = name if name == "lm_head.weight" else f"model.{name}"
@@ -111,33 +107,17 @@ def _check_sizes(c: Section, sparse: bool, ours: ThinkerConfig) -> None:
     Raises:
         CheckpointError: they differ; the message has the override that makes the Thinker fit.
     """
-    _require_plain_decoder(c)
     for place in ("rope_parameters", "rope_scaling"):
         if c.get(place, None):
             rope = c.section(place)
             rope.require("rope_type" if "rope_type" in rope.values else "type", "default")
-    heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
-    theirs: dict[str, Any] = {
-        "d_model": c["hidden_size"],
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": c["num_key_value_heads"],
-        "head_dim": c.get("head_dim", c["hidden_size"] // heads),
-        "rope_theta": _theta(c),
-        "norm_eps": c["rms_norm_eps"],
-        "attention_bias": c.get("attention_bias", False),
-    }
+    theirs: dict[str, Any] = TEXT.values(c, SHARED) | {"rope_theta": rope_theta(c)}
+    layers = theirs["layers"]
     with_experts = _sparse_layers(c, layers) if sparse else ()
     if len(with_experts) < layers:
-        theirs["ffn"] = c["intermediate_size"]
+        theirs |= TEXT.values(c, ("ffn",))
     if with_experts:
-        theirs |= {
-            # transformers writes the second name, published files have the first
-            "n_experts": c["num_experts" if "num_experts" in c.values else "num_local_experts"],
-            "top_k": c["num_experts_per_tok"],
-            "expert_width": c["moe_intermediate_size"],
-            "normalise_top_k": c["norm_topk_prob"],
-        }
+        theirs |= TEXT.values(c, OF_EXPERTS)
     wrong = {name: value for name, value in theirs.items() if getattr(ours, name) != value}
     if with_experts != tuple(i for i in range(ours.layers) if ours.is_sparse(i)):
         wrong |= {"sparse_step": 1, "dense_layers": [i for i in range(layers) if i not in with_experts]}
@@ -157,7 +137,7 @@ def _check_sizes(c: Section, sparse: bool, ours: ThinkerConfig) -> None:
 
 
 def _sparse_layers(c: Section, layers: int) -> tuple[int, ...]:
-    dense, step = c.get("mlp_only_layers", ()), c.get("decoder_sparse_step", 1)
+    dense, step = TEXT.values(c, ("dense_layers", "sparse_step")).values()
     return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
 
 

@@ -21,7 +21,8 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.settings import AudioGeometry, MediaLimits, VisionGeometry
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, TOKENIZER
 from omnitrain.interop.mimi import MimiCodec
-from omnitrain.interop.public_format import Section, load_pretrained, read_json
+from omnitrain.interop.public_config import Section, read_json
+from omnitrain.interop.public_format import load_pretrained
 from omnitrain.interop.start_from import load_weights, model_weights
 from omnitrain.models.code2wav import fingerprint
 from omnitrain.models.codec import Codec

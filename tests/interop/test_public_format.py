@@ -12,13 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omnitrain.data.batch import PackedBatch
-from omnitrain.interop.public_format import (
-    CheckpointError,
-    load_pretrained,
-    public_config,
-    read_config,
-    save_pretrained,
-)
+from omnitrain.interop.public_config import CheckpointError, public_config, read_config
+from omnitrain.interop.public_format import load_pretrained, save_pretrained
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.presets import build, count_parameters, init_weights
 from tests.interop.public_models import SPECIAL, public_sample, save_public_model
@@ -182,6 +177,89 @@ def test_a_broken_tensor_is_named(thinker: Path, tmp_path: Path, change, message
 def test_a_broken_configuration_is_named(thinker: Path, tmp_path: Path, change, message: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load_pretrained(broken(thinker, tmp_path, config=change))
+
+
+INSANE = [
+    ("text_config.num_hidden_layers", 1_000_000, "must be a whole number from 1 to 1000"),
+    ("text_config.num_hidden_layers", -3, "must be a whole number from 1"),
+    ("text_config.hidden_size", "64", "must be a whole number"),
+    ("text_config.hidden_size", 1e9, "must be a whole number"),
+    ("text_config.hidden_size", 2**40, "to 131072"),
+    ("text_config.hidden_size", True, "must be a whole number"),
+    ("text_config.num_experts", 10**6, "to 16384"),
+    ("text_config.vocab_size", 10**9, "to 16777216"),
+    ("text_config.rms_norm_eps", "small", "must be of type float"),
+    ("text_config.rms_norm_eps", float("nan"), "must be of type float"),
+    ("text_config.attention_bias", "yes", "must be of type bool"),
+    ("text_config.mlp_only_layers", [1, "2"], "must be a list of"),
+    ("text_config.mlp_only_layers", 3, "must be a list of"),
+    ("text_config.rope_parameters.mrope_section", [4, 4], "must be a list of 3 times"),
+    ("text_config.rope_parameters.rope_theta", [1], "must be of type float"),
+    ("text_config.rope_parameters", "default", "must be an object"),
+    ("text_config.num_attention_heads", 0, "must be a whole number from 1"),
+    ("audio_config.encoder_layers", 10**6, "from 1 to 1000"),
+    ("vision_config.depth", 10**6, "from 1 to 1000"),
+    ("vision_config.patch_size", 10**5, "from 1 to 64"),
+    ("vision_config.num_position_embeddings", 17, "must be a square"),
+    ("vision_config.deepstack_visual_indexes", list(range(10**5)), "must be a list"),
+    ("audio_token_id", "a", "must be a whole number"),
+    ("position_id_per_seconds", 0, "must be a whole number from 1"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), INSANE)
+def test_sizes_that_are_not_sane_are_refused_by_name(thinker: Path, tmp_path: Path, place, value, message) -> None:
+    *outer, key = place.split(".")
+
+    def change(values: dict) -> None:
+        for name in outer:
+            values = values[name]
+        values[key] = value
+
+    with pytest.raises(CheckpointError) as error:
+        load_pretrained(broken(thinker, tmp_path, config=change))
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path / 'config.json'}: field {place} ")
+    assert message in said
+    assert "\n" not in said
+
+
+def test_a_model_of_too_many_parameters_is_not_built(thinker: Path, tmp_path: Path) -> None:
+    """Each size is sane by itself, their product is not."""
+    huge = {"num_hidden_layers": 900, "num_experts": 16384, "moe_intermediate_size": 4096, "num_experts_per_tok": 2}
+    said = r"config\.json: describes .*e\+1\d parameters, most of .*text_config; at most"
+    with pytest.raises(CheckpointError, match=said):
+        load_pretrained(broken(thinker, tmp_path, config=lambda c: c["text_config"].update(huge)))
+
+
+def test_sizes_that_contradict_each_other_are_refused_by_place(thinker: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: text_config: .*heads \(3\) must be a multiple"):
+        load_pretrained(broken(thinker, tmp_path, config=lambda c: c["text_config"].update(num_key_value_heads=2)))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[" * 100_000, "", '"config"', "{"])
+def test_what_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: "):
+        load_pretrained(tmp_path)
+
+
+def test_an_index_names_files_of_its_own_folder(thinker: Path, tmp_path: Path) -> None:
+    shutil.copy(thinker / "config.json", tmp_path)
+    weight_map = {"lm_head.weight": str(thinker / "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="expected a file of the same folder"):
+        load_pretrained(tmp_path)
+
+
+def test_old_weights_stay_until_the_new_ones_are_written(thinker: Path, tmp_path: Path, monkeypatch) -> None:
+    model = load_pretrained(thinker)
+    save_pretrained(model, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr("omnitrain.interop.public_format.save_file", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_pretrained(model, tmp_path, layout="full")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_a_folder_without_a_checkpoint(thinker: Path, tmp_path: Path) -> None:
