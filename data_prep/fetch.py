@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import subprocess
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from omnitrain.files import atomic
 
 Manager = Literal["debian", "npm"]
 
@@ -53,10 +54,8 @@ def fetch(package: Package, cache: Path, source: Path | None = None) -> Opened:
     archive = source or _cached(package, cache) or _download(package, cache)
     root = cache / archive.name.removesuffix(".deb").removesuffix(".tgz")
     if not root.is_dir():
-        partial = root.with_name(root.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        unpack(archive, partial)
-        partial.rename(root)
+        with atomic(root) as partial:
+            unpack(archive, partial)
     return Opened(package=package, version=_version(package, archive), root=root)
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from data_prep.fetch import Opened, Package, fetch_all
 from omnitrain.data.sample import SPLITS, Sample
+from omnitrain.files import write_json
 
 RECORD = "source.json"
 
@@ -156,8 +157,7 @@ def run(
         ],
         "counts": counts.to_json(),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    record_path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_json(record_path, record)
     print_counts(counts, console)
     for o in opened.values():
         console.print(f"{o.package.name} {o.version}: licence {o.package.licence}", markup=False)

@@ -31,6 +31,7 @@ from omnitrain.data.chat import train_bpe
 from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.sample import SPLITS, Sample
 from omnitrain.data.shards import write_media_table, write_shards
+from omnitrain.files import write_text
 
 LIMIT_BYTES = 12_000_000
 LICENCES = Path(__file__).parent / "licences"
@@ -237,7 +238,7 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
         if segment.text
     ]
     train_bpe(texts, VOCABULARY).save(options.out / "tokenizer.json")
-    (options.out / "NOTICE.md").write_text(notice(opened, counts), encoding="utf-8")
+    write_text(options.out / "NOTICE.md", notice(opened, counts))
     shutil.copytree(LICENCES, options.out / "licences", dirs_exist_ok=True)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     if size > LIMIT_BYTES:

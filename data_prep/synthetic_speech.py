@@ -57,6 +57,7 @@ from data_prep.splits import document_split, fraction
 from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import write_shards
+from omnitrain.files import write_text
 
 RATE = 24_000
 """Hz of the recordings: what Qwen3-Omni's codec speaks."""
@@ -375,8 +376,7 @@ def write_notice(folder: Path, opened: dict[str, Opened], minutes: Minutes, titl
         "its silent ends and brought to one peak level.",
         "",
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "NOTICE.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "NOTICE.md", "\n".join(lines))
     for engine in ENGINES:
         if engine in opened and (text := opened[engine].root / "usr/share/doc" / engine / "copyright").is_file():
             (folder / "licences").mkdir(exist_ok=True)

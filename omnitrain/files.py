@@ -6,6 +6,7 @@ kills the process or the machine: the content is forced to disk before it gets i
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -38,6 +39,7 @@ EVALUATION = "eval"
 TASK_RESULTS = f"{EVALUATION}/tasks"
 REPORT = "report.html"
 STAGES = "stages.json"
+_UNFINISHED = ".partial"
 
 
 @contextmanager
@@ -50,30 +52,63 @@ def atomic(path: str | os.PathLike[str], *, replace: bool = True) -> Generator[P
     Raises:
         OSError: the file system refuses; `path` is as it was. So it is after any error in the block.
     """
+    with unfinished(path) as partial:
+        yield partial
+        place(partial, path, replace=replace)
+
+
+@contextmanager
+def unfinished(path: str | os.PathLike[str]) -> Generator[Path]:
+    """A place beside `path` for what is not whole yet. What still lies there at the end of the block is deleted; what a
+    kill left there earlier is not (`sweep`)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
     try:
         yield partial
-        for inner in sorted(partial.rglob("*")) if partial.is_dir() else ():
-            _to_disk(inner)
-        _to_disk(partial)
-        if not replace:
-            with suppress(FileExistsError):
-                os.link(partial, path)
-        elif partial.is_dir() and path.is_dir():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.old")
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, path)
-        _to_disk(path.parent)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def place(partial: Path, path: str | os.PathLike[str], *, replace: bool = True) -> None:
+    """Force a file or a folder to disk, then give it the name `path` (arguments and errors as of `atomic`)."""
+    path = Path(path)
+    for inner in sorted(partial.rglob("*")) if partial.is_dir() else ():
+        _to_disk(inner)
+    _to_disk(partial)
+    if not replace:
+        with suppress(FileExistsError):
+            os.link(partial, path)
+    elif partial.is_dir() and path.is_dir():
+        _exchange(partial, path)
+        shutil.rmtree(partial)
+    else:
+        os.replace(partial, path)
+    _to_disk(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed writers left in `folder`. Only for who knows that nobody is writing there."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two folders swap their names: in one step on Linux, elsewhere in three."""
+    with suppress(AttributeError):
+        swap = 2  # RENAME_EXCHANGE; -100: relative to the working folder
+        if ctypes.CDLL(None).renameat2(-100, os.fsencode(one), -100, os.fsencode(other), swap) == 0:
+            return
+    between = one.with_name(f"{one.name}{_UNFINISHED}")
+    other.rename(between)
+    one.rename(other)
+    between.rename(one)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, replace: bool = True) -> None:

@@ -33,6 +33,7 @@ from omnitrain.data.positions import (
     vision_tokens,
 )
 from omnitrain.data.sample import BadSample, Message
+from omnitrain.files import write_text
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",
@@ -198,7 +199,7 @@ class ChatTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``; `from_file` and `transformers.PreTrainedTokenizerFast` read it."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_text(path, self.to_json())
 
     def to_json(self) -> str:
         """The content of its ``tokenizer.json``."""

@@ -28,6 +28,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,6 +38,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from omnitrain.data.sample import ROLES, SEGMENT_TYPES, BadSample, Message, Sample, Segment
+from omnitrain.files import atomic, place, printable, unfinished
 
 _SEGMENT = pa.struct(
     [
@@ -145,16 +147,47 @@ def _payload(sample: Sample) -> int:
     )
 
 
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    names = [leaf.path for leaf in pq.ParquetFile(_empty(schema)).schema]
-    return pq.ParquetWriter(
-        path,
-        schema,
-        # media are compressed already
-        compression={name: "NONE" if name in (_MEDIA_LEAF, "bytes") else "ZSTD" for name in names},
-        use_dictionary=[name for name in names if name not in (_MEDIA_LEAF, "bytes", "meta")],
-        write_statistics=[name for name in names if name in LIGHT_COLUMNS or name == "name"],
-    )
+class _RowWriter:
+    """Rows of `schema` to one Parquet file, in row groups of `_ROW_GROUP_BYTES`.
+
+    Attributes:
+        rows, bytes: written so far.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, rows_per_group: int | None = None) -> None:
+        names = [leaf.path for leaf in pq.ParquetFile(_empty(schema)).schema]
+        self._file = pq.ParquetWriter(
+            path,
+            schema,
+            # media are compressed already
+            compression={name: "NONE" if name in (_MEDIA_LEAF, "bytes") else "ZSTD" for name in names},
+            use_dictionary=[name for name in names if name not in (_MEDIA_LEAF, "bytes", "meta")],
+            write_statistics=[name for name in names if name in LIGHT_COLUMNS or name == "name"],
+        )
+        self._schema, self._rows_per_group = schema, rows_per_group
+        self._group: list[dict[str, Any]] = []
+        self._group_bytes = self.rows = self.bytes = 0
+
+    def add(self, row: dict[str, Any], size: int) -> None:
+        """One more row, of `size` bytes."""
+        self._group.append(row)
+        self._group_bytes, self.rows, self.bytes = self._group_bytes + size, self.rows + 1, self.bytes + size
+        if self._group_bytes >= _ROW_GROUP_BYTES or len(self._group) == self._rows_per_group:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._group:
+            table = pa.Table.from_pylist(self._group, schema=self._schema)
+            self._file.write_table(table, row_group_size=len(self._group))
+        self._group, self._group_bytes = [], 0
+
+    def __enter__(self) -> _RowWriter:
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is None:
+            self._flush()
+        self._file.close()
 
 
 def _empty(schema: pa.Schema) -> pa.BufferReader:
@@ -187,53 +220,35 @@ def write_shards(
     Raises:
         ValueError: a sample that does not fit the schema; the message names it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial: list[Path] = []
-    rows: list[dict[str, Any]] = []
-    group_bytes = in_shard = bytes_in_shard = 0
-    writer: pq.ParquetWriter | None = None
+    folder, partial = Path(folder), []
+    with unfinished(folder / name) as beside, ExitStack() as current:
+        beside.mkdir()
 
-    def flush() -> None:
-        nonlocal group_bytes
-        if writer is not None and rows:
-            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
-        rows.clear()
-        group_bytes = 0
+        def new_shard() -> _RowWriter:
+            current.close()
+            partial.append(beside / f"{len(partial)}.parquet")
+            return current.enter_context(_RowWriter(partial[-1], SCHEMA, _ROW_GROUP_ROWS))
 
-    def open_shard() -> pq.ParquetWriter:
-        partial.append(folder / f".{name}-{len(partial):05d}.parquet.partial")
-        return _writer(partial[-1], SCHEMA)
-
-    try:
-        for sample in _tracked(samples, f"writing {name}", progress):
-            if writer is None or in_shard >= rows_per_shard or bytes_in_shard >= shard_bytes:
-                flush()
-                if writer is not None:
-                    writer.close()
-                writer, in_shard, bytes_in_shard = open_shard(), 0, 0
-            rows.append(_columns(sample))
-            size = _payload(sample)
-            group_bytes, bytes_in_shard, in_shard = group_bytes + size, bytes_in_shard + size, in_shard + 1
-            if group_bytes >= _ROW_GROUP_BYTES or len(rows) >= _ROW_GROUP_ROWS:
-                flush()
-        if writer is None:
-            writer = open_shard()
-        flush()
-        writer.close()
-    except BaseException:
-        if writer is not None:
-            writer.close()
-        for path in partial:
-            path.unlink(missing_ok=True)
-        raise
-    for path in folder.glob("*.parquet"):
-        if (match := _OF.match(path.name)) and match["name"] == name:
-            path.unlink()
-    final = [folder / f"{name}-{i:05d}-of-{len(partial):05d}.parquet" for i in range(len(partial))]
-    for source, target in zip(partial, final, strict=True):
-        source.replace(target)
+        writer = new_shard()
+        for sample in _tracked(samples, f"writing {printable(name)}", progress):
+            if writer.rows >= rows_per_shard or writer.bytes >= shard_bytes:
+                writer = new_shard()
+            writer.add(_columns(sample), _payload(sample))
+        current.close()
+        for path in folder.glob("*.parquet"):
+            if (match := _OF.match(path.name)) and match["name"] == name:
+                path.unlink()
+        final = [folder / f"{name}-{i:05d}-of-{len(partial):05d}.parquet" for i in range(len(partial))]
+        for source, target in zip(partial, final, strict=True):
+            place(source, target)
     return final
+
+
+def write_shard(samples: Iterable[Sample], path: Path) -> None:
+    """Write `samples` to one shard, whole or not at all. Raises as `write_shards`."""
+    with atomic(path) as partial, _RowWriter(partial, SCHEMA, _ROW_GROUP_ROWS) as writer:
+        for sample in samples:
+            writer.add(_columns(sample), _payload(sample))
 
 
 def write_media_table(items: Iterable[tuple[str, bytes]], path: str | Path) -> Path:
@@ -243,28 +258,14 @@ def write_media_table(items: Iterable[tuple[str, bytes]], path: str | Path) -> P
         ValueError: a name occurs twice, is empty, or has no bytes.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     names: set[str] = set()
-    group: list[tuple[str, bytes]] = []
-
-    def flush(writer: pq.ParquetWriter) -> None:
-        if group:
-            table = pa.Table.from_pylist([{"name": n, "bytes": b} for n, b in group], schema=MEDIA_TABLE_SCHEMA)
-            writer.write_table(table, row_group_size=len(group))
-            group.clear()
-
-    with _writer(partial, MEDIA_TABLE_SCHEMA) as writer:
+    with atomic(path) as partial, _RowWriter(partial, MEDIA_TABLE_SCHEMA) as writer:
         for name, blob in items:
             if not name or not blob or name in names:
                 problem = "occurs twice" if name in names else "needs a name and bytes"
                 raise ValueError(f"{path.name}: medium {name!r} {problem}")
             names.add(name)
-            group.append((name, blob))
-            if sum(len(b) for _, b in group) >= _ROW_GROUP_BYTES:
-                flush(writer)
-        flush(writer)
-    partial.replace(path)
+            writer.add({"name": name, "bytes": blob}, len(blob))
     return path
 
 

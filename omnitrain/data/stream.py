@@ -19,6 +19,7 @@ from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.mixture import Draw, Mixture, Schedule
 from omnitrain.data.packing import FirstFit, Item, cut, is_document, pieces
 from omnitrain.data.settings import Budget, Stage
+from omnitrain.files import append_line, atomic
 
 STATE_VERSION = 1
 MIN_SAMPLES_TO_JUDGE = 100
@@ -58,16 +59,12 @@ class BadSampleLog:
         if self.path is None or not self.path.is_file():
             return
         kept = self.path.read_bytes().splitlines(keepends=True)[:lines]
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_bytes(b"".join(kept))
-        partial.replace(self.path)
+        with atomic(self.path) as partial:
+            partial.write_bytes(b"".join(kept))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self.path is not None:
+            append_line(self.path, json.dumps(record, ensure_ascii=False))
 
 
 class PackedStream(Iterator[PackedBatch]):

@@ -12,9 +12,10 @@ import numpy as np
 from markupsafe import Markup
 
 from omnitrain.evaluation.heldout import MODALITIES
+from omnitrain.files import write_text
 from omnitrain.reports import figures
 from omnitrain.reports.mixture import mixture
-from omnitrain.reports.run import Run, read_run, templates, write_page
+from omnitrain.reports.run import Run, read_run, templates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def write_stages_report(
         curves=Markup(figures.stage_curves(curves, borders)) if curves else None,  # SVG of our own making
         missing=missing,
     )  # fmt: skip
-    write_page(path, text)
+    write_text(path, text)
     return path, missing
 
 

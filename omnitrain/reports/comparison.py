@@ -18,8 +18,9 @@ from markupsafe import Markup
 
 from omnitrain.evaluation.heldout import MODALITIES
 from omnitrain.evaluation.metrics import Interval, bootstrap_interval
+from omnitrain.files import write_text
 from omnitrain.reports import figures
-from omnitrain.reports.run import Run, read_run, templates, write_page
+from omnitrain.reports.run import Run, read_run, templates
 from omnitrain.study.verdicts import (
     BITS_PER_BYTE,
     CHRF,
@@ -171,7 +172,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         )
     )
     path = Path(out)
-    write_page(path, page)
+    write_text(path, page)
     return path, missing
 
 

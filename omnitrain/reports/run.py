@@ -24,6 +24,7 @@ from omnitrain.data.media import MediaLimits, decode_video, encode_image
 from omnitrain.data.sample import BadSample, Segment
 from omnitrain.data.view import browser_media, show, spectrogram
 from omnitrain.evaluation.heldout import MODALITIES
+from omnitrain.files import write_text
 from omnitrain.reports import figures
 from omnitrain.reports.mixture import mixture
 
@@ -460,13 +461,5 @@ def write_report(run: str | Path | Run, out: str | Path | None = None) -> Path:
     run = run if isinstance(run, Run) else read_run(run)
     page = render(run)
     path = Path(out) if out is not None else run.folder / "report.html"
-    write_page(path, page)
+    write_text(path, page)
     return path
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write `text`, all or nothing, making the folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

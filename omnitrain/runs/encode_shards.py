@@ -12,7 +12,6 @@ so that an interrupted run continues behind the last one, and a folder never hol
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import zlib
 from collections import Counter
@@ -35,10 +34,10 @@ from omnitrain.data.codec_frames import decode_codes, encode_codes, heard_rows, 
 from omnitrain.data.encode import SampleEncoder as ThinkerEncoder
 from omnitrain.data.media import decode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_medium
-from omnitrain.data.shards import SampleSource, shard_files, write_shards
+from omnitrain.data.shards import SampleSource, shard_files, write_shard
 from omnitrain.data.workers import WorkerDied, Workers
 from omnitrain.evaluation.judges import mel_distance
-from omnitrain.files import printable, write_json
+from omnitrain.files import printable, sweep, write_json
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
@@ -259,8 +258,7 @@ class Folder:
         elif any(path.glob("*.parquet")):
             raise ValueError(f"{path} holds shards that `data encode` did not make; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
-        for left in path.glob(".*.encoding"):  # of a run that was killed
-            shutil.rmtree(left)
+        sweep(path)
 
     def is_complete(self, file: Path, source: str) -> bool:
         """Whether the shard was made already.
@@ -280,13 +278,7 @@ class Folder:
 
     def write(self, file: Path, source: str, samples: Iterable[Sample], counts: Counts) -> None:
         """The shard of this name, all or nothing, then the record."""
-        beside = self.path / f".{file.stem}.encoding"
-        try:
-            # One shard, whatever its size: what was one stays one.
-            [whole] = write_shards(samples, beside, "shard", sys.maxsize, sys.maxsize, progress=False)
-            whole.replace(self.path / file.name)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        write_shard(samples, self.path / file.name)
         self.shards[file.name] = {"path": str(file.resolve()), "source": source, "counts": asdict(counts)}
         write_json(self.path / RECORD, {**self.made_with, "shards": self.shards})
 

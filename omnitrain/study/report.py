@@ -16,8 +16,9 @@ import numpy as np
 from markupsafe import Markup
 
 from omnitrain.evaluation.heldout import MODALITIES
+from omnitrain.files import write_text
 from omnitrain.reports import figures
-from omnitrain.reports.run import templates, write_page
+from omnitrain.reports.run import templates
 from omnitrain.study.verdicts import (
     ARMS,
     CHRF,
@@ -78,8 +79,8 @@ def write_study_report(
         collect_study(study, collect)
     path = Path(out) if out is not None else Path(collect if collect is not None else folder) / "report.html"
     page, table = render(study)
-    write_page(path, page)
-    write_page(path.with_name("table.md"), table)
+    write_text(path, page)
+    write_text(path.with_name("table.md"), table)
     return path, study
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from omnitrain.config.run_config import CsvLoggerConfig
+from omnitrain.files import METRICS, THROUGHPUT, append_line, write_text
 
 TIME_PREFIX = "time/"
 
@@ -43,16 +44,13 @@ class CsvTable:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """Replace the file at once by `columns` and `rows`."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        write_text(self.path, self._text([dict(zip(self.columns, self.columns, strict=True)), *rows]))
         self.n_rows = len(rows)
+
+    def _text(self, rows: list[dict[str, Any]]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="", extrasaction="ignore", lineterminator="\n").writerows(rows)
+        return text.getvalue()
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; columns that the file does not have yet are added, empty in the rows before."""
@@ -62,10 +60,7 @@ class CsvTable:
             self.columns += new
             self._write([*rows, dict(row)])
             return
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(row)
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, self._text([dict(row)]).removesuffix("\n"))
         self.n_rows += 1
 
     def restart(self, columns: list[str], n_rows: int) -> None:
@@ -125,7 +120,7 @@ class ExactCsvLogger(Logger):
         """Append the metrics as a row to each file that they concern."""
         timed = {k.removeprefix(TIME_PREFIX): v for k, v in metrics.items() if k.startswith(TIME_PREFIX)}
         exact = {k: v for k, v in metrics.items() if not k.startswith(TIME_PREFIX)}
-        for name, row in (("metrics.csv", exact), ("throughput.csv", timed)):
+        for name, row in ((METRICS, exact), (THROUGHPUT, timed)):
             if row:
                 self._table(name).append({"step": step, **{k: _number(v) for k, v in row.items()}})
 
@@ -133,13 +128,13 @@ class ExactCsvLogger(Logger):
         """Columns and number of rows of each file, for the checkpoint."""
         return {
             name: {"columns": list(self._table(name).columns), "rows": self._table(name).n_rows}
-            for name in ("metrics.csv", "throughput.csv")
+            for name in (METRICS, THROUGHPUT)
         }
 
     @rank_zero_only
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Start the files anew (None), or go back to what `state_dict` returned."""
-        for name in ("metrics.csv", "throughput.csv"):
+        for name in (METRICS, THROUGHPUT):
             if state:
                 self._table(name).restart(state[name]["columns"], state[name]["rows"])
             else:

@@ -10,15 +10,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from omegaconf import OmegaConf
+import yaml
 
 from omnitrain.cli.data import main
+from omnitrain.config.compose import run_config
 from omnitrain.config.locations import PACK
+from omnitrain.config.saved import write_config
 from omnitrain.data.batch import AUDIO, PackedBatch
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import AnswerFile, decode_codes
@@ -27,13 +30,13 @@ from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import SampleSource, write_media_table, write_shards
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.code2wav import fingerprint
-from omnitrain.models.omni import thinker_fingerprint
+from omnitrain.models.codec import Codec
+from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import build, build_codec, init_codec_weights, init_weights
 from omnitrain.runs.load import SAMPLE_RATE, codec_fingerprint, load, load_codec
 from tests.interop.test_mimi import save_mimi
 
 MODEL = {
-    "_target_": "omnitrain.models.presets.build_codec",
     "preset": "tiny",
     "encoder_dim": 4,
     "layers": 1,
@@ -50,7 +53,7 @@ def tone(seconds: float, rate: int = SAMPLE_RATE, pitch: float = 200.0) -> np.nd
 
 def save_codec(run_dir: Path, seed: int = 0, fold: bool = True) -> Path:
     """The run folder of a codec whose codebooks come from one batch."""
-    codec = build_codec(**{key: value for key, value in MODEL.items() if key != "_target_"})
+    codec = build_codec(**MODEL)
     init_codec_weights(codec, seed)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -60,8 +63,20 @@ def save_codec(run_dir: Path, seed: int = 0, fold: bool = True) -> Path:
     state = {f"model.{name}": value for name, value in codec.state_dict().items()}
     (run_dir / "checkpoints").mkdir(parents=True)
     torch.save({"state_dict": {**state, "content.weight": torch.ones(2)}}, run_dir / "checkpoints" / "last.ckpt")
-    OmegaConf.save({"model": MODEL, "paths": {"run_dir": str(run_dir)}}, run_dir / "config.yaml")
+    write_model(run_dir, "+recipe=codec", codec)
     return run_dir
+
+
+def write_model(run_dir: Path, recipe: str, model: Codec | OmniModel) -> None:
+    """The configuration of a run of `recipe` with another model."""
+    config = run_config([recipe, f"paths.run_dir={run_dir}"])
+    write_config(replace(config, model=replace(config.model, config=model.config)), run_dir)
+
+
+def change_model(run_dir: Path, **changes: Any) -> None:
+    values = yaml.safe_load((run_dir / "config.yaml").read_text())
+    values["model"] |= changes
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
 
 
 def spoken(name: str, media: bytes | None = None, **changes) -> Sample:
@@ -262,21 +277,18 @@ def test_recordings_of_all_kinds(run_dir, tmp_path, capsys) -> None:
 def save_thinker(run_dir: Path) -> Path:
     """The run folder of an untrained Thinker."""
     tokenizer = ChatTokenizer.from_file(PACK / "tokenizer.json")
-    model = {
-        "_target_": "omnitrain.models.presets.build",
-        "preset": "tiny",
-        "vocab_size": tokenizer.vocab_size,
-        "thinker": {"layers": 2, "ffn": 32, "expert_width": 16, "n_experts": 2, "top_k": 1},
-        "aut": {"layers": 1, "ffn": 32},
-    }
-    loaded = build(**{key: value for key, value in model.items() if key != "_target_"})
+    loaded = build(
+        "tiny",
+        vocab_size=tokenizer.vocab_size,
+        thinker={"layers": 2, "ffn": 32, "expert_width": 16, "n_experts": 2, "top_k": 1},
+        aut={"layers": 1, "ffn": 32},
+    )
     init_weights(loaded, 0)
     (run_dir / "checkpoints").mkdir(parents=True)
     state = {f"model.{name}": value for name, value in loaded.state_dict().items()}
     torch.save({"state_dict": state}, run_dir / "checkpoints" / "last.ckpt")
     (run_dir / "tokenizer.json").write_bytes((PACK / "tokenizer.json").read_bytes())
-    data = {"_target_": "omnitrain.data.datamodule.OmniDataModule", "sources": {"pack": {"path": str(PACK)}}}
-    OmegaConf.save({"data": data, "model": model, "paths": {"run_dir": str(run_dir)}}, run_dir / "config.yaml")
+    write_model(run_dir, "+recipe=quickstart", loaded)
     return run_dir
 
 
@@ -346,11 +358,11 @@ def test_what_is_no_codec(run_dir, shards, tmp_path, capsys) -> None:
     (tmp_path / "public" / "config.json").write_text('{"model_type": "qwen3_omni_moe"}')
     assert "expected 'mimi'" in error(tmp_path / "public")
     run = save_codec(tmp_path / "run")
-    OmegaConf.save({"model": {**MODEL, "_target_": "omnitrain.models.presets.build"}}, run / "config.yaml")
+    write_model(run, "+recipe=quickstart", load(save_thinker(tmp_path / "thinker"))[0])
     assert "which is no codec" in error(run)
-    OmegaConf.save({"model": {**MODEL, "_target_": "os.system"}}, run / "config.yaml")
+    change_model(run, _target_="os.system")
     assert "'os.system' is not allowed" in error(run)
-    OmegaConf.save({"model": {**MODEL, "layers": 2}}, run / "config.yaml")
+    write_model(run, "+recipe=codec", build_codec(**{**MODEL, "layers": 2}))
     assert "does not fit the model" in error(run)
     (run / "checkpoints" / "last.ckpt").unlink()
     assert "has not written a checkpoint yet" in error(run)
@@ -361,7 +373,7 @@ def test_the_fingerprint_stays_with_the_decoder(run_dir, tmp_path) -> None:
     codec = load_codec(run_dir)
     stored = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(codec.decoder.code_embedding.weight, stored["model.decoder.code_embedding.weight"])
-    copied = build_codec(**{key: value for key, value in MODEL.items() if key != "_target_"}).decoder
+    copied = build_codec(**MODEL).decoder
     assert fingerprint(copied) != codec_fingerprint(codec)
     copied.load_state_dict(codec.decoder.state_dict())
     assert fingerprint(copied) == codec_fingerprint(codec)

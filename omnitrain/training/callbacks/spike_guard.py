@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from omnitrain.config.run_config import SpikeGuardConfig
-from omnitrain.files import SKIPPED_STEPS, write_text
+from omnitrain.files import SKIPPED_STEPS, append_line, write_text
 from omnitrain.training.callbacks.checkpoint import AtomicCheckpoint
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.ranks import gather_objects
@@ -98,11 +98,7 @@ class SpikeGuard(Callback):
                 "bound": bound,
                 "samples": ids,
             }
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({k: _json_number(v) for k, v in record.items()}, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, json.dumps({k: _json_number(v) for k, v in record.items()}, ensure_ascii=False))
         if self.in_a_row >= self.config.max_in_a_row:
             checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, AtomicCheckpoint)), None)
             good = (
