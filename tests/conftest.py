@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import omnitrain.config.compose  # noqa: F401  (registers ${omnitrain.pack:})
+from omnitrain.config.door import read
 from omnitrain.config.locations import CONF
+from omnitrain.config.saved import write_config
 from omnitrain.data.chat import ChatTokenizer, train_bpe
 from omnitrain.data.sample import SPLITS, Message, Sample, Segment
 from omnitrain.data.shards import write_shards
@@ -89,11 +92,13 @@ def run_dir(
 ) -> Path:
     """What `fit` leaves behind of the `model` that the overrides describe, and nothing more."""
     folder = tmp_path_factory.mktemp("run")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=[f"paths.run_dir={folder}", *model_overrides])
-    cfg.data.tokenizer = "/moved/away/tokenizer.json"
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     tokenizer.save(folder / "tokenizer.json")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        here = [f"paths.run_dir={folder}", f"data.tokenizer={folder}/tokenizer.json"]
+        cfg = compose("config", overrides=[*here, *model_overrides])
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    values["data"]["tokenizer"] = "/moved/away/tokenizer.json"
+    write_config(read(values), folder)
     (folder / "checkpoints").mkdir()
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")

@@ -35,7 +35,7 @@ def model(tokenizer) -> OmniModel:
 
 @pytest.fixture(scope="module")
 def model_overrides() -> list[str]:
-    return [f"+model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
+    return [f"model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,8 @@ def test_a_strangers_run_folder_cannot_run_code(capsys, run_dir, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run_dir, folder)
     config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace("omnitrain.models.presets.build", "os.system"))
+    assert (target := "omnitrain.models.omni.OmniModel") in config
+    (folder / "config.yaml").write_text(config.replace(target, "os.system"))
     assert "os.system" in fail(capsys, folder, *LESS, "hello")
 
 

@@ -16,11 +16,12 @@ from omnitrain.interop.public_format import save_pretrained
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.presets import build, init_weights
 
+VOICES = {"slt": 509, "rms": 510, "kal16": 511}  # those of model=tiny_speech
 SMALL = {
     "thinker": {"layers": 2},
     "aut": {"layers": 1},
     "vision": {"layers": 2},
-    "talker": {"layers": 1, "codebooks": 3},
+    "talker": {"layers": 1, "codebooks": 3, "speakers": VOICES},
     "code2wav": {"layers": 1, "decoder_dim": 32, "d_model": 32},
 }
 
@@ -41,8 +42,8 @@ def model(tokenizer) -> OmniModel:
 
 @pytest.fixture(scope="module")
 def model_overrides() -> list[str]:
-    sizes = [f"+model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
-    return ["model.speech=true", *sizes]
+    given = [(part, key, value) for part, d in SMALL.items() for key, value in d.items() if key != "speakers"]
+    return ["model=tiny_speech", *(f"model.{part}.{key}={value}" for part, key, value in given)]
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +115,8 @@ def test_a_given_text_is_spoken(capsys, run_dir, tmp_path):
     arguments = ["--speech-temperature", 0, "--max-seconds", 0.8]
     say = ["--say", "a red engine"]
     assert run(capsys, run_dir, *arguments, *say, "--out", tmp_path / "a.wav").strip() == "a red engine"
-    run(capsys, run_dir, *arguments, *say, "Say: a red engine", "--voice", "Aiden", "--out", tmp_path / "b.wav")
-    run(capsys, run_dir, *arguments, *say, "--voice", "chelsie", "--out", tmp_path / "c.wav")
+    run(capsys, run_dir, *arguments, *say, "Say: a red engine", "--voice", "Kal16", "--out", tmp_path / "b.wav")
+    run(capsys, run_dir, *arguments, *say, "--voice", "slt", "--out", tmp_path / "c.wav")
     a, b, c = (samples(tmp_path / f"{name}.wav") for name in "abc")
     assert np.array_equal(a, b)
     assert not np.array_equal(a, c)

@@ -31,7 +31,7 @@ def model(tokenizer) -> OmniModel:
 
 @pytest.fixture(scope="module")
 def model_overrides() -> list[str]:
-    return [f"+model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
+    return [f"model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
 
 
 def test_a_run_and_a_public_folder_give_the_same(model, run_dir, public_dir):
