@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from omnitrain.models.layers.attention import varlen_attention
+from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.sizes import AuTConfig
 
 CHUNKS_PER_CONVOLUTION = 64
@@ -126,7 +126,7 @@ class AuTEncoder(nn.Module):
         window = chunks_per_window * _halved(config.chunk_frames, 3)
         cu_seqlens = _window_borders(self.output_lengths(mel_lengths).tolist(), window).to(x.device)
         for layer in self.layers:
-            x = self._run(layer, x, cu_seqlens)
+            x = run(layer, x, cu_seqlens, checkpointed=self.activation_checkpointing)
         return self.proj2(F.gelu(self.proj1(self.ln_post(x))))
 
     def _convolve(self, mel: Tensor, lengths: list[int]) -> Tensor:
@@ -149,7 +149,7 @@ class AuTEncoder(nn.Module):
         edge_parts = [None] * len(lengths) if edge is None else edge.split(CHUNKS_PER_CONVOLUTION)
         columns = torch.cat(
             [
-                self._run(self._three_convolutions, part, edge_part)
+                run(self._three_convolutions, part, edge_part, checkpointed=self.activation_checkpointing)
                 for part, edge_part in zip(images.split(CHUNKS_PER_CONVOLUTION), edge_parts, strict=False)
             ]
         )  # [chunks, 13, D]
@@ -164,11 +164,6 @@ class AuTEncoder(nn.Module):
             if edge is not None:
                 x = x * (torch.arange(x.shape[-1], device=x.device) < _halved(edge, i)[:, None])[:, None, None]
         return self.conv_out(rearrange(x, "n c mel time -> n time (c mel)"))
-
-    def _run(self, part, *inputs: Tensor | None) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False)
-        return part(*inputs)
 
 
 def _halved(n, times: int):

@@ -8,52 +8,39 @@ decoder is a `Code2Wav`, so that a trained codec is at the same time the last pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from omnitrain.models.code2wav import (
+from omnitrain.models.code2wav import Code2Wav
+from omnitrain.models.layers.causal_conv import CausalConv1d, StreamingModule, init_states, step_through
+from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.wave import (
     DILATIONS,
-    Code2Wav,
+    Chain,
     ConvNeXtBlock,
     ResidualUnit,
     SlidingWindowTransformer,
     SnakeBeta,
     TransformerState,
-    run,
 )
-from omnitrain.models.layers.causal_conv import CausalConv1d, StreamingModule, init_states, step_through
 from omnitrain.models.sizes import CodecConfig
 
 # -------------------------------------------------------------------------------------------------------------- encoder
 
 
-class EncoderBlock(StreamingModule):
+class EncoderBlock(Chain):
     """Three residual units, then downsampling by `rate` to twice the channels: [B, C, T] -> [B, 2 C, T / rate]."""
 
     def __init__(self, channels: int, rate: int) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            [
-                *[ResidualUnit(channels, dilation) for dilation in DILATIONS],
-                SnakeBeta(channels),
-                CausalConv1d(channels, 2 * channels, 2 * rate, stride=rate),
-            ]
+        super().__init__(
+            *[ResidualUnit(channels, dilation) for dilation in DILATIONS],
+            SnakeBeta(channels),
+            CausalConv1d(channels, 2 * channels, 2 * rate, stride=rate),
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for stage in self.block:
-            x = stage(x)
-        return x
-
-    def init_state(self, batch: int) -> list[Any]:
-        return init_states(cast(list[StreamingModule], list(self.block)), batch)
-
-    def step(self, x: Tensor, state: list[Any]) -> Tensor:
-        return step_through(cast(list[StreamingModule], list(self.block)), x, state)
 
 
 @dataclass
@@ -95,24 +82,20 @@ class CodecEncoder(nn.Module):
             ValueError: if the samples are no whole number of frames.
         """
         self._check(wav)
-        self.transformer.activation_checkpointing = self.activation_checkpointing
         x = wav[:, None]
         for stage in self.stages:
             x = run(stage, x, checkpointed=self.activation_checkpointing)
-        return self.transformer(rearrange(x, "b d t -> b t d"))
+        return self.transformer(rearrange(x, "b d t -> b t d"), checkpointed=self.activation_checkpointing)
 
     def init_state(self, batch: int) -> CodecEncoderState:
         """The state of `batch` streams before their first sample."""
-        return CodecEncoderState(init_states(self._stages(), batch), self.transformer.init_state(batch))
+        return CodecEncoderState(init_states(self.stages, batch), self.transformer.init_state(batch))
 
     def step(self, wav: Tensor, state: CodecEncoderState) -> Tensor:
         """The next whole frames of samples [B, t * 1920] -> their latents [B, t, D]; raises as `forward`."""
         self._check(wav)
-        x = step_through(self._stages(), wav[:, None], state.stages)
+        x = step_through(self.stages, wav[:, None], state.stages)
         return self.transformer.step(rearrange(x, "b d t -> b t d"), state.transformer)
-
-    def _stages(self) -> list[StreamingModule]:
-        return cast(list[StreamingModule], list(self.stages))
 
     def _check(self, wav: Tensor) -> None:
         size = self.config.samples_per_frame

@@ -13,17 +13,16 @@ So many frames are a batch without padding, and generation is Q - 1 steps of fix
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.decoder import Attention, DenseMLP
 from omnitrain.models.layers.norms import RMSNorm
-from omnitrain.models.layers.rope import tm_rope
+from omnitrain.models.layers.rope import Rotation, tm_rope
 from omnitrain.models.sizes import MTPConfig
 
 
@@ -33,23 +32,12 @@ class MTPLayer(nn.Module):
     def __init__(self, c: MTPConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.attention = Attention(
-            c.d_model, c.heads, c.kv_heads, c.head_dim, norm_eps=c.norm_eps, bias=c.attention_bias
-        )
+        self.attention = Attention(c)
         self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
         self.mlp = DenseMLP(c.d_model, c.ffn)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [F, n, D]; rope: cos and sin, each [F * n, head_dim / 2] -> [F, n, D], causal."""
-        frames, n, _ = x.shape
-        projected = self.attention.project(self.attention_norm(x).flatten(0, 1), rope)
-        q, k, v = (rearrange(t, "(f n) heads d -> f heads n d", f=frames) for t in projected)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=q.shape[1] != k.shape[1])
-        x = x + self.attention.out(rearrange(y, "f heads n d -> f n (heads d)"))
-        return x + self.mlp(self.mlp_norm(x))
-
-    def step(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Tensor, start: int) -> Tensor:
-        """The same for the next positions of sequences whose first ones are known.
+    def forward(self, x: Tensor, rope: Rotation, past: Tensor | None = None, start: int = 0) -> Tensor:
+        """Whole sequences, or with `past` the next positions of sequences whose first ones are known.
 
         Args:
             x: [B, n, D], positions start .. start + n; n is 1 unless start is 0.
@@ -62,9 +50,10 @@ class MTPLayer(nn.Module):
         batch, n, _ = x.shape
         projected = self.attention.project(self.attention_norm(x).flatten(0, 1), rope)
         q, k, v = (t.view(batch, n, *t.shape[1:]).transpose(1, 2) for t in projected)  # no einops: 15 steps a frame
-        past[0, :, :, start : start + n], past[1, :, :, start : start + n] = k, v
-        keys, values = past[0, :, :, : start + n], past[1, :, :, : start + n]
-        y = F.scaled_dot_product_attention(q, keys, values, is_causal=n > 1, enable_gqa=q.shape[1] != k.shape[1])
+        if past is not None:
+            past[0, :, :, start : start + n], past[1, :, :, start : start + n] = k, v
+            k, v = past[0, :, :, : start + n], past[1, :, :, : start + n]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=q.shape[1] != k.shape[1])
         x = x + self.attention.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -101,15 +90,12 @@ class MTP(nn.Module):
             ValueError: if codes has another number of codebooks, or a code outside its codebook.
         """
         self._check(codes, self.config.codebooks)
-        known = self._embed(codes[:, 1:-1])  # [F, Q - 2, D]
+        known = F.embedding(self._rows(codes[:, 1:-1]), self.code_embedding.flatten(0, 1))  # [F, Q - 2, D]
         x = torch.cat([talker_hidden.to(first.dtype)[:, None], first[:, None], known.to(first.dtype)], dim=1)
         cos, sin = self._rope(x.device)
         rope = cos.repeat(len(x), 1), sin.repeat(len(x), 1)
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, use_reentrant=False)
-            else:
-                x = layer(x, rope)
+            x = run(layer, x, rope, checkpointed=self.activation_checkpointing)
         return self.norm(x[:, 1:])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -123,8 +109,7 @@ class MTP(nn.Module):
             ValueError: as in `forward`.
         """
         self._check(residuals, self.config.codebooks - 1)
-        rows = residuals + self._offsets(residuals.shape[1], residuals.device)
-        return F.embedding_bag(rows, self.code_embedding.flatten(0, 1), mode="sum")
+        return F.embedding_bag(self._rows(residuals), self.code_embedding.flatten(0, 1), mode="sum")
 
     @torch.no_grad()
     def generate(
@@ -132,7 +117,7 @@ class MTP(nn.Module):
         talker_hidden: Tensor,
         first: Tensor,
         sample: Callable[[Tensor], Tensor],
-        through: Callable[[Tensor, tuple[Tensor, Tensor], Tensor, int], Tensor] | None = None,
+        through: Callable[[Tensor, Rotation, Tensor, int], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Codebooks 1 .. Q - 1 of one frame per document.
 
@@ -154,6 +139,7 @@ class MTP(nn.Module):
         codes = torch.empty(batch, c.codebooks - 1, dtype=torch.int64, device=first.device)
         total = torch.zeros_like(first)
         x, start = torch.stack([talker_hidden.to(first.dtype), first], dim=1), 0  # [B, 2, D], then [B, 1, D]
+        # The first step reads two positions at once, the Talker's state and code 0; every later one the code just chosen.
         for q in range(c.codebooks - 1):
             end = start + x.shape[1]
             rope = cos[start:end].repeat(batch, 1), sin[start:end].repeat(batch, 1)
@@ -164,22 +150,18 @@ class MTP(nn.Module):
             x, start = embedding[:, None], end
         return codes, total
 
-    def through(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Tensor, start: int) -> Tensor:
-        """All layers for the next positions: x [B, n, D] (see `MTPLayer.step`; past has a layer axis before its others)
+    def through(self, x: Tensor, rope: Rotation, past: Tensor, start: int) -> Tensor:
+        """All layers for the next positions: x [B, n, D] (see `MTPLayer`; past has a layer axis before its others)
         -> [B, D], the last one after the final norm."""
         for layer, known in zip(self.layers, past, strict=True):
-            x = cast(MTPLayer, layer).step(x, rope, known, start)
+            x = layer(x, rope, known, start)
         return self.norm(x[:, -1])
 
-    def _embed(self, residuals: Tensor) -> Tensor:
-        """Codes of the first n codebooks from 1 on, int64 [F, n] -> [F, n, D]"""
-        rows = residuals + self._offsets(residuals.shape[1], residuals.device)
-        return F.embedding(rows, self.code_embedding.flatten(0, 1))
+    def _rows(self, residuals: Tensor) -> Tensor:
+        """Codes of the first n codebooks from 1 on, int64 [F, n] -> their rows in all tables laid end to end."""
+        return residuals + torch.arange(residuals.shape[1], device=residuals.device) * self.config.codebook_size
 
-    def _offsets(self, n: int, device: torch.device) -> Tensor:
-        return torch.arange(n, device=device) * self.config.codebook_size
-
-    def _rope(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rope(self, device: torch.device) -> Rotation:
         """cos and sin, each [Q, head_dim / 2]"""
         position = torch.arange(self.config.codebooks, device=device).expand(3, -1)
         return tm_rope(position, (self.config.head_dim // 2, 0, 0), self.config.rope_theta)

@@ -43,14 +43,10 @@ class OmniModel(nn.Module):
         self.code2wav = None if config.code2wav is None else Code2Wav(config.code2wav)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Keep only each layer's input for the backward pass and compute the layer again there: memory of one layer
-        instead of all, for a third more time."""
-        for part in (self.aut, self.visual, self.thinker):
-            part.activation_checkpointing = enabled
-        if self.talker is not None:
-            self.talker.activation_checkpointing = self.talker.mtp.activation_checkpointing = enabled
-        if self.code2wav is not None:
-            self.code2wav.activation_checkpointing = enabled
+        """Whether each layer's activations are computed again in the backward pass (`layers.checkpointing`)."""
+        for part in self.modules():
+            if "activation_checkpointing" in vars(part):
+                vars(part)["activation_checkpointing"] = enabled
 
     def forward(
         self,

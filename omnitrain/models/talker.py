@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from omnitrain.models.layers.decoder import Attention, DecoderLayer, KVCache, SparseMLP
+from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.decoder import DecoderLayer, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.rope import tm_rope
 from omnitrain.models.mtp import MTP
@@ -81,7 +81,10 @@ class Talker(nn.Module):
         self.text_projection = Projection(config)
         self.hidden_projection = Projection(config)
         self.codec_embedding = nn.Embedding(config.codec_vocab, config.d_model)
-        self.layers = nn.ModuleList([_layer(config, i) for i in range(config.layers)])
+        self.layers = nn.ModuleList(
+            DecoderLayer(i, config, SparseMLP(config, shared_width=config.shared_expert_width))
+            for i in range(config.layers)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.codec_head = nn.Linear(config.d_model, config.codec_vocab, bias=False)
         self.mtp = MTP(config.mtp)
@@ -163,11 +166,9 @@ class Talker(nn.Module):
         """
         rope = tm_rope(position_ids, self.config.mrope_sections, self.config.rope_theta)
         x, counts, prob_sums = inputs_embeds, [], []
+        checkpointed = self.activation_checkpointing and cache is None
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x, count, prob_sum = checkpoint(layer, x, rope, cu_seqlens, None, use_reentrant=False)
-            else:
-                x, count, prob_sum = layer(x, rope, cu_seqlens, cache)
+            x, count, prob_sum = run(layer, x, rope, cu_seqlens, cache, checkpointed=checkpointed)
             counts.append(count)
             prob_sums.append(prob_sum)
         return TalkerOutput(
@@ -188,16 +189,3 @@ class Talker(nn.Module):
 def _named(ids: Tensor) -> Tensor:
     """Positions that name something, int64 [n]."""
     return (ids >= 0).nonzero().squeeze(1)
-
-
-def _layer(c: TalkerConfig, i: int) -> DecoderLayer:
-    attention = Attention(c.d_model, c.heads, c.kv_heads, c.head_dim, norm_eps=c.norm_eps, bias=c.attention_bias)
-    mlp = SparseMLP(
-        c.d_model,
-        c.expert_width,
-        c.n_experts,
-        c.top_k,
-        normalise=c.normalise_top_k,
-        shared_width=c.shared_expert_width,
-    )
-    return DecoderLayer(i, c.d_model, attention, mlp, norm_eps=c.norm_eps)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from omnitrain.models.layers.decoder import Attention, DecoderLayer, DenseMLP, KVCache, SparseMLP
+from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.decoder import DecoderLayer, DenseMLP, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.rope import tm_rope
 from omnitrain.models.sizes import ThinkerConfig
@@ -42,7 +42,10 @@ class Thinker(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList([_layer(config, i) for i in range(config.layers)])
+        self.layers = nn.ModuleList(
+            DecoderLayer(i, config, SparseMLP(config) if config.is_sparse(i) else DenseMLP(config.d_model, config.ffn))
+            for i in range(config.layers)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.activation_checkpointing = False
@@ -71,11 +74,9 @@ class Thinker(nn.Module):
         rope = tm_rope(position_ids, config.mrope_sections, config.rope_theta)
         x, accept_hidden = inputs_embeds, inputs_embeds
         counts, prob_sums = [], []
+        checkpointed = self.activation_checkpointing and cache is None  # a second run would grow the cache again
         for i, layer in enumerate(self.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x, count, prob_sum = checkpoint(layer, x, rope, cu_seqlens, None, use_reentrant=False)
-            else:
-                x, count, prob_sum = layer(x, rope, cu_seqlens, cache)
+            x, count, prob_sum = run(layer, x, rope, cu_seqlens, cache, checkpointed=checkpointed)
             if i + 1 == config.accept_hidden_layer:
                 accept_hidden = x
             if deepstack is not None and visual is not None and i < len(deepstack):
@@ -94,16 +95,6 @@ class Thinker(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] after the final norm -> [N, V]"""
         return self.lm_head(hidden)
-
-
-def _layer(c: ThinkerConfig, i: int) -> DecoderLayer:
-    attention = Attention(c.d_model, c.heads, c.kv_heads, c.head_dim, norm_eps=c.norm_eps, bias=c.attention_bias)
-    mlp: SparseMLP | DenseMLP
-    if c.is_sparse(i):
-        mlp = SparseMLP(c.d_model, c.expert_width, c.n_experts, c.top_k, normalise=c.normalise_top_k)
-    else:
-        mlp = DenseMLP(c.d_model, c.ffn)
-    return DecoderLayer(i, c.d_model, attention, mlp, norm_eps=c.norm_eps)
 
 
 def _visual_rows(mask: Tensor | None, deepstack: list[Tensor] | None, layers: int) -> Tensor | None:

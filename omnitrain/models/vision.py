@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from omnitrain.models.layers.attention import varlen_attention
+from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.rope import Rotation, rotate
 from omnitrain.models.sizes import VisionConfig
-
-Rotation = tuple[Tensor, Tensor]
-"""cos and sin, fp32 [P, 1, head_dim / 2]."""
 
 
 class PatchEmbed(nn.Module):
@@ -43,9 +41,9 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, rotation: Rotation, cu_seqlens: Tensor) -> Tensor:
-        """[P, D] -> [P, D]"""
+        """[P, D], cos and sin [P, 1, head_dim / 2] -> [P, D]"""
         q, k, v = rearrange(self.qkv(x), "p (qkv h d) -> qkv p h d", qkv=3, h=self.heads)
-        y = varlen_attention(_rotate(q, rotation), _rotate(k, rotation), v, cu_seqlens, causal=False)
+        y = varlen_attention(rotate(q, *rotation), rotate(k, *rotation), v, cu_seqlens, causal=False)
         return self.proj(rearrange(y, "p h d -> p (h d)"))
 
 
@@ -150,10 +148,7 @@ class VisionEncoder(nn.Module):
         x = x + self._positions(grids).to(x.dtype)
         deepstack: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, cu_seqlens, use_reentrant=False)
-            else:
-                x = block(x, rotation, cu_seqlens)
+            x = run(block, x, rotation, cu_seqlens, checkpointed=self.activation_checkpointing)
             if i in config.deepstack_layers:
                 deepstack.append(self.merger_list[len(deepstack)](x))
         return self.merger(x), deepstack
@@ -185,7 +180,8 @@ class VisionEncoder(nn.Module):
         return torch.cat([resampled[h, w] for t, h, w in grids for _ in range(t)])
 
     def _rotation(self, grids: list[list[int]], device: torch.device) -> Rotation:
-        """Angles of the rotary pairs: row * theta^-(2i / half) for the first half of them, column for the second."""
+        """cos and sin, each [P, 1, head_dim / 2]: row * theta^-(2i / half) for the first half of the pairs, column for
+        the second."""
         config = self.config
         half = config.d_model // config.heads // 2
         frequency = config.rope_theta ** (-torch.arange(0, half, 2, device=device).float() / half)
@@ -198,10 +194,3 @@ class VisionEncoder(nn.Module):
             angles.append((blocks * frequency).flatten(1))
         angle = torch.cat(angles)[:, None]
         return angle.cos(), angle.sin()
-
-
-def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + d/2}) of [P, heads, d] in fp32."""
-    cos, sin = rotation
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

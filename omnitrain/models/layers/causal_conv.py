@@ -7,9 +7,9 @@ for the whole. A module keeps what it must remember of a stream outside itself, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,8 @@ class CausalConvTranspose1d(StreamingModule):
         if x.shape[-1] == 0:
             return self(x)
         batch, _, t = x.shape
+        # An output is the sum over the `reach` last inputs, so the state holds what the inputs so far have added to the
+        # next outputs, without the bias: it is added once, when an output is complete.
         reach, stride = self.context + 1, self.stride
         added = (x.transpose(1, 2) @ self.conv.weight.flatten(1)).unflatten(2, self.conv.weight.shape[1:])
         added = F.pad(added, (0, reach * stride - added.shape[-1])).unflatten(
@@ -145,13 +147,13 @@ class CausalConvTranspose1d(StreamingModule):
         return y[..., cut:]
 
 
-def init_states(stages: Sequence[StreamingModule], batch: int) -> list[Any]:
-    """The states of modules that are applied one after the other."""
-    return [stage.init_state(batch) for stage in stages]
+def init_states(stages: Iterable[nn.Module], batch: int) -> list[Any]:
+    """The states of `StreamingModule`s that are applied one after the other."""
+    return [cast(StreamingModule, stage).init_state(batch) for stage in stages]
 
 
-def step_through(stages: Sequence[StreamingModule], x: Tensor, states: list[Any]) -> Tensor:
-    """One piece through modules that are applied one after the other."""
+def step_through(stages: Iterable[nn.Module], x: Tensor, states: list[Any]) -> Tensor:
+    """One piece through `StreamingModule`s that are applied one after the other."""
     for stage, state in zip(stages, states, strict=True):
-        x = stage.step(x, state)
+        x = cast(StreamingModule, stage).step(x, state)
     return x

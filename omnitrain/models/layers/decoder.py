@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from omnitrain.models.layers.attention import varlen_attention
 from omnitrain.models.layers.moe import SwiGLUExperts, TopKRouter
 from omnitrain.models.layers.norms import RMSNorm
-from omnitrain.models.layers.rope import NormRotate, norm_rotate
+from omnitrain.models.layers.rope import NormRotate, Rotation, norm_rotate
+from omnitrain.models.sizes import DecoderConfig, MTPConfig
 
 
 class KVCache(Protocol):
@@ -42,17 +43,15 @@ class Attention(nn.Module):
     The projections of queries, keys and values are one matrix: rows [q heads, k heads, v heads] x head_dim.
     """
 
-    def __init__(
-        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, norm_eps: float = 1e-6, bias: bool = False
-    ) -> None:
+    def __init__(self, c: DecoderConfig | MTPConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim, bias=bias)
-        self.out = nn.Linear(heads * head_dim, dim, bias=bias)
-        self.q_norm = RMSNorm(head_dim, norm_eps)
-        self.k_norm = RMSNorm(head_dim, norm_eps)
+        self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
+        self.qkv = nn.Linear(c.d_model, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.attention_bias)
+        self.out = nn.Linear(c.heads * c.head_dim, c.d_model, bias=c.attention_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, H, head_dim], keys and values [N, H_kv, head_dim] of x [N, D], normed and rotated; rope = (cos,
         sin), each [N, head_dim / 2]."""
         heads, kv_heads = self.heads, self.kv_heads
@@ -63,9 +62,7 @@ class Attention(nn.Module):
         q, k = qk.split([heads, kv_heads], dim=1)
         return q, k, v
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cu_seqlens: Tensor, layer: int, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, cu_seqlens: Tensor, layer: int, cache: KVCache | None) -> Tensor:
         """x [N, D], rope = (cos, sin) each [N, head_dim / 2] -> [N, D]"""
         q, k, v = self.project(x, rope)
         cu_seqlens_key = None
@@ -93,14 +90,12 @@ class SparseMLP(nn.Module):
     """Router and experts, and where `shared_width` is positive one more expert that sees every token, weighted by a
     sigmoid of its own (the Talker's)."""
 
-    def __init__(
-        self, dim: int, width: int, n_experts: int, top_k: int, *, normalise: bool = True, shared_width: int = 0
-    ) -> None:
+    def __init__(self, c: DecoderConfig, *, shared_width: int = 0) -> None:
         super().__init__()
-        self.router = TopKRouter(dim, n_experts, top_k, normalise)
-        self.experts = SwiGLUExperts(dim, width, n_experts)
-        self.shared_expert = DenseMLP(dim, shared_width) if shared_width else None
-        self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_width else None
+        self.router = TopKRouter(c.d_model, c.n_experts, c.top_k, c.normalise_top_k)
+        self.experts = SwiGLUExperts(c.d_model, c.expert_width, c.n_experts)
+        self.shared_expert = DenseMLP(c.d_model, shared_width) if shared_width else None
+        self.shared_gate = nn.Linear(c.d_model, 1, bias=False) if shared_width else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N, D] -> [N, D], router counts [E], router probability sums [E]"""
@@ -114,18 +109,16 @@ class SparseMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(
-        self, layer: int, dim: int, attention: Attention, mlp: SparseMLP | DenseMLP, *, norm_eps: float = 1e-6
-    ) -> None:
+    def __init__(self, layer: int, c: DecoderConfig, mlp: SparseMLP | DenseMLP) -> None:
         super().__init__()
         self.layer = layer  # its index, from 0: its place in the cache
-        self.attention_norm = RMSNorm(dim, norm_eps)
-        self.attention = attention
-        self.mlp_norm = RMSNorm(dim, norm_eps)
+        self.attention_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.attention = Attention(c)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
         self.mlp = mlp
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cu_seqlens: Tensor, cache: KVCache | None
+        self, x: Tensor, rope: Rotation, cu_seqlens: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[N, D] -> [N, D], and the router's counts and probability sums [E] if this layer has experts"""
         x = x + self.attention(self.attention_norm(x), rope, cu_seqlens, self.layer, cache)

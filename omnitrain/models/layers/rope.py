@@ -15,6 +15,9 @@ from torch import Tensor
 
 from omnitrain.models.layers.norms import inverse_rms
 
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin of rotation angles, fp32."""
+
 
 def axis_of_frequency(sections: tuple[int, int, int]) -> list[int]:
     """Axis (0 t, 1 h, 2 w) of each of the sum(sections) frequencies, from the highest to the lowest.
@@ -29,22 +32,39 @@ def axis_of_frequency(sections: tuple[int, int, int]) -> list[int]:
     return axes
 
 
-def tm_rope(position_ids: Tensor, sections: tuple[int, int, int], theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation angles, fp32 [N, D/2], for position_ids [3, N]; D/2 = sum(sections)."""
+def tm_rope_angles(position_ids: Tensor, sections: tuple[int, int, int], theta: float) -> Tensor:
+    """Rotation angles of TM-RoPE (report, section 2.3; RoPE: Su et al. 2021, arXiv 2104.09864, section 3.2).
+
+        angle[n, i] = position_ids[a(i), n] * theta^(-2 i / D),   i = 0 .. D/2 - 1,   a = `axis_of_frequency`
+
+    Args:
+        position_ids: [3, N]: t, h, w, whole or fractional.  sections: frequencies of t, h, w; their sum is D/2.
+
+    Returns:
+        fp32 [N, D/2]
+    """
     half = sum(sections)
     exponent = torch.arange(0, 2 * half, 2, dtype=torch.float32, device=position_ids.device) / (2 * half)
     frequency = 1.0 / (theta**exponent)  # [D/2]
     axes = torch.tensor(axis_of_frequency(sections), device=position_ids.device)
-    angle = position_ids.float().index_select(0, axes).T * frequency  # [N, D/2]
+    # fp32 whatever the model's precision: ids reach tens of thousands, where bf16 knows multiples of 128 only.
+    return position_ids.float().index_select(0, axes).T * frequency
+
+
+def tm_rope(position_ids: Tensor, sections: tuple[int, int, int], theta: float) -> Rotation:
+    """cos and sin of `tm_rope_angles`."""
+    angle = tm_rope_angles(position_ids, sections, theta)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) of x [N, H, D] by the angles whose cos and sin are [N, D/2]."""
-    return _rotate_into(torch.empty_like(x, memory_format=torch.contiguous_format), x, cos, sin, 1.0)
+    """Rotate the pairs (x_i, x_{i + D/2}) of x [..., D] in fp32 by the angles whose cos and sin are [..., D/2]."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """`rotate` x [N, H, D] by angles [N, D/2], forth (1) or back (-1), without a copy of it."""
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
