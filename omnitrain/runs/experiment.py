@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from omnitrain.config.run_config import RunConfig, TalkerModuleConfig
 from omnitrain.config.targets import LOOSE, build, check_inside
@@ -99,7 +100,7 @@ def build_trainer(config: RunConfig) -> L.Trainer:
             callbacks=[_part(node, config, f"callbacks.{name}") for name, node in config.callbacks.items() if node],
             logger=[_part(node, config, f"logger.{name}") for name, node in config.logger.items() if node],
         )
-    except (ValueError, TypeError, RuntimeError, L.pytorch.utilities.exceptions.MisconfigurationException) as error:
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(str(error) if isinstance(error, ConfigError) else f"trainer: {error}") from error
 
 

@@ -4,8 +4,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from omnitrain.__main__ import main
-from omnitrain.config.compose import check_command_line, register_recipes
+from omnitrain.config.compose import check_command_line, register_recipes, run_config
 from omnitrain.config.locations import CONF, RECIPES
+from omnitrain.config.saved import write_config
 
 OPTIONS = [
     (group.name, option.stem)
@@ -41,7 +42,7 @@ def test_cfg_job_prints_and_runs_nothing(tmp_path, monkeypatch, capsys) -> None:
         ("+recipe=quickstrat", "+recipe=quickstart"),
         ("recipe=quickstart", "+recipe=quickstart"),
         ("+recpe=quickstart", "+recipe=quickstart"),
-        ("model.thinker.layers=3", "+model.thinker.layers=3"),
+        ("model.thinker.layer=3", "model.thinker.layers=3"),
         ("+debug=fastt", "+debug=fast"),
         ("sed=1", "seed=1"),
         ("optim.lr=[1", "optim.lr=[1"),
@@ -74,7 +75,7 @@ def test_own_folder_of_recipes(tmp_path, capsys) -> None:
     arguments = ["--config-dir", str(tmp_path), "--cfg", "job"]
     assert main(["fit", *arguments, "+recipe=mine", "optim=hot"]) == 0
     cfg = OmegaConf.create(capsys.readouterr().out)
-    assert (cfg.name, cfg.model.preset, cfg.optim.lr) == ("mine", "small", 1.0)
+    assert (cfg.name, cfg.model.thinker.layers, cfg.optim.lr) == ("mine", 12, 1.0)
     assert main(["fit", *arguments, "+recipe=quickstart"]) == 0
     assert OmegaConf.create(capsys.readouterr().out).name == "replaced"
     assert main(["fit", "--config-dir", str(tmp_path / "none"), "+recipe=mine"]) == 1
@@ -84,8 +85,7 @@ def test_own_folder_of_recipes(tmp_path, capsys) -> None:
 def test_an_earlier_run_is_a_configuration(tmp_path, capsys) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    assert main(["fit", "+recipe=quickstart", f"paths.run_dir={run_dir}", "optim.lr=0.5", "--cfg", "job"]) == 0
-    (run_dir / "config.yaml").write_text(capsys.readouterr().out)
+    write_config(run_config(["+recipe=quickstart", f"paths.run_dir={run_dir}", "optim.lr=0.5"]), run_dir)
     assert main(["test", str(run_dir), "trainer.max_steps=9", "--cfg", "job"]) == 0
     cfg = OmegaConf.create(capsys.readouterr().out)
     assert (cfg.optim.lr, cfg.trainer.max_steps, cfg.ckpt_path) == (0.5, 9, "last")

@@ -11,17 +11,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 
 from omnitrain.__main__ import main
-from omnitrain.config.compose import register_recipes
-from omnitrain.config.locations import CONF
-from omnitrain.config.typed import ConfigError
+from omnitrain.config.compose import run_config
+from omnitrain.config.door import read
+from omnitrain.config.locations import PACK
+from omnitrain.config.run_config import RunConfig
+from omnitrain.config.typed import ConfigError, plain, typed
+from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.data.settings import DataConfig
 from omnitrain.data.shards import write_shards
-from omnitrain.runs.experiment import build
+from omnitrain.runs.experiment import build_data, build_experiment
 from omnitrain.study.run import (
     CURVE_SCHEMA,
     ITEMS_SCHEMA,
@@ -72,19 +73,25 @@ def few_scores() -> list[str]:
     ]
 
 
-def configuration(folder: Path, *overrides: str) -> DictConfig:
-    register_recipes([])
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=["+recipe=nondegradation", *overrides, f"paths.run_dir={folder}/run"])
-    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+def configuration(folder: Path, *overrides: str) -> RunConfig:
+    return run_config(["+recipe=nondegradation", *overrides, f"paths.run_dir={folder}/run"])
 
 
-def planner(folder: Path, seed: int = 0, limits: dict[str, int] = LIMITS, *more: str) -> tuple[DictConfig, Planner]:
-    cfg = configuration(folder, f"seed={seed}", *settings(folder, limits), *more)
-    data = instantiate(cfg.data, _convert_="all")
+def with_value(config: RunConfig, key: str, value: Any) -> RunConfig:
+    values = plain(config)
+    inner: list[Any] = [values]
+    for name in key.split(".")[:-1]:
+        inner.append(inner[-1][name])
+    inner[-1][key.rpartition(".")[2]] = value
+    return read(values)
+
+
+def planner(folder: Path, seed: int = 0, limits: dict[str, int] = LIMITS, *more: str) -> tuple[RunConfig, Planner]:
+    config = configuration(folder, f"seed={seed}", *settings(folder, limits), *more)
+    data = build_data(config)
     data.setup("fit")
     sizes = sample_sizes(data, folder / "sizes.parquet")
-    return cfg, Planner(read_study(cfg), data, sizes, planning_model(cfg, data))
+    return config, Planner(read_study(config), data, sizes, planning_model(config))
 
 
 def of_source(planned: Any, sizes: Path, *sources: str) -> list[str]:
@@ -157,7 +164,7 @@ def test_the_plan_is_the_run(tmp_path: Path, arm: str) -> None:
     """Against the batches that the run's own data module decodes, and the operations of these."""
     cfg, planned = planner(tmp_path, 0, LIMITS, f"arm={arm}", "match=compute")
     plan = planned.plan(arm, "compute")
-    experiment = build(run_configuration(cfg, read_study(cfg), plan), "fit")
+    experiment = build_experiment(run_configuration(cfg, read_study(cfg), plan), "fit")
     assert isinstance(experiment.module, ThinkerModule)
     batches = list(experiment.datamodule.train_dataloader())
     assert tuple(batch.sample_ids for batch in batches) == plan.batches
@@ -181,7 +188,7 @@ def test_what_is_equal_over_arms(tmp_path: Path) -> None:
         cfg, planned = planner(tmp_path, 3, LIMITS, f"arm={arm}", "+study.lr.audio=0.002")
         plan = planned.plan(arm, "data")
         run = run_configuration(cfg, read_study(cfg), plan)
-        model = build(run, "fit").module.model
+        model = build_experiment(run, "fit").module.model
         weights[arm] = {name: float(value.double().sum()) for name, value in model.state_dict().items()}
         assert weights[arm] == weights["text"]
         assert run.optim.warmup_steps == max(1, round(0.03 * plan.steps))
@@ -189,15 +196,15 @@ def test_what_is_equal_over_arms(tmp_path: Path) -> None:
         assert run.trainer.max_steps == plan.steps
         assert run.trainer.val_check_interval == plan.steps // 8
         for key in ("evaluation", "module", "model", "callbacks"):
-            assert run[key] == cfg[key]
+            assert getattr(run, key) == getattr(cfg, key)
         for key in ("max_tokens", "window", "test_sources", "validation_sources"):
-            assert run.data[key] == cfg.data[key]
+            assert getattr(run.data.config, key) == getattr(cfg.data.config, key)
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
-def never(cfg: DictConfig) -> Any:
+def never(config: RunConfig) -> Any:
     raise AssertionError("no run should have been started")
 
 
@@ -211,16 +218,14 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         ("study.arms.text.sources", ["text"], "no data.sources are called ['text']"),
         ("study.arms.omni_late.first", ["books"], "no data.sources are called ['books']"),
         ("study.arms.omni_late.kept", 1.0, "kept=1.0"),
-        ("study.arms.text.source", ["texts"], "study.arms.text: "),
-        ("study.epoch", {}, "study: "),
+        ("study.arms.text.source", ["texts"], "study.arms.text.source: there is no such key; did you mean sources"),
+        ("study.epoch", {}, "study.epoch: there is no such key; did you mean epochs"),
         ("trainer.devices", 2, "trainer.devices=1"),
         ("evaluation.after_fit", False, "evaluation.after_fit=true"),
         ("ckpt_path", "other.ckpt", "ckpt_path=other.ckpt"),
     ]:
-        cfg = base.copy()
-        OmegaConf.update(cfg, key, value, merge=False)
         with pytest.raises(ConfigError, match=re.escape(message)):
-            run_arm(cfg, never)
+            run_arm(with_value(base, key, value), never)
     assert not list(tmp_path.iterdir())
 
 
@@ -234,7 +239,7 @@ def test_the_command_line_names_the_choices(tmp_path: Path, capsys: Any) -> None
 def test_hash_of_the_configuration(tmp_path: Path) -> None:
     base = configuration(tmp_path)
     same = ["arm=text", "match=compute", "seed=7", "paths.study_dir=elsewhere", "data.num_workers=2", "name=other",
-            "callbacks.progress=null", "+trainer.enable_progress_bar=false", "evaluation.report=false",
+            "callbacks.progress=null", "trainer.enable_progress_bar=false", "evaluation.report=false",
             "paths.data_dir=else", "logger=csv", "callbacks.checkpoint.every_n_steps=7"]  # fmt: skip
     assert hashed_configuration(configuration(tmp_path, *same)) == hashed_configuration(base)
     for key, value in [
@@ -242,9 +247,7 @@ def test_hash_of_the_configuration(tmp_path: Path) -> None:
         ("callbacks.spike_guard.factor", 3), ("data.sources.texts.where.languages", ["es"]), ("data.seed", 5),
         ("trainer.gradient_clip_val", 0.5), ("model.thinker.layers", 3), ("callbacks.spike_guard", None),
     ]:  # fmt: skip
-        other = base.copy()
-        OmegaConf.update(other, key, value, merge=False)
-        assert hashed_configuration(other) != hashed_configuration(base), key
+        assert hashed_configuration(with_value(base, key, value)) != hashed_configuration(base), key
 
 
 def test_hash_of_the_data(tmp_path: Path) -> None:
@@ -255,16 +258,9 @@ def test_hash_of_the_data(tmp_path: Path) -> None:
 
     def fingerprint(**where: Any) -> dict[str, Any]:
         source = {"path": str(tmp_path / "toy"), "split": "train", **where}
-        return data_fingerprint(
-            instantiate(
-                {
-                    "_target_": "omnitrain.data.datamodule.OmniDataModule",
-                    "tokenizer": str(Path(configuration(tmp_path).data.tokenizer)),
-                    "sources": {"toy": source},
-                    "validation_sources": {"toy": source},
-                }
-            )
-        )
+        sources = {"sources": {"toy": source}, "validation_sources": {"toy": source}}
+        values = {"tokenizer": str(PACK / "tokenizer.json"), **sources}
+        return data_fingerprint(OmniDataModule(typed(DataConfig, values, "data")))
 
     write_shards(documents("a cat sits"), tmp_path / "toy", "toy", progress=False)
     first = fingerprint()

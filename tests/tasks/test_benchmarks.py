@@ -9,10 +9,11 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 import pytest
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from omnitrain.config.locations import CONF
+from omnitrain.config.targets import built
+from omnitrain.config.typed import named
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import write_shards
 from omnitrain.tasks import task as running
@@ -35,7 +36,7 @@ def task(name: str, path: Path | str, **changes) -> Task:
     for key, value in changes.items():
         OmegaConf.update(node, key, value)
     OmegaConf.resolve(cfg)
-    return instantiate(node, _convert_="all")
+    return built(named(OmegaConf.to_container(node), f"eval.tasks.{name}"))
 
 
 def run_task(task: Task, model, encoder, out: Path, **options) -> TaskResult:
