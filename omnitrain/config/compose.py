@@ -36,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from omnitrain.config.door import read
 from omnitrain.config.errors import explained
-from omnitrain.config.hydra_keys import check_hydra, check_overrides
+from omnitrain.config.hydra_keys import SHELL, check_hydra, check_overrides
 from omnitrain.config.locations import CONF, RECIPES
 from omnitrain.config.resolvers import register_resolvers
 from omnitrain.config.run_config import RunConfig
@@ -290,6 +290,8 @@ def _read(cfg: DictConfig, overrides: list[str]) -> RunConfig:
 
 def _launcher_defaults(hydra_values: dict[str, Any]) -> DictConfig:
     """Hydra's part with the launcher that has been chosen, as it is without any recipe."""
+    if not any(hydra_values["launcher"].get(key) for key in SHELL):
+        return OmegaConf.create()
     chosen = hydra_values["runtime"]["choices"].get("hydra/launcher") or "basic"
     return compose("config", overrides=[f"hydra/launcher={chosen}"], return_hydra_config=True).hydra
 

@@ -34,7 +34,7 @@ _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM", "WANDB_MODE")
 _OWN = ("config.yaml", "schema", "hydra/launcher", "hydra/sweeper", "hydra/job_logging", "hydra/callbacks")
 """What a folder given with ``--config-dir`` may not replace."""
-_SHELL = ("setup", "python", "srun_args", "additional_parameters", "comment")
+SHELL = ("setup", "python", "srun_args", "additional_parameters", "comment")
 """Keys of ``hydra.launcher`` that end up in a shell or choose a program."""
 
 
@@ -93,7 +93,7 @@ def check_hydra(
     if hydra.get("callbacks") and not any(key.startswith("hydra.callbacks") for key in given):
         raise ForbiddenTarget("hydra.callbacks: only the command line may name them")
     launcher, usual = hydra.get("launcher") or {}, defaults.get("launcher") or {}
-    for key in _SHELL:
+    for key in SHELL:
         if launcher.get(key) != usual.get(key) and not any(name.startswith(f"hydra.launcher.{key}") for name in given):
             raise ForbiddenTarget(
                 f"hydra.launcher.{key}: it is run by a shell, so only the command line may set it, with "

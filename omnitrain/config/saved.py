@@ -67,6 +67,12 @@ def read_values(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as a configuration: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ConfigError(f"{path}: not the configuration of a run (it has no mapping `model`)")
+    if str(values["model"].get("_target_", "")).startswith("omnitrain.models.presets."):
+        raise ConfigError(
+            f"{path}: written by an earlier version, without the model's sizes; `omnitrain report` still reads the "
+            "run; for anything else, write its weights with version 0.1.0 (`interop.public_format.save_pretrained`) as "
+            "a folder that this version reads"
+        )
     own = str(run_dir.resolve())
     before = (values.get("paths") or {}).get("run_dir")
     values = _each_text(values, lambda text: text.replace(HERE, own))

@@ -185,7 +185,9 @@ class CodecModule(TrainingModule):
             )
         )
         factor = schedule_factor(config, config.total_steps or self.trainer.max_steps)
-        return [codec, judges], [torch.optim.lr_scheduler.LambdaLR(codec, factor)]
+        schedule = torch.optim.lr_scheduler.LambdaLR(codec, factor)
+        self.remember_configured(codec, judges)
+        return [codec, judges], [schedule]
 
     # ------------------------------------------------------------------ evaluation
 

@@ -12,6 +12,8 @@ import lightning as L
 import numpy as np
 import torch
 from rich.table import Table
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from omnitrain.training.ranks import gather_objects
 
@@ -36,6 +38,7 @@ class TrainingModule(L.LightningModule):
         self.last_loss = math.nan
         self._discarded = False
         self._saved: list[dict[str, Any]] = []
+        self._configured: list[list[dict[str, Any]]] = []
 
     # ------------------------------------------------------------------ for callbacks
 
@@ -109,6 +112,11 @@ class TrainingModule(L.LightningModule):
         if state is None:
             raise ValueError(f"the checkpoint holds no 'omnitrain' entry: no {type(self).__name__} wrote it")
         self._saved, self.skipped_steps = state["ranks"], state["skipped_steps"]
+        if len(self._saved) != self.trainer.world_size:
+            raise ValueError(
+                f"the checkpoint was written by {len(self._saved)} processes, this run has {self.trainer.world_size}; "
+                "resume with as many, or start a new run from its weights with module.init_from=RUN_DIR"
+            )
 
     def on_fit_start(self) -> None:
         if self.trainer.precision == "16-mixed":
@@ -117,15 +125,32 @@ class TrainingModule(L.LightningModule):
     def on_train_start(self) -> None:
         if not self._saved:
             return
-        if len(self._saved) != self.trainer.world_size:
-            raise ValueError(
-                f"the checkpoint was written by {len(self._saved)} processes, this run has {self.trainer.world_size}; "
-                "resume with as many, or start a new run from its weights"
-            )
         mine = self._saved[self.trainer.global_rank]
         self._saved = []
+        self._apply_configured()
         self.load_extra_state(mine)
         set_rng_state(mine["rng"])
+
+    def remember_configured(self, *optimizers: Optimizer) -> None:
+        """Keep what the configuration says of each group of parameters: a restored optimizer has what it was saved
+        with."""
+        self._configured = [
+            [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in o.param_groups]
+            for o in optimizers
+        ]
+
+    def _apply_configured(self) -> None:
+        """A resumed run goes on with its configuration's rates, decay and betas; and, where its length is another, with
+        the rate that a run of this length would have now."""
+        for optimizer, groups in zip(self.trainer.optimizers, self._configured, strict=True):
+            for group, configured in zip(optimizer.param_groups, groups, strict=True):
+                group.update(configured)
+        for schedule in (entry.scheduler for entry in self.trainer.lr_scheduler_configs):
+            assert isinstance(schedule, LambdaLR)
+            groups = schedule.optimizer.param_groups
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
 
 
 def rng_state() -> dict[str, Any]:

@@ -264,6 +264,7 @@ class ThinkerModule(TrainingModule):
         optimizer = build_optimizer(self.model, self.optim_config)
         total_steps = self.optim_config.total_steps or self.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(self.optim_config, total_steps))
+        self.remember_configured(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def batch_flops(self, batch: PackedBatch) -> float:

@@ -5,7 +5,10 @@ import sys
 import pytest
 
 from omnitrain.__main__ import main
-from omnitrain.config.targets import ForbiddenTarget, MissingTarget, check_origins, check_targets
+from omnitrain.config import targets
+from omnitrain.config.hydra_keys import check_hydra
+from omnitrain.config.targets import CONSTRUCTORS, ForbiddenTarget, MissingTarget, _located, build, check_plain
+from omnitrain.config.typed import Named, named
 
 MODULE = "import sys; sys.omnitrain_was_fooled = True\ndef call(): ...\n"
 
@@ -16,47 +19,76 @@ MODULE = "import sys; sys.omnitrain_was_fooled = True\ndef call(): ...\n"
         ({"data": {"_target_": "os.system", "command": "true"}}, "data"),
         ({"data": {"_target_": "builtins.eval"}}, "data"),
         ({"data": {"_target_": "torch.load"}}, "data"),
-        ({"data": {"_target_": "torch.hub.load"}}, "data"),
-        ({"data": {"_target_": "hydra.utils.get_method", "path": "os.system"}}, "data"),
         ({"data": {"_target_": "hydra.utils.instantiate"}}, "data"),
         ({"data": {"_target_": "omnitrain"}}, "data"),
         ({"data": {"_target_": "omnitrainer.x"}}, "data"),
         ({"data": {"_target_": "omnitrain.cli.fit.run"}}, "data"),
+        ({"data": {"_target_": "omnitrain.data.shards.os.system"}}, "data"),
+        ({"data": {"_target_": "omnitrain.files.write_text"}}, "data"),
         ({"data": {"_target_": "torch.nn.Linear.__init__.__globals__"}}, "data"),
         ({"data": {"_target_": ["os.system"]}}, "data"),
-        ({"a": [{"b": {"c": [1, {"_target_": "subprocess.run", "_partial_": True}]}}]}, r"a\[0\].b.c\[1\]"),
-        ({"hydra": {"callbacks": {"x": {"_target_": "omnitrain.models.presets.build"}}}}, "hydra.callbacks.x"),
-        ({"hydra": {"job_logging": {"handlers": {"x": {"()": "os.system"}}}}}, "hydra.job_logging.handlers.x"),
-        ({"hydra": {"job_logging": {"handlers": {"x": {"class": "os.system"}}}}}, "hydra.job_logging.handlers.x"),
+        ({"data": {"_partial_": True}}, "data: _partial_"),
+        ({"name": "a ${oc.env:HOME}"}, "name: "),
+        ({"a": [{"b": {"c": [1, {"_target_": "subprocess.run"}]}}]}, r"a\[0\].b.c\[1\]"),
     ],
 )
 def test_refused(config: dict, place: str) -> None:
     with pytest.raises(ForbiddenTarget, match=place):
-        check_targets(config)
+        check_plain(config)
 
 
-def test_reached_through_an_allowed_module() -> None:
-    for target in ("omnitrain.data.shards.os.path.join", "torch.nn.modules.module.functools.partial"):
-        found = check_targets({"x": {"_target_": target}})
-        with pytest.raises(ForbiddenTarget, match="x: _target_"):
-            check_origins(found)
+@pytest.mark.parametrize(
+    ("node", "place"),
+    [
+        ({"callbacks": {"x": {"_target_": "omnitrain.models.omni.OmniModel"}}}, "hydra.callbacks.x"),
+        ({"job_logging": {"handlers": {"x": {"()": "os.system"}}}}, "hydra.job_logging.handlers.x"),
+        ({"job_logging": {"handlers": {"x": {"class": "logging.FileHandler"}}}}, "hydra.job_logging.handlers.x"),
+        ({"job_logging": {"handlers": {"x": {"stream": "ext://os.system"}}}}, "hydra.job_logging.handlers.x"),
+        ({"job": {"env_set": {"PYTHONPATH": "x"}}}, "hydra.job.env_set.PYTHONPATH"),
+        ({"launcher": {"setup": ["touch x"]}}, "hydra.launcher.setup"),
+        ({"sweeper": {"params": {"model._target_": "os.system"}}}, "hydra.sweeper.params"),
+        ({"sweeper": {"params": {"hydra.job.chdir": "x"}}}, "hydra.sweeper.params"),
+        ({"searchpath": ["pkg://stranger"]}, "hydra.searchpath"),
+        ({"sweep": {"dir": "/somewhere/else"}}, "hydra.sweep.dir"),
+        ({"output_subdir": "/x"}, "hydra.output_subdir"),
+    ],
+)
+def test_hydras_own_keys(node: dict, place: str) -> None:
+    with pytest.raises(ForbiddenTarget, match=place):
+        check_hydra(node, {}, [], None)
 
 
-def test_allowed() -> None:
-    targets = ["torch.optim.AdamW", "lightning.pytorch.Trainer", "omnitrain.training.callbacks.SpikeGuard"]
-    found = check_targets([{"_target_": target} for target in targets])
-    assert list(found) == targets
-    check_origins(found)
+def test_the_command_line_may_name_shell_lines_and_folders() -> None:
+    node = {"launcher": {"setup": ["module load cuda"]}, "sweep": {"dir": "/elsewhere/runs"}}
+    check_hydra(node, {}, ["hydra.launcher.setup=[module load cuda]", "hydra.sweep.dir=/elsewhere/runs"], None)
 
 
-def test_missing_target_is_named() -> None:
-    with pytest.raises(MissingTarget, match=r"x: _target_ 'omnitrain\.nothing\.Here'"):
-        check_origins(check_targets({"x": {"_target_": "omnitrain.nothing.Here"}}))
+def test_every_constructor_of_the_list_exists_and_builds_are_checked() -> None:
+    for target in CONSTRUCTORS:
+        assert callable(_located(target, "x")), target
+    assert build(Named(target="lightning.pytorch.callbacks.Timer", keywords={"duration": {"hours": 1}})).duration
+    with pytest.raises(ForbiddenTarget, match=r"x: _target_ 'os.system'"):
+        build(Named(target="os.system", keywords={"command": "true"}), place="x")
 
 
-def test_own_package_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMNITRAIN_TARGETS", "mylab")
-    assert check_targets({"x": {"_target_": "mylab.models.Mine"}}) == {"mylab.models.Mine": "x"}
+def test_own_package_by_environment(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mylab.py").write_text(
+        "import os\nfrom os import path\nfrom omnitrain.training.thinker import ThinkerModule\n"
+        "class Mine(ThinkerModule):\n    def __init__(self, model, config, *, extra, **_): self.got = config, extra\n"
+        "class Other:\n    def __init__(self, a): self.a = a\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ForbiddenTarget, match="OMNITRAIN_TARGETS"):
+        named({"_target_": "mylab.Other", "a": 1}, "x")
+    monkeypatch.setattr(targets, "OWN_PACKAGES", ("mylab",))
+    assert build(named({"_target_": "mylab.Other", "a": {"b": 1}}, "x")).a == {"b": 1}
+    config, extra = build(named({"_target_": "mylab.Mine", "word_dropout": 0.25, "extra": 3}, "module"), None).got
+    assert (config.word_dropout, extra) == (0.25, 3)
+    for target in ("mylab.path.join", "mylab.os.system", "mylab.__import__"):
+        with pytest.raises(ForbiddenTarget, match=r"x: _target_"):
+            build(Named(target=target), place="x")
+    with pytest.raises(MissingTarget, match=r"x: _target_ 'mylab.Gone' cannot be imported"):
+        named({"_target_": "mylab.Gone"}, "x")
 
 
 @pytest.mark.parametrize(
