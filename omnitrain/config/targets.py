@@ -172,12 +172,12 @@ def check_plain(config: Any, place: str = "") -> None:
         ForbiddenTarget, MissingTarget.
     """
     for where, key, value in walk(config, place):
-        if key == TARGET:
-            if not isinstance(value, str):
-                raise ForbiddenTarget(f"{where}: {TARGET} must be the name of a constructor, not {value!r}")
-            if value not in CONSTRUCTORS and not is_own(value):
-                raise ForbiddenTarget(_refusal(value, where))
-        elif key in ("_partial_", "_args_", "_recursive_", "_convert_"):
+        if key == TARGET and not isinstance(value, str):
+            raise ForbiddenTarget(f"{where}: {TARGET} must be the name of a constructor, not {value!r}")
+        if key == TARGET and value not in CONSTRUCTORS and not is_own(value):
+            raise ForbiddenTarget(_refusal(value, where))
+    for where, key, value in walk(config, place):
+        if key in ("_partial_", "_args_", "_recursive_", "_convert_"):
             raise ForbiddenTarget(f"{where}: {key} is not allowed in a configuration; leave it out")
         if isinstance(value, str) and "${" in value:
             raise ForbiddenTarget(

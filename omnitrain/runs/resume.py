@@ -23,7 +23,7 @@ from omnitrain.config.typed import ConfigError, changes, plain
 from omnitrain.files import CONFIG, HISTORY, append_line
 
 SAFE = (
-    "name", "ckpt_path", "paths.*", "logger.*", "variables.*", "stages*", "stage_overrides*", "eval*",
+    "name", "ckpt_path", "paths.*", "logger.*", "variables*", "stages*", "stage_overrides*", "eval*",
     "evaluation.*", "callbacks.checkpoint*", "callbacks.throughput*", "callbacks.record*", "callbacks.progress*",
     "callbacks.media_panels*", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time",
     "trainer.log_every_n_steps", "trainer.val_check_interval", "trainer.limit_*", "trainer.check_val_every_n_epoch",

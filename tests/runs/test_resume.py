@@ -65,7 +65,7 @@ def test_exact_keys_are_refused_and_the_folder_stays(begun: tuple[list[str], Pat
 
 
 def test_recorded_keys_apply_are_said_and_noted(begun: tuple[list[str], Path], tmp_path: Path, capsys) -> None:
-    line, run_dir = begun
+    line, _ = begun
     line = [word if not word.startswith("paths.run_dir") else f"paths.run_dir={tmp_path / 'run'}" for word in line]
     assert main(line) == 0
     capsys.readouterr()
