@@ -15,6 +15,7 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.mixture import Mixture
+from omnitrain.data.packing import Packing
 from omnitrain.data.settings import Budget, DataConfig, SourceConfig, Stage
 from omnitrain.data.shards import Source
 from omnitrain.data.stream import BadSampleLog, FinitePacks, PackedStream, planned_mixture
@@ -173,8 +174,7 @@ class OmniDataModule(LightningDataModule):
             return []
         return FinitePacks(
             self._mixture(which, self.encoder.encode_prompt if prompts else self.encoder, names),
-            budget=self.validation_budget,
-            n_bytes=self.tokenizer.n_bytes,
+            packing=Packing(budget=self.validation_budget, window=1, n_bytes=self.tokenizer.n_bytes),
             max_bad_fraction=self.config.max_bad_fraction,
         )
 
@@ -201,10 +201,8 @@ class OmniDataModule(LightningDataModule):
         return PackedStream(
             self._mixture("sources", self.encoder),
             weights=self._weights(),
-            budget=self.budget,
+            packing=Packing(budget=self.budget, window=self.config.window, n_bytes=self.tokenizer.n_bytes),
             stages=self.stages,
-            window=self.config.window,
-            n_bytes=self.tokenizer.n_bytes,
             max_bad_fraction=self.config.max_bad_fraction,
             num_workers=self.config.num_workers,
             ahead=self.config.worker_buffer,

@@ -2,8 +2,8 @@
 
 First-fit over a small window of open packs: a sample goes into the oldest open pack that has room for all it brings.
 If none has and the window is full, the fullest pack is closed and handed out. Nothing is padded, cut or reordered
-inside a pack; what is too long for an empty pack is the caller's decision (`PackedStream`: text documents are split,
-anything else is skipped and counted).
+inside a pack. Of what is too long for an empty pack, text documents are split (`Packing.parts`); anything else is
+skipped and counted.
 """
 
 from __future__ import annotations
@@ -105,6 +105,39 @@ class FirstFit:
             for item in items:
                 pack.add(item)
             self._open.append(pack)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How samples become packs.
+
+    Attributes:
+        budget: of a pack.
+        window: packs kept open.
+        n_bytes: UTF-8 bytes that token ids stand for (`ChatTokenizer.n_bytes`).
+    """
+
+    budget: Budget
+    window: int = 8
+    n_bytes: Callable[[np.ndarray], int]
+
+    def packer(self) -> FirstFit:
+        """A packer without any pack."""
+        return FirstFit(self.budget, self.window)
+
+    def parts(
+        self, sample: EncodedSample, start: int = 0, end: int | None = None
+    ) -> list[tuple[int, int, EncodedSample]]:
+        """Tokens `start` to `end` of `sample` as they are packed: (first token, end, those tokens as a sample), several
+        of a document that is too long for a pack, none of anything else that is."""
+        end = len(sample) if end is None else end
+        whole = cut(sample, start, end, self.n_bytes)
+        if self.budget.fits(whole):
+            return [(start, end, whole)]
+        if not is_document(sample):
+            return []
+        borders = pieces(start, end, self.budget.tokens)
+        return [(a, b, cut(sample, a, b, self.n_bytes)) for a, b in borders]
 
 
 def is_document(sample: EncodedSample) -> bool:

@@ -7,21 +7,20 @@ packs, and counters. Restoring fetches the waiting samples again and counts on; 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.mixture import Draw, Mixture, Schedule
-from omnitrain.data.packing import FirstFit, Item, cut, is_document, pieces
+from omnitrain.data.packing import Item, Packing, cut
 from omnitrain.data.settings import Budget, Stage
-from omnitrain.files import append_line, atomic
+from omnitrain.files import append_line, atomic, printable
 
 STATE_VERSION = 1
+TOO_LONG = "too_long"
 MIN_SAMPLES_TO_JUDGE = 100
 """The share of bad samples is judged once so many were drawn: one bad row among the first ten says little."""
 MAX_WITHOUT_BATCH = 1000
@@ -67,16 +66,49 @@ class BadSampleLog:
             append_line(self.path, json.dumps(record, ensure_ascii=False))
 
 
+class Skipped:
+    """Samples that could not be used: counted by reason, written to a log, and an error when they are too many.
+
+    Args:
+        most: share of the samples read that may be bad. Samples that are too long count as skipped but not as bad.
+        log: where each is written.
+    """
+
+    def __init__(self, most: float, log: BadSampleLog | None = None) -> None:
+        self._most, self._log = most, log or BadSampleLog(None)
+        self.counts: dict[str, int] = {}
+
+    def keep_log(self) -> None:
+        """Drop from the log what is not among the counts."""
+        self._log.keep(sum(self.counts.values()))
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """One more: `reason`, and for the log where it lies."""
+        self.counts[record["reason"]] = self.counts.get(record["reason"], 0) + 1
+        self._log.write(record)
+
+    def judge(self, read: int) -> None:
+        """Raise TooManyBadSamples when too many of `read` samples are bad, once enough were read."""
+        bad = sum(count for reason, count in self.counts.items() if reason != TOO_LONG)
+        if read < MIN_SAMPLES_TO_JUDGE or bad <= self._most * read:
+            return
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.counts.items(), key=lambda x: -x[1]))
+        raise TooManyBadSamples(
+            f"{bad} of {read} samples are bad ({bad / read:.1%}, data.max_bad_fraction allows {self._most:.1%}); "
+            f"{reasons}. "
+            + (f"Each is named in {printable(self._log.path)}. " if self._log.path else "")
+            + "Mend or remove them (`omnitrain data verify` lists them), or raise data.max_bad_fraction"
+        )
+
+
 class PackedStream(Iterator[PackedBatch]):
     """Packed batches of one rank, without end unless the last stage has one; each carries the state after it.
 
     Args:
         mixture: gives the samples.
         weights: by source name, for stages without weights of their own.
-        budget: of a pack, for stages without budgets of their own.
+        packing: its budget is for stages without budgets of their own.
         stages: in order; each but the last has `until_tokens` or `samples`, the last may have `samples`.
-        window: packs kept open.
-        n_bytes: UTF-8 bytes that token ids stand for (`ChatTokenizer.n_bytes`).
         max_bad_fraction: the run stops when more than this share of the drawn samples is bad. Samples that are too long
             count as skipped but not as bad.
         num_workers, ahead: processes that decode and encode, and how many samples each keeps ready.
@@ -92,10 +124,8 @@ class PackedStream(Iterator[PackedBatch]):
         mixture: Mixture,
         *,
         weights: Mapping[str, float],
-        budget: Budget,
+        packing: Packing,
         stages: Sequence[Stage] = (),
-        window: int = 8,
-        n_bytes: Callable[[np.ndarray], int],
         max_bad_fraction: float = 0.01,
         num_workers: int = 0,
         ahead: int = 4,
@@ -109,22 +139,21 @@ class PackedStream(Iterator[PackedBatch]):
                 f"data stages with `samples` need one process, not {mixture.world_size}: ranks would end after "
                 "different numbers of batches. Use until_tokens, or trainer.devices=1"
             )
-        self._weights, self._budget, self._window = dict(weights), budget, window
-        self._n_bytes, self._max_bad_fraction = n_bytes, max_bad_fraction
+        self._weights, self._own_budget = dict(weights), packing.budget
         self._num_workers, self._ahead = num_workers, ahead
-        self._log = log or BadSampleLog(None)
+        self._skipped = Skipped(max_bad_fraction, log)
         self._draws: Any = None
         self._unused = 0  # draws in a row that gave nothing
         nothing = [0] * len(mixture.names)
         self._pending: list[Item] = []
         self._stage, self._drawn, self._before = 0, list(nothing), list(nothing)
         self._read, self._batches, self._tokens, self._filling = 0, 0, 0, 0.0
-        self._skipped: dict[str, int] = {}
         self._seen = {"source": Tally(), "modality": Tally(), "languages": Tally()}
-        self._packer = FirstFit(self._stage_budget(), window)
+        self._packing = replace(packing, budget=self._stage_budget())
+        self._packer = self._packing.packer()
         if state is not None:
             self._restore(state)
-        self._log.keep(sum(self._skipped.values()))
+        self._skipped.keep_log()
 
     # --- batches -------------------------------------------------------------------------------------------------
 
@@ -159,46 +188,26 @@ class PackedStream(Iterator[PackedBatch]):
         self._read += 1
         if draw.sample is None:
             assert draw.bad is not None
-            self._skip(draw.bad)
-            self._judge()
+            self._skipped.add(draw.bad)
+            self._skipped.judge(self._read)
         else:
             self._admit(draw.pick.source, draw.pick.position, 0, len(draw.sample), draw.sample)
         self._unused = 0 if self._pending else self._unused + 1
         if self._unused >= MAX_WITHOUT_BATCH:
             raise RuntimeError(
-                f"none of the last {self._unused} samples could be used; skipped so far: {self._skipped}. Raise the "
-                "budgets (max_tokens, max_mel_frames, max_patches), or see the log of bad samples"
+                f"none of the last {self._unused} samples could be used; skipped so far: {self._skipped.counts}. Raise "
+                "the budgets (max_tokens, max_mel_frames, max_patches), or see the log of bad samples"
             )
 
     def _admit(self, source: int, position: int, start: int, end: int, whole: EncodedSample) -> None:
         """Queue tokens start..end of a sample for packing, in pieces if it is a document too long for a pack."""
-        budget = self._packer.budget
-        part = cut(whole, start, end, self._n_bytes)
-        if budget.fits(part):
-            self._pending.append(Item(source, position, start, end, part))
-        elif is_document(whole):
-            for a, b in pieces(start, end, budget.tokens):
-                self._pending.append(Item(source, position, a, b, cut(whole, a, b, self._n_bytes)))
-        else:
+        parts = self._packing.parts(whole, start, end)
+        self._pending += [Item(source, position, a, b, part) for a, b, part in parts]
+        if not parts:
             opened = self._mixture.source(source)
             shard, row = opened.locate(self._mixture.index(source, position))
-            self._skip(
-                {
-                    "source": opened.name,
-                    "shard": shard,
-                    "row": row,
-                    "id": whole.id,
-                    "reason": "too_long",
-                    "detail": budget.excess(part),
-                }
-            )
-
-    def _skip(self, record: dict[str, Any]) -> None:
-        self._skipped[record["reason"]] = self._skipped.get(record["reason"], 0) + 1
-        self._log.write(record)
-
-    def _judge(self) -> None:
-        check_bad_fraction(self._skipped, self._read, self._max_bad_fraction, self._log.path)
+            bad = {"source": opened.name, "shard": shard, "row": row, "id": whole.id}
+            self._skipped.add(bad | {"reason": TOO_LONG, "detail": self._packing.budget.excess(whole)})
 
     def _emit(self, items: list[Item]) -> PackedBatch:
         batch = PackedBatch.pack([item.sample for item in items])
@@ -212,7 +221,7 @@ class PackedStream(Iterator[PackedBatch]):
                 self._seen[kind].add(group, first, len(item.sample))
         self._batches += 1
         self._tokens += batch.n_tokens
-        self._filling += self._packer.budget.filling(
+        self._filling += self._packing.budget.filling(
             batch.n_tokens,
             sum(item.sample.mel_frames for item in items),
             sum(item.sample.n_patches for item in items),
@@ -223,7 +232,7 @@ class PackedStream(Iterator[PackedBatch]):
         while until is not None and self._tokens * self._mixture.world_size >= until:
             self._enter(self._stage + 1)
             until = self._stages[self._stage].until_tokens
-        return replace(batch, stream_state=self.state_dict(), skipped=dict(self._skipped))
+        return replace(batch, stream_state=self.state_dict(), skipped=dict(self._skipped.counts))
 
     # --- stages --------------------------------------------------------------------------------------------------
 
@@ -240,10 +249,10 @@ class PackedStream(Iterator[PackedBatch]):
     def _stage_budget(self) -> Budget:
         stage = self._stages[self._stage]
         return Budget(
-            tokens=stage.max_tokens or self._budget.tokens,
-            mel_frames=stage.max_mel_frames or self._budget.mel_frames,
-            patches=stage.max_patches or self._budget.patches,
-            frames=self._budget.frames,
+            tokens=stage.max_tokens or self._own_budget.tokens,
+            mel_frames=stage.max_mel_frames or self._own_budget.mel_frames,
+            patches=stage.max_patches or self._own_budget.patches,
+            frames=self._own_budget.frames,
         )
 
     def _enter(self, stage: int) -> None:
@@ -254,10 +263,11 @@ class PackedStream(Iterator[PackedBatch]):
         self._before = [a + b for a, b in zip(self._before, self._drawn, strict=True)]
         self._drawn = [0] * len(self._drawn)
         waiting = [*(item for pack in self._packer.waiting() for item in pack), *self._pending]
-        self._packer = FirstFit(self._stage_budget(), self._window)
+        self._packing = replace(self._packing, budget=self._stage_budget())
+        self._packer = self._packing.packer()
         self._pending = []
         for item in waiting:
-            if self._packer.budget.fits(item.sample):
+            if self._packing.budget.fits(item.sample):
                 self._pending.append(item)
             else:
                 self._admit(item.source, item.position, item.start, item.end, self._whole(item.source, item.position))
@@ -278,7 +288,7 @@ class PackedStream(Iterator[PackedBatch]):
             "batches": self._batches,
             "tokens": self._tokens,
             "filling": self._filling,
-            "skipped": dict(self._skipped),
+            "skipped": dict(self._skipped.counts),
             "seen": {
                 kind: {"samples": dict(tally.samples), "tokens": dict(tally.tokens)}
                 for kind, tally in self._seen.items()
@@ -293,16 +303,17 @@ class PackedStream(Iterator[PackedBatch]):
         state = deepcopy(dict(state))
         self._stage, self._drawn, self._before = state["stage"], state["drawn"], state["before"]
         self._read, self._batches, self._tokens = state["read"], state["batches"], state["tokens"]
-        self._filling, self._skipped = state["filling"], state["skipped"]
+        self._filling, self._skipped.counts = state["filling"], state["skipped"]
         self._seen = {kind: Tally(**tally) for kind, tally in state["seen"].items()}
         fetched: dict[tuple[int, int], EncodedSample] = {}
 
         def item(source: int, position: int, start: int, end: int) -> Item:
             if (source, position) not in fetched:
                 fetched[source, position] = self._whole(source, position)
-            return Item(source, position, start, end, cut(fetched[source, position], start, end, self._n_bytes))
+            return Item(source, position, start, end, cut(fetched[source, position], start, end, self._packing.n_bytes))
 
-        self._packer = FirstFit(self._stage_budget(), self._window)
+        self._packing = replace(self._packing, budget=self._stage_budget())
+        self._packer = self._packing.packer()
         self._packer.restore([[item(*key) for key in pack] for pack in state["waiting"]])
         self._pending = [item(*key) for key in state["pending"]]
 
@@ -368,68 +379,42 @@ def check_stages(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
     return stages
 
 
-def check_bad_fraction(skipped: Mapping[str, int], read: int, most: float, log: Path | None) -> None:
-    """Raise TooManyBadSamples when more than `most` of `read` samples are bad, once enough were read."""
-    bad = sum(count for reason, count in skipped.items() if reason != "too_long")
-    if read >= MIN_SAMPLES_TO_JUDGE and bad > most * read:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items(), key=lambda x: -x[1]))
-        raise TooManyBadSamples(
-            f"{bad} of {read} samples are bad ({bad / read:.1%}, data.max_bad_fraction allows {most:.1%}); {reasons}. "
-            + (f"Each is named in {log}. " if log else "")
-            + "Mend or remove them (`omnitrain data verify` lists them), or raise data.max_bad_fraction"
-        )
-
-
 class FinitePacks(Iterable[PackedBatch]):
     """All samples of some sources once, in order, packed in order: the same packs at every pass (validation).
 
     A sample too long for a pack is skipped and counted; documents are split. Rank r of R takes samples r, r + R, ....
 
-    Args and errors as `PackedStream`. `encode` may be `SampleEncoder.encode_prompt`.
+    Args and errors as `PackedStream`. `encode` of the mixture may be `SampleEncoder.encode_prompt`.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        *,
-        budget: Budget,
-        n_bytes: Callable[[np.ndarray], int],
-        window: int = 1,
-        max_bad_fraction: float = 0.01,
-    ) -> None:
-        self._mixture, self._budget, self._window = mixture, budget, window
-        self._n_bytes, self._max_bad_fraction = n_bytes, max_bad_fraction
+    def __init__(self, mixture: Mixture, *, packing: Packing, max_bad_fraction: float = 0.01) -> None:
+        self._mixture, self._packing, self._max_bad_fraction = mixture, packing, max_bad_fraction
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        packer = FirstFit(self._budget, self._window)
-        skipped: dict[str, int] = {}
+        packer, skipped = self._packing.packer(), Skipped(self._max_bad_fraction)
         read = packs = 0
 
         def pack(items: list[Item]) -> PackedBatch:
-            return PackedBatch.pack([item.sample for item in items], skipped=dict(skipped))
+            nonlocal packs
+            packs += 1
+            return PackedBatch.pack([item.sample for item in items], skipped=dict(skipped.counts))
 
         for draw in self._mixture.once():
             read += 1
             if draw.sample is None:
                 assert draw.bad is not None
-                skipped[draw.bad["reason"]] = skipped.get(draw.bad["reason"], 0) + 1
-                check_bad_fraction(skipped, read, self._max_bad_fraction, None)
+                skipped.add(draw.bad)
+                skipped.judge(read)
                 continue
-            whole = draw.sample
-            parts = [(0, len(whole))]
-            if not self._budget.fits(whole):
-                if not is_document(whole):
-                    skipped["too_long"] = skipped.get("too_long", 0) + 1
-                    continue
-                parts = pieces(0, len(whole), self._budget.tokens)
-            for start, end in parts:
-                part = cut(whole, start, end, self._n_bytes)
-                closed = packer.add(Item(draw.pick.source, draw.pick.index, start, end, part))
-                if closed:
-                    packs += 1
+            parts = self._packing.parts(draw.sample)
+            if not parts:
+                skipped.add({"reason": TOO_LONG})
+            for start, end, part in parts:
+                if closed := packer.add(Item(draw.pick.source, draw.pick.index, start, end, part)):
                     yield pack(closed)
         while closed := packer.close_fullest():
-            packs += 1
             yield pack(closed)
         if not packs and read:
-            raise TooManyBadSamples(f"none of the {read} samples of {self._mixture.names} can be used: {skipped}")
+            raise TooManyBadSamples(
+                f"none of the {read} samples of {self._mixture.names} can be used: {skipped.counts}"
+            )

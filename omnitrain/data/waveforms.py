@@ -24,7 +24,7 @@ from omnitrain.data.media import decode_audio
 from omnitrain.data.mixture import Draw, Mixture
 from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.data.settings import DataConfig, MediaLimits, WaveformsConfig
-from omnitrain.data.stream import BadSampleLog, Tally, check_bad_fraction
+from omnitrain.data.stream import BadSampleLog, Skipped, Tally
 
 SILENCE = 1e-4
 """Peak amplitude below which a recording is silent."""
@@ -167,14 +167,14 @@ class WaveStream(Iterator[WaveBatch]):
     ) -> None:
         self._mixture, self._filler = mixture, filler
         self._weights = [weights[name] for name in mixture.names]
-        self._max_bad_fraction, self._log = max_bad_fraction, log
         state = state or {}
         self._drawn = list(state.get("drawn", [0] * len(mixture.names)))
-        self._skipped = dict(state.get("skipped", {}))
+        self._skipped = Skipped(max_bad_fraction, log)
+        self._skipped.counts = dict(state.get("skipped", {}))
         self._batches, self._frames = state.get("batches", 0), state.get("tokens", 0)
         seen = state.get("seen", {}).get("source", {})
         self._seen = Tally(dict(seen.get("samples", {})), dict(seen.get("tokens", {})))
-        log.keep(sum(self._skipped.values()))
+        self._skipped.keep_log()
         self._draws: Any = mixture.draws(self._weights, self._drawn, [0] * len(self._drawn), num_workers, ahead)
 
     def _utterances(self) -> Iterator[tuple[int, int, Utterance]]:
@@ -183,9 +183,8 @@ class WaveStream(Iterator[WaveBatch]):
             self._drawn[draw.pick.source] += 1
             if draw.sample is None:
                 assert draw.bad is not None
-                self._skipped[draw.bad["reason"]] = self._skipped.get(draw.bad["reason"], 0) + 1
-                self._log.write(draw.bad)
-                check_bad_fraction(self._skipped, sum(self._drawn), self._max_bad_fraction, self._log.path)
+                self._skipped.add(draw.bad)
+                self._skipped.judge(sum(self._drawn))
                 continue
             utterance: Any = draw.sample
             self._seen.add(
@@ -202,13 +201,13 @@ class WaveStream(Iterator[WaveBatch]):
             "stage": 0,
             "drawn": list(self._drawn),
             "before": [0] * len(self._drawn),
-            "skipped": dict(self._skipped),
+            "skipped": dict(self._skipped.counts),
             "batches": self._batches,
             "tokens": self._frames,
             "filling": float(self._batches),
             "seen": {"source": {"samples": dict(self._seen.samples), "tokens": dict(self._seen.tokens)}},
         }
-        return replace(batch, stream_state=state, skipped=dict(self._skipped))
+        return replace(batch, stream_state=state, skipped=dict(self._skipped.counts))
 
     def close(self) -> None:
         """End the worker processes."""

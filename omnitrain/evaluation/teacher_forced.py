@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
-from omnitrain.data.packing import Budget, is_document, pieces
+from omnitrain.data.packing import Budget, FirstFit, Item, Packing
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.omni import OmniModel
 
@@ -51,33 +50,23 @@ def evaluating(model: OmniModel) -> Generator[torch.device]:
 def packs(samples: Iterable[EncodedSample], budget: Budget) -> Iterator[list[tuple[int, EncodedSample]]]:
     """`samples` in order, as packs of (index, sample) within `budget`. A document longer than a pack is cut, its pieces
     keep its index; anything else that is too long has a pack of its own."""
-    pack: list[tuple[int, EncodedSample]] = []
-    used = np.zeros(3, dtype=np.int64)
+    budget = replace(budget, frames=None)
+    packer = FirstFit(budget, window=1)
+
+    def pack(items: list[Item] | None) -> Iterator[list[tuple[int, EncodedSample]]]:
+        if items:
+            yield [(item.position, item.sample) for item in items]
+
     for index, whole in enumerate(samples):
-        for sample in _cut(whole, budget.tokens):
-            brings = np.array([len(sample), sample.mel_frames, sample.n_patches])
-            if pack and budget.filling(*(used + brings).tolist()) > 1:
-                yield pack
-                pack, used = [], np.zeros(3, dtype=np.int64)
-            pack.append((index, sample))
-            used += brings
-    if pack:
-        yield pack
-
-
-def _cut(sample: EncodedSample, most: int) -> list[EncodedSample]:
-    if len(sample) <= most or not is_document(sample):
-        return [sample]
-    return [
-        replace(
-            sample,
-            input_ids=sample.input_ids[a:b],
-            labels=sample.labels[a:b],
-            token_types=sample.token_types[a:b],
-            position_ids=sample.position_ids[:, : b - a],
-        )
-        for a, b in pieces(0, len(sample), most)
-    ]
+        # Each piece says how many bytes the whole stands for.
+        packing = Packing(budget=budget, n_bytes=lambda _, total=whole.target_bytes: total)
+        items = [Item(0, index, a, b, part) for a, b, part in packing.parts(whole)]
+        for item in items:
+            yield from pack(packer.add(item))
+        if not items:
+            yield from pack(packer.close_fullest())
+            yield [(index, whole)]
+    yield from pack(packer.close_fullest())
 
 
 def sample_losses(

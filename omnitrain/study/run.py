@@ -35,7 +35,7 @@ from omnitrain.config.typed import ConfigError, plain, typed
 from omnitrain.data.batch import IGNORE, EncodedSample
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.mixture import Mixture
-from omnitrain.data.packing import cut, is_document, pieces
+from omnitrain.data.packing import Packing
 from omnitrain.data.shards import Source
 from omnitrain.data.sizes import SizedSource, as_it_is, measure, sized_sources
 from omnitrain.data.stream import PackedStream, Stage
@@ -347,10 +347,8 @@ class Planner:
         stream = PackedStream(
             Mixture({name: self._sizes[name] for name in names}, as_it_is, seed=self._data.seed),
             weights=dict.fromkeys(names, 1),
-            budget=self._data.budget,
+            packing=Packing(budget=self._data.budget, window=self._data.config.window, n_bytes=len),
             stages=stages,
-            window=self._data.config.window,
-            n_bytes=len,
             max_bad_fraction=self._data.config.max_bad_fraction,
         )
         tokens, flops, batches = [0], [0.0], []
@@ -427,14 +425,7 @@ class Planner:
 
     def _packed_sizes(self, sample: EncodedSample) -> Iterable[BatchSizes]:
         """Of `sample` as the stream packs it: whole, in pieces, or not at all."""
-        budget = self._data.budget
-        if budget.fits(sample):
-            parts = [sample]
-        elif is_document(sample):
-            parts = [cut(sample, a, b, len) for a, b in pieces(0, len(sample), budget.tokens)]
-        else:
-            return
-        for part in parts:
+        for _, _, part in Packing(budget=self._data.budget, n_bytes=len).parts(sample):
             yield BatchSizes(
                 lengths=(len(part),),
                 targets=int((part.labels != IGNORE).sum()),

@@ -12,7 +12,7 @@ import torch
 
 from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.data.mixture import Mixture
-from omnitrain.data.packing import Budget
+from omnitrain.data.packing import Budget, Packing
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.stream import (
     BadSampleLog,
@@ -83,13 +83,12 @@ STAGES = [
 
 
 def stream(num_workers=0, state=None, sources=SOURCES, rank=0, world_size=1, **changes):
+    budget, window = changes.pop("budget", Budget(tokens=64, mel_frames=90)), changes.pop("window", 3)
     return PackedStream(
         Mixture(sources, encode, seed=3, rank=rank, world_size=world_size),
         **{
             "weights": {"chat": 3, "sound": 2, "books": 0.5},
-            "budget": Budget(tokens=64, mel_frames=90),
-            "window": 3,
-            "n_bytes": len,
+            "packing": Packing(budget=budget, window=window, n_bytes=len),
             "max_bad_fraction": 0.2,
             "stages": STAGES,
             "num_workers": num_workers,
@@ -345,7 +344,7 @@ def test_what_was_seen(uninterrupted):
 def finite(sources=SOURCES, **kwargs):
     budget = Budget(tokens=64, mel_frames=200)
     mixture = Mixture(sources, encode, **kwargs)
-    return FinitePacks(mixture, budget=budget, n_bytes=len, max_bad_fraction=0.2)
+    return FinitePacks(mixture, packing=Packing(budget=budget, window=1, n_bytes=len), max_bad_fraction=0.2)
 
 
 def test_finite_packs_hold_everything_once_in_order():
