@@ -66,6 +66,10 @@ def unfinished(path: str | os.PathLike[str]) -> Generator[Path]:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
     try:
         yield partial
+    except OSError as error:  # of the place that the caller knows; a full disk names none
+        if error.filename is None or str(partial) in str(error.filename):
+            error.filename = str(path)
+        raise
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -137,10 +141,14 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     new = not path.exists()
     if new:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)
+        raise
     if new:
         _to_disk(path.parent)
 

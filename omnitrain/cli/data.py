@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omnitrain.config.errors import explains_errors
 from omnitrain.files import printable, write_text
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from omnitrain.data.verify import Totals
 
 PATH_HELP = "folder of shards, one shard, or a mapping (.yaml); default: the embedded pack"
-LINES = "\n\t"  # stay in what may have several lines
 PACK = Path(__file__).resolve().parents[1] / "pack"
 
 
+@explains_errors
 def main(argv: list[str]) -> int:
     """Run one of the verbs below. Returns the exit status: 0, 1 for an error or (verify) bad rows."""
     parser = argparse.ArgumentParser(prog="omnitrain data", description=__doc__)
@@ -75,14 +76,7 @@ def main(argv: list[str]) -> int:
             verb.add_argument("--tokenizer", type=Path, help="count tokens; default: tokenizer.json beside the shards")
             verb.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    try:
-        return options.run(options)
-    except BrokenPipeError:  # the reader, such as head, has gone
-        sys.stderr.close()
-        return 0
-    except (OSError, ValueError) as error:
-        print(f"error: {printable(error, keep=LINES)}", file=sys.stderr)
-        return 1
+    return options.run(options)
 
 
 def _add_conditions(verb: argparse.ArgumentParser) -> None:
@@ -332,11 +326,8 @@ def _encode(options: argparse.Namespace) -> int:
     from omnitrain.runs.load import load, load_codec
     from omnitrain.runs.lock import hold
 
-    try:
-        codec = load_codec(options.codec)
-        thinker = None if options.thinker is None else load(options.thinker)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    codec = load_codec(options.codec)
+    thinker = None if options.thinker is None else load(options.thinker)
     try:
         with hold(options.out):
             counts = encode(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from omnitrain.files import printable
+from omnitrain.config.errors import explains_errors
 
 if TYPE_CHECKING:
     from omnitrain.data.batch import EncodedSample
@@ -25,27 +24,10 @@ examples:
 """
 
 
-def main(arguments: list[str]) -> int:
+@explains_errors
+def main(arguments: list[str]) -> None:
     """Run the verb. Returns the exit status."""
-    return explained(lambda: _generate(_parser().parse_intermixed_args(arguments)))
-
-
-def explained(verb: Callable[[], None]) -> int:
-    """Run what a verb does. What the user can mend is one line on stderr, with a traceback only where HYDRA_FULL_ERROR
-    is set. Returns the exit status."""
-    from omnitrain.config.targets import MissingTarget
-
-    try:
-        verb()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except (OSError, ValueError, MissingTarget) as error:
-        if "HYDRA_FULL_ERROR" in os.environ:
-            raise
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
-    return 0
+    _generate(_parser().parse_intermixed_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

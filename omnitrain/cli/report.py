@@ -6,9 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from omnitrain.config.errors import explains_errors
 from omnitrain.files import printable
 
 
+@explains_errors
 def main(argv: list[str]) -> int:
     """Write a report. Returns the exit status: 0, or 1 with an explanation on stderr."""
     parser = argparse.ArgumentParser(
@@ -34,18 +36,14 @@ def main(argv: list[str]) -> int:
     if len(options.run_dir) > 1 and options.out is None:
         parser.error("several runs side by side need --out FILE")
 
-    try:
-        if options.study is not None:
-            path, missing = _study(options.study, options.out, options.collect)
-        elif len(options.run_dir) > 1:
-            from omnitrain.reports.comparison import write_comparison
+    if options.study is not None:
+        path, missing = _study(options.study, options.out, options.collect)
+    elif len(options.run_dir) > 1:
+        from omnitrain.reports.comparison import write_comparison
 
-            path, missing = write_comparison(options.run_dir, options.out)
-        else:
-            path, missing = _run(options.run_dir[0], options.out)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
+        path, missing = write_comparison(options.run_dir, options.out)
+    else:
+        path, missing = _run(options.run_dir[0], options.out)
     for line in missing:
         print(f"missing: {printable(line)}", file=sys.stderr)
     print(printable(path))

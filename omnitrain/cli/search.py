@@ -9,7 +9,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from omnitrain.config.errors import explains_errors
 
+
+@explains_errors
 def main(argv: list[str]) -> int:
     """Print the losses of a search and write the best rates. Returns the exit status: 0, or 1 with an explanation on
     stderr, also if the arms have not all had the same trials."""
@@ -20,11 +23,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("search_dir", type=Path, metavar="SEARCH_DIR", help="folder of the search")
     options = parser.parse_args(argv)
-    try:
-        losses = read_search(options.search_dir)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    losses = read_search(options.search_dir)
     best = best_rates(losses)
     rates = sorted({rate for of_arm in losses.values() for rate in of_arm})
     print("validation loss, nats per target token, by peak learning rate")

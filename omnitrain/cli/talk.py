@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from omnitrain.cli.generate import add_device_options, add_media_options, explained, media_segments
+from omnitrain.cli.generate import add_device_options, add_media_options, media_segments
+from omnitrain.config.errors import explains_errors
 from omnitrain.files import printable
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ examples:
 FRAMES_PER_SECOND = 12.5
 
 
-def main(arguments: list[str]) -> int:
+@explains_errors
+def main(arguments: list[str]) -> None:
     """Run the verb. Returns the exit status."""
-    return explained(lambda: _talk(_parser().parse_intermixed_args(arguments)))
+    _talk(_parser().parse_intermixed_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -51,7 +51,9 @@ def test_rotation_is_complex_multiplication() -> None:
     x = torch.randn(5, 3, 16)
     angle = torch.stack([ids[a] * 1e4 ** (-i / 8) for i, a in enumerate(axis_of_frequency((4, 2, 2)))], -1)
     z = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
-    torch.testing.assert_close(rotate(x, cos[:, None], sin[:, None]), torch.cat([z.real, z.imag], -1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        rotate(x, cos[:, None], sin[:, None]), torch.cat([z.real, z.imag], -1), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_norm_rotate_is_norm_then_rotation() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from omnitrain.config.run_config import CheckpointConfig
-from omnitrain.files import CHECKPOINTS, atomic
+from omnitrain.files import CHECKPOINTS, atomic, printable
 from omnitrain.training.logging import ExactCsvLogger
 from omnitrain.training.ranks import sum_over_ranks
 
@@ -24,21 +26,30 @@ def step_ended(trainer: L.Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
+class RunFolderGone(RuntimeError):
+    """The run folder was deleted or moved while the run wrote into it."""
+
+
 class AtomicCheckpoint(Checkpoint):
-    """`last.ckpt`: the whole training state, every N steps, before each validation, at the end, on SIGTERM and SIGUSR2.
+    """`last.ckpt`: the whole training state, every N steps, before each validation, at the end, and on signals.
 
     The file is written beside its place, forced to disk and renamed, so a kill at any moment leaves a whole checkpoint.
-    On SIGTERM the current optimizer step is finished, the state is saved and the process exits with status 143. SIGUSR2
-    is how Slurm tells a job that its time runs out: the same. In a job of submitit, SIGUSR2 queues it again
-    once the state is saved, and SIGTERM only saves.
+    The one before it stays as `previous.ckpt`: two whole states on the disk, and never more while one is written.
     A run that resumes from here continues bit for bit, `metrics.csv` included.
+
+    On SIGTERM or Ctrl-C the current optimizer step is finished, the state is saved and the process exits with status
+    143 or 130; a second Ctrl-C ends it at once. SIGUSR2 is how Slurm tells a job that its time runs out: the same as
+    SIGTERM. In a job of submitit, SIGUSR2 queues it again once the state is saved, and SIGTERM only saves.
+
+    Nothing is saved while steps are skipped (`SpikeGuard`): what is due waits for the next step that counts. Only the
+    end of a run is saved in any case.
 
     Args:
         config: how often.
         run_dir: the run folder.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self, config: CheckpointConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
         self.config = config or CheckpointConfig()
@@ -48,11 +59,20 @@ class AtomicCheckpoint(Checkpoint):
         self._validation_due = False
         self._received: set[int] = set()
         self._handlers: dict[int, Any] = {}  # what was there before ours
+        self._place: tuple[int, int] | None = None  # of the run folder on its disk
+        self._skipped = 0  # steps, up to the last one
+        self._overdue = False  # a checkpoint was due while steps were skipped
+        self._went_on = True  # a step that counts has followed the last checkpoint
 
     @property
     def path(self) -> Path:
         """Where the last checkpoint stands, once there is one."""
         return self.dirpath / "last.ckpt"
+
+    @property
+    def previous(self) -> Path:
+        """Where the one before it stands, once there are two."""
+        return self.dirpath / "previous.ckpt"
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         csv = next((logger for logger in trainer.loggers if isinstance(logger, ExactCsvLogger)), None)
@@ -70,6 +90,10 @@ class AtomicCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, ExactCsvLogger):
                 logger.begin(None if saved is None else saved["csv"])
+        self.dirpath.parent.mkdir(parents=True, exist_ok=True)
+        self._place = _place(self.dirpath.parent)
+        self._skipped = getattr(pl_module, "skipped_steps", 0)
+        self._overdue, self._went_on = False, self.last_step is None
         self._received.clear()
         self._handlers = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
         if saved is not None and saved["validation_due"]:
@@ -81,6 +105,12 @@ class AtomicCheckpoint(Checkpoint):
             trainer.training = True
 
     def _on_signal(self, signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT:
+            if signum in self._received:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nending after this step, which is then saved; Ctrl-C again ends at once\n")
         self._received.add(signum)
 
     def _signals_of_any_rank(self, trainer: L.Trainer) -> list[int]:
@@ -91,6 +121,14 @@ class AtomicCheckpoint(Checkpoint):
     def _leave(self, trainer: L.Trainer, received: list[int]) -> None:
         """End the process, whose state is saved. Only a job of submitit that gets SIGTERM goes on until it is killed:
         where Slurm preempts with a time of grace, a job that ends within it is not queued again."""
+        if trainer.is_global_zero:
+            saved = f"step {self.last_step} is in {self.path}" if self.path.exists() else "nothing was saved yet"
+            if self._overdue:
+                saved += " (no later one, since steps are being skipped)"
+            line = f"continue: python -m omnitrain fit {shlex.quote(str(self.dirpath.parent))}"
+            print(printable(f"{signal.Signals(received[0]).name}: {saved}; {line}"), file=sys.stderr, flush=True)
+        if signal.SIGINT in received:
+            raise SIGTERMException(130)
         launcher = self._handlers[signal.SIGUSR2]
         if not callable(launcher):
             raise SIGTERMException(143)
@@ -102,12 +140,20 @@ class AtomicCheckpoint(Checkpoint):
                 trainer.strategy.barrier()  # before another rank's exit can end the job
             raise SIGTERMException(143)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._check_place()
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not step_ended(trainer):
             return
         step = trainer.global_step
+        skipped = getattr(pl_module, "skipped_steps", 0)
+        skipping, self._skipped = skipped > self._skipped, skipped
+        self._went_on = self._went_on or not skipping
         terminated = self._signals_of_any_rank(trainer)
         final = step == trainer.max_steps
         fetcher = trainer.fit_loop._data_fetcher
@@ -115,7 +161,8 @@ class AtomicCheckpoint(Checkpoint):
         self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
         if final and self._validation_due and not terminated:
             return  # saved after that validation: a finished run is not entered again to make up for it
-        if terminated or final or self._validation_due or step % self.config.every_n_steps == 0:
+        self._overdue |= bool(terminated or final or self._validation_due or step % self.config.every_n_steps == 0)
+        if final or (self._overdue and not skipping):
             self.save(trainer)
         if terminated:
             self._leave(trainer, terminated)
@@ -140,19 +187,77 @@ class AtomicCheckpoint(Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt` now. Called on every rank."""
-        # Every rank takes part in gathering the state; only rank 0 writes, and so only its place gets the name.
-        with atomic(self.path) if trainer.is_global_zero else nullcontext(self.path) as partial:
-            trainer.save_checkpoint(partial)
+        """Write `last.ckpt` now. Called on every rank.
+
+        Raises:
+            RunFolderGone: its folder is no longer there.  OSError: it could not be written; the one before it stands.
+        """
+        self._check_place()
+        zero, gathered = trainer.is_global_zero, False
+        keep = zero and self._went_on and self.path.exists()
+        try:
+            # Every rank takes part in gathering the state; only rank 0 writes, and so only its place gets the name.
+            with atomic(self.path) if zero else nullcontext(self.path) as partial:
+                if keep:
+                    self.previous.unlink(missing_ok=True)
+                trainer.save_checkpoint(partial)
+                gathered = True
+                if keep:
+                    with suppress(OSError):  # a file system without links keeps one checkpoint
+                        os.link(self.path, self.previous)
+        except OSError:
+            if not gathered:
+                trainer.strategy.barrier()  # in which the other ranks wait for the file
+            self._say_whether_saved(trainer, False)
+            raise
+        self._say_whether_saved(trainer, True)
         due = bool(self.config.keep_every_n_steps) and trainer.global_step % (self.config.keep_every_n_steps or 1) == 0
-        if trainer.is_global_zero and due:
+        if zero and due:
             kept = self.dirpath / f"step={trainer.global_step:07d}.ckpt"
             kept.unlink(missing_ok=True)
             os.link(self.path, kept)
         self.last_step = trainer.global_step
+        self._went_on = self._overdue = False
+
+    def _say_whether_saved(self, trainer: L.Trainer, saved: bool) -> None:
+        """End the other ranks where rank 0 could not write."""
+        failed = sum_over_ranks(torch.tensor(float(not saved), device=trainer.strategy.root_device))
+        if failed and saved:
+            raise SystemExit(1)
+
+    def last_good(self, trainer: L.Trainer) -> str:
+        """For the message of a run that has diverged: the last checkpoint after which training went on.
+
+        If all steps after `last.ckpt` were skipped, its weights may be what made them fail: it becomes `diverged.ckpt`,
+        and `previous.ckpt` the last one.
+        """
+        if trainer.is_global_zero and not self._went_on and self.path.exists() and self.previous.exists():
+            os.replace(self.path, self.dirpath / "diverged.ckpt")
+            os.replace(self.previous, self.path)
+            self.last_step = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        elif not self._went_on and self.path.exists():
+            return f"training never went on after {self.path} (step {self.last_step}); begin anew"
+        if self.last_step is None:
+            return "no checkpoint was written yet"
+        return f"the last good checkpoint is {self.path} (step {self.last_step})"
+
+    def _check_place(self) -> None:
+        if self._place is not None and _place(self.dirpath.parent) != self._place:
+            raise RunFolderGone(
+                f"{self.dirpath.parent} was deleted or moved while the run wrote into it; the run ends, and what it "
+                "learnt since is lost"
+            )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._on_signal:  # Lightning may have put back what was there before it
                 signal.signal(number, handler)
         self._handlers = {}
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """Where a folder lies, whatever its name; None if it is not there."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        found = folder.stat()
+        return found.st_dev, found.st_ino
+    return None

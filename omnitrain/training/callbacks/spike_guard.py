@@ -101,11 +101,7 @@ class SpikeGuard(Callback):
             append_line(self.path, json.dumps({k: _json_number(v) for k, v in record.items()}, ensure_ascii=False))
         if self.in_a_row >= self.config.max_in_a_row:
             checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, AtomicCheckpoint)), None)
-            good = (
-                f"the last good checkpoint is {checkpoint.path} (step {checkpoint.last_step})"
-                if checkpoint is not None and checkpoint.last_step is not None
-                else "no checkpoint was written yet"
-            )
+            good = "no checkpoint is written" if checkpoint is None else checkpoint.last_good(trainer)
             raise TrainingDiverged(
                 f"{self.in_a_row} optimizer steps in a row were skipped, the last (step {step}) because its {reason} "
                 f"(loss {loss:.4g}, norm {norm:.4g}); {good}. The samples are listed in {self.path}. Lower "
