@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+NO_CHECKPOINT = "damaged, or no checkpoint of omnitrain"
+
 
 def damage(path: str | Path) -> str | None:
-    """What is wrong with a file of `torch.save`, in words that follow its name; None if all is as it was written.
+    """What a file of `torch.save` is, if it is not as it was written (None).
 
     Raises:
         OSError: the file cannot be opened.
@@ -27,14 +29,15 @@ def damage(path: str | Path) -> str | None:
     path = Path(path)
     with path.open("rb") as file:
         if not file.read(1):
-            return "is empty"
+            return "empty"
         try:
             with zipfile.ZipFile(file) as archive:
                 for entry in archive.infolist():
                     if not _is_whole(archive, entry):
-                        return f"is damaged: the checksum of {_name(path, entry)} does not fit"
+                        names = _names(path, entry)
+                        return f"damaged: the checksum of {names} does not fit" if names else NO_CHECKPOINT
         except Exception:  # the directory of the archive, which stands at its end: which error depends on the bytes
-            return "is cut off, or no checkpoint"
+            return NO_CHECKPOINT
     return None
 
 
@@ -55,7 +58,7 @@ def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
     return True
 
 
-def _name(path: Path, entry: zipfile.ZipInfo) -> str:
+def _names(path: Path, entry: zipfile.ZipInfo) -> str:
     """The tensors that lie in an entry, such as ``state_dict.model.thinker.norm.weight``."""
     try:
         with path.open("rb") as file:
@@ -63,10 +66,9 @@ def _name(path: Path, entry: zipfile.ZipInfo) -> str:
             start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
         with FakeTensorMode():  # shapes and places without content
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        names = [name for name, x in _tensors(saved, "") if x.untyped_storage()._checkpoint_offset == start]
+        return " and ".join(name for name, x in _tensors(saved, "") if x.untyped_storage()._checkpoint_offset == start)
     except Exception:  # the damage is in what says where the tensors lie
-        names = []
-    return " and ".join(names) or entry.filename
+        return ""
 
 
 def _tensors(node: Any, place: str) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from omnitrain.files import LAST_CHECKPOINT
+from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.interop.public_format import SPEECH_PARTS, load_pretrained
 from omnitrain.interop.text_model import is_text_model, load_text_model
@@ -30,30 +31,29 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.  OSError: it cannot be read.
-        CheckpointError: it is damaged, or something else than a checkpoint; names what else lies beside it.
+        CheckpointError: it is damaged, or something else than a checkpoint; names the last good one beside it.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: this run has not written a checkpoint yet")
-    with path.open("rb"):  # a folder, or no permission: said by the system
-        pass
+    if (wrong := damage(path)) is not None:
+        raise _unusable(path, wrong)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
         raise
-    except Exception as error:  # which one depends on where the damage is; its advice is not for users
-        raise _unusable(path) from error
+    except Exception as error:  # of many kinds, with advice that is not for users
+        raise _unusable(path, NO_CHECKPOINT) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise _unusable(path)
+        raise _unusable(path, NO_CHECKPOINT)
     return checkpoint
 
 
-def _unusable(path: Path) -> CheckpointError:
-    whole = [other.name for other in sorted(path.parent.glob("*.ckpt")) if other != path]
-    cure = f"take another one of that folder ({', '.join(whole)})" if whole else "copy it again, or train again"
-    what = "damaged, or no checkpoint of omnitrain" if path.stat().st_size else "empty"
-    return CheckpointError(f"{path}: this file is {what}; {cure}")
+def _unusable(path: Path, wrong: str) -> CheckpointError:
+    good = newest_whole(path)
+    cure = "copy it again, or train again" if good is None else f"the last good one is {good} (ckpt_path={good})"
+    return CheckpointError(f"{path}: this file is {wrong}; {cure}")
 
 
 def model_weights(checkpoint: str | Path) -> dict[str, Tensor]:

@@ -111,6 +111,11 @@ class TrainingModule(L.LightningModule):
         state = checkpoint.get("omnitrain")
         if state is None:
             raise ValueError(f"the checkpoint holds no 'omnitrain' entry: no {type(self).__name__} wrote it")
+        ours, theirs = self.state_dict(), checkpoint["state_dict"]
+        for name in {**ours, **theirs}:  # torch would list them all
+            found = [tuple(x[name].shape) if name in x else "not there" for x in (theirs, ours)]
+            if found[0] != found[1]:
+                raise ValueError(f"the checkpoint is of another model: {name} is {found[0]} in it, and {found[1]} here")
         self._saved, self.skipped_steps = state["ranks"], state["skipped_steps"]
         if len(self._saved) != self.trainer.world_size:
             raise ValueError(

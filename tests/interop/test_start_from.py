@@ -80,8 +80,9 @@ def test_a_file_that_is_no_checkpoint(whole: Path, kind: str) -> None:
     assert said.endswith("copy it again, or train again")
     assert "\n" not in said
     assert not Path("/tmp/this-file-must-not-appear").exists()
-    (whole.parent / "step=200.ckpt").touch()
-    with pytest.raises(CheckpointError, match=r"take another one of that folder \(step=200\.ckpt\)"):
+    (whole.parent / "step=300.ckpt").touch()
+    torch.save({"state_dict": {}}, whole.parent / "step=200.ckpt")  # the only one that is whole
+    with pytest.raises(CheckpointError, match=r"the last good one is .*/step=200\.ckpt \(ckpt_path="):
         read_checkpoint(whole)
 
 

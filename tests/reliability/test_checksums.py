@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnitrain.interop.checksums import damage, newest_whole
+from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
 
 SAVED = {
     "state_dict": {"model.a": torch.randn(300, 100), "model.b": torch.arange(5_000, dtype=torch.bfloat16)},
@@ -44,7 +44,7 @@ def test_the_tensor_of_a_flipped_bit_is_named(saved: Path, name: str, tensor: to
     start = saved.read_bytes().index(tensor.view(torch.uint8).numpy().tobytes())
     for position in (start, start + tensor.nbytes // 2, start + tensor.nbytes - 1):
         flip(saved, position, 3)
-        assert damage(saved) == f"is damaged: the checksum of {name} does not fit"
+        assert damage(saved) == f"damaged: the checksum of {name} does not fit"
         flip(saved, position, 3)
     assert damage(saved) is None
 
@@ -68,7 +68,7 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(saved: Path) -> None
 @pytest.mark.parametrize("length", [0, 1, 100, 5_000, -1, -100, -5_000])
 def test_cut_off_anywhere(saved: Path, length: int) -> None:
     saved.write_bytes(saved.read_bytes()[:length])
-    assert damage(saved) == ("is empty" if length == 0 else "is cut off, or no checkpoint")
+    assert damage(saved) == ("empty" if length == 0 else NO_CHECKPOINT)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_cut_off_anywhere(saved: Path, length: int) -> None:
 )
 def test_zeros_and_garbage(saved: Path, content: bytes) -> None:
     saved.write_bytes(content)
-    assert damage(saved) == "is cut off, or no checkpoint"
+    assert damage(saved) == NO_CHECKPOINT
 
 
 def test_zeroed_from_some_place_on(saved: Path) -> None:

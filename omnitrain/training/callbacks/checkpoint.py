@@ -13,10 +13,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from omnitrain.config.run_config import CheckpointConfig
 from omnitrain.files import CHECKPOINTS, atomic, printable
+from omnitrain.interop.start_from import read_checkpoint
 from omnitrain.training.logging import ExactCsvLogger
 from omnitrain.training.ranks import sum_over_ranks
 
@@ -73,6 +75,10 @@ class AtomicCheckpoint(Checkpoint):
     def previous(self) -> Path:
         """Where the one before it stands, once there are two."""
         return self.dirpath / "previous.ckpt"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = _CheckedIO()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         csv = next((logger for logger in trainer.loggers if isinstance(logger, ExactCsvLogger)), None)
@@ -234,7 +240,7 @@ class AtomicCheckpoint(Checkpoint):
         if trainer.is_global_zero and not self._went_on and self.path.exists() and self.previous.exists():
             os.replace(self.path, self.dirpath / "diverged.ckpt")
             os.replace(self.previous, self.path)
-            self.last_step = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+            self.last_step = read_checkpoint(self.path)["global_step"]
         elif not self._went_on and self.path.exists():
             return f"training never went on after {self.path} (step {self.last_step}); begin anew"
         if self.last_step is None:
@@ -253,6 +259,14 @@ class AtomicCheckpoint(Checkpoint):
             if signal.getsignal(number) == self._on_signal:  # Lightning may have put back what was there before it
                 signal.signal(number, handler)
         self._handlers = {}
+
+
+class _CheckedIO(TorchCheckpointIO):
+    """Looks at the checksums of what is loaded."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        read_checkpoint(path)
+        return super().load_checkpoint(path, *args, **options)
 
 
 def _place(folder: Path) -> tuple[int, int] | None:
