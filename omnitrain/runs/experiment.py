@@ -3,8 +3,6 @@ else takes the part that it needs."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import init_codec_weights, init_weights
 from omnitrain.models.sizes import CodecConfig, OmniConfig
 from omnitrain.training.module import TrainingModule
+from omnitrain.training.quiet import quiet_libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ def build_experiment(config: RunConfig, stage: str) -> Experiment:
     Raises:
         ConfigError: a constructor refuses what the configuration gives it, or data or tokenizer are not where it says.
     """
-    quiet_lightning()
+    quiet_libraries()
     L.seed_everything(config.seed, workers=True, verbose=False)
     run_dir = Path(config.paths.run_dir)
     datamodule = build_data(config)
@@ -149,13 +148,6 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
             model.code2wav.load_state_dict(codec.decoder.state_dict())
     special = {f.name: getattr(talker, f.name) for f in fields(SpeechCodes) if hasattr(talker, f.name)}
     return SpeechCodes(**special, codec=fingerprint, default_voice=next(iter(talker.speakers), None))
-
-
-def quiet_lightning() -> None:
-    """Keep what Lightning has to warn of, without its notes on hardware that is not there."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
 
 
 def starting_checkpoint(config: RunConfig) -> Path | None:
