@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from omnitrain.data.sample import SPLITS, Message, Sample, Segment
 from omnitrain.data.shards import write_shards
 from omnitrain.interop.public_format import save_pretrained
 from omnitrain.models.omni import OmniModel
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))  # toy_training, forked_runs
 
 WORDS = ["the", "cat", "sits", "on", "a", "red", "mat", "and", "looks", "at", "the", "blue", "moon"]
 
@@ -75,6 +79,16 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "trainer.val_check_interval=100",
         "evaluation.after_fit=false",
     ]
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator["Runs"]:  # noqa: F821
+    """Starts training runs as processes; see `forked_runs`."""
+    from forked_runs import Runs
+
+    server = Runs()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,22 @@ from omnitrain.config.typed import ConfigError
 from omnitrain.files import CHECKPOINTS, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
+from omnitrain.runs.lock import hold
 from omnitrain.runs.resume import check_resume, is_run, record_changes
 
 
 def run(config: RunConfig) -> float | None:
     """Train as `config` says, or run its stages, or the arm of its study. Returns the last validation loss, which
-    sweepers minimise."""
+    sweepers minimise.
+
+    Raises:
+        FolderInUse: another process writes into the run folder.
+    """
+    with hold(config.paths.run_dir):
+        return _run(config)
+
+
+def _run(config: RunConfig) -> float | None:
     if config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
         config = replace(config, ckpt_path="last")  # a job that Slurm has queued again goes on where it was
     if config.stages is not None:

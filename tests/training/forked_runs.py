@@ -1,20 +1,59 @@
 """Training runs as processes that may be killed, without paying for the imports each time.
 
 A server process imports torch and Lightning once and forks a child for each run that it is told to start. `Runs` is the
-client. A run is a toy (`{"toy": {...}}`) or a command line of omnitrain (`{"argv": [...]}`).
+client. A run is a toy (`{"toy": {...}}`) or a command line of omnitrain (`{"argv": [...]}`). One with a `Kill` sends a
+signal to itself at a place in the program, so that the same thing is always under way.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Kill:
+    """The signal `number`, when the function ``MODULE:NAME`` is called for the `call`-th time, in this rank."""
+
+    at: str
+    call: int = 1
+    number: int = signal.SIGKILL
+    rank: int = 0
+
+    @property
+    def status(self) -> int:
+        """With which the process should end."""
+        return {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[signal.Signals(self.number)]
+
+    def arm(self) -> None:
+        """In the process that is to be killed."""
+        module, _, path = self.at.partition(":")
+        *owners, name = path.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in owners:
+            owner = getattr(owner, part)
+        original: Callable[..., Any] = getattr(owner, name)
+        calls = 0
+
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == self.call:
+                os.kill(os.getpid(), self.number)
+            return original(*arguments, **keywords)
+
+        setattr(owner, name, counted)
 
 
 class Run:
@@ -32,9 +71,9 @@ class Run:
             if self.runs.ask({"poll": pid}) is None:
                 os.kill(pid, number)
 
-    def wait(self) -> list[int]:
-        """Exit status of each rank (negative: the signal that ended it)."""
-        return [self.runs.ask({"wait": pid}) for pid in self.pids]
+    def wait(self, *ranks: int) -> list[int]:
+        """Exit status of each rank, or of these (negative: the signal that ended it)."""
+        return [self.runs.ask({"wait": self.pids[rank]}) for rank in ranks or range(len(self.pids))]
 
     def finish(self) -> None:
         """Wait, and fail unless every rank ended well."""
@@ -62,8 +101,10 @@ class Runs:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
-    def start(self, out: Path, ranks: int = 1, **run: Any) -> Run:
+    def start(self, out: Path, ranks: int = 1, kill: Kill | None = None, **run: Any) -> Run:
         """Start a run that keeps what it prints in `out`."""
+        if kill is not None:
+            run["kill"] = asdict(kill)
         out.mkdir(parents=True, exist_ok=True)
         environment: list[dict[str, str]] = [{}]
         if ranks > 1:
@@ -101,6 +142,11 @@ def _child(request: dict[str, Any]) -> int:
     os.environ.update(request["environment"])
     try:
         run = request["run"]
+        if "file_limit" in run:  # no file may become larger
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (run["file_limit"], run["file_limit"]))
+        if "kill" in run and run["kill"]["rank"] == int(os.environ.get("LOCAL_RANK", "0")):
+            Kill(**run["kill"]).arm()
         if "toy" in run:
             from toy_training import Toy, train
 
@@ -109,7 +155,7 @@ def _child(request: dict[str, Any]) -> int:
             from omnitrain.__main__ import main
 
             sys.argv = ["omnitrain", *run["argv"]]
-            main()
+            return main()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
@@ -121,6 +167,11 @@ def _child(request: dict[str, Any]) -> int:
 def _serve() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import toy_training  # noqa: F401  the imports that every run needs
+
+    import omnitrain.cli.fit
+    import omnitrain.config.compose
+    import omnitrain.reports.run
+    import omnitrain.runs.encode_shards  # noqa: F401
 
     codes: dict[int, int] = {}
     answers = os.fdopen(os.dup(1), "w")

@@ -1,0 +1,112 @@
+"""Runs that are killed again and again, each time amid something else, and end as if nobody had touched them: weights,
+moments, logged rows and the order of the data are equal to the last bit.
+
+Each life of a run continues what the one before left. `test_encode_shards.py` and `test_chain.py` do the same to
+`data encode` and to stages; `test_cli_resume.py` kills at random moments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM
+from typing import Any
+
+import pytest
+import torch
+from forked_runs import Kill, Runs
+from test_cli_resume import assert_identical
+
+STEP = "omnitrain.training.thinker:ThinkerModule.training_step"
+VALIDATION = "omnitrain.training.thinker:ThinkerModule.validation_step"
+UPDATE = "torch.optim.adamw:AdamW.step"
+ROW = "omnitrain.training.logging:CsvTable.append"
+GATHER = "lightning:Trainer.save_checkpoint"  # before the checkpoint is written
+WRITE = "torch:save"  # while it is
+SYNC = "omnitrain.files:_to_disk"  # after it, before it has its name
+RECORD = "omnitrain.training.callbacks.run_record:write_json"  # data.json, which belongs to it
+SKIPPED = "omnitrain.training.callbacks.spike_guard:append_line"
+
+
+def kept(out: Path) -> dict[str, Any]:
+    """All that a finished run has learnt and seen."""
+    checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ToyData", "OmniDataModule", "omnitrain")
+    files = ("metrics.csv", "skipped_steps.jsonl", "data.json")
+    return {
+        **{key: checkpoint.get(key) for key in keys},
+        **{file: (out / file).read_bytes() if (out / file).exists() else None for file in files},
+    }
+
+
+TOY = {
+    "steps": 40, "max_steps_of_schedule": 40, "accumulate": 2, "checkpoint_every": 3, "val_every": 4, "log_every": 2,
+    "poison": [5, 17, 18], "word_dropout": 0.2,
+}  # fmt: skip
+
+
+def killed_toy(runs: Runs, out: Path, kills: list[Kill], **toy: Any) -> None:
+    """Run to the end, through a kill in each life."""
+    ranks = toy.get("devices", 1)
+    for number, kill in enumerate(kills):
+        run = runs.start(out, ranks, kill, toy={"out": str(out), **toy})
+        if kill.number == SIGKILL:
+            [status] = run.wait(kill.rank)
+            run.signal(SIGKILL)  # what a launcher does to the other ranks
+            run.wait()
+        else:
+            [status, *_] = set(run.wait())
+        assert status == kill.status, f"life {number}: {kill} did not come, or was not heeded"
+    runs.start(out, ranks, toy={"out": str(out), **toy}).finish()
+
+
+def test_kills_amid_everything(runs: Runs, tmp_path: Path) -> None:
+    """12 kills of one process: between the two halves of a step, in an update, in validations, around rows and around
+    each stage of the writing of a checkpoint; with steps that are skipped in between."""
+    runs.start(tmp_path / "whole", toy={"out": str(tmp_path / "whole"), **TOY}).finish()
+    kills = [
+        Kill(STEP, 6), Kill(VALIDATION, 1), Kill(SKIPPED, 1, SIGTERM), Kill(WRITE, 2), Kill(STEP, 7, SIGTERM),
+        Kill(SYNC, 5), Kill(UPDATE, 4), Kill(VALIDATION, 2, SIGINT), Kill(RECORD, 3), Kill(ROW, 3), Kill(GATHER, 2),
+        Kill(ROW, 2, SIGINT),
+    ]  # fmt: skip
+    killed_toy(runs, tmp_path / "killed", kills, **TOY)
+    assert_identical(kept(tmp_path / "whole"), kept(tmp_path / "killed"), "run")
+
+
+def test_kills_of_two_processes(runs: Runs, tmp_path: Path) -> None:
+    """6 kills, of the first or of the second process of a run of two."""
+    toy = {**TOY, "devices": 2, "steps": 20}
+    runs.start(tmp_path / "whole", 2, toy={"out": str(tmp_path / "whole"), **toy}).finish()
+    kills = [
+        Kill(STEP, 7, rank=1), Kill(WRITE, 2), Kill(VALIDATION, 1, rank=1), Kill(STEP, 5, SIGTERM, rank=1),
+        Kill(SYNC, 5), Kill(STEP, 6, SIGINT),
+    ]  # fmt: skip
+    killed_toy(runs, tmp_path / "killed", kills, **toy)
+    assert_identical(kept(tmp_path / "whole"), kept(tmp_path / "killed"), "run")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_kills_of_the_command_line(runs: Runs, toy: list[str], tmp_path: Path, workers: int) -> None:
+    """8 kills of `fit` on shards: in training, and then while it scores and while it writes its report."""
+
+    def line(out: Path, workers: int) -> list[str]:
+        return [
+            "fit", *toy, f"paths.run_dir={out}", "ckpt_path=last", "trainer.max_steps=12", f"data.num_workers={workers}",
+            "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4", "trainer.limit_val_batches=2",
+            "callbacks.checkpoint.every_n_steps=2", "callbacks.progress=null", "module.word_dropout=0.2",
+            "evaluation.after_fit=true", "evaluation.max_samples=4", "evaluation.max_generated=2",
+        ]  # fmt: skip
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs.start(whole, argv=line(whole, 1 - workers)).finish()  # the number of workers must not matter either
+    kills = [
+        Kill(STEP, 2), Kill(WRITE, 2), Kill(STEP, 5, SIGTERM), Kill(VALIDATION, 1), Kill(SYNC, 8), Kill(STEP, 6, SIGINT),
+        Kill("omnitrain.evaluation.heldout:generate"), Kill("omnitrain.reports.run:write_report"),
+    ]  # fmt: skip
+    for kill in kills:
+        [status] = runs.start(killed, kill=kill, argv=line(killed, workers)).wait()
+        assert status == kill.status, f"{kill} did not come, or was not heeded"
+    runs.start(killed, argv=line(killed, workers)).finish()
+    assert_identical(kept(whole), kept(killed), "run")
+    for file in ("eval/predictions.parquet", "report.html"):
+        assert (killed / file).stat().st_size == pytest.approx((whole / file).stat().st_size, rel=0.01)
+    assert sorted(p.name for p in killed.rglob(".*")) == []  # no lock, and no half-written file
