@@ -103,8 +103,8 @@ def test_the_mixture_kept_its_bound(uninterrupted: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("pretrain")  # one worker makes the run that they share
 def test_killed_in_stages_of_each_kind(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    """Kill -9 in a stage that learns all from nothing, in one that learns a part, in one that goes on with the whole: the
-    same line after each; the weights are those of the run that was left alone."""
+    """Kill -9 in a stage that learns all from nothing, in one that learns a part, in one that goes on with the whole:
+    the same line after each; the weights are those of the run that was left alone."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run_dir = uninterrupted.parent / "killed"
     chosen = ["s0_text", "s1_audio_adapter", "s3"]

@@ -85,8 +85,8 @@ def test_a_checkpoint_that_is_none(run_dir: Path, capsys, content: str) -> None:
         changed["state_dict"]["model.thinker.norm.weight"] = torch.ones(3)
         torch.save(changed, last)
     else:
-        kinds = {"nothing": b"", "half": stored[: len(stored) // 2], "zeros": bytes(len(stored)), "text": b"a note\n" * 9}
-        last.write_bytes(kinds[content])
+        half = stored[: len(stored) // 2]
+        last.write_bytes({"nothing": b"", "half": half, "zeros": bytes(len(stored)), "text": b"a note\n" * 9}[content])
     damaged = last.read_bytes()
     assert main(["fit", str(run_dir), "trainer.max_steps=3"]) == 1
     said = the_error(capsys)
@@ -166,9 +166,8 @@ def test_a_full_device_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as refused:
         append_line(tmp_path / "log", "a line")
     assert explanation(refused.value) == f"{tmp_path / 'log'}: the disk is full; make room and give the same line again"
-    with pytest.raises(OSError, match="No space left") as refused, atomic(tmp_path / "file") as partial:
+    with pytest.raises(OSError, match="No space left"), atomic(tmp_path / "file"):
         Path("/dev/full").write_text("x")
-        partial.touch()
     assert not (tmp_path / "file").exists()
 
 
@@ -182,7 +181,7 @@ def test_a_run_folder_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if len(calls) == 3:
             out.rename(tmp_path / "elsewhere") if how == "moved" else shutil.rmtree(out)
             if how == "deleted and made anew":
-                (tmp_path / "other").mkdir()  # so that the new one is not where the old one lay
+                (tmp_path / "other").mkdir(exist_ok=True)  # so that it is not where the old one lay
                 out.mkdir()
         return original(self, *arguments)
 
@@ -191,8 +190,9 @@ def test_a_run_folder_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert status == 1
     assert len(calls) == 3
     assert list(out.rglob("*")) == []
+    calls.clear()
+    shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
     with pytest.raises(RunFolderGone, match="was deleted or moved"):
-        calls.clear()
         train(Toy(out=str(out), steps=10, checkpoint_every=2, log_every=100))
 
 

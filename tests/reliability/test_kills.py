@@ -30,10 +30,11 @@ SKIPPED = "omnitrain.training.callbacks.spike_guard:append_line"
 def kept(out: Path) -> dict[str, Any]:
     """All that a finished run has learnt and seen."""
     checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
-    keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ToyData", "OmniDataModule", "omnitrain")
+    keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ToyData", "OmniDataModule")
     files = ("metrics.csv", "skipped_steps.jsonl", "data.json")
     return {
         **{key: checkpoint.get(key) for key in keys},
+        "random": [rank["rng"]["torch"] for rank in checkpoint["omnitrain"]["ranks"]],
         **{file: (out / file).read_bytes() if (out / file).exists() else None for file in files},
     }
 
@@ -90,17 +91,18 @@ def test_kills_of_the_command_line(runs: Runs, toy: list[str], tmp_path: Path, w
 
     def line(out: Path, workers: int) -> list[str]:
         return [
-            "fit", *toy, f"paths.run_dir={out}", "ckpt_path=last", "trainer.max_steps=12", f"data.num_workers={workers}",
-            "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4", "trainer.limit_val_batches=2",
-            "callbacks.checkpoint.every_n_steps=2", "callbacks.progress=null", "module.word_dropout=0.2",
-            "evaluation.after_fit=true", "evaluation.max_samples=4", "evaluation.max_generated=2",
+            "fit", *toy, f"paths.run_dir={out}", "ckpt_path=last", f"data.num_workers={workers}",
+            "trainer.max_steps=12", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4",
+            "trainer.limit_val_batches=2", "callbacks.checkpoint.every_n_steps=2", "callbacks.progress=null",
+            "module.word_dropout=0.2", "evaluation.after_fit=true", "evaluation.max_samples=4", "evaluation.max_generated=2",
         ]  # fmt: skip
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs.start(whole, argv=line(whole, 1 - workers)).finish()  # the number of workers must not matter either
     kills = [
-        Kill(STEP, 2), Kill(WRITE, 2), Kill(STEP, 5, SIGTERM), Kill(VALIDATION, 1), Kill(SYNC, 8), Kill(STEP, 6, SIGINT),
-        Kill("omnitrain.evaluation.heldout:generate"), Kill("omnitrain.reports.run:write_report"),
+        Kill(STEP, 2), Kill(WRITE, 2), Kill(STEP, 5, SIGTERM), Kill(VALIDATION, 1), Kill(SYNC, 8),
+        Kill(STEP, 6, SIGINT), Kill("omnitrain.evaluation.heldout:_generate"),
+        Kill("omnitrain.reports.run:write_report"),
     ]  # fmt: skip
     for kill in kills:
         [status] = runs.start(killed, kill=kill, argv=line(killed, workers)).wait()
