@@ -106,14 +106,19 @@ def run_dir(
 ) -> Path:
     """What `fit` leaves behind of the `model` that the overrides describe, and nothing more."""
     folder = tmp_path_factory.mktemp("run")
+    save_run(folder, model, tokenizer, model_overrides)
+    return folder
+
+
+def save_run(folder: Path, model: OmniModel, tokenizer: ChatTokenizer, overrides: list[str]) -> None:
+    """Write the folder of a run whose tokenizer has been moved away."""
+    (folder / "checkpoints").mkdir(parents=True)
     tokenizer.save(folder / "tokenizer.json")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         here = [f"paths.run_dir={folder}", f"data.tokenizer={folder}/tokenizer.json"]
-        cfg = compose("config", overrides=[*here, *model_overrides])
+        cfg = compose("config", overrides=[*here, *overrides])
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     values["data"]["tokenizer"] = "/moved/away/tokenizer.json"
     write_config(read(values), folder)
-    (folder / "checkpoints").mkdir()
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
-    return folder

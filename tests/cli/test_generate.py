@@ -163,7 +163,8 @@ def test_a_strangers_run_folder_cannot_run_code(capsys, run_dir, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run_dir, folder)
     config = (folder / "config.yaml").read_text()
-    assert (target := "omnitrain.models.omni.OmniModel") in config
+    target = "omnitrain.models.omni.OmniModel"
+    assert target in config
     (folder / "config.yaml").write_text(config.replace(target, "os.system"))
     assert "os.system" in fail(capsys, folder, *LESS, "hello")
 

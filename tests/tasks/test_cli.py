@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import omnitrain.config.compose  # noqa: F401  (registers ${omnitrain.pack:})
 from omnitrain.__main__ import main
-from omnitrain.config.locations import CONF
 from omnitrain.interop.public_format import save_pretrained
+from tests.conftest import save_run
 
 from .conftest import SMALL, recording
 from .test_benchmarks import librispeech, mmstar
@@ -25,15 +22,8 @@ SHORT = ("librispeech", "mmstar")
 def run_dir(model, tokenizer, tmp_path) -> Path:
     """What `fit` leaves behind; the data that it was trained on are gone."""
     folder = tmp_path / "run"
-    sizes = [f"+model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=[f"paths.run_dir={folder}", "data.tokenizer=/moved/tokenizer.json", *sizes])
-    cfg.data.sources = {"gone": {"path": "/moved/away"}}
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    tokenizer.save(folder / "tokenizer.json")
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
+    sizes = [f"model.{part}.{key}={value}" for part, d in SMALL.items() for key, value in d.items()]
+    save_run(folder, model, tokenizer, [*sizes, "data=shards", "+data.sources.gone.path=/moved/away"])
     return folder
 
 
