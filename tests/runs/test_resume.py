@@ -39,6 +39,7 @@ def test_no_key_of_a_recipe_is_left_to_chance() -> None:
         "data",
         "model",
         "module",
+        "trainer",
     }
 
 
@@ -55,7 +56,7 @@ def test_exact_keys_are_refused_and_the_folder_stays(begun: tuple[list[str], Pat
     line, run_dir = begun
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     for override, key in (("seed=5", "seed: 0 -> 5"), ("data.max_tokens=99", "data.max_tokens: "),
-                          ("model.thinker.layers=2", "model.thinker.layers: ")):  # fmt: skip
+                          ("model.thinker.ffn=48", "model.thinker.ffn: 32 -> 48")):  # fmt: skip
         assert main([*line, "trainer.max_steps=4", override]) == 1
         error = capsys.readouterr().err
         assert key in error
