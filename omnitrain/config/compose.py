@@ -36,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from omnitrain.config.door import read
 from omnitrain.config.errors import explained
-from omnitrain.config.hydra_keys import SHELL, check_hydra, check_overrides
+from omnitrain.config.hydra_keys import SHELL, check_arguments, check_hydra
 from omnitrain.config.locations import CONF, RECIPES
 from omnitrain.config.resolvers import register_resolvers
 from omnitrain.config.run_config import RunConfig
@@ -359,7 +359,7 @@ def _root_keys() -> set[str]:
 @contextlib.contextmanager
 def _composer(args: Namespace) -> Generator[None]:
     """Hydra's compose API with the search path that the same arguments give `hydra.main`."""
-    check_overrides(args.overrides, args.config_dir)
+    check_arguments(args)
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="check"):
         if args.config_dir is not None:
             from hydra.core.config_search_path import SearchPathQuery

@@ -6,6 +6,7 @@ whatever names code or shell lines below ``hydra`` must be on a list here, or st
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,21 @@ SHELL = ("setup", "python", "srun_args", "additional_parameters", "comment")
 """Keys of ``hydra.launcher`` that end up in a shell or choose a program."""
 
 
-def check_overrides(overrides: Sequence[str], config_dir: str | None) -> None:
-    """What must be known before Hydra composes: where it will look.
+def check_arguments(args: Namespace) -> None:
+    """What must be known of a command line before Hydra composes: where it will look.
 
     Raises:
-        ForbiddenTarget: a search path in a Python package, which would be imported.
+        ForbiddenTarget: a search path in a Python package, which would be imported; a pickle that would be loaded.
         ConfigError: a folder that would replace the root configuration.
     """
-    for text in overrides:
+    config_dir = args.config_dir
+    for name in ("config_path", "config_name", "experimental_rerun"):
+        if getattr(args, name, None) is not None:
+            raise ForbiddenTarget(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: omnitrain has one root configuration; change it "
+                "with a recipe (+recipe=NAME, --config-dir DIR), or name a run folder in front of the overrides"
+            )
+    for text in args.overrides:
         key, _, value = text.partition("=")
         if key.lstrip("+~").startswith("hydra.searchpath") and "pkg:" in value.replace(" ", ""):
             raise ForbiddenTarget(f"{text}: a search path may not name a Python package; name a folder")
