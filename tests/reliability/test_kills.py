@@ -94,7 +94,8 @@ def test_kills_of_the_command_line(runs: Runs, toy: list[str], tmp_path: Path, w
             "fit", *toy, f"paths.run_dir={out}", "ckpt_path=last", f"data.num_workers={workers}",
             "trainer.max_steps=12", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4",
             "trainer.limit_val_batches=2", "callbacks.checkpoint.every_n_steps=2", "callbacks.progress=null",
-            "module.word_dropout=0.2", "evaluation.after_fit=true", "evaluation.max_samples=4", "evaluation.max_generated=2",
+            "module.word_dropout=0.2", "evaluation.after_fit=true", "evaluation.max_samples=4",
+            "evaluation.max_generated=2",
         ]  # fmt: skip
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
