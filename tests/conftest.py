@@ -82,7 +82,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def runs() -> Iterator["Runs"]:  # noqa: F821
+def runs() -> Iterator[Runs]:  # noqa: F821
     """Starts training runs as processes; see `forked_runs`."""
     from forked_runs import Runs
 

@@ -47,8 +47,9 @@ OURS: dict[str, type] = {
 """Constructor -> its configuration, which is its first argument."""
 
 _LOOSE: dict[str, str] = {
-    "lightning.pytorch.callbacks": "DeviceStatsMonitor EarlyStopping GradientAccumulationScheduler LearningRateMonitor "
-    "ModelCheckpoint ModelSummary RichModelSummary RichProgressBar StochasticWeightAveraging Timer TQDMProgressBar",
+    "lightning.pytorch.callbacks": "DeviceStatsMonitor EMAWeightAveraging EarlyStopping GradientAccumulationScheduler "
+    "LearningRateMonitor ModelCheckpoint ModelSummary RichModelSummary RichProgressBar StochasticWeightAveraging Timer "
+    "TQDMProgressBar WeightAveraging",
     "lightning.pytorch.loggers": "CSVLogger TensorBoardLogger WandbLogger",
     "lightning.pytorch.profilers": "AdvancedProfiler PyTorchProfiler SimpleProfiler",
     "lightning.pytorch.strategies": "DDPStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy",
