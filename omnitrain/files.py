@@ -126,6 +126,18 @@ def write_json(path: str | os.PathLike[str], value: Any, *, replace: bool = True
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", replace=replace)
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a file of JSON says.
+
+    Raises:
+        ValueError: it is none; the message names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
 def write_parquet(path: str | os.PathLike[str], table: pa.Table) -> None:
     """Write `table` as Parquet (zstd), whole or not at all."""
     import pyarrow.parquet as pq

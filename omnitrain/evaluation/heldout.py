@@ -34,11 +34,11 @@ from omnitrain.data.media import decode_image
 from omnitrain.data.sample import BadSample, Message, Sample
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import Decoding, answer_prompts
+from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, media_segments, media_swap, swap_gain
 from omnitrain.evaluation.metrics import (
     UnigramBaseline,
     bits_per_byte,
-    bootstrap_interval,
     cer,
     chrf,
     exact_match,

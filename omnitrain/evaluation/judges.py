@@ -34,7 +34,8 @@ import numpy as np
 import torch
 import torchaudio
 
-from omnitrain.evaluation.metrics import Interval, bootstrap_interval, normalise
+from omnitrain.evaluation.intervals import Interval, bootstrap_interval
+from omnitrain.evaluation.metrics import normalise
 
 JUDGE_RATE = 16_000
 """Hz; what the recogniser, the speaker encoder and wideband PESQ were made for."""

@@ -28,6 +28,7 @@ from omnitrain.data.media import MediaLimits, encode_audio
 from omnitrain.data.sample import BadSample
 from omnitrain.data.shards import Source
 from omnitrain.data.waveforms import Utterance, UtteranceReader
+from omnitrain.evaluation.intervals import Interval
 from omnitrain.evaluation.judges import (
     SpeechScores,
     Spoken,
@@ -37,7 +38,6 @@ from omnitrain.evaluation.judges import (
     score_speech,
     spoken_form,
 )
-from omnitrain.evaluation.metrics import Interval
 from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation
 from omnitrain.files import write_json, write_parquet
 from omnitrain.generation.sampling import Sampling

@@ -22,7 +22,7 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.packing import Budget
 from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.data.shards import Source
-from omnitrain.evaluation.metrics import Interval, bootstrap_interval
+from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, sample_losses
 from omnitrain.models.omni import OmniModel
 

@@ -1,20 +1,18 @@
-"""Scores of generated text and of losses, and how sure one can be of them.
+"""Scores of generated text and of losses.
 
 Text scores are the field's own: chrF (Popović 2015, via sacrebleu), word and character error rate (edit distance over
 the reference's length, via jiwer), exact match. Losses are summed in nats and told in bits per byte, which does not
-depend on the tokenizer. Intervals are percentile bootstraps, resampled over samples or over groups of samples.
+depend on the tokenizer. How sure one can be of a score: `intervals`.
 """
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 
 import jiwer
 import numpy as np
-from numpy.typing import ArrayLike
 from sacrebleu.metrics import CHRF
 
 _CHRF = CHRF()  # chrF2: characters up to 6-grams, no word n-grams, recall weighted twice
@@ -104,62 +102,3 @@ class UnigramBaseline:
         """Total negative log-likelihood of `targets`, int64 [n], in nats; negative entries are left out."""
         log_total = math.log(int(self.counts.sum()) + len(self.counts))
         return float((log_total - np.log(self.counts[targets[targets >= 0]] + 1)).sum())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean with its bootstrap interval. `n` samples in `groups` independently drawn groups."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    groups: int
-    level: float = 0.95
-
-    @property
-    def above_zero(self) -> bool:
-        return self.low > 0
-
-    def to_dict(self) -> dict[str, float | int | bool]:
-        return {**asdict(self), "above_zero": self.above_zero}
-
-
-def bootstrap_interval(
-    values: ArrayLike,
-    *,
-    groups: Iterable[str] | None = None,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap interval of a mean (Efron 1979).
-
-    Args:
-        values: float [n], one per sample.
-        groups: one name per sample, e.g. its concept. Samples of one group are not independent, so whole groups are
-            resampled (the mean stays the mean over samples); without it every sample is its own group.
-        resamples: how often the data are redrawn.
-        seed: of the redrawing; the same values and seed give the same interval.
-
-    Raises:
-        ValueError: if there are no values, or not one group per value.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1 or not len(data):
-        raise ValueError(f"an interval needs at least one value in one dimension, got shape {data.shape}")
-    if groups is None:
-        sums, sizes = data, np.ones(len(data))
-    else:
-        names, member = np.unique(np.asarray(list(groups), dtype=str), return_inverse=True)
-        if len(member) != len(data):
-            raise ValueError(f"{len(data)} values but {len(member)} groups: give one group per value")
-        sums = np.bincount(member, weights=data, minlength=len(names))
-        sizes = np.bincount(member, minlength=len(names)).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)  # [resamples, groups]
-    means = (drawn @ sums) / (drawn @ sizes)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(
-        mean=float(data.mean()), low=float(low), high=float(high), n=len(data), groups=len(sums), level=level
-    )

@@ -6,22 +6,18 @@ study (`nondegradation`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from omnitrain.evaluation.heldout import MODALITIES
-from omnitrain.evaluation.metrics import Interval, bootstrap_interval
-from omnitrain.files import write_text
-from omnitrain.reports import figures
-from omnitrain.reports.run import Run, read_run, templates
-from omnitrain.study.verdicts import (
+from omnitrain.evaluation.intervals import Interval, bootstrap_interval
+from omnitrain.evaluation.scores import (
     BITS_PER_BYTE,
     CHRF,
     EXACT_MATCH,
@@ -31,8 +27,12 @@ from omnitrain.study.verdicts import (
     WER,
     Measure,
     Scores,
+    read_table,
     scores_of,
 )
+from omnitrain.files import write_text
+from omnitrain.reports import figures
+from omnitrain.reports.run import Run, flat, read_run, templates
 
 PREDICTIONS = "eval/predictions.parquet"
 FEW_CONCEPTS = 10
@@ -171,9 +171,8 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
             settings=_settings(runs),
         )
     )
-    path = Path(out)
-    write_text(path, page)
-    return path, missing
+    write_text(out, page)
+    return Path(out), missing
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -187,10 +186,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _items(path: Path, name: str) -> pa.Table:
-    try:
-        table = pq.read_table(path, columns=list(SCORE_COLUMNS))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    table = read_table(path, SCORE_COLUMNS)
     n = len(table)
     for column, value in (("match", pa.array([""] * n)), ("arm", pa.array([name] * n)), ("seed", pa.array([0] * n))):
         table = table.append_column(column, value)
@@ -254,17 +250,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Keys of the configuration in which the runs differ, without folders."""
-    flat = [_flat(run.config) for run in runs]
-    keys = sorted({key for config in flat for key in config})
-    rows = [(key, [config.get(key, "–") for config in flat]) for key in keys]
+    configs = [flat(run.config) for run in runs]
+    keys = sorted({key for config in configs for key in config})
+    rows = [(key, [config.get(key, "–") for config in configs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1 and not key.startswith("paths.run_dir")]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = str(value)
-    return found

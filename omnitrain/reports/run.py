@@ -24,7 +24,7 @@ from omnitrain.data.media import MediaLimits, decode_video, encode_image
 from omnitrain.data.sample import BadSample, Segment
 from omnitrain.data.view import browser_media, show, spectrogram
 from omnitrain.evaluation.heldout import MODALITIES
-from omnitrain.files import write_text
+from omnitrain.files import read_json, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.mixture import mixture
 
@@ -111,17 +111,17 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
     if path := there("throughput.csv", "throughput", train):
         run.throughput = _columns(path)
     if path := there("data.json", "data mixture", "written with each checkpoint (callbacks.record)"):
-        run.data = _json(path)
+        run.data = read_json(path)
     if path := there("environment.json", "environment", train):
-        run.environment = _json(path)
+        run.environment = read_json(path)
     if _scores(run) == "heldout":
         if path := there("eval/scores.json", "held-out scores, media swap, expert load", test):
-            run.scores = _json(path)
+            run.scores = read_json(path)
         if samples and (path := there("eval/predictions.parquet", "samples and predictions", test)):
             run.predictions = pq.read_table(path).to_pylist()
     else:
         if path := there("eval/speech.json", "scores of the speech", test):
-            run.speech = _json(path)
+            run.speech = read_json(path)
         if samples and (path := there("eval/speech.parquet", "speech to listen to", test)):
             run.spoken = pq.read_table(path).to_pylist()
     # These exist only when there is something to tell.
@@ -129,13 +129,6 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
     if (path := run.folder / "skipped_steps.jsonl").is_file():
         run.skipped_steps = _json_lines(path)
     return run
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -364,14 +357,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> value as text of everything in nested mappings."""
+    found: dict[str, str] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", str(value)))
-    return rows
+        inner = isinstance(value, Mapping) and bool(value)
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": str(value)}
+    return found
 
 
 def _formatted(value: float | None, form: str) -> str:
@@ -445,7 +437,7 @@ def render(run: Run) -> str:
             mixture=mixture(run.data, run.config.get("mix"), MODALITIES) if run.data else None,
             speed=_speed(run),
             evaluation_skipped=_shares(run.scores.get("skipped", {})),
-            environment_rows=_flat(run.environment),
+            environment_rows=list(flat(run.environment).items()),
         )
     )
 

@@ -16,33 +16,14 @@ import numpy as np
 from markupsafe import Markup
 
 from omnitrain.evaluation.heldout import MODALITIES
-from omnitrain.files import write_text
+from omnitrain.evaluation.intervals import Estimate
+from omnitrain.evaluation.scores import CHRF, EXACT_MATCH, NATS_PER_TOKEN, Measure, Scores, scores_of
+from omnitrain.files import REPORT, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.run import templates
-from omnitrain.study.verdicts import (
-    ARMS,
-    CHRF,
-    EXACT_MATCH,
-    FEW_SEEDS,
-    MAIN_ROWS,
-    NATS_PER_TOKEN,
-    OMNI,
-    Comparison,
-    Detail,
-    Difference,
-    Estimate,
-    Measure,
-    RunKey,
-    Scores,
-    Study,
-    StudyRun,
-    cells,
-    collect_study,
-    details,
-    main_table,
-    read_study,
-    scores_of,
-)
+from omnitrain.study.results import Study, StudyRun, collect_study, read_study
+from omnitrain.study.spec import ARMS, MATCHES, OMNI
+from omnitrain.study.verdicts import FEW_SEEDS, MAIN_ROWS, Comparison, Detail, Difference, cells, details, main_table
 
 MATCH_TITLES = {
     "data": "Matched by data",
@@ -77,7 +58,7 @@ def write_study_report(
     study = read_study(folder)
     if collect is not None:
         collect_study(study, collect)
-    path = Path(out) if out is not None else Path(collect if collect is not None else folder) / "report.html"
+    path = Path(out) if out is not None else Path(collect if collect is not None else folder) / REPORT
     page, table = render(study)
     write_text(path, page)
     write_text(path.with_name("table.md"), table)
@@ -360,14 +341,14 @@ def missing_runs(study: Study) -> list[str]:
         for arm, by_state in states.items():
             for state, seeds in by_state.items():
                 lines.append(f"match={match} arm={arm}: seed {', '.join(map(str, seeds))} {state}")
-    for match in ("data", "compute"):
+    for match in MATCHES:
         if match not in study.matches:
             lines.append(f"match={match}: no run has begun")
     return lines
 
 
 def _repeat(study: Study) -> dict[str, Any]:
-    keys: list[RunKey] = [run.key for run in study.runs]
+    keys = [run.key for run in study.runs]
     commands = []
     for match in study.matches:
         arms = [arm for arm in ARMS if any(m == match and a == arm for m, a, _ in keys)]

@@ -12,7 +12,6 @@ one that `arm`, `match` and `seed` name, in the folder ``STUDY/MATCH/ARM/seed=N`
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -43,40 +42,10 @@ from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import OmniConfig
 from omnitrain.runs.experiment import Experiment, build_data, build_model
 from omnitrain.runs.lock import hold
-from omnitrain.study.verdicts import CURVE, ITEMS, MATCHES, RUN
+from omnitrain.study.results import CURVE, CURVE_SCHEMA, ITEMS, ITEMS_SCHEMA, RUN, csv_rows, validation_loss
+from omnitrain.study.spec import MATCHES
 from omnitrain.training.callbacks.run_record import package_versions
 from omnitrain.training.flops import BatchSizes, training_flops, training_flops_by_part
-
-_KEYS = (("match", pa.string()), ("arm", pa.string()), ("seed", pa.int64()))
-ITEMS_SCHEMA = pa.schema(
-    [
-        *_KEYS,
-        *((name, pa.string()) for name in ("id", "source", "split", "modality", "task", "concept")),
-        ("languages", pa.list_(pa.string())),
-        ("loss", pa.float64()),
-        ("tokens", pa.int64()),
-        ("bytes", pa.int64()),
-        ("exact_match", pa.bool_()),
-        ("chrf", pa.float64()),
-        ("swapped_loss", pa.float64()),
-        ("reference", pa.string()),
-        ("prediction", pa.string()),
-    ]
-)
-"""``items.parquet``: one row per held-out sample. `loss`, `swapped_loss`: nats per target token."""
-CURVE_SCHEMA = pa.schema(
-    [
-        *_KEYS,
-        ("step", pa.int64()),
-        ("tokens", pa.int64()),
-        ("flops", pa.float64()),
-        ("modality", pa.string()),
-        ("loss", pa.float64()),
-    ]
-)
-"""``curve.parquet``: one row per validation and modality. `tokens` and `flops`: trained on so far; `loss`: nats per
-target token."""
-
 
 # --- what a recipe says ----------------------------------------------------------------------------------------------
 
@@ -489,7 +458,7 @@ def run_arm(config: RunConfig, train: Callable[[RunConfig], Experiment]) -> floa
         config_hash, data_hash = check_same_study(study_dir, hashed_configuration(config), fingerprint)
         if (run_dir / ITEMS).exists():
             print(f"finished before: {run_dir}", flush=True)
-            return _validation_loss(run_dir)
+            return validation_loss(run_dir)
         sizes = sample_sizes(data, study_dir / f"sizes-{_digest([config_hash, data_hash])[:16]}.parquet")
         model = planning_model(config)
         limit = config.trainer.max_steps if config.trainer.max_steps > 0 else None
@@ -522,7 +491,7 @@ def run_arm(config: RunConfig, train: Callable[[RunConfig], Experiment]) -> floa
         _write(run_dir / CURVE, lambda partial: pq.write_table(curve, partial, compression="zstd"))
         _write_json(run_dir / RUN, record)
         _write(run_dir / ITEMS, lambda partial: pq.write_table(items, partial, compression="zstd"))
-        return _validation_loss(run_dir)
+        return validation_loss(run_dir)
 
 
 def run_configuration(config: RunConfig, study: Study, plan: Plan) -> RunConfig:
@@ -565,22 +534,12 @@ def _write_json(path: Path, value: Any) -> None:
     _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _validation_loss(run_dir: Path) -> float | None:
-    values = [row["validation/loss"] for row in _rows(run_dir / "metrics.csv") if row.get("validation/loss")]
-    return float(values[-1]) if values else None
-
-
 def _seconds(run_dir: Path) -> float | None:
     """Time in training steps, whatever process took them, and in the evaluation; None if nobody timed the steps."""
     seconds, before = 0.0, 0
     if not (run_dir / "throughput.csv").exists():
         return None
-    for row in _rows(run_dir / "throughput.csv"):
+    for row in csv_rows(run_dir / "throughput.csv"):
         seconds += float(row["seconds_per_step"]) * (int(row["step"]) - before)
         before = int(row["step"])
     return round(seconds + json.loads((run_dir / "eval" / "scores.json").read_text(encoding="utf-8"))["seconds"], 1)
@@ -598,7 +557,7 @@ def _items(run_dir: Path, keys: Mapping[str, Any]) -> pa.Table:
 
 def _curve(run_dir: Path, keys: Mapping[str, Any], plan: Plan) -> pa.Table:
     prefix, rows = "validation/loss/", []
-    for row in _rows(run_dir / "metrics.csv"):
+    for row in csv_rows(run_dir / "metrics.csv"):
         step = int(row["step"])
         rows += [
             {

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
-from omnitrain.evaluation.metrics import Interval
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -114,38 +113,6 @@ class Rule(ABC):
     def score_one(self, item: Answered) -> Scored:
         """Score one answer (rules that need the others override `score`)."""
         raise NotImplementedError(f"{type(self).__name__} scores answers together")
-
-
-def score_interval(
-    metric: Metric,
-    statistics: Sequence[Sequence[float]],
-    groups: Sequence[str],
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """A metric over items with its percentile bootstrap interval, whole groups redrawn. For a plain mean this is
-    `metrics.bootstrap_interval`; it also covers scores of a corpus (WER, BLEU), whose parts are summed first.
-
-    Args:
-        statistics: float [n, S], one row per item.  groups: one name per item.
-
-    Raises:
-        ValueError: no items, or not one group per item.
-    """
-    data = np.asarray(statistics, dtype=np.float64)
-    if data.ndim != 2 or len(data) != len(groups):
-        raise ValueError(f"{metric.name}: statistics of shape {data.shape} for {len(groups)} groups")
-    names, member = np.unique(np.asarray(list(groups), dtype=str), return_inverse=True)
-    sums = np.stack([np.bincount(member, weights=column, minlength=len(names)) for column in data.T], axis=1)
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples) @ sums  # [resamples, S]
-    scores = np.array([metric.combine(row) for row in drawn])
-    low, high = np.nanquantile(scores, [(1 - level) / 2, (1 + level) / 2]) if np.isfinite(scores).any() else (0.0, 0.0)
-    return Interval(
-        mean=metric.combine(data.sum(0)), low=float(low), high=float(high), n=len(data), groups=len(names), level=level
-    )
 
 
 # --- building items --------------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from omnitrain.data.encode import SampleEncoder
+from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.files import write_json, write_parquet
 from omnitrain.models.omni import OmniModel, sampled_weights
-from omnitrain.tasks.benchmark import Metric, score_interval
+from omnitrain.tasks.benchmark import Metric
 from omnitrain.tasks.settings import RunOptions
 
 ANSWERS_SCHEMA = pa.schema(
@@ -230,9 +231,9 @@ def measured(
     """A metric with its interval, as in ``NAME.json``; None where no item says anything about it.
 
     Args:
-        statistics: float [n, S], one row per item.  groups: one name per item, see `score_interval`.
+        statistics: float [n, S], one row per item.  groups: one name per item, see `bootstrap_interval`.
     """
-    interval = score_interval(metric, statistics, groups, seed=seed) if statistics else None
+    interval = bootstrap_interval(statistics, groups=groups, combine=metric.combine, seed=seed) if statistics else None
     if interval is None or math.isnan(interval.mean):
         return None
     return {

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from omnitrain.__main__ import main
-from omnitrain.cli.search import best_rates
 from omnitrain.config.compose import check_command_line, register_recipes
 from omnitrain.config.locations import RECIPES
+from omnitrain.study.learning_rates import best_rates
 
 MICRO = [
     "+model.thinker={layers:2,accept_hidden_layer:1,d_model:32,heads:2,kv_heads:1,ffn:32,expert_width:16}",

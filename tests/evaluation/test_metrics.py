@@ -10,10 +10,10 @@ import pytest
 import sacrebleu
 import torchmetrics.text
 
+from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.evaluation.metrics import (
     UnigramBaseline,
     bits_per_byte,
-    bootstrap_interval,
     cer,
     chrf,
     exact_match,

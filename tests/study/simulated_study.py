@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omnitrain.study.verdicts import ARMS, collect_study, read_study
+from omnitrain.study.results import collect_study, read_study
+from omnitrain.study.spec import ARMS
 
 MARGINS = {"text": 0.05, "vision": 0.10, "audio": 0.10}
 KINDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (

@@ -13,9 +13,11 @@ import pytest
 
 from omnitrain.cli.report import main
 from omnitrain.evaluation.heldout import PREDICTIONS_SCHEMA
+from omnitrain.evaluation.scores import scores_of
 from omnitrain.reports.comparison import compare_runs, write_comparison
 from omnitrain.study.report import write_study_report
-from omnitrain.study.verdicts import main_table, read_study, scores_of
+from omnitrain.study.results import read_study
+from omnitrain.study.verdicts import main_table
 from tests.study.simulated_study import simulated_items, write_study
 
 OUTSIDE = re.compile(r"""(?:src|href|url|@import)\s*[=(]\s*["']?\s*(?:https?:)?//""", re.IGNORECASE)

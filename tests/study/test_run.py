@@ -23,9 +23,8 @@ from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.settings import DataConfig
 from omnitrain.data.shards import write_shards
 from omnitrain.runs.experiment import build_data, build_experiment
+from omnitrain.study.results import CURVE_SCHEMA, ITEMS_SCHEMA
 from omnitrain.study.run import (
-    CURVE_SCHEMA,
-    ITEMS_SCHEMA,
     Planner,
     check_same_study,
     data_fingerprint,

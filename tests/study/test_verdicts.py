@@ -11,27 +11,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from omnitrain.evaluation.intervals import Estimate, crossed_interval, t_quantile
+from omnitrain.evaluation.scores import BITS_PER_BYTE, EXACT_MATCH, NATS_PER_TOKEN, SWAP_GAIN, WER, scores_of
+from omnitrain.study.results import collect_study, read_study
+from omnitrain.study.spec import ARMS
 from omnitrain.study.verdicts import (
-    ARMS,
-    BITS_PER_BYTE,
-    EXACT_MATCH,
     MAIN_ROWS,
-    NATS_PER_TOKEN,
-    SWAP_GAIN,
-    WER,
     Comparison,
-    Estimate,
     Row,
     cells,
-    collect_study,
     compare,
-    crossed_interval,
     details,
     direction,
     main_table,
-    read_study,
-    scores_of,
-    t_quantile,
     verdict,
 )
 from tests.study.simulated_study import items_table, simulated_items, write_collected_study, write_study

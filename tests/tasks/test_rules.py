@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
-from omnitrain.evaluation.metrics import bootstrap_interval
-from omnitrain.tasks.benchmark import Answered, Metric, score_interval
+from omnitrain.evaluation.intervals import bootstrap_interval
+from omnitrain.tasks.benchmark import Answered, ratio
 from omnitrain.tasks.captions import AudioCaptionRule, cider_d, mentioned
 from omnitrain.tasks.choices import (
     MathVistaRule,
@@ -42,10 +42,10 @@ def right(rule, prediction: str, **truth) -> bool:
 # --- intervals -------------------------------------------------------------------------------------------------------
 
 
-def test_interval_of_a_mean_is_the_bootstrap_of_metrics():
+def test_interval_of_a_ratio_of_sums_is_that_of_the_mean():
     rng = np.random.default_rng(1)
     values, groups = rng.random(40), [str(i // 3) for i in range(40)]
-    ours = score_interval(Metric(name="m", higher_is_better=True), [(v, 1.0) for v in values], groups, seed=5)
+    ours = bootstrap_interval([(v, 1.0) for v in values], groups=groups, combine=ratio, seed=5)
     assert ours == bootstrap_interval(values, groups=groups, seed=5)
 
 
