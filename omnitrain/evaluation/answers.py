@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.packing import Budget
-from omnitrain.evaluation.teacher_forced import evaluating, packs
+from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, evaluating, packs
 from omnitrain.generation.text import generate
 from omnitrain.models.omni import OmniModel
 
@@ -31,7 +31,7 @@ def answer_prompts(
     prompts: Sequence[EncodedSample],
     *,
     decoding: Decoding,
-    budget: Budget,
+    budget: Budget = DEFAULT_BUDGET,
     strip: bool = True,
 ) -> list[str]:
     """The answer to each prompt (`SampleEncoder.encode_prompt`), in their order.

@@ -16,7 +16,7 @@ import io
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from omnitrain.data.sample import BadSample, Message, Sample
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import Decoding, answer_prompts
 from omnitrain.evaluation.intervals import bootstrap_interval
-from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, media_segments, media_swap, swap_gain
+from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, drawn_losses, media_segments, media_swap, swap_gain
 from omnitrain.evaluation.metrics import (
     UnigramBaseline,
     bits_per_byte,
@@ -48,7 +48,7 @@ from omnitrain.evaluation.metrics import (
 )
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import HeldoutEvaluation
-from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, sample_losses
+from omnitrain.evaluation.teacher_forced import SampleLoss
 from omnitrain.files import write_json, write_parquet
 from omnitrain.models.omni import OmniModel
 
@@ -87,25 +87,11 @@ class _Meta:
     task: str
 
 
-@dataclass
-class _Tally:
-    """Samples that could not be used, by reason."""
-
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def attempt(self, make: Callable[[], EncodedSample]) -> EncodedSample | None:
-        try:
-            return make()
-        except BadSample as bad:
-            self.skipped[bad.reason] += 1
-            return None
-
-
 def _order(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big")
 
 
-def _listing(source: Source, tally: _Tally) -> Iterator[_Meta]:
+def _listing(source: Source, skipped: Counter[str]) -> Iterator[_Meta]:
     """What the source holds; shards tell it without reading messages or media."""
     light = getattr(source, "light", None)
     if light is not None:
@@ -117,7 +103,7 @@ def _listing(source: Source, tally: _Tally) -> Iterator[_Meta]:
         try:
             sample = source[index]
         except BadSample as bad:
-            tally.skipped[bad.reason] += 1
+            skipped[bad.reason] += 1
             continue
         yield _Meta(source, index, sample.id, sample.split, sample.modality, sample.task)
 
@@ -130,10 +116,10 @@ def draw(
     Returns:
         (split, modality) -> samples; the same for the same sources and seed.
     """
-    tally = _Tally(Counter() if skipped is None else skipped)
+    skipped = Counter() if skipped is None else skipped
     groups: dict[tuple[str, str], dict[str, list[_Meta]]] = defaultdict(lambda: defaultdict(list))
     for source in sources.values():
-        for meta in _listing(source, tally):
+        for meta in _listing(source, skipped):
             groups[meta.split, meta.modality][meta.task].append(meta)
     drawn: dict[tuple[str, str], list[Drawn]] = {}
     for group, tasks in sorted(groups.items()):
@@ -147,7 +133,7 @@ def draw(
             try:
                 picked.append(Drawn(meta.source[meta.index], meta.source))
             except BadSample as bad:
-                tally.skipped[bad.reason] += 1
+                skipped[bad.reason] += 1
             if queue:
                 queues.append(queue)
         if picked:
@@ -226,10 +212,10 @@ def evaluate(
     """
     tokenizer, seed, max_generated = encoder.tokenizer, settings.seed, settings.max_generated
     started = time.perf_counter()
-    tally = _Tally()
+    skipped: Counter[str] = Counter()
     groups = {
         key: [_Row(d) for d in drawn]
-        for key, drawn in draw(sources, settings.max_samples, seed=seed, skipped=tally.skipped).items()
+        for key, drawn in draw(sources, settings.max_samples, seed=seed, skipped=skipped).items()
     }
     if not groups:
         raise ValueError(f"evaluation: no sample in {', '.join(sources) or 'no source'}; check data.test_sources")
@@ -249,7 +235,7 @@ def evaluate(
         for (split, modality), rows in groups.items():
             name = f"{modality}, {split.replace('_', ' ')}"
             bar.update(task, description=f"loss: {name}")
-            counts = _score_losses(model, encoder, rows, baselines.get(modality), tally, advance)
+            counts = _score_losses(model, encoder, rows, baselines.get(modality), skipped, advance)
             if counts is not None:
                 expert_load[modality] = expert_load.get(modality, 0) + counts
             if any(media_segments(row.sample) for row in rows):
@@ -270,7 +256,7 @@ def evaluate(
             chosen = [row for row in rows if _answers(row) and row.loss is not None][:max_generated]
             for start in range(0, len(chosen), _GENERATION_BATCH):
                 part = chosen[start : start + _GENERATION_BATCH]
-                _generate(model, encoder, part, Decoding(max_new_tokens=settings.max_new_tokens), tally)
+                _generate(model, encoder, part, Decoding(max_new_tokens=settings.max_new_tokens), skipped)
                 advance(len(part))
             for row in [row for row in [*chosen, *rows] if media_segments(row.sample)][:keep_media]:
                 _keep_medium(row, encoder)
@@ -278,14 +264,14 @@ def evaluate(
 
     rows = [row for group in groups.values() for row in group if row.loss is not None]
     if not rows:
-        raise ValueError(f"evaluation: none of {n_rows} samples could be scored; skipped: {dict(tally.skipped)}")
+        raise ValueError(f"evaluation: none of {n_rows} samples could be scored; skipped: {dict(skipped)}")
     swap_records = _swap_records(swaps, groups, seed)
     scores: dict[str, Any] = {
         "scores": _score_rows(rows, seed),
         "languages": _language_rows(rows, seed),
         "media_swap": [{k: v for k, v in record.items() if k != "samples"} for record in swap_records],
         "expert_load": {modality: counts.astype(int).tolist() for modality, counts in sorted(expert_load.items())},
-        "skipped": dict(sorted(tally.skipped.items())),
+        "skipped": dict(sorted(skipped.items())),
         "settings": {
             "max_samples": settings.max_samples, "max_generated": max_generated,
             "max_new_tokens": settings.max_new_tokens, "seed": seed,
@@ -309,50 +295,39 @@ def _score_losses(
     encoder: SampleEncoder,
     rows: Sequence[_Row],
     baseline: UnigramBaseline | None,
-    tally: _Tally,
+    skipped: Counter[str],
     advance: Callable[[], None],
 ) -> np.ndarray | None:
     """Fill in losses; returns how often each expert was used, [L, E], if the model says."""
-    kept: list[_Row] = []
     counts: list[np.ndarray] = []
-
-    def encoded() -> Iterator[EncodedSample]:
-        for row in rows:
-            advance()
-            sample = tally.attempt(lambda row=row: encoder(row.sample, row.drawn.source.media_bytes))
-            if sample is None:
-                continue
-            if baseline is not None:
-                row.unigram_nats = baseline.nats(sample.labels)
-            kept.append(row)
-            yield sample
 
     def on_batch(_: int, output: Any) -> None:
         used = getattr(output, "router_counts", None)
         if used is not None and used.numel():
             counts.append(used.double().cpu().numpy())
 
-    for row, loss in zip(kept, sample_losses(model, encoded(), on_batch=on_batch), strict=True):
+    drawn = [row.drawn for row in rows]
+    losses = drawn_losses(model, encoder, drawn, skipped, on_sample=advance, on_batch=on_batch)
+    for row, loss in zip(rows, losses, strict=True):
         row.loss = loss
+        if loss is not None and baseline is not None:
+            row.unigram_nats = baseline.nats(targets(row.sample, encoder.tokenizer))
     return np.sum(counts, axis=0) if counts else None
 
 
 def _generate(
-    model: OmniModel,
-    encoder: SampleEncoder,
-    rows: Sequence[_Row],
-    decoding: Decoding,
-    tally: _Tally,
+    model: OmniModel, encoder: SampleEncoder, rows: Sequence[_Row], decoding: Decoding, skipped: Counter[str]
 ) -> None:
     prompts: list[EncodedSample] = []
     asked: list[_Row] = []
     for row in rows:
-        prompt = tally.attempt(lambda row=row: encoder.encode_prompt(row.sample, row.drawn.source.media_bytes))
-        if prompt is not None:
-            prompts.append(prompt)
+        try:
+            prompts.append(encoder.encode_prompt(row.sample, row.drawn.source.media_bytes))
+        except BadSample as bad:
+            skipped[bad.reason] += 1
+        else:
             asked.append(row)
-    answers = answer_prompts(model, encoder.tokenizer, prompts, decoding=decoding, budget=DEFAULT_BUDGET)
-    for row, answer in zip(asked, answers, strict=True):
+    for row, answer in zip(asked, answer_prompts(model, encoder.tokenizer, prompts, decoding=decoding), strict=True):
         row.prediction = answer
 
 
@@ -457,42 +432,32 @@ def _swap_records(
     records = []
     for modality in sorted({m for _, m in swaps}, key=_modality_order):
         parts = {split: swaps[split, modality] for split in sorted({s for s, m in swaps if m == modality})}
-        everyone = [swap for part in parts.values() for swap in part.swaps]
-        skipped: Counter[str] = Counter()
-        for part in parts.values():
-            skipped.update(part.skipped)
-        without = sum(part.without_partner for part in parts.values())
+        everyone = tuple(swap for part in parts.values() for swap in part.swaps)
+        whole = MediaSwap(
+            gain=swap_gain(everyone, seed=seed),
+            swaps=everyone,
+            without_partner=sum(part.without_partner for part in parts.values()),
+            skipped=dict(sum((Counter(part.skipped) for part in parts.values()), Counter())),
+        )
         tasks = {r.sample.id: r.sample.task for (_, m), rows in groups.items() if m == modality for r in rows}
-        records.append(_swap_record(modality, "all", "all", everyone, without, skipped, seed))
-        records += [
-            _swap_record(modality, split, "all", part.swaps, part.without_partner, part.skipped, seed)
-            for split, part in parts.items()
-        ]
-        if len(names := sorted(set(tasks.values()))) > 1:
-            records += [
-                _swap_record(modality, "all", task, [s for s in everyone if tasks[s.id] == task], 0, {}, seed)
-                for task in names
-            ]
+        records.append({**_swap_record(modality, "all", "all", whole), "samples": [asdict(s) for s in everyone]})
+        records += [_swap_record(modality, split, "all", part) for split, part in parts.items()]
+        names = sorted(set(tasks.values()))
+        for task in names if len(names) > 1 else ():
+            own = tuple(swap for swap in everyone if tasks[swap.id] == task)
+            part = MediaSwap(gain=swap_gain(own, seed=seed), swaps=own, without_partner=0, skipped={})
+            records.append(_swap_record(modality, "all", task, part))
     return records
 
 
-def _swap_record(
-    modality: str,
-    split: str,
-    task: str,
-    swaps: Sequence[Swap],
-    without_partner: int,
-    skipped: Mapping[str, int],
-    seed: int,
-) -> dict[str, Any]:
-    gain = swap_gain(swaps, seed=seed)
+def _swap_record(modality: str, split: str, task: str, found: MediaSwap) -> dict[str, Any]:
+    swaps = found.swaps
     return {
         "modality": modality, "split": split, "task": task, "pairs": len(swaps),
         "own": float(np.mean([s.own for s in swaps])) if swaps else None,
         "swapped": float(np.mean([s.swapped for s in swaps])) if swaps else None,
-        "gain": gain.to_dict() if gain else None,
-        "without_partner": without_partner, "skipped": dict(skipped),
-        "samples": [asdict(s) for s in swaps] if (split, task) == ("all", "all") else [],
+        "gain": found.gain.to_dict() if found.gain else None,
+        "without_partner": found.without_partner, "skipped": found.skipped, "samples": [],
     }  # fmt: skip
 
 

@@ -29,13 +29,12 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import jiwer
 import numpy as np
 import torch
 import torchaudio
 
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
-from omnitrain.evaluation.metrics import normalise
+from omnitrain.evaluation.metrics import edits, normalise
 
 JUDGE_RATE = 16_000
 """Hz; what the recogniser, the speaker encoder and wideband PESQ were made for."""
@@ -170,30 +169,11 @@ def recognise(wav: np.ndarray, sample_rate: int, grammar_words: Sequence[str] | 
     return "" if found is None else re.sub(r"\(\d+\)", "", found.hypstr)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Errors:
-    """Edits and length of one utterance, in words and in characters."""
-
-    word_edits: int
-    words: int
-    character_edits: int
-    characters: int
-
-    @staticmethod
-    def of(heard: str, text: str) -> _Errors:
-        words, characters = jiwer.process_words(text, heard), jiwer.process_characters(text, heard)
-        return _Errors(
-            word_edits=words.substitutions + words.deletions + words.insertions,
-            words=words.hits + words.substitutions + words.deletions,
-            character_edits=characters.substitutions + characters.deletions + characters.insertions,
-            characters=characters.hits + characters.substitutions + characters.deletions,
-        )
-
-
-def _rate_interval(edits: Sequence[int], lengths: Sequence[int]) -> Interval:
+def _rate_interval(counts: Sequence[tuple[int, int]]) -> Interval:
     """Total edits over total length. Every word (or character) stands for itself, with its utterance as its group:
     then the mean is the corpus's error rate, and whole utterances are redrawn."""
-    values = np.repeat(np.asarray(edits, dtype=np.float64) / np.asarray(lengths), lengths)
+    wrong, lengths = np.asarray(counts).T
+    values = np.repeat(wrong / lengths, lengths)
     return bootstrap_interval(values, groups=[str(i) for i in np.repeat(np.arange(len(lengths)), lengths)])
 
 
@@ -208,11 +188,9 @@ def error_rates(heard: Sequence[str], texts: Sequence[str]) -> tuple[Interval, I
         raise ValueError(f"{len(heard)} recognised utterances against {len(texts)} texts: give one for each")
     if empty := [text for text in texts if not spoken_form(text)]:
         raise ValueError(f"an error rate needs texts with at least one word, got {empty[0]!r}")
-    errors = [_Errors.of(spoken_form(h), spoken_form(t)) for h, t in zip(heard, texts, strict=True)]
-    return (
-        _rate_interval([e.word_edits for e in errors], [e.words for e in errors]),
-        _rate_interval([e.character_edits for e in errors], [e.characters for e in errors]),
-    )
+    pairs = [(spoken_form(text), spoken_form(said)) for text, said in zip(texts, heard, strict=True)]
+    words, characters = ([edits(*pair, characters=letters) for pair in pairs] for letters in (False, True))
+    return _rate_interval(words), _rate_interval(characters)
 
 
 # ------------------------------------------------------------------------------------------------------ whose voice

@@ -134,17 +134,8 @@ def read_recordings(sources: Mapping[str, Source], most: int) -> list[Utterance]
     Raises:
         ValueError: there is none.
     """
-    reader = UtteranceReader(sample_rate=SAMPLE_RATE, limits=MediaLimits())
-    found: list[Utterance] = []
     share = math.ceil(most / max(1, len(sources)))
-    for source in sources.values():
-        for i in range(min(share, len(source))):
-            try:
-                utterance = reader(source[i * len(source) // min(share, len(source))], source.media_bytes)
-            except BadSample:
-                continue
-            if spoken_form(utterance.text):
-                found.append(utterance)
+    found = [utterance for utterance in _every(sources, share) if spoken_form(utterance.text)]
     if not found:
         raise ValueError(f"no recording with a text in {', '.join(sources) or 'the test sources'}: nothing to judge")
     return found[:most]
@@ -172,17 +163,17 @@ def _spoken(u: Utterance, *, generated: np.ndarray, round_trip: np.ndarray | Non
 
 def _voices(judged: Sequence[str], train_sources: Mapping[str, Source]) -> Voices | None:
     """The voices of the training data; None where fewer than two are named, or a judged voice is none of them."""
-    reader = UtteranceReader(sample_rate=SAMPLE_RATE, limits=MediaLimits())
     heard: dict[str, list[tuple[np.ndarray, int]]] = {}
-    for utterance in _every(train_sources, reader):
+    for utterance in _every(train_sources):
         if utterance.voice and len(heard.setdefault(utterance.voice, [])) < RECORDINGS_PER_VOICE:
             heard[utterance.voice].append((utterance.wav, SAMPLE_RATE))
     known = len(heard) >= 2 and set(judged) <= heard.keys()
     return Voices(heard) if known else None
 
 
-def _every(sources: Mapping[str, Source], reader: UtteranceReader, most: int = 400) -> Iterator[Utterance]:
-    """Up to `most` readable recordings of each source, evenly spaced."""
+def _every(sources: Mapping[str, Source], most: int = 400) -> Iterator[Utterance]:
+    """Up to `most` recordings of each source, evenly spaced, as far as they can be read."""
+    reader = UtteranceReader(sample_rate=SAMPLE_RATE, limits=MediaLimits())
     for source in sources.values():
         count = min(most, len(source))
         for i in range(count):

@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from omnitrain.data.batch import EncodedSample
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.packing import Budget
 from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
-from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, SampleLoss, sample_losses
+from omnitrain.evaluation.teacher_forced import SampleLoss, sample_losses
 from omnitrain.models.omni import OmniModel
 
 PARTNERS = 8
@@ -154,7 +154,6 @@ def media_swap(
     *,
     own_losses: Sequence[SampleLoss | None] | None = None,
     partners: int = PARTNERS,
-    budget: Budget = DEFAULT_BUDGET,
     seed: int = 0,
     on_sample: Callable[[], None] | None = None,
 ) -> MediaSwap:
@@ -166,25 +165,24 @@ def media_swap(
         drawn: held-out samples of one modality; those without media are left out.
         own_losses: losses with the own media where they are known already (None: not scorable).
         partners: others' media that each sample is scored with.
-        budget: of a pack.
         seed: of the bootstrap; partners do not depend on it.
         on_sample: called for every encoded sample (progress).
     """
     skipped: Counter[str] = Counter()
     if own_losses is None:
-        own_losses = _losses(model, encoder, [d.sample for d in drawn], drawn, budget, skipped, on_sample)
+        own_losses = drawn_losses(model, encoder, drawn, skipped, on_sample=on_sample)
     usable = [i for i, loss in enumerate(own_losses) if loss is not None]
     partners_of = swap_partners([drawn[i].sample for i in usable], partners)
     pairs = [(i, usable[p]) for i, ps in zip(usable, partners_of, strict=True) for p in ps]
 
-    exchanged: list[Sample | None] = []
+    exchanged: list[Drawn | None] = []
     for i, p in pairs:
         try:
-            exchanged.append(with_media_of(drawn[i], drawn[p]))
+            exchanged.append(Drawn(with_media_of(drawn[i], drawn[p]), drawn[i].source))
         except BadSample as bad:
             skipped[bad.reason] += 1
             exchanged.append(None)
-    scored = _losses(model, encoder, exchanged, [drawn[i] for i, _ in pairs], budget, skipped, on_sample)
+    scored = drawn_losses(model, encoder, exchanged, skipped, on_sample=on_sample)
     found: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for (i, p), loss in zip(pairs, scored, strict=True):
         if loss is not None:
@@ -211,32 +209,39 @@ def swap_gain(swaps: Sequence[Swap], *, seed: int = 0) -> Interval | None:
     return bootstrap_interval([s.gain for s in swaps], groups=[s.concept for s in swaps], seed=seed)
 
 
-def _losses(
+def drawn_losses(
     model: OmniModel,
     encoder: SampleEncoder,
-    samples: Sequence[Sample | None],
-    drawn: Sequence[Drawn],
-    budget: Budget,
+    drawn: Sequence[Drawn | None],
     skipped: Counter[str],
-    on_sample: Callable[[], None] | None,
+    *,
+    on_sample: Callable[[], None] | None = None,
+    on_batch: Callable[[int, Any], None] | None = None,
 ) -> list[SampleLoss | None]:
-    """Losses of `samples` (None in, or not encodable: None out); media come from the source beside each."""
+    """The losses of samples, in their order; None for None, and for what cannot be encoded.
+
+    Args:
+        model: its training mode is restored.
+        skipped: samples that cannot be encoded are counted here, by reason.
+        on_sample: called for every sample (progress).
+        on_batch: see `sample_losses`.
+    """
     kept: list[int] = []
 
     def encoded() -> Iterator[EncodedSample]:
-        for i, (sample, origin) in enumerate(zip(samples, drawn, strict=True)):
+        for i, one in enumerate(drawn):
             if on_sample is not None:
                 on_sample()
-            if sample is None:
+            if one is None:
                 continue
             try:
-                numbers = encoder(sample, origin.source.media_bytes)
+                numbers = encoder(one.sample, one.source.media_bytes)
             except BadSample as bad:
                 skipped[bad.reason] += 1
                 continue
             kept.append(i)
             yield numbers
 
-    losses = sample_losses(model, encoded(), budget=budget)
+    losses = sample_losses(model, encoded(), on_batch=on_batch)
     found = dict(zip(kept, losses, strict=True))
-    return [found.get(i) for i in range(len(samples))]
+    return [found.get(i) for i in range(len(drawn))]

@@ -50,12 +50,24 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(normalise(p) == normalise(r) for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
-def _scorable(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
+def edits(reference: str, hypothesis: str, *, characters: bool = False) -> tuple[int, int]:
+    """(substitutions + deletions + insertions, length of the reference), in words or in characters. Against an empty
+    reference all that is there is wrong."""
+    if not reference:  # jiwer refuses it
+        return len(hypothesis if characters else hypothesis.split()), 0
+    found = (jiwer.process_characters if characters else jiwer.process_words)(reference, hypothesis)
+    wrong = found.substitutions + found.deletions + found.insertions
+    return wrong, found.hits + found.substitutions + found.deletions
+
+
+def _error_rate(predictions: Sequence[str], references: Sequence[str], *, characters: bool) -> float:
     _paired(predictions, references)
-    pairs = [(normalise(p), normalise(r)) for p, r in zip(predictions, references, strict=True)]
-    if not all(r for _, r in pairs):
+    counts = [
+        edits(normalise(r), normalise(p), characters=characters) for p, r in zip(predictions, references, strict=True)
+    ]
+    if not all(length for _, length in counts):
         raise ValueError("an error rate needs a reference with at least one word in every pair")
-    return [p for p, _ in pairs], [r for _, r in pairs]
+    return sum(wrong for wrong, _ in counts) / sum(length for _, length in counts)
 
 
 def wer(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -65,14 +77,12 @@ def wer(predictions: Sequence[str], references: Sequence[str]) -> float:
     Raises:
         ValueError: if a reference is empty.
     """
-    hypotheses, truths = _scorable(predictions, references)
-    return float(jiwer.wer(truths, hypotheses))
+    return _error_rate(predictions, references, characters=False)
 
 
 def cer(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Character error rate of the corpus; for scripts written without spaces. Conventions as `wer`."""
-    hypotheses, truths = _scorable(predictions, references)
-    return float(jiwer.cer(truths, hypotheses))
+    return _error_rate(predictions, references, characters=True)
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -40,11 +40,18 @@ class Item:
     options: tuple[str, ...] = ()
 
 
+class Rows(Protocol):
+    """Rows that are read one by one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class Benchmark(ABC):
     """Reads a benchmark in its own format."""
 
     @abstractmethod
-    def rows(self, path: str) -> Sequence[Any]:
+    def rows(self, path: str) -> Rows:
         """All rows, light: media are read later. `path` is that of the task.
 
         Raises:
@@ -174,7 +181,6 @@ def question(
     *,
     source: str,
     languages: tuple[str, ...] = (),
-    meta: dict[str, str] | None = None,
 ) -> Sample:
     """A sample of one user turn and its reference."""
     return Sample(
@@ -187,21 +193,18 @@ def question(
             Message(role="user", segments=tuple(segments)),
             Message(role="assistant", segments=(text(reference),)),
         ),
-        meta=meta or {},
     )
 
 
-def lettered(options: Sequence[str], form: str = "{letter}. {option}") -> str:
-    """Options below each other, with their letters.
+def lettered(options: Sequence[str]) -> str:
+    """Options below each other: ``(A) ...``.
 
     Raises:
         BadSample: ``row_invalid`` for none, or more than there are letters.
     """
     if not 1 <= len(options) <= len(LETTERS):
         raise BadSample("row_invalid", f"{len(options)} options for {len(LETTERS)} letters")
-    return "\n".join(
-        form.format(letter=letter, option=option) for letter, option in zip(LETTERS, options, strict=False)
-    )
+    return "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
 def listed(value: Any, what: str) -> list[str]:

@@ -15,7 +15,7 @@ from omnitrain.tasks.benchmark import LETTERS, Answered, Metric, Rule, Scored
 ACCURACY = Metric(name="accuracy", higher_is_better=True)
 
 
-class _Accuracy(Rule):
+class Accuracy(Rule):
     """Share of right answers."""
 
     @property
@@ -23,10 +23,10 @@ class _Accuracy(Rule):
         return (ACCURACY,)
 
     def score_one(self, item: Answered) -> Scored:
-        answer, right = self.judge(item)
+        answer, right = self.mark(item)
         return Scored(answer=answer, statistics={"accuracy": (float(right), 1.0)})
 
-    def judge(self, item: Answered) -> tuple[str | None, bool]:
+    def mark(self, item: Answered) -> tuple[str | None, bool]:
         """(the answer that was read out of the text, whether it is right)."""
         raise NotImplementedError
 
@@ -112,7 +112,7 @@ def open_is_right(answers: Sequence[str], said: Sequence[float | str]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMMURule(_Accuracy):
+class MMMURule(Accuracy):
     """``truth``: ``options`` and ``answer`` (a letter), or ``answers`` of an open question. A response that names no
     option counts as a guess, as MMMU has it; the guess is drawn from the item's id, so that it repeats.
 
@@ -122,7 +122,7 @@ class MMMURule(_Accuracy):
 
     guess: bool = True
 
-    def judge(self, item: Answered) -> tuple[str | None, bool]:
+    def mark(self, item: Answered) -> tuple[str | None, bool]:
         if "options" not in item.truth:
             said = open_answers(item.prediction)
             return " | ".join(map(str, said)), open_is_right(item.truth["answers"], said)
@@ -137,11 +137,11 @@ class MMMURule(_Accuracy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMStarRule(_Accuracy):
+class MMStarRule(Accuracy):
     """The response must begin with the letter, with ``(`` and the letter, or with "option " or "the answer is " and the
     letter; what follows is not looked at."""
 
-    def judge(self, item: Answered) -> tuple[str | None, bool]:
+    def mark(self, item: Answered) -> tuple[str | None, bool]:
         said = item.prediction.lower().replace("\n", " ").strip()
         truth = str(item.truth["answer"]).lower().strip()
         readings = [said[:1]]
@@ -160,10 +160,10 @@ _VIDEO_MME_PREFIXES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoMMERule(_Accuracy):
+class VideoMMERule(Accuracy):
     """The first capital A, B, C or D of the response, phrases such as "The best answer is" taken out first."""
 
-    def judge(self, item: Answered) -> tuple[str | None, bool]:
+    def mark(self, item: Answered) -> tuple[str | None, bool]:
         said = item.prediction.strip()
         for prefix in _VIDEO_MME_PREFIXES:
             said = said.replace(prefix, "")
@@ -187,7 +187,7 @@ def string_match(answer: str, prediction: str, options: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StringMatch(_Accuracy):
+class StringMatch(Accuracy):
     """MMAU's `string_match` on the options' texts; ``truth``: ``answer`` (the text), ``options``.
 
     Args:
@@ -196,7 +196,7 @@ class StringMatch(_Accuracy):
 
     letters: bool = False
 
-    def judge(self, item: Answered) -> tuple[str | None, bool]:
+    def mark(self, item: Answered) -> tuple[str | None, bool]:
         said, options = item.prediction, item.truth["options"]
         bare = re.fullmatch(r"\(?([A-Za-z])[).:]?", said.strip())
         if self.letters and bare and (place := LETTERS.find(bare.group(1).upper())) < len(options):
@@ -260,10 +260,10 @@ def normalised_extraction(extraction: str, truth: dict[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MathVistaRule(_Accuracy):
+class MathVistaRule(Accuracy):
     """``truth``: ``answer``, ``answer_type`` (text, integer, float, list), ``precision``, ``options`` of a choice."""
 
-    def judge(self, item: Answered) -> tuple[str | None, bool]:
+    def mark(self, item: Answered) -> tuple[str | None, bool]:
         truth = dict(item.truth)
         answer = normalised_extraction(extracted(item.prediction, truth), truth)
         return answer, answer == str(truth["answer"])
@@ -289,11 +289,11 @@ def relaxed_match(target: str, prediction: str, tolerance: float = 0.05) -> bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelaxedAccuracy(_Accuracy):
+class RelaxedAccuracy(Accuracy):
     """``truth["answers"]``: one must match."""
 
     tolerance: float = 0.05
 
-    def judge(self, item: Answered) -> tuple[str | None, bool]:
+    def mark(self, item: Answered) -> tuple[str | None, bool]:
         said = item.prediction.strip()
         return said, any(relaxed_match(str(answer), said, self.tolerance) for answer in item.truth["answers"])

@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, evaluating, packs
 from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Metric
-from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, measured
+from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, Told, measured
 from omnitrain.tasks.settings import RunOptions
 
 try:
@@ -273,11 +273,10 @@ class HarnessTask(RunnableTask):
         assert results is not None
         samples, directions = results["samples"], results.get("higher_is_better", {})
 
-        def record(label: str, pooled: Pooled) -> dict[str, Any] | None:
+        def record(label: str, task: str | None = None) -> dict[str, Any] | None:
             own = label.partition(",")[0]
             higher = next((found[own] for found in directions.values() if own in found), True)
-            metric = Metric(name=label, higher_is_better=higher)
-            return measured(metric, pooled.statistics, pooled.groups, seed=options.seed)
+            return measured(Metric(name=label, higher_is_better=higher), pooled[label, task], seed=options.seed)
 
         pooled = _pooled(samples)
         names = sorted({label for label, _ in pooled})
@@ -288,14 +287,12 @@ class HarnessTask(RunnableTask):
         return Outcome(
             rows=list(self._rows(samples)),
             metrics=[
-                found
-                for label in sorted(overall, key=lambda label: label != self.metric)
-                if (found := record(label, pooled[label, None]))
+                found for label in sorted(overall, key=lambda label: label != self.metric) if (found := record(label))
             ],
             categories=[
                 {"category": task, **found}
                 for task in (by_task if len(samples) > 1 else ())
-                if (found := record(self.metric, pooled[self.metric, task]))
+                if (found := record(self.metric, task))
             ],
             settings={"name": self.name, "metric": self.metric, **self._asked(options)},
             more={
@@ -343,18 +340,11 @@ class HarnessTask(RunnableTask):
                 }  # fmt: skip
 
 
-@dataclass(kw_only=True)
-class Pooled:
-    """A metric's statistics (sum and number of values) and group of each item."""
-
-    statistics: list[tuple[float, float]] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-
-
-def _pooled(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str | None], Pooled]:
+def _pooled(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str | None], list[Told]]:
     """Every metric that is a mean over items, or over the parts of items, of all tasks together (None) and of each:
-    (name, with its filter behind a comma; task) -> items. Others (perplexities) are the harness's business."""
-    pooled: dict[tuple[str, str | None], Pooled] = defaultdict(Pooled)
+    (name, with its filter behind a comma; task) -> sum and number of values of each item, and the item. Others
+    (perplexities) are the harness's business."""
+    pooled = defaultdict(list)
     for task, found in sorted(samples.items()):
         for sample in found:
             for name in sample["metrics"]:
@@ -364,6 +354,5 @@ def _pooled(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[st
                     continue
                 label = name if sample["filter"] == "none" else f"{name},{sample['filter']}"
                 for place in (None, task):
-                    pooled[label, place].statistics.append((float(sum(parts)), float(len(parts))))
-                    pooled[label, place].groups.append(f"{task}/{sample['doc_id']}")
+                    pooled[label, place].append(((sum(parts), len(parts)), f"{task}/{sample['doc_id']}"))
     return pooled

@@ -61,7 +61,7 @@ class MMMU(_Table):
         asked = fill(
             prompt,
             question=get(row, "question"),
-            options=lettered(options, "({letter}) {option}") if options else "",
+            options=lettered(options) if options else "",
             instruction=self.choice_instruction if choice else self.open_instruction,
         )
         segments: list[Segment] = []
@@ -133,7 +133,7 @@ class MathVista(_Table):
             prompt,
             question=get(row, "question") + (f" (Unit: {unit})" if unit else ""),
             hint=hint.format(places=places, example=", ".join(f"{n:.{precision}f}" for n in (1.2, 1.3, 1.4))),
-            options="Choices:\n" + lettered(options, "({letter}) {option}") if options else "",
+            options="Choices:\n" + lettered(options) if options else "",
         ).strip()
         return Item(
             sample=question(
@@ -227,9 +227,7 @@ class MMAU(_Table):
         options, answer = listed(get(row, "choices"), "choices"), str(get(row, "answer"))
         audio = get(row, "audio_id", "audio", "context")
         audio = audio.removeprefix("./") if isinstance(audio, str) else audio
-        asked = fill(
-            prompt, question=get(row, "question", "instruction"), options=lettered(options, "({letter}) {option}")
-        )
+        asked = fill(prompt, question=get(row, "question", "instruction"), options=lettered(options))
         return Item(
             sample=question(str(get(row, "id")), [medium("audio", audio), text(asked)], answer, source="mmau"),
             truth={"answer": answer, "options": options},
@@ -262,7 +260,7 @@ class AudioBenchChoice(_Table):
         )
         if letter is None:
             raise BadSample("row_invalid", f"the answer {answer!r} is none of the choices")
-        asked = instruction if not given else f"{instruction}\n{lettered(options, '({letter}) {option}')}"
+        asked = instruction if not given else f"{instruction}\n{lettered(options)}"
         return Item(
             sample=question(
                 str(get(row, "id", "number")),

@@ -225,15 +225,14 @@ class TaskFiles:
             shutil.rmtree(self.parts, ignore_errors=True)
 
 
-def measured(
-    metric: Metric, statistics: Sequence[Sequence[float]], groups: Sequence[str], *, seed: int
-) -> dict[str, Any] | None:
-    """A metric with its interval, as in ``NAME.json``; None where no item says anything about it.
+Told = tuple[Sequence[float], str]
+"""What one item says about a metric: statistics [S], and its group (see `bootstrap_interval`)."""
 
-    Args:
-        statistics: float [n, S], one row per item.  groups: one name per item, see `bootstrap_interval`.
-    """
-    interval = bootstrap_interval(statistics, groups=groups, combine=metric.combine, seed=seed) if statistics else None
+
+def measured(metric: Metric, told: Sequence[Told], *, seed: int) -> dict[str, Any] | None:
+    """A metric over items with its interval, as in ``NAME.json``; None where no item says anything about it."""
+    statistics, groups = [values for values, _ in told], [group for _, group in told]
+    interval = bootstrap_interval(statistics, groups=groups, combine=metric.combine, seed=seed) if told else None
     if interval is None or math.isnan(interval.mean):
         return None
     return {

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from omnitrain.data.sample import BadSample, Message, Sample
 from omnitrain.data.shards import SampleSource
-from omnitrain.evaluation.metrics import normalise
+from omnitrain.evaluation.metrics import edits, normalise
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, text
-from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics, edits
+from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Shards(Benchmark):
     split: str = "heldout_cell"
     where: Mapping[str, Any] | None = None
 
-    def rows(self, path: str) -> Sequence[Sample]:
-        return _Answerable(SampleSource(path, split=self.split, where=self.where))
+    def rows(self, path: str) -> SampleSource:
+        return SampleSource(path, split=self.split, where=self.where)
 
     def item(self, row: Sample, prompt: str) -> Item:
         if not row.messages or row.messages[-1].role != "assistant":
@@ -36,17 +36,6 @@ class Shards(Benchmark):
             category=">".join([row.task, *row.languages]),
             group=row.concept,
         )
-
-
-class _Answerable(Sequence):
-    def __init__(self, source: SampleSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.source[index]
 
 
 def _asking(sample: Sample, prompt: str) -> Sample:

@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
+from omnitrain.evaluation.metrics import edits
 from omnitrain.tasks.benchmark import (
     Answered,
     Benchmark,
@@ -72,15 +72,6 @@ class ErrorRate(Rule):
         normalise = speech_normaliser(self.language)
         said, heard = normalise(str(item.truth["text"])).strip(), normalise(item.prediction).strip()
         return Scored(answer=heard, statistics={self.metrics[0].name: edits(said, heard)})
-
-
-def edits(reference: str, hypothesis: str) -> tuple[float, float]:
-    """(substitutions + deletions + insertions, words of the reference)."""
-    if not reference:  # jiwer refuses empty references; all that was heard is wrong
-        return float(len(hypothesis.split())), 0.0
-    found = jiwer.process_words(reference, hypothesis)
-    wrong = found.substitutions + found.deletions + found.insertions
-    return float(wrong), float(found.hits + found.substitutions + found.deletions)
 
 
 def bleu_from(sums: np.ndarray) -> float:

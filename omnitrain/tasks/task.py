@@ -19,7 +19,7 @@ from omnitrain.data.shards import MediaReader
 from omnitrain.evaluation.answers import Decoding, answer_prompts
 from omnitrain.evaluation.heldout import prompt_text
 from omnitrain.evaluation.progress import progress_bar
-from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, sample_losses
+from omnitrain.evaluation.teacher_forced import sample_losses
 from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule
 from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, measured
@@ -148,7 +148,7 @@ class Task(RunnableTask):
                 for row, found in zip(rows, scored, strict=True)
                 if metric.name in found.statistics and category in (None, row["category"])
             ]
-            return measured(metric, [values for values, _ in told], [group for _, group in told], seed=seed)
+            return measured(metric, told, seed=seed)
 
         return Outcome(
             rows=[
@@ -194,9 +194,7 @@ def _predictions(
                 prompts.append((index, encoder.encode_prompt(item.sample, media)))
         except BadSample as error:
             bad(error, item.sample.id)
-    answers = answer_prompts(
-        model, encoder.tokenizer, [prompt for _, prompt in prompts], decoding=task.decoding, budget=DEFAULT_BUDGET
-    )
+    answers = answer_prompts(model, encoder.tokenizer, [prompt for _, prompt in prompts], decoding=task.decoding)
     for (index, _), answer in zip(prompts, answers, strict=True):
         found[index] = answer
     return found

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from omnitrain.data.sample import BadSample, Message, Role, Sample
-from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, text
-from omnitrain.tasks.choices import ACCURACY
+from omnitrain.tasks.benchmark import Answered, Benchmark, Item, fill, get, text
+from omnitrain.tasks.choices import Accuracy
 from omnitrain.tasks.tables import read_table
 
 _TYPES: dict[str, type] = {
@@ -49,11 +49,6 @@ def _plain(value: Any) -> Any:
     return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if isinstance(value, str) else value
 
 
-def _same(value: Any, allowed: Any) -> bool:
-    """Python's equality on plain values; BFCL compares with ``in``, so 1 equals 1.0 here too."""
-    return value == allowed
-
-
 def _usual_type(allowed: Sequence[Any]) -> type | None:
     """The type of the values in the answer; None if they only say that the argument may be left out."""
     return next((type(value) for value in allowed if value != ""), None)
@@ -74,10 +69,7 @@ def _dict_matches(value: Mapping[str, Any], allowed: Sequence[Any]) -> bool:
     for one in allowed:
         if not isinstance(one, Mapping):
             continue
-        given = all(
-            key in one and any(_same(_plain(entry), _plain(option)) for option in one[key])
-            for key, entry in value.items()
-        )
+        given = all(key in one and _plain(entry) in map(_plain, one[key]) for key, entry in value.items())
         if given and all(key in value or "" in options for key, options in one.items()):
             return True
     return False
@@ -92,7 +84,7 @@ def value_matches(value: Any, allowed: Sequence[Any], schema: Mapping[str, Any])
         return False
     usual = _usual_type(allowed)
     if usual is not None and usual is not kind:  # the answer is the name of a variable
-        return any(_same(value, option) for option in allowed)
+        return value in allowed
     if kind is dict:
         return _dict_matches(value, allowed)
     if kind is list and inner is dict:
@@ -106,7 +98,7 @@ def value_matches(value: Any, allowed: Sequence[Any], schema: Mapping[str, Any])
         plain = [_plain(entry) for entry in value]
         # An argument that may be left out ("") may also be an empty list: BFCL reads "" as a list without entries.
         return any(plain == [_plain(entry) for entry in one] for one in allowed if isinstance(one, list | str))
-    return any(_same(_plain(value), _plain(option)) for option in allowed if type(option) is not str or kind is str)
+    return _plain(value) in [_plain(option) for option in allowed if type(option) is not str or kind is str]
 
 
 def call_matches(call: Mapping[str, Any], answer: Mapping[str, Any], functions: Sequence[Mapping[str, Any]]) -> bool:
@@ -144,18 +136,15 @@ def calls_match(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToolCallRule(Rule):
+class ToolCallRule(Accuracy):
     """``truth``: ``functions`` and ``answers``."""
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return (ACCURACY,)
-
-    def score_one(self, item: Answered) -> Scored:
+    def mark(self, item: Answered) -> tuple[str | None, bool]:
         calls = parse_calls(item.prediction)
-        right = calls is not None and calls_match(calls, item.truth["answers"], item.truth["functions"])
-        answer = None if calls is None else json.dumps(calls, ensure_ascii=False)
-        return Scored(answer=answer, statistics={"accuracy": (float(right), 1.0)})
+        if calls is None:
+            return None, False
+        right = calls_match(calls, item.truth["answers"], item.truth["functions"])
+        return json.dumps(calls, ensure_ascii=False), right
 
 
 @dataclass(frozen=True, kw_only=True)
