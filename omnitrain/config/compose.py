@@ -94,7 +94,10 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         run_dir, hydra_arguments = _split_run_dir(arguments)
         hydra_arguments = _readable_arguments(read_stage_overrides(hydra_arguments))
         register_recipes(hydra_arguments)
-        check_command_line(hydra_arguments, "config" if run_dir is None else _register_run(run_dir))
+        if run_dir is None:
+            check_command_line(hydra_arguments)
+        else:
+            check_command_line(hydra_arguments, _register_run(run_dir), run_dir)
     except ConfigError as error:
         print("error: " + printable(error, keep="\n"), file=sys.stderr)
         return 1
@@ -244,8 +247,9 @@ def readable(overrides: list[str], *, sweep: bool) -> list[str]:
 # --- checking a command line -----------------------------------------------------------------------------------------
 
 
-def check_command_line(arguments: list[str], config_name: str = "config") -> None:
-    """Compose what `arguments` ask for and pass it through the door, without importing anything that it names.
+def check_command_line(arguments: list[str], config_name: str = "config", run_dir: Path | None = None) -> None:
+    """Compose what `arguments` ask for and pass it through the door, without importing anything that it names. Who
+    names a run folder, `run_dir`, asks for what is written there, wherever it lies.
 
     Raises:
         ConfigError: it does not compose; the message has the nearest valid key or option.
@@ -258,7 +262,7 @@ def check_command_line(arguments: list[str], config_name: str = "config") -> Non
         for overrides in _single_jobs(args.overrides):
             cfg = _composed(overrides, config_name)
             if args.cfg is None:
-                _read(cfg, args.overrides)
+                _read(cfg, args.overrides if run_dir is None else [*args.overrides, f"paths.run_dir={run_dir}"])
         known = [*cfg, *GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)]
         for text in args.overrides:  # "+recpe=quickstart" would add a key that nobody reads
             key, _, value = text.lstrip("+").partition("=")

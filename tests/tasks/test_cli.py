@@ -96,7 +96,7 @@ def test_the_task_of_the_documentation(run_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "own" / "eval").mkdir(parents=True)
     (tmp_path / "own" / "eval" / "birds.yaml").write_text(config)
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
-    monkeypatch.setenv("OMNITRAIN_TARGETS", "mypackage")
+    monkeypatch.setattr("omnitrain.config.targets.OWN_PACKAGES", ("mypackage",))  # read once, at the start
     recording(tmp_path / "a.flac")
     (tmp_path / "birds.csv").write_text("id,file,place,bird\n1,a.flac,here,robin\n")
     own = ["--config-dir", str(tmp_path / "own"), "+eval=birds", f"eval.path={tmp_path / 'birds.csv'}"]
