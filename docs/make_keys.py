@@ -8,8 +8,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from omnitrain.study.spec import StudySpec
-
 from omnitrain.config import run_config
 from omnitrain.config.hydra_keys import CONSTRUCTORS as OF_HYDRA
 from omnitrain.config.targets import LOOSE, OURS
@@ -17,6 +15,7 @@ from omnitrain.config.typed import annotations
 from omnitrain.data import settings as data_settings
 from omnitrain.evaluation.settings import SETTINGS
 from omnitrain.models import sizes
+from omnitrain.study.spec import StudySpec
 from omnitrain.tasks.settings import BenchmarkRun
 
 PAGE = Path(__file__).parent / "keys.md"

@@ -115,8 +115,8 @@ class Quantized:
     codes: int64 [B, T, Q], of all codebooks, whether in use or not.
     semantic: [B, T, D], the share of codebook 0 in `quantized`, for a loss that gives it its meaning.
     n_used: int64 [B], codebooks from the first that `quantized` sums.
-    commitment: fp32 [Q], mean squared distance of what a codebook was given from what it made of it, over the samples
-        that use it; 0 where none does. The gradient goes to the latents alone.
+    given, chosen: fp32 [Q, B, T, d], what each codebook was given (with a gradient to the latents) and its nearest
+        vectors, for a loss that holds the two together.
     histogram: int64 [Q, K], how often each code was chosen. Histograms of batches and ranks may be added up.
     """
 
@@ -124,7 +124,8 @@ class Quantized:
     codes: Tensor
     semantic: Tensor
     n_used: Tensor
-    commitment: Tensor
+    given: Tensor
+    chosen: Tensor
     histogram: Tensor
 
     @property
@@ -181,8 +182,8 @@ class Codebooks(nn.Module):
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
     def forward(self, latent: Tensor, n_used: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """latent [B, T, D], n_used int64 [B] of these codebooks -> quantized [B, T, D], codes int64 [B, T, n],
-        commitment [n], histogram int64 [n, K]. In training mode the codebooks are updated after use."""
+        """latent [B, T, D], n_used int64 [B] of these codebooks -> quantized [B, T, D], codes int64 [B, T, n], given
+        and chosen fp32 [n, B, T, d], histogram int64 [n, K]. In training mode the codebooks are updated after use."""
         z = self.input_proj(latent).float()  # distances and averages in fp32, whatever the model's precision
         if self.training and not self.initialised:
             self._initialise(rearrange(z.detach(), "b t d -> (b t) d"), generator)
@@ -191,9 +192,6 @@ class Codebooks(nn.Module):
 
         # What codebook i was given is z less what the ones before it made; only z has a gradient.
         given = z + (residuals - z.detach())  # [n, B, T, d]
-        distance = (given - chosen).square().mean(dim=(2, 3))  # [n, B]
-        commitment = (distance * used).sum(dim=1) / used.sum(dim=1).clamp_min(1)
-
         total = (chosen * used[:, :, None, None]).sum(dim=0)
         straight = z + (total - z).detach()
         # A sample that uses none of these codebooks gets nothing from them, and gives their projection no gradient.
@@ -201,7 +199,7 @@ class Codebooks(nn.Module):
         histogram = torch.stack([torch.bincount(c.flatten(), minlength=self.counts.shape[1]) for c in codes.unbind(-1)])
         if self.training:
             self._update(rearrange(residuals, "n b t d -> n (b t) d"), rearrange(codes, "b t n -> n (b t)"), generator)
-        return self.output_proj(straight.to(latent.dtype)), codes, commitment, histogram
+        return self.output_proj(straight.to(latent.dtype)), codes, given, chosen, histogram
 
     def encode(self, latent: Tensor) -> Tensor:
         """[B, T, D] -> int64 [B, T, n]"""
@@ -342,17 +340,17 @@ class ResidualVectorQuantizer(nn.Module):
             generator: of the random draws in training mode; default: the global one of the CPU.
         """
         n_used = self._n_used(latent, n_quantizers, generator)
-        semantic, semantic_codes, semantic_commitment, semantic_histogram = self.semantic(
-            latent, torch.ones_like(n_used), generator
-        )
-        acoustic, codes, commitment, histogram = self.acoustic(latent, n_used - 1, generator)
+        semantic, *of_semantic = self.semantic(latent, torch.ones_like(n_used), generator)
+        acoustic, *of_acoustic = self.acoustic(latent, n_used - 1, generator)
+        codes, given, chosen, histogram = zip(of_semantic, of_acoustic, strict=True)
         return Quantized(
             quantized=semantic + acoustic,
-            codes=torch.cat([semantic_codes, codes], dim=-1),
+            codes=torch.cat(codes, dim=-1),
             semantic=semantic,
             n_used=n_used,
-            commitment=torch.cat([semantic_commitment, commitment]),
-            histogram=torch.cat([semantic_histogram, histogram]),
+            given=torch.cat(given),
+            chosen=torch.cat(chosen),
+            histogram=torch.cat(histogram),
         )
 
     def encode(self, latent: Tensor) -> Tensor:

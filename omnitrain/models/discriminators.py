@@ -1,4 +1,4 @@
-"""Judges of waveforms, for adversarial training of the codec. They are training aids: no public checkpoint has them.
+"""Discriminators of waveforms, training aids of the codec: no public checkpoint has them.
 
 Two kinds, because each hears what the other misses: folded waveforms show periodic errors (pitch, buzz), complex
 spectrograms at several resolutions show smeared harmonics and missing noise.
@@ -6,6 +6,7 @@ spectrograms at several resolutions show smeared harmonics and missing noise.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from omnitrain.models.sizes import DiscriminatorConfig
+
+Opinion = tuple[Tensor, list[Tensor]]
+"""Score map, and the features of each layer."""
 
 
 class PeriodDiscriminator(nn.Module):
@@ -29,15 +33,11 @@ class PeriodDiscriminator(nn.Module):
         )
         self.out = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
 
-    def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, wav: Tensor) -> Opinion:
         """wav [B, S] -> score map, features of each layer"""
         wav = F.pad(wav, (0, -wav.shape[-1] % self.period), mode="reflect")
         x = rearrange(wav, "b (t p) -> b 1 t p", p=self.period)
-        features = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.1)
-            features.append(x)
-        return self.out(x), features
+        return _opinion(x, self.convs, self.out, 0.1)
 
 
 class STFTDiscriminator(nn.Module):
@@ -56,28 +56,31 @@ class STFTDiscriminator(nn.Module):
         self.convs = nn.ModuleList(weight_norm(conv) for conv in convs)
         self.out = weight_norm(nn.Conv2d(width, 1, (3, 3), padding=(1, 1)))
 
-    def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, wav: Tensor) -> Opinion:
         """wav [B, S] -> score map, features of each layer"""
         spectrum = torch.stft(
             wav, self.window, self.window // 4, window=self.hann, normalized=True, return_complex=True
         )
         x = rearrange(torch.view_as_real(spectrum), "b f t c -> b c t f")
-        features = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.2)
-            features.append(x)
-        return self.out(x), features
+        return _opinion(x, self.convs, self.out, 0.2)
 
 
-class Discriminators(nn.Module):
-    """All judges. `forward(wav [B, S])` gives each one's score map and features."""
+def _opinion(x: Tensor, convs: Iterable[nn.Module], out: nn.Module, slope: float) -> Opinion:
+    features = []
+    for conv in convs:
+        x = F.leaky_relu(conv(x), slope)
+        features.append(x)
+    return out(x), features
+
+
+class Discriminators(nn.ModuleList):
+    """All of them. `forward(wav [B, S])` gives each one's score map and features."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
-        super().__init__()
-        self.judges = nn.ModuleList(
+        super().__init__(
             [PeriodDiscriminator(period, config.period_width) for period in config.periods]
             + [STFTDiscriminator(window, config.stft_width) for window in config.stft_windows]
         )
 
-    def forward(self, wav: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
-        return [judge(wav) for judge in self.judges]
+    def forward(self, wav: Tensor) -> list[Opinion]:
+        return [discriminator(wav) for discriminator in self]

@@ -139,7 +139,7 @@ class MTP(nn.Module):
         codes = torch.empty(batch, c.codebooks - 1, dtype=torch.int64, device=first.device)
         total = torch.zeros_like(first)
         x, start = torch.stack([talker_hidden.to(first.dtype), first], dim=1), 0  # [B, 2, D], then [B, 1, D]
-        # The first step reads two positions at once, the Talker's state and code 0; every later one the last code.
+        # The first step reads two positions, the Talker's state and code 0; every later one the code just chosen.
         for q in range(c.codebooks - 1):
             end = start + x.shape[1]
             rope = cos[start:end].repeat(batch, 1), sin[start:end].repeat(batch, 1)

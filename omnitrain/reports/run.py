@@ -240,7 +240,9 @@ def _media(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 SIGNALS = {"reference": "recording", "round_trip": "codec round trip", "generated": "generated"}
-CODEC_TERMS = {f"train/{name}": name for name in ("mel", "waveform", "commitment", "content", "features", "judges")}
+CODEC_TERMS = {
+    f"train/{name}": name for name in ("mel", "waveform", "commitment", "content", "features", "discriminators")
+}
 CODEC_VALIDATION = {
     "validation/mel": "mel distance",
     "validation/waveform": "waveform",

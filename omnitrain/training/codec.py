@@ -1,4 +1,4 @@
-"""Training of the codec: encoder, quantizer and Code2Wav against spectrograms, judges and the spoken text.
+"""Training of the codec: encoder, quantizer and Code2Wav against spectrograms, discriminators and the spoken text.
 
 Two optimizers take turns, so the optimisation is manual. A step is counted once (the generator's), `trainer.max_steps`
 and schedules count the same thing as everywhere else.
@@ -22,8 +22,10 @@ from omnitrain.models.discriminators import Discriminators
 from omnitrain.training.codec_losses import (
     ContentHead,
     MelDistance,
-    generator_losses,
-    judge_loss,
+    feature_matching_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    rvq_commitment_loss,
     si_sdr,
 )
 from omnitrain.training.module import TrainingModule
@@ -88,13 +90,13 @@ class CodecModule(TrainingModule):
         output = self.model(batch.wav)
         terms = self._reconstruction(output, batch)
         if adversarial:
-            self._judge_step(batch.wav, output.wav.detach(), optimizers[1])
+            self._discriminator_step(batch.wav, output.wav.detach(), optimizers[1])
             self.discriminators.requires_grad_(False)
             with torch.no_grad():
                 real = self.discriminators(batch.wav)
-            hinge, features = generator_losses(real, self.discriminators(output.wav))
+            fake = self.discriminators(output.wav)
             self.discriminators.requires_grad_(True)
-            terms |= {"adversarial": hinge, "features": features}
+            terms |= {"adversarial": gan_generator_loss(fake), "features": feature_matching_loss(real, fake)}
         weights = vars(config)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         optimizers[0].zero_grad()
@@ -122,19 +124,19 @@ class CodecModule(TrainingModule):
             self._log_row(self.global_step)
 
     def _reconstruction(self, output: Any, batch: WaveBatch) -> dict[str, Tensor]:
-        """The terms that need no judge."""
+        """The terms that need no discriminator."""
         terms = {
             "mel": self.mel(output.wav, batch.wav),
             "waveform": (output.wav - batch.wav).abs().mean(),
-            "commitment": output.commitment.mean(),
+            "commitment": rvq_commitment_loss(output.given, output.chosen, output.n_used).mean(),
         }
         content = self.content(output.semantic, batch.spans) if self.loss_config.content else None
         if content is not None:
             terms["content"] = content
         return terms
 
-    def _judge_step(self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer) -> None:
-        loss = judge_loss(self.discriminators(real), self.discriminators(fake))
+    def _discriminator_step(self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer) -> None:
+        loss = gan_discriminator_loss(self.discriminators(real), self.discriminators(fake))
         optimizer.zero_grad()
         self.manual_backward(loss)
         torch.nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip)
@@ -142,7 +144,7 @@ class CodecModule(TrainingModule):
             group["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         # Past Lightning's wrapper, which would count this as a second step of training.
         optimizer.optimizer.step()
-        self._add("judges", float(loss.detach()), 1.0)
+        self._add("discriminators", float(loss.detach()), 1.0)
 
     def _add(self, name: str, value: float, count: float) -> None:
         before = self._sums.get(name, (0.0, 0.0))
@@ -171,7 +173,7 @@ class CodecModule(TrainingModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optim_config
-        codec, judges = (
+        codec, discriminators = (
             torch.optim.AdamW(
                 [p for p in parameters if p.requires_grad],
                 lr=config.lr,
@@ -186,8 +188,8 @@ class CodecModule(TrainingModule):
         )
         factor = schedule_factor(config, config.total_steps or self.trainer.max_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(codec, factor)
-        self.remember_configured(codec, judges)
-        return [codec, judges], [schedule]
+        self.remember_configured(codec, discriminators)
+        return [codec, discriminators], [schedule]
 
     # ------------------------------------------------------------------ evaluation
 

@@ -1,4 +1,4 @@
-"""What the codec minimises: distances of spectrograms and waveforms, the judges' verdicts, the words in codebook 0."""
+"""What the codec minimises: distances of spectrograms and waveforms, what discriminators say, words in codebook 0."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
-Judgement = list[tuple[Tensor, list[Tensor]]]
-"""Per judge: score map, features (`Discriminators.forward`)."""
+from omnitrain.models.discriminators import Opinion
+
+Opinions = Sequence[Opinion]
+"""What each of `Discriminators` says of the same audio."""
 
 
 class MelDistance(nn.Module):
     """Mean absolute difference of log10-mel spectrograms, mean over resolutions.
 
-    As in Kumar et al. 2023 (arXiv 2306.06546, section 3.4): short windows judge attacks, long ones harmonics.
+    As in Kumar et al. 2023 (arXiv 2306.06546, section 3.4): short windows see attacks, long ones harmonics.
     """
 
     def __init__(self, sample_rate: int, windows: Sequence[int], n_mels: Sequence[int], floor: float = 1e-5) -> None:
@@ -46,22 +48,51 @@ class MelDistance(nn.Module):
         return torch.stack(distances).mean()
 
 
-def judge_loss(real: Judgement, fake: Judgement) -> Tensor:
-    """Hinge loss of the judges (Lim & Ye 2017, arXiv 1705.02894), mean over judges. `fake` must be detached audio."""
+def gan_discriminator_loss(real: Opinions, fake: Opinions) -> Tensor:
+    """What the discriminators minimise: the hinge loss (Lim & Ye 2017, arXiv 1705.02894), mean over discriminators.
+
+        max(0, 1 - D(x)) + max(0, 1 + D(G(x)))
+
+    `fake` is of detached audio: the generator learns from `gan_generator_loss` alone.
+    """
     terms = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for (r, _), (f, _) in zip(real, fake, strict=True)]
     return torch.stack(terms).mean()
 
 
-def generator_losses(real: Judgement, fake: Judgement) -> tuple[Tensor, Tensor]:
-    """The generator's hinge loss, and feature matching: mean absolute difference of the judges' features relative to
-    the mean size of the real ones (Kumar et al. 2019, arXiv 1910.06711; scaled as in EnCodec)."""
-    hinge = torch.stack([-f.mean() for f, _ in fake]).mean()
+def gan_generator_loss(fake: Opinions) -> Tensor:
+    """What the codec minimises against them: -D(G(x)), mean over discriminators (Lim & Ye 2017, arXiv 1705.02894)."""
+    return torch.stack([-f.mean() for f, _ in fake]).mean()
+
+
+def feature_matching_loss(real: Opinions, fake: Opinions) -> Tensor:
+    """Mean over discriminators and layers of |D_l(x) - D_l(G(x))| / mean |D_l(x)| (Kumar et al. 2019, arXiv 1910.06711;
+    scaled as in EnCodec, arXiv 2210.13438, section 3.4)."""
     matching = [
         (a.detach() - b).abs().mean() / a.detach().abs().mean().clamp(min=1e-6)
         for (_, fa), (_, fb) in zip(real, fake, strict=True)
         for a, b in zip(fa, fb, strict=True)
     ]
-    return hinge, torch.stack(matching).mean()
+    return torch.stack(matching).mean()
+
+
+def rvq_commitment_loss(given: Tensor, chosen: Tensor, n_used: Tensor) -> Tensor:
+    """What holds the encoder to its codes (van den Oord et al. 2017, arXiv 1711.00937, eq. 3; residual: SoundStream,
+    arXiv 2107.03312).
+
+        L_q = mean of (r_q - sg[e_q])^2,   r_q = z - sum_{p < q} sg[e_p]
+
+    over the samples that use codebook q; 0 where none does. The gradient goes to the latents z alone: the codebooks are
+    moving averages.
+
+    Args:
+        given: r, fp32 [Q, B, T, d].  chosen: e, the same shape.  n_used: int64 [B], codebooks in use (see `Quantized`).
+
+    Returns:
+        fp32 [Q]
+    """
+    used = torch.arange(len(given), device=given.device)[:, None] < n_used  # [Q, B]
+    distance = (given - chosen).square().mean(dim=(2, 3))
+    return (distance * used).sum(dim=1) / used.sum(dim=1).clamp_min(1)
 
 
 class ContentHead(nn.Module):

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
+from omnitrain.models.talker import Talker, TalkerInputs
 
 
 def balance_loss(share: Tensor, probability: Tensor, *, pool_layers: bool = False) -> Tensor:
@@ -38,6 +40,46 @@ def balance_loss(share: Tensor, probability: Tensor, *, pool_layers: bool = Fals
     if pool_layers:
         return n_experts * (share.mean(0) * probability.mean(0)).sum()
     return n_experts / n_layers * (share * probability).sum()
+
+
+def mtp_loss(hidden: Tensor, heads: Tensor, codes: Tensor, *, chunk: int = 1024) -> Tensor:
+    """What MTP minimises: the codes of a frame after the first, each from those before it (report, section 2.4).
+
+        nll_q = - sum_f log softmax(heads[q - 1] hidden[f, q - 1])[codes[f, q]],   q = 1 .. Q - 1
+
+    Args:
+        hidden: [F, Q - 1, D], see `MTP.forward`.  heads: [Q - 1, K, D].  codes: int64 [F, Q].
+        chunk: positions per cross-entropy product.
+
+    Returns:
+        fp32 [Q - 1], in nats, summed over the frames.
+    """
+    return torch.stack(
+        [
+            chunked_cross_entropy(hidden[:, q], head, codes[:, q + 1], chunk=chunk).sum()
+            for q, head in enumerate(heads)  # each codebook has a head of its own
+        ]
+    )
+
+
+def talker_loss(
+    talker: Talker, hidden: Tensor, inputs: TalkerInputs, *, residual: float = 1.0, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """What Talker and MTP minimise together (report, section 2.4).
+
+        L = nll_0 + residual / (Q - 1) * sum_{q >= 1} nll_q
+
+    nll_0: codebook 0 (or the end of speech) at every frame, from the Talker's hidden states; nll_q: `mtp_loss`.
+
+    Args:
+        hidden: [T, D], the Talker's output for `inputs`.  residual: weight of the mean over MTP's codebooks.
+
+    Returns:
+        L, and nll [Q] of every codebook; in nats, summed over the frames.
+    """
+    first = chunked_cross_entropy(hidden, talker.codec_head.weight, inputs.labels, chunk=chunk).sum()
+    rest = mtp_loss(talker.residual_hidden(hidden, inputs), talker.mtp.code_head, inputs.codes, chunk=chunk)
+    return first + residual * rest.mean(), torch.cat([first[None], rest])
 
 
 def sample_of_token(batch: PackedBatch) -> Tensor:

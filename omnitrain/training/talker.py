@@ -14,10 +14,9 @@ from torch import Tensor
 
 from omnitrain.config.run_config import THINKER_PARTS, OptimConfig, TalkerLossConfig, TalkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch, SpokenAnswers
-from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.talker import Talker, TalkerInputs
-from omnitrain.training.losses import BatchLosses, RouterUse
+from omnitrain.training.losses import BatchLosses, RouterUse, talker_loss
 from omnitrain.training.thinker import ThinkerModule
 
 
@@ -75,15 +74,9 @@ class TalkerModule(ThinkerModule):
         words = self.model.thinker.embed_tokens
         x = talker.embed(inputs, words, None if accept_hidden is None else accept_hidden.to(words.weight.dtype))
         output = talker(x, inputs.position_ids, inputs.cu_seqlens)
-        first = chunked_cross_entropy(output.hidden, talker.codec_head.weight, inputs.labels, chunk=config.chunk)
-        residual_hidden = talker.residual_hidden(output.hidden, inputs)  # [F, Q - 1, D]
-        residual = [
-            chunked_cross_entropy(residual_hidden[:, q], head, inputs.codes[:, q + 1], chunk=config.chunk).sum()
-            for q, head in enumerate(talker.mtp.code_head)
-        ]
-        n_frames, n_targets = len(inputs.codes), int((inputs.labels != IGNORE).sum())
-        total = first.sum() + config.residual * torch.stack(residual).mean()
-        by_codebook = [(first.sum(), n_targets), *((nll, n_frames) for nll in residual)]
+        total, by_codebook = talker_loss(talker, output.hidden, inputs, residual=config.residual, chunk=config.chunk)
+        n_targets = int((inputs.labels != IGNORE).sum())
+        counted = [n_targets, *[len(inputs.codes)] * (len(by_codebook) - 1)]
         return BatchLosses(
             total=total,
             weight=torch.tensor(float(n_targets), device=total.device),
@@ -93,8 +86,8 @@ class TalkerModule(ThinkerModule):
                 )
             },
             groups=[
-                (("speech", f"codebook_{q}"), (float(nll.detach()), float(n), 0.0, float(len(spoken.samples))))
-                for q, (nll, n) in enumerate(by_codebook)
+                (("speech", f"codebook_{q}"), (nll, float(n), 0.0, float(len(spoken.samples))))
+                for q, (nll, n) in enumerate(zip(by_codebook.tolist(), counted, strict=True))
             ],
         )
 

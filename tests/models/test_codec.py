@@ -16,6 +16,7 @@ from torch import Tensor
 
 from omnitrain.models.code2wav import Code2Wav, Code2WavConfig
 from omnitrain.models.codec import Codebooks, Codec, CodecConfig, CodecEncoder, ResidualVectorQuantizer, perplexity
+from omnitrain.training.codec_losses import rvq_commitment_loss
 
 DECODER = Code2WavConfig(
     quantizers=4,
@@ -72,7 +73,9 @@ def test_the_moving_averages_against_explicit_sums() -> None:
     books.train()(torch.randn(2, 40, 24), torch.full((2,), 3), None)  # initialises
     before = {name: buffer.clone().double().numpy() for name, buffer in books.named_buffers()}
     latent = torch.randn(2, 30, 24)
-    _, codes, commitment, histogram = books(latent, torch.tensor([3, 1]), None)
+    n_used = torch.tensor([3, 1])
+    _, codes, given, chosen_vectors, histogram = books(latent, n_used, None)
+    commitment = rvq_commitment_loss(given, chosen_vectors, n_used)
 
     x = books.input_proj(latent).detach().double().numpy().reshape(60, 8)
     sample = np.repeat([0, 1], 30)
@@ -104,7 +107,7 @@ def test_outputs_are_sums_of_the_codebooks_in_use() -> None:
         torch.testing.assert_close(out.quantized, quantizer.decode(out.codes[..., :n]), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(out.semantic, quantizer.decode(out.codes[..., :1]), atol=1e-6, rtol=1e-5)
         assert out.n_used.tolist() == [n] * 3
-        assert (out.commitment > 0).tolist() == [True] * n + [False] * (4 - n)
+        assert (rvq_commitment_loss(out.given, out.chosen, out.n_used) > 0).tolist() == [True] * n + [False] * (4 - n)
     # Codebook 1 reads the latent, not what codebook 0 left of it.
     z = quantizer.acoustic.input_proj(latent).reshape(21, 8)
     first = nearest_by_hand(z.detach().numpy(), quantizer.acoustic.codebooks[0].numpy())
@@ -124,7 +127,8 @@ def test_the_gradient_passes_straight_through() -> None:
     semantic = quantizer.semantic  # codebooks out of use pass nothing
     torch.testing.assert_close(gradient, weight @ semantic.output_proj.weight @ semantic.input_proj.weight)
 
-    (gradient,) = torch.autograd.grad(quantizer(latent).commitment[0], latent)
+    out = quantizer(latent)
+    (gradient,) = torch.autograd.grad(rvq_commitment_loss(out.given, out.chosen, out.n_used)[0], latent)
     z = quantizer.semantic.input_proj(latent)
     rest = z - F.embedding(quantizer.encode(latent)[..., 0], quantizer.semantic.codebooks[0])
     torch.testing.assert_close(gradient, (2 * rest / rest.numel()) @ quantizer.semantic.input_proj.weight)
@@ -187,7 +191,7 @@ def test_a_short_first_batch_is_made_up_for_by_later_ones() -> None:
     one = torch.ones(1, dtype=torch.int64)
     for _ in range(10):
         books(torch.randn(1, 8, 24), one, None)  # 8 vectors, 16 codes
-    _, codes, _, _ = books.eval()(torch.randn(1, 500, 24), one, None)
+    _, codes, *_ = books.eval()(torch.randn(1, 500, 24), one, None)
     assert len(codes.unique()) >= 14
 
 
@@ -317,7 +321,8 @@ def test_shapes_and_lengths() -> None:
     assert out.wav.shape == wav.shape
     assert out.codes.shape == (2, 6, 4)
     assert out.latent.shape == out.quantized.shape == out.semantic.shape == (2, 6, 24)
-    assert out.commitment.shape == (4,)
+    assert out.given.shape == out.chosen.shape == (4, 2, 6, 8)
+    assert rvq_commitment_loss(out.given, out.chosen, out.n_used).shape == (4,)
     assert out.histogram.shape == (4, 16)
     assert codec.decode(out.codes[..., :2]).shape == (2, 6 * FRAME)
     public = trained(replace(CONFIG, decoder=replace(DECODER, trim="public")))
@@ -336,7 +341,7 @@ def test_a_batch_is_learned() -> None:
         out = codec(wav)
         loss = (out.wav - wav).square().mean()
         optimizer.zero_grad()
-        (loss + 0.1 * out.commitment.sum()).backward()
+        (loss + 0.1 * rvq_commitment_loss(out.given, out.chosen, out.n_used).sum()).backward()
         assert all(p.grad is not None for p in parameters)  # in a process group each must have one
         optimizer.step()
         errors.append(loss.item())

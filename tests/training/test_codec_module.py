@@ -23,7 +23,14 @@ from omnitrain.models.presets import build_codec, init_codec_weights
 from omnitrain.models.sizes import DiscriminatorConfig
 from omnitrain.training.callbacks import AtomicCheckpoint
 from omnitrain.training.codec import CodecModule, codebook_use
-from omnitrain.training.codec_losses import ContentHead, MelDistance, generator_losses, judge_loss, si_sdr
+from omnitrain.training.codec_losses import (
+    ContentHead,
+    MelDistance,
+    feature_matching_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    si_sdr,
+)
 from omnitrain.training.logging import ExactCsvLogger
 
 TOKENIZER = Path(__file__).parents[2] / "omnitrain/pack/tokenizer.json"
@@ -202,11 +209,10 @@ def test_content_loss_is_ctc_over_the_frames_of_the_utterance() -> None:
 def test_adversarial_losses() -> None:
     real = [(torch.full((2, 3), 2.0), [torch.ones(2, 4)])]
     fake = [(torch.full((2, 3), -2.0), [torch.full((2, 4), 1.5)])]
-    assert float(judge_loss(real, fake)) == 0.0  # both judged right, beyond the margin
-    assert float(judge_loss(fake, real)) == 6.0  # relu(1 + 2) twice
-    hinge, features = generator_losses(real, fake)
-    assert float(hinge) == 2.0
-    assert float(features) == pytest.approx(0.5)
+    assert float(gan_discriminator_loss(real, fake)) == 0.0  # both told apart, beyond the margin
+    assert float(gan_discriminator_loss(fake, real)) == 6.0  # relu(1 + 2) twice
+    assert float(gan_generator_loss(fake)) == 2.0
+    assert float(feature_matching_loss(real, fake)) == pytest.approx(0.5)
 
 
 def test_si_sdr_ignores_scale_and_is_the_ratio_in_decibels() -> None:
@@ -273,7 +279,7 @@ def test_an_interrupted_run_ends_bit_equal(shards: Path, tmp_path: Path) -> None
     assert rows[-1] == steps[rows[-1].split(",")[0]] or rows == again
 
 
-def test_judges_learn_only_once_they_come_in(shards: Path, tmp_path: Path) -> None:
+def test_discriminators_learn_only_once_they_come_in(shards: Path, tmp_path: Path) -> None:
     untouched = fit(tmp_path / "before", shards, 2, after=10).discriminators
     learnt = fit(tmp_path / "after", shards, 4, after=2).discriminators
     L.seed_everything(1, verbose=False)
@@ -282,9 +288,9 @@ def test_judges_learn_only_once_they_come_in(shards: Path, tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert all(not torch.equal(a, c) for a, _, c in pairs)
     text = (tmp_path / "after/metrics.csv").read_text()
-    assert "train/judges" in text
+    assert "train/discriminators" in text
     assert "train/features" in text
-    assert "train/judges" not in (tmp_path / "before/metrics.csv").read_text()
+    assert "train/discriminators" not in (tmp_path / "before/metrics.csv").read_text()
 
 
 def test_the_checkpoint_holds_a_code2wav_that_decodes_codes(shards: Path, tmp_path: Path) -> None:
