@@ -23,6 +23,7 @@ from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal import utils as hydra_utils
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -48,6 +49,8 @@ from omnitrain.files import CONFIG, printable
 
 register_resolvers()
 register_schemas()
+# What Hydra would print of an error, such as a run folder that it cannot make, is said by `explained`.
+vars(hydra_utils)["run_and_report"] = lambda function: function()
 # conf/hydra/launcher/submitit_slurm.yaml has the plugin's own name on purpose: its usual spelling gets our defaults.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
 
@@ -116,13 +119,13 @@ def run_hydra(
     register_recipes(arguments)
     before = sys.argv
     sys.argv = [program or before[0], *arguments]
+    start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(Job(verb, run_dir))
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(Job(verb, run_dir))()
+        return explained(start)[0]
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
         sys.argv = before
-    return 0
 
 
 @dataclass(frozen=True)

@@ -73,15 +73,17 @@ def explanation(error: BaseException) -> str | None:
     an installation; except where torch, Lightning or NumPy raise them from within.
     """
     home = type(error).__module__.partition(".")[0]
-    if home in ("omnitrain", "omegaconf") or type(error).__name__ == "MisconfigurationException":
+    if home in ("omnitrain", "omegaconf", "hydra") or type(error).__name__ == "MisconfigurationException":
         return str(error)
     if isinstance(error, OSError):
         cure = _CURES.get(error.errno or 0)
         file = error.filename2 or error.filename
         return str(error) if cure is None else cure if file is None else f"{os.fsdecode(file)}: {cure}"
+    if isinstance(error, ImportError):
+        return str(error)
     *_, (innermost, _line) = traceback.walk_tb(error.__traceback__)
     raised_in = innermost.f_globals.get("__name__", "").partition(".")[0]
-    if isinstance(error, ValueError | ImportError) and raised_in not in ("torch", "lightning", "numpy"):
+    if isinstance(error, ValueError) and raised_in not in ("torch", "lightning", "numpy"):
         return str(error)
     return str(error) if isinstance(error, RuntimeError) and raised_in == "omnitrain" else None
 

@@ -125,5 +125,5 @@ def _was_asked_for(folder: str, overrides: Sequence[str]) -> bool:
     """Whether `folder` lies below the current one, or below one that stands on the command line."""
     place = Path(folder).resolve()
     values = (text.partition("=")[2].strip("'\"") for text in overrides)
-    named = [Path(value).resolve() for text in values for value in text.split(",") if "/" in value or value]
+    named = [Path(value).resolve() for text in values for value in (text, *text.split(",")) if value]
     return any(place.is_relative_to(root) for root in (Path.cwd().resolve(), *named))

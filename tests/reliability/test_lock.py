@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from omnitrain.__main__ import main
 from omnitrain.files import LOCK
 from omnitrain.runs import lock
 from omnitrain.runs.lock import FolderInUse, Owner, hold
@@ -71,6 +72,17 @@ def test_the_second_is_told_who_holds_it(tmp_path: Path) -> None:
     with hold(folder), hold(folder):  # free at once; and what we hold we may hold again
         assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
     assert list(folder.iterdir()) == []
+
+
+def test_fit_does_not_mix_two_runs(toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = start(hold_long, tmp_path / "run")
+    wait_for((tmp_path / "run" / LOCK).exists)
+    assert main(["fit", *toy, f"paths.run_dir={tmp_path / 'run'}"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'run'} is in use by process {first.pid}")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    first.kill()
+    first.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

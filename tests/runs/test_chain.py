@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked_runs import Kill, Runs
 from omegaconf import OmegaConf
 
 from omnitrain.__main__ import main
@@ -224,9 +225,27 @@ def test_quotes() -> None:
     assert quoted("data.languages=[a=1]") == "data.languages=[a=1]"
 
 
+def test_killed_between_stages(own, tmp_path: Path, runs: Runs) -> None:
+    """Four kills: a stage has ended and is not noted yet, the next begins (twice), the page about all is written."""
+    line = own({"name": "one", "command": html("one")}, {"name": "two", "command": html("two")})
+    chain = "omnitrain.runs.chain"
+    for kill, done in (
+        (Kill(f"{chain}:write_json"), []),
+        (Kill(f"{chain}:_Child.run", 2, signal.SIGINT), ["one"]),
+        (Kill(f"{chain}:_Child.run", 2), ["one"]),
+        (Kill(f"{chain}:write_report"), ["one", "two"]),
+    ):
+        assert runs.start(tmp_path / "printed", kill=kill, argv=line).wait() == [kill.status]
+        assert (list(record(tmp_path)) if (tmp_path / "run" / "stages.json").exists() else []) == done
+    runs.start(tmp_path / "printed", argv=line).finish()
+    assert "2 of 2 stages" in (tmp_path / "run" / "report.html").read_text()
+    assert (tmp_path / "run" / "one" / "report.html").read_bytes() == (tmp_path / "run/two/report.html").read_bytes()
+    assert list((tmp_path / "run").rglob(".*")) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_the_running_stage(own, tmp_path, toy, number) -> None:
-    """SIGTERM: the trainer saves and ends with 143; the next call goes on from there."""
+    """The trainer saves and ends with 143 or 130; the next call goes on from there."""
     train = ["fit", *toy, "paths.run_dir=${paths.run_dir}/toy", "ckpt_path=last", "callbacks.progress=null"]
     line = own({"name": "train", "command": [*train, "trainer.max_steps=2000"]}, {"name": "count", "command": QUICK})
     metrics = tmp_path / "run" / "toy" / "metrics.csv"
@@ -238,11 +257,10 @@ def test_signals_reach_the_running_stage(own, tmp_path, toy, number) -> None:
         time.sleep(0.2)
     process.send_signal(number)
     out, _ = process.communicate(timeout=180)
-    assert process.returncode == (143 if number == signal.SIGTERM else 1), out
+    assert process.returncode == 128 + number, out
     assert "stage 2/2" not in out
     assert not (tmp_path / "run" / "stages.json").exists()
-    if number == signal.SIGTERM:
-        steps = int(metrics.read_text().splitlines()[-1].split(",")[0])
-        assert 0 < steps < 2000
-        assert (tmp_path / "run" / "toy" / "checkpoints" / "last.ckpt").is_file()
+    steps = int(metrics.read_text().splitlines()[-1].split(",")[0])
+    assert 0 < steps < 2000
+    assert (tmp_path / "run" / "toy" / "checkpoints" / "last.ckpt").is_file()
     assert os.environ.get("OMNITRAIN_STAGE") is None

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from forked_runs import Kill, Runs
 
 from omnitrain.cli.data import main
 from omnitrain.config.compose import run_config
@@ -166,32 +164,21 @@ def test_a_mimi(shards, tmp_path, capsys) -> None:
     assert codec_fingerprint(codec) != before
 
 
-KILLED_IN_THE_SECOND_SHARD = """
-import os, signal, sys
-from omnitrain.runs import encode_shards as data_encode
-from omnitrain.cli.data import main
-
-encode = data_encode.SampleEncoder._encode
-def encode_until(self, sample, source):
-    if sample.id == "s4":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return encode(self, sample, source)
-data_encode.SampleEncoder._encode = encode_until
-main(sys.argv[1:])
-"""
-
-
-def test_a_killed_run_continues_behind_the_last_shard(run_dir, shards, tmp_path, capsys) -> None:
-    out = tmp_path / "out"
+def test_a_killed_run_continues_behind_the_last_shard(run_dir, shards, tmp_path, capsys, runs: Runs) -> None:
+    """Four kills: amid the second shard, three times, and between that shard and its record."""
+    out, here = tmp_path / "out", "omnitrain.runs.encode_shards"
     line = ["encode", str(run_dir), str(shards), "--out", str(out), "--workers", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_THE_SECOND_SHARD, *line], env=environment, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    def killed(kill: Kill) -> None:
+        assert runs.start(tmp_path / "printed", kill=kill, argv=["data", *line]).wait() == [kill.status]
+
+    killed(Kill(f"{here}:SampleEncoder._encode", 5))
     [first] = out.glob("*.parquet")
     assert first.name == "toy-00000-of-00003.parquet"
     written = first.stat().st_mtime_ns
+    killed(Kill(f"{here}:SampleEncoder._encode", 2, signal.SIGTERM))
+    killed(Kill(f"{here}:write_json"))
+    killed(Kill(f"{here}:SampleEncoder._encode", 2, signal.SIGINT))
     assert main(line) == 0
     assert "1 of 3 shards are there already" in capsys.readouterr().out
     assert first.stat().st_mtime_ns == written

@@ -117,7 +117,7 @@ class Runs:
             ]
         errors = [out / f"printed.{rank}.txt" for rank in range(ranks)]
         started = [
-            self.ask({"run": run, "environment": env, "errors": str(path)})
+            self.ask({"run": run, "environment": env, "errors": str(path), "folder": os.getcwd()})
             for env, path in zip(environment, errors, strict=True)
         ]
         self.started += started
@@ -140,6 +140,7 @@ def _child(request: dict[str, Any]) -> int:
         os.dup2(printed, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(request["environment"])
+    os.chdir(request["folder"])
     try:
         run = request["run"]
         if "file_limit" in run:  # no file may become larger

@@ -1,15 +1,20 @@
-"""The command line killed again and again, on real data: a resumed run equals an uninterrupted one."""
+"""The command line killed at random moments, on real data: a resumed run equals an uninterrupted one. (At named places:
+`tests/reliability/test_kills.py`.)"""
 
 from __future__ import annotations
 
 import os
+import random
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked_runs import Runs
-from test_processes import killed_and_resumed
+from forked_runs import Run, Runs
+from test_processes import wait_for
 
 KILLS = int(os.environ.get("OMNITRAIN_KILLS", "10"))
 
@@ -40,10 +45,29 @@ def assert_identical(a: Any, b: Any, where: str) -> None:
         assert a == b, where
 
 
+def killed_and_resumed(start: Callable[[], Run], checkpoint: Path, kills: int, seed: int, longest: float) -> int:
+    """Run to the end although `kills` processes are killed, each at a random moment within `longest` seconds after it
+    began to train. Returns how many of them were hit alive."""
+    rng, hits = random.Random(seed), 0
+
+    def written() -> int:
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+    for _ in range(kills):
+        before = written()
+        run = start()
+        wait_for(lambda before=before: written() > before, run)
+        time.sleep(rng.uniform(0, longest))
+        hits += run.alive()
+        run.signal(signal.SIGKILL)
+        run.wait()
+    start().finish()
+    return hits
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kill_and_resume_is_exact(runs: Runs, tmp_path: Path, workers: int) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def test_kill_and_resume_is_exact(runs: Runs, tmp_path: Path) -> None:
+    workers, whole, killed = 2, tmp_path / "whole", tmp_path / "killed"
     # Another number of workers on purpose: it must not matter either.
     runs.start(whole, argv=arguments(whole, 2 - workers)).finish()
     hits = killed_and_resumed(

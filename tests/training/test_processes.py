@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -93,45 +92,3 @@ def test_launcher_gets_its_signal_after_the_checkpoint(runs: Runs, tmp_path: Pat
     run.signal(signal.SIGUSR2)
     assert run.wait() == [7, 143][:devices]
     assert torch.load(saved, weights_only=True)["global_step"] == steps() > before
-
-
-def killed_and_resumed(start: Callable[[], Run], checkpoint: Path, kills: int, seed: int, longest: float) -> int:
-    """Run to the end although `kills` processes are killed, each at a random moment within `longest` seconds after it
-    began to train. Returns how many of them were hit alive."""
-    rng, hits = random.Random(seed), 0
-
-    def written() -> int:
-        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-
-    for _ in range(kills):
-        before = written()
-        run = start()
-        wait_for(lambda before=before: written() > before, run)
-        time.sleep(rng.uniform(0, longest))
-        hits += run.alive()
-        run.signal(signal.SIGKILL)
-        run.wait()
-    start().finish()
-    return hits
-
-
-@pytest.mark.parametrize(("kills", "steps"), [(2, 40), pytest.param(10, 160, marks=pytest.mark.slow)])
-def test_kill_and_resume_is_exact(runs: Runs, tmp_path: Path, kills: int, steps: int) -> None:
-    toy = {
-        "steps": steps,
-        "max_steps_of_schedule": steps,
-        "checkpoint_every": 3,
-        "val_every": 4,
-        "log_every": 2,
-        "poison": [5, 17],
-    }
-    start_toy(runs, tmp_path / "whole", **toy).finish()
-    killed = tmp_path / "killed"
-    hits = killed_and_resumed(
-        lambda: start_toy(runs, killed, delay=0.02, **toy), killed / "checkpoints/last.ckpt", kills, kills, 0.4
-    )
-    assert hits >= kills // 2
-    for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(weights(killed)[name], value), name
-    for file in ("metrics.csv", "skipped_steps.jsonl"):
-        assert (tmp_path / "whole" / file).read_bytes() == (killed / file).read_bytes(), file

@@ -61,7 +61,7 @@ class AtomicCheckpoint(Checkpoint):
         self._validation_due = False
         self._received: set[int] = set()
         self._handlers: dict[int, Any] = {}  # what was there before ours
-        self._place: tuple[int, int] | None = None  # of the run folder on its disk
+        self._folder: int | None = None  # the run folder, kept open: no other one can get its number on the disk
         self._skipped = 0  # steps, up to the last one
         self._overdue = False  # a checkpoint was due while steps were skipped
         self._went_on = True  # a step that counts has followed the last checkpoint
@@ -97,7 +97,7 @@ class AtomicCheckpoint(Checkpoint):
             if isinstance(logger, ExactCsvLogger):
                 logger.begin(None if saved is None else saved["csv"])
         self.dirpath.parent.mkdir(parents=True, exist_ok=True)
-        self._place = _place(self.dirpath.parent)
+        self._folder = os.open(self.dirpath.parent, os.O_RDONLY)
         self._skipped = getattr(pl_module, "skipped_steps", 0)
         self._overdue, self._went_on = False, self.last_step is None
         self._received.clear()
@@ -248,17 +248,30 @@ class AtomicCheckpoint(Checkpoint):
         return f"the last good checkpoint is {self.path} (step {self.last_step})"
 
     def _check_place(self) -> None:
-        if self._place is not None and _place(self.dirpath.parent) != self._place:
-            raise RunFolderGone(
-                f"{self.dirpath.parent} was deleted or moved while the run wrote into it; the run ends, and what it "
-                "learnt since is lost"
-            )
+        if self._folder is None:
+            return
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(self.dirpath.parent.stat(), os.fstat(self._folder)):
+                return
+        raise RunFolderGone(
+            f"{self.dirpath.parent} was deleted or moved while the run wrote into it; the run ends, and what it learnt "
+            "since is lost"
+        )
+
+    def _close(self) -> None:
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._on_signal:  # Lightning may have put back what was there before it
                 signal.signal(number, handler)
         self._handlers = {}
+        self._close()
 
 
 class _CheckedIO(TorchCheckpointIO):
@@ -267,11 +280,3 @@ class _CheckedIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
         read_checkpoint(path)
         return super().load_checkpoint(path, *args, **options)
-
-
-def _place(folder: Path) -> tuple[int, int] | None:
-    """Where a folder lies, whatever its name; None if it is not there."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        found = folder.stat()
-        return found.st_dev, found.st_ino
-    return None
