@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def omnitrain_answer(
     from omnitrain.data.media import MediaLimits
     from omnitrain.data.sample import Message, Segment
     from omnitrain.generation.sampling import Sampling
-    from omnitrain.generation.speech import AudioPiece, Speaker, SpeechSession, speak_batch
+    from omnitrain.generation.speech import AudioPiece, Speaker, SpeechOptions, SpeechSession, speak_batch
     from omnitrain.interop.public_format import load_pretrained
 
     model = load_pretrained(folder).eval()
@@ -108,14 +109,18 @@ def omnitrain_answer(
         tokenizer=tokenizer, audio=AudioGeometry(), vision=VisionGeometry(), limits=MediaLimits(), vocab_size=320
     )
     speaker = Speaker(model, tokenizer, compile=compile)
-    options = dict(
-        voice="ethan", codes=Sampling(repetition_penalty=1.05), residuals=Sampling(), frames_per_piece=frames_per_piece
+    options = SpeechOptions(
+        voice="ethan",
+        codes=Sampling(repetition_penalty=1.05),
+        residuals=Sampling(),
+        max_new_tokens=tokens,
+        frames_per_piece=frames_per_piece,
     )
 
     question = Message(role="user", segments=(Segment(type="text", text="what is red?"),))
 
     def answer(n: int) -> tuple[float, float, Any]:
-        session = SpeechSession(model, encoder, speaker=speaker, max_frames=n, max_new_tokens=tokens, **options)
+        session = SpeechSession(model, encoder, replace(options, max_frames=n), speaker=speaker)
         start, first, codes = time.perf_counter(), 0.0, []
         for event in session.answer(question):
             if isinstance(event, AudioPiece):
@@ -124,10 +129,8 @@ def omnitrain_answer(
         return time.perf_counter() - start, first, np.array(codes)
 
     def together(n: int) -> float:
-        sessions = [
-            SpeechSession(model, encoder, speaker=speaker, max_frames=frames, max_new_tokens=tokens, **options)
-            for _ in range(n)
-        ]
+        each = replace(options, max_frames=frames)
+        sessions = [SpeechSession(model, encoder, each, speaker=speaker) for _ in range(n)]
         start = time.perf_counter()
         made = sum(isinstance(event, AudioPiece) for _, event in speak_batch(sessions, [[question]] * n))
         return 1000 * (time.perf_counter() - start) / made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -75,9 +76,11 @@ def _generate(options: argparse.Namespace) -> None:
     media = media_segments(options.media, options.mute)
 
     from omnitrain.data.batch import PackedBatch
+    from omnitrain.generation.sampling import Decoding
     from omnitrain.generation.text import generate
     from omnitrain.runs.load import load
 
+    decoding = Decoding(**{field.name: getattr(options, field.name) for field in fields(Decoding)})
     model, encoder = load(options.model, device=options.device, dtype=options.dtype)
     batch = PackedBatch.pack(_encoded_prompts(options, media, encoder))
     stop_ids = encoder.tokenizer.stop_ids
@@ -85,12 +88,7 @@ def _generate(options: argparse.Namespace) -> None:
     answers = generate(
         model,
         batch,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
+        decoding,
         stop_ids=stop_ids,
         on_token=output if options.stream else None,
         prefill_chunk=options.prefill_chunk,

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -101,23 +102,21 @@ def _talk(options: argparse.Namespace) -> None:
 
     from omnitrain.data.sample import BadSample, Message, Segment
     from omnitrain.generation.sampling import Sampling
-    from omnitrain.generation.speech import CODES, RESIDUALS, SpeechSession
+    from omnitrain.generation.speech import CODES, RESIDUALS, SpeechOptions, SpeechSession
 
     warmth = options.speech_temperature
-    session = SpeechSession(
-        model,
-        encoder,
+    how = SpeechOptions(
         voice=options.voice or min(model.talker.config.speakers, default=""),
         text=Sampling(temperature=options.temperature),
-        codes=Sampling(temperature=warmth, top_k=CODES.top_k, repetition_penalty=CODES.repetition_penalty),
+        codes=replace(CODES, temperature=warmth),
         residuals=RESIDUALS if warmth else Sampling(),
         max_new_tokens=options.max_new_tokens,
         max_frames=max(int(options.max_seconds * FRAMES_PER_SECOND), 1),
         prefill_chunk=options.prefill_chunk,
         frames_per_piece=options.frames_per_piece,
         seed=options.seed,
-        system=options.system,
     )
+    session = SpeechSession(model, encoder, how, system=options.system)
     asked = f"Say: {options.say}" if options.prompt is None and options.say is not None else options.prompt
     text = () if asked is None else (Segment(type="text", text=asked),)
     message = Message(role="user", segments=(*media, *text))

@@ -54,7 +54,7 @@ _LOOSE: dict[str, str] = {
     "lightning.pytorch.profilers": "AdvancedProfiler PyTorchProfiler SimpleProfiler",
     "lightning.pytorch.strategies": "DDPStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy",
     "lightning.pytorch.plugins.environments": "LightningEnvironment SLURMEnvironment TorchElasticEnvironment",
-    "omnitrain.evaluation.answers": "Decoding",
+    "omnitrain.generation.sampling": "Decoding",
     "omnitrain.tasks.captions": "AudioCaps AudioCaptionRule",
     "omnitrain.tasks.choices": "MMMURule MMStarRule MathVistaRule RelaxedAccuracy StringMatch VideoMMERule",
     "omnitrain.tasks.lm_harness": "HarnessTask",

@@ -33,7 +33,7 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.media import decode_image
 from omnitrain.data.sample import BadSample, Message, Sample
 from omnitrain.data.shards import Source
-from omnitrain.evaluation.answers import Decoding, answer_prompts
+from omnitrain.evaluation.answers import answer_prompts
 from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, drawn_losses, media_segments, media_swap, swap_gain
 from omnitrain.evaluation.metrics import (
@@ -50,6 +50,7 @@ from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import HeldoutEvaluation
 from omnitrain.evaluation.teacher_forced import SampleLoss
 from omnitrain.files import write_json, write_parquet
+from omnitrain.generation.sampling import Decoding
 from omnitrain.models.omni import OmniModel
 
 ERROR_RATE_TASKS = ("asr",)

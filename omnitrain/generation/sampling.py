@@ -81,6 +81,24 @@ class Sampling:
         return torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Sampling):
+    """How texts are written.
+
+    Attributes:
+        max_new_tokens: at most this many tokens per document.
+        seed: document i draws from its own generator, seeded with `seed` + i.
+    """
+
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+
+
 def repetition_penalty(logits: Tensor, occurred: Tensor, penalty: float) -> Tensor:
     """[B, V], bool [B, V] -> [B, V]"""
     return torch.where(occurred, torch.where(logits < 0, logits * penalty, logits / penalty), logits)

@@ -1,6 +1,6 @@
 """Spoken answers, streamed: text and sound come out while the answer is still being thought (report sections 2.4, 2.5).
 
-    session = SpeechSession(model, encoder, voice="ethan")
+    session = SpeechSession(model, encoder, SpeechOptions(voice="ethan"))
     for event in session.answer(Message(role="user", segments=(...))):
         match event:
             case TextPiece(text=text): print(text, end="")
@@ -551,7 +551,7 @@ class SpeechSession:
 
     Args:
         model, encoder: the model, and what encodes its prompts (`SampleEncoder`).
-        voice and other options: see `SpeechOptions`.
+        options: voice, sampling and limits of its answers.
         system: the persona, for the Thinker alone.
         media_bytes: reads a segment's medium; default: its bytes, or the file at its path.
         compile: see `Speaker`. Sessions of one batch need one `Speaker`: give it instead of the model with `speaker`.
@@ -568,17 +568,8 @@ class SpeechSession:
         self,
         model: OmniModel,
         encoder: SampleEncoder,
+        options: SpeechOptions,
         *,
-        voice: str,
-        text: Sampling = GREEDY,
-        codes: Sampling = CODES,
-        residuals: Sampling = RESIDUALS,
-        max_new_tokens: int = 512,
-        max_frames: int = 1500,
-        prefill_chunk: int | None = None,
-        frames_per_piece: int = 1,
-        seed: int = 0,
-        edit_text: EditText | None = None,
         system: str | None = None,
         media_bytes: Callable[[Segment], bytes] | None = None,
         compile: bool = False,
@@ -586,12 +577,8 @@ class SpeechSession:
     ) -> None:
         self.encoder = encoder
         self.speaker = speaker or Speaker(model, encoder.tokenizer, compile=compile)
-        self.options = SpeechOptions(
-            voice=voice, text=text, codes=codes, residuals=residuals, max_new_tokens=max_new_tokens,
-            max_frames=max_frames, prefill_chunk=prefill_chunk, frames_per_piece=frames_per_piece, seed=seed,
-            edit_text=edit_text,
-        )  # fmt: skip
-        self.speaker.speaker_code(voice)
+        self.options = options
+        self.speaker.speaker_code(options.voice)
         self.media_bytes = media_bytes or _media_bytes
         self.history: list[Message] = []
         if system is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omnitrain.data.batch import PackedBatch
 from omnitrain.generation.cache import PackedKVCache
-from omnitrain.generation.sampling import Sampling
+from omnitrain.generation.sampling import Decoding
 from omnitrain.models.layers.decoder import KVCache
 from omnitrain.models.omni import OmniModel
 
@@ -22,30 +22,28 @@ OnToken = Callable[[int, int], None]
 """Called as on_token(document, token) as soon as a token is chosen."""
 
 
+GREEDY = Decoding()
+
+
 @torch.no_grad()
 def generate(
     model: OmniModel,
     batch: PackedBatch,
+    decoding: Decoding = GREEDY,
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    seed: int | Sequence[int] = 0,
+    seeds: Sequence[int] | None = None,
     stop_ids: Iterable[int] = (),
     on_token: OnToken | None = None,
     prefill_chunk: int | None = None,
     aut_window_frames: int | None = None,
 ) -> list[list[int]]:
-    """Continue every document of `batch`; with temperature 0 equal to the greedy `generate` of transformers.
+    """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers.
 
     Args:
         model: text is generated on the model's device, in its precision.
         batch: prompts (`SampleEncoder.encode_prompt`) packed end to end.
-        max_new_tokens: at most this many tokens per document.
-        temperature, top_p, top_k, repetition_penalty: see `Sampling`. Temperature 0 takes the most probable token.
-        seed: document i draws from its own generator, seeded with `seed` + i, or `seed[i]`.
+        decoding: how tokens are chosen, and how many; greedily by default.
+        seeds: one for each document, instead of those that `decoding.seed` gives.
         stop_ids: a document ends after one of these.
         on_token: called as on_token(document, token) at once.
         prefill_chunk: prompts are read at most so many tokens per document at a time, which bounds the memory of
@@ -58,13 +56,10 @@ def generate(
     Raises:
         ValueError: for a nonsensical option or an empty prompt, naming it.
     """
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     documents = len(batch.cu_seqlens) - 1
-    seeds = [seed + i for i in range(documents)] if isinstance(seed, int) else list(seed)
+    seeds = [decoding.seed + i for i in range(documents)] if seeds is None else seeds
     if len(seeds) != documents:
-        raise ValueError(f"{len(seeds)} seeds for {documents} prompts; give one number, or one per prompt")
+        raise ValueError(f"{len(seeds)} seeds for {documents} prompts; give one for each")
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     stop = frozenset(stop_ids)
 
@@ -73,17 +68,17 @@ def generate(
     cache = PackedKVCache()
     hidden = prefill(model, batch, cache, chunk=prefill_chunk, aut_window_frames=aut_window_frames)  # [B, D]
     position = next_positions(batch)  # [B]
-    occurred = _occurred(batch, model.config.thinker.vocab_size) if repetition_penalty != 1 else None
+    occurred = _occurred(batch, model.config.thinker.vocab_size) if decoding.repetition_penalty != 1 else None
 
     new: list[list[int]] = [[] for _ in range(documents)]
     alive = list(range(documents))
     while alive:
-        token = sampling.choose(model.thinker.logits(hidden), occurred, [generators[b] for b in alive])  # [B]
+        token = decoding.choose(model.thinker.logits(hidden), occurred, [generators[b] for b in alive])  # [B]
         for document, index in zip(alive, token.tolist(), strict=True):
             new[document].append(index)
             if on_token is not None:
                 on_token(document, index)
-        going = [i for i, b in enumerate(alive) if new[b][-1] not in stop and len(new[b]) < max_new_tokens]
+        going = [i for i, b in enumerate(alive) if new[b][-1] not in stop and len(new[b]) < decoding.max_new_tokens]
         if occurred is not None:
             occurred.scatter_(1, token[:, None], True)
         if len(going) < len(alive):

@@ -24,9 +24,10 @@ from omnitrain.data.batch import IGNORE, TEXT, EncodedSample, PackedBatch
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.packing import Budget
 from omnitrain.data.shards import nearest
-from omnitrain.evaluation.answers import Decoding, answer_prompts
+from omnitrain.evaluation.answers import answer_prompts
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, evaluating, packs
+from omnitrain.generation.sampling import Decoding
 from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Metric
 from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, Told, measured

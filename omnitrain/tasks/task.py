@@ -16,10 +16,11 @@ from omnitrain.data.batch import EncodedSample
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import BadSample, Message, Segment
 from omnitrain.data.shards import MediaReader
-from omnitrain.evaluation.answers import Decoding, answer_prompts
+from omnitrain.evaluation.answers import answer_prompts
 from omnitrain.evaluation.heldout import prompt_text
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.teacher_forced import sample_losses
+from omnitrain.generation.sampling import Decoding
 from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule
 from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, measured

@@ -314,11 +314,12 @@ class ThinkerModule(TrainingModule):
 
     def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Answers to a batch of prompts: `id`, `source`, `task`, `modality` and `text` of each sample."""
+        from omnitrain.generation.sampling import Decoding
         from omnitrain.generation.text import generate
 
         tokenizer = self.datamodule.tokenizer
-        options: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, **vars(self.config.generation)}
-        answers = generate(self.model, batch, **options)
+        decoding = Decoding(**vars(self.config.generation))
+        answers = generate(self.model, batch, decoding, stop_ids=tokenizer.stop_ids)
         return [
             {"id": i, "source": s, "task": t, "modality": m, "text": tokenizer.decode(ids)}
             for i, s, t, m, ids in zip(

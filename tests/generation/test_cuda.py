@@ -9,6 +9,7 @@ import torch
 
 from omnitrain.data.batch import PackedBatch
 from omnitrain.generation.cache import PackedKVCache
+from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.text import generate, prefill
 from omnitrain.interop.public_format import load_pretrained
 from tests.interop import public_models
@@ -58,14 +59,14 @@ def _flat(output: tuple[torch.Tensor, list[torch.Tensor]]) -> list[torch.Tensor]
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_greedy_tokens_equal_those_of_the_cpu(setting, chunk):
     model, batch = setting
-    expected = generate(model, batch, max_new_tokens=10)
-    assert generate(copy.deepcopy(model).cuda(), batch, max_new_tokens=10, prefill_chunk=chunk) == expected
+    expected = generate(model, batch, Decoding(max_new_tokens=10))
+    assert generate(copy.deepcopy(model).cuda(), batch, Decoding(max_new_tokens=10), prefill_chunk=chunk) == expected
 
 
 def test_sampled_tokens_equal_those_of_the_cpu(setting):
     model, batch = setting
-    options = dict(max_new_tokens=10, temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=5)
-    assert generate(copy.deepcopy(model).cuda(), batch, **options) == generate(model, batch, **options)
+    decoding = Decoding(max_new_tokens=10, temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=5)
+    assert generate(copy.deepcopy(model).cuda(), batch, decoding) == generate(model, batch, decoding)
 
 
 @torch.no_grad()
@@ -74,4 +75,4 @@ def test_prefill_in_chunks_in_bfloat16(setting):
     whole = prefill(model, batch, PackedKVCache()).float()
     pieces = prefill(model, batch, PackedKVCache(), chunk=7).float()
     assert (whole - pieces).norm() / whole.norm() < 0.1
-    assert all(len(tokens) == 5 for tokens in generate(model, batch, max_new_tokens=5))
+    assert all(len(tokens) == 5 for tokens in generate(model, batch, Decoding(max_new_tokens=5)))

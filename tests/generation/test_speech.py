@@ -29,6 +29,7 @@ from omnitrain.generation.speech import (
     Done,
     Speaker,
     SpeechBatch,
+    SpeechOptions,
     SpeechSession,
     TextPiece,
     speak_batch,
@@ -146,7 +147,8 @@ def reference_speech(models, chat: list[Message], **options: Any) -> SimpleNames
 
 def session(models, chat: list[Message] = (), **options: Any) -> SpeechSession:
     given = dict(voice="Ethan", codes=PENALISED, residuals=GREEDY, max_new_tokens=7, max_frames=FRAMES)
-    made = SpeechSession(models.model, models.encoder, **{"speaker": models.speaker, **given, **options})
+    speaker = options.pop("speaker", models.speaker)
+    made = SpeechSession(models.model, models.encoder, SpeechOptions(**{**given, **options}), speaker=speaker)
     made.history = list(chat[:-1])
     return made
 

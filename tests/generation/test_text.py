@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from omnitrain.data.batch import PackedBatch
+from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.text import generate, next_positions
 from omnitrain.interop.public_format import load_pretrained
 from tests.interop import public_models
@@ -51,12 +52,12 @@ def expected(models, samples):
 
 
 def test_greedy_equals_the_reference(models, batch, expected):
-    assert generate(models[0], batch, max_new_tokens=NEW) == expected
+    assert generate(models[0], batch, Decoding(max_new_tokens=NEW)) == expected
     assert len({tuple(e) for e in expected}) == len(expected)  # the prompts matter
 
 
 def test_repetition_penalty_equals_the_reference(models, samples, batch):
-    found = generate(models[0], batch, max_new_tokens=NEW, repetition_penalty=1.5)
+    found = generate(models[0], batch, Decoding(max_new_tokens=NEW, repetition_penalty=1.5))
     for sample, tokens in zip(samples, found, strict=True):
         out = models[1].generate(**sample.reference_inputs, do_sample=False, max_new_tokens=NEW, repetition_penalty=1.5)
         assert tokens == out[0, len(sample.encoded) :].tolist()
@@ -64,7 +65,7 @@ def test_repetition_penalty_equals_the_reference(models, samples, batch):
 
 @pytest.mark.parametrize("chunk", [1, 7, 30])
 def test_prefill_in_chunks_equals_prefill_at_once(models, batch, expected, chunk):
-    assert generate(models[0], batch, max_new_tokens=NEW, prefill_chunk=chunk) == expected
+    assert generate(models[0], batch, Decoding(max_new_tokens=NEW), prefill_chunk=chunk) == expected
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def test_cached_equals_uncached(models, samples, expected):
 def test_documents_stop_by_themselves(models, batch, expected):
     """A token in the middle of one continuation as stop: that document ends there, the others go on."""
     stop = expected[1][4]
-    found = generate(models[0], batch, max_new_tokens=NEW, stop_ids=[stop])
+    found = generate(models[0], batch, Decoding(max_new_tokens=NEW), stop_ids=[stop])
     for tokens, whole in zip(found, expected, strict=True):
         n = whole.index(stop) + 1 if stop in whole else NEW
         assert tokens == whole[:n]
@@ -97,17 +98,17 @@ def test_documents_stop_by_themselves(models, batch, expected):
 
 def test_tokens_are_streamed(models, batch, expected):
     streamed: list[tuple[int, int]] = []
-    generate(models[0], batch, max_new_tokens=3, on_token=lambda *pair: streamed.append(pair))
+    generate(models[0], batch, Decoding(max_new_tokens=3), on_token=lambda *pair: streamed.append(pair))
     assert streamed == [(b, tokens[n]) for n in range(3) for b, tokens in enumerate(expected)]
 
 
 def test_sampling_is_reproducible_and_independent_of_neighbours(models, samples, batch):
     options = dict(max_new_tokens=NEW, temperature=1.2, top_k=50, top_p=0.95)
-    first = generate(models[0], batch, seed=3, **options)
-    assert first == generate(models[0], batch, seed=3, **options)
-    assert first != generate(models[0], batch, seed=30, **options)
+    first = generate(models[0], batch, Decoding(seed=3, **options))
+    assert first == generate(models[0], batch, Decoding(seed=3, **options))
+    assert first != generate(models[0], batch, Decoding(seed=30, **options))
     for i, sample in enumerate(samples):
-        assert generate(models[0], PackedBatch.pack([sample.encoded]), seed=3 + i, **options) == [first[i]]
+        assert generate(models[0], PackedBatch.pack([sample.encoded]), Decoding(seed=3 + i, **options)) == [first[i]]
 
 
 @pytest.mark.parametrize(
@@ -116,12 +117,13 @@ def test_sampling_is_reproducible_and_independent_of_neighbours(models, samples,
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
         ({"top_p": 2.0}, "top_p is 2.0"),
-        ({"seed": [1, 2]}, "2 seeds for 6 prompts"),
+        ({"seeds": [1, 2]}, "2 seeds for 6 prompts"),
     ],
 )
 def test_nonsense_is_refused_by_name(models, batch, options, message):
+    of_call = {name: value for name, value in options.items() if name in ("prefill_chunk", "seeds")}
     with pytest.raises(ValueError, match=message):
-        generate(models[0], batch, **options)
+        generate(models[0], batch, Decoding(**{k: v for k, v in options.items() if k not in of_call}), **of_call)
 
 
 def test_an_empty_prompt_is_refused(models, samples):

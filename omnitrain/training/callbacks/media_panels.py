@@ -69,6 +69,7 @@ class MediaPanels(Callback):
 
     def answered(self, pl_module: ThinkerModule) -> list[Answered]:
         """The samples with the model's answers. A sample that cannot be read is left out."""
+        from omnitrain.generation.sampling import Decoding
         from omnitrain.generation.text import generate
 
         data = pl_module.datamodule
@@ -84,7 +85,8 @@ class MediaPanels(Callback):
                 continue
             batch = PackedBatch.pack([prompt]).to(pl_module.device)
             stop = data.tokenizer.stop_ids
-            (answer,) = generate(pl_module.model, batch, max_new_tokens=self.config.max_new_tokens, stop_ids=stop)
+            decoding = Decoding(max_new_tokens=self.config.max_new_tokens)
+            (answer,) = generate(pl_module.model, batch, decoding, stop_ids=stop)
             segments = [s for message in sample.messages for s in message.segments if has_medium(s)]
             shown = tuple(show(segment, media_bytes, data.config.limits) for segment in segments)
             found.append(Answered(sample, shown, data.tokenizer.decode(answer)))
