@@ -1,0 +1,1 @@
+"""A trained model answers: caches, sampling, text for many prompts at once, streamed speech."""

@@ -1,0 +1,1 @@
+"""Pages made from what lies in run folders; nothing here needs a model."""

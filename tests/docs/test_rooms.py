@@ -24,8 +24,8 @@ def said(room: Path) -> str:
     if package.is_file() and (text := ast.get_docstring(ast.parse(package.read_text(encoding="utf-8")))):
         return text.split("\n\n")[0]
     if readme.is_file():
-        lines = readme.read_text(encoding="utf-8").splitlines()
-        return next((line for line in lines if line.strip() and not line.startswith("#")), "")
+        paragraphs = readme.read_text(encoding="utf-8").split("\n\n")
+        return next((text for text in paragraphs if not text.startswith("#")), "").strip()
     return ""
 
 

@@ -1,0 +1,1 @@
+"""What at least two of the models are made of: attention, experts, decoder layers, positions, norms."""
