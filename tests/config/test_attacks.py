@@ -7,6 +7,7 @@ failed when the verb ends with an error that names the place, and nothing was wr
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -38,7 +39,7 @@ class Started(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Where an attack takes place: the user works in `work`; a stranger has made `theirs`; `outside` is the user's."""
+    """Where an attack takes place: the user works in `work`; a stranger has made `theirs` in it; `outside` is the user's."""
 
     work: Path
     theirs: Path
@@ -75,7 +76,7 @@ class Scene:
 
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    scene = Scene(work=tmp_path / "work", theirs=tmp_path / "theirs", outside=tmp_path / "outside")
+    scene = Scene(work=tmp_path / "work", theirs=tmp_path / "work" / "theirs", outside=tmp_path / "outside")
     for folder in (scene.work, scene.theirs, scene.outside):
         folder.mkdir()
     (scene.outside / "victim.txt").write_text("precious")
@@ -498,25 +499,13 @@ ELSEWHERE = {
     "run_dir": ("paths: {run_dir: OUTSIDE/run}", r"paths[./]run_dir"),
     "run_dir_upwards": ("paths: {run_dir: ../outside/run}", r"paths[./]run_dir"),
     "checkpoints": ("callbacks: {checkpoint: {dirpath: OUTSIDE/c}}", r"checkpoint[./]dirpath"),
-    "checkpoints_upwards": ("callbacks: {checkpoint: {dirpath: '${paths.run_dir}/../../../outside'}}", r"dirpath"),
+    "checkpoints_upwards": ("callbacks: {checkpoint: {dirpath: '${paths.run_dir}/../../outside/c'}}", r"dirpath"),
     "metrics": ("logger: {csv: {run_dir: OUTSIDE/m}}", r"logger[./]csv"),
     "record": ("callbacks: {record: {run_dir: OUTSIDE/r}}", r"callbacks[./]record"),
     "skipped_steps": ("callbacks: {spike_guard: {run_dir: OUTSIDE/r}}", r"spike_guard"),
     "bad_samples": ("data: {bad_samples_path: OUTSIDE/victim.txt}", r"bad_samples_path"),
     "lightning": ("trainer: {default_root_dir: OUTSIDE}", r"default_root_dir"),
     "wandb": ("defaults: [{override /logger: wandb}]\nlogger: {wandb: {save_dir: OUTSIDE}}", r"save_dir"),
-    "profiler": (
-        "trainer: {profiler: {_target_: lightning.pytorch.profilers.SimpleProfiler, dirpath: OUTSIDE, filename: p}}",
-        r"profiler",
-    ),
-    "another_logger": (
-        "logger: {evil: {_target_: lightning.pytorch.loggers.CSVLogger, save_dir: OUTSIDE}}",
-        r"logger[./]evil",
-    ),
-    "another_checkpoint": (
-        "callbacks: {evil: {_target_: lightning.pytorch.callbacks.ModelCheckpoint, dirpath: OUTSIDE}}",
-        r"callbacks[./]evil",
-    ),
 }
 """Recipes that write elsewhere than into the run folder."""
 
@@ -533,6 +522,51 @@ def test_a_recipe_that_writes_elsewhere(
     words = scene.recipe(text + "\n")
     named = [] if "paths[./]run_dir" in place else ["paths.run_dir=run"]
     assert_refused(scene, ["fit", *words, *named], place, capsys)
+
+
+LOOSE = {
+    "profiler": (
+        "trainer: {profiler: {_target_: lightning.pytorch.profilers.SimpleProfiler, dirpath: OUTSIDE, filename: p}}",
+        r"profiler",
+    ),
+    "profiler_file": (
+        "trainer: {profiler: {_target_: lightning.pytorch.profilers.SimpleProfiler, filename: ../../outside/p}}",
+        r"profiler",
+    ),
+    "logger": (
+        "logger: {evil: {_target_: lightning.pytorch.loggers.CSVLogger, save_dir: OUTSIDE}}",
+        r"logger[./]evil",
+    ),
+    "logger_version": (
+        "logger: {evil: {_target_: lightning.pytorch.loggers.CSVLogger, save_dir: x, version: ../../../outside/v}}",
+        r"logger[./]evil",
+    ),
+    "checkpoint": (
+        "callbacks: {evil: {_target_: lightning.pytorch.callbacks.ModelCheckpoint, dirpath: OUTSIDE}}",
+        r"callbacks[./]evil",
+    ),
+    "checkpoint_url": (
+        "callbacks: {evil: {_target_: lightning.pytorch.callbacks.ModelCheckpoint, dirpath: 'file://OUTSIDE/c'}}",
+        r"callbacks[./]evil",
+    ),
+    "checkpoint_home": (
+        "callbacks: {evil: {_target_: lightning.pytorch.callbacks.ModelCheckpoint, dirpath: '~', every_n_train_steps: 1}}",
+        r"callbacks[./]evil",
+    ),
+}
+"""Constructors with loose keywords that would write elsewhere; looked at when they are built."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=OPEN) if name in ELSEWHERE_OPEN else name for name in LOOSE])
+def test_a_constructor_that_writes_elsewhere(
+    name: str, toy: list[str], scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(scene.outside))
+    text, place = LOOSE[name]
+    words = [*scene.recipe(text + "\n"), *toy, "paths.run_dir=run", "trainer.max_steps=1"]
+    assert main(["fit", *words]) not in (0, None)
+    scene.assert_nothing_happened()
+    assert_explained(capsys.readouterr().err, place)
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -744,7 +778,7 @@ def test_a_run_folder_that_writes_elsewhere(written: str, verb: str, their_run: 
     main([verb, str(their_run), *words])
     scene.assert_nothing_happened()
     assert sorted(p.name for p in scene.theirs.iterdir()) == ["run"]
-    assert list(scene.work.iterdir()) == []
+    assert sorted(p.name for p in scene.work.iterdir()) == ["theirs"]
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -840,10 +874,10 @@ def test_a_tokenizer(door: str, name: str, their_run: Path, scene: Scene, capsys
 
 def test_config_json_of_a_million_layers(public_dir: Path, scene: Scene, capsys) -> None:
     folder = Path(shutil.copytree(public_dir, scene.theirs / "public"))
-    config = yaml.safe_load((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     text = config["thinker_config"]["text_config"] if "thinker_config" in config else config["text_config"]
     text["num_hidden_layers"] = 1_000_000
-    (folder / "config.json").write_text(yaml.safe_dump(config, default_flow_style=True, width=10**9))
+    (folder / "config.json").write_text(json.dumps(config))
     line = [sys.executable, "-m", "omnitrain", "generate", str(folder), "hello"]
     result = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
@@ -869,8 +903,6 @@ def model(tokenizer: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ["pickle_as_safetensors", "only_a_pickle", "code_of_its_own", "index_upwards"])
 def test_a_folder_in_the_public_format(kind: str, public_dir: Path, scene: Scene, capsys) -> None:
-    import json
-
     folder = Path(shutil.copytree(public_dir, scene.theirs / "public"))
     (weights,) = folder.glob("*.safetensors")
     config = json.loads((folder / "config.json").read_text())
@@ -988,6 +1020,15 @@ def test_every_recipe_is_let_through(name: str, scene: Scene, no_job: None) -> N
 def test_what_users_write_is_let_through(words: str, scene: Scene, no_job: None) -> None:
     with pytest.raises(Started):
         main(["fit", *words.split()])
+
+
+def test_a_run_folder_may_lie_anywhere(
+    their_run: Path, scene: Scene, no_job: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user has named it, although not with paths.run_dir."""
+    monkeypatch.chdir(scene.outside)
+    with pytest.raises(Started):
+        main(["validate", str(their_run)])
 
 
 OWN = """\

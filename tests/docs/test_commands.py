@@ -11,7 +11,6 @@ import argparse
 import ast
 import contextlib
 import importlib
-import io
 import itertools
 import json
 import os
@@ -24,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from omnitrain.__main__ import main
 from omnitrain.config import compose
 from omnitrain.config.locations import CONF, RECIPES
+from omnitrain.config.saved import write_config
 from omnitrain.config.verbs import HYDRA_VERBS, VERBS
+from omnitrain.runs.chain import read_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("omnitrain", "data_prep", "speed")
@@ -69,7 +69,7 @@ def commands_of_text(text: str) -> Iterator[tuple[int, str, bool]]:
             continue
         if not fenced:  # "  fit -m seed=0,1   (a note)", also behind a sentence: "Jobs of a sweep:  fit -m seed=0,1"
             whole = re.sub(r"^.*:\s\s(?=\S)", "", whole)
-            whole = re.sub(r"\s+\([^()]*\)$", "", whole)
+            whole = re.sub(r"\s+\([^()]*\)$|\s{3,}[a-z].*", "", whole)
         if COMMAND.match(whole) and "`" not in whole.split(" #")[0]:
             yield start, whole, False
         whole = ""
@@ -139,6 +139,7 @@ NOT_TESTED = {
     "python -m omnitrain VERB [arguments]": "the form of all commands",
     "python -m omnitrain COMMAND": "the form of a stage's command",
     "python -m data_prep.NAME --out FOLDER": "the form of all scripts",
+    "python -m speed.NAME": "the form of all scripts",
     "python -m data_prep.synthetic_speech --voices espeak:de,espeak:en-us --texts sentences.txt": "reads its file at once",
 }
 """Commands that are none, and why."""
@@ -178,7 +179,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What the documents' commands take for granted: a run folder, and the folder of own recipes that they describe."""
     home = tmp_path_factory.mktemp("documents")
     (home / "run").mkdir()
-    (home / "run" / "config.yaml").write_text(configuration(["fit", "+recipe=quickstart", "--cfg", "job", "--resolve"]))
+    write_config(compose.run_config(["+recipe=quickstart", f"paths.run_dir={home / 'run'}"]), home / "run")
     for document, group in (("configuration.md", "recipe"), ("benchmarks.md", "eval")):
         text = (ROOT / "docs" / document).read_text(encoding="utf-8")
         blocks = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "@package _global_" in b]
@@ -186,14 +187,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (own,) = [block for block in blocks if re.search(rf"\b{name}\b", block)]
         (home / "experiments" / group).mkdir(parents=True)
         (home / "experiments" / group / f"{name}.yaml").write_text(own)
-    return {"run": home / "run", "experiments": home / "experiments"}
-
-
-def configuration(words: list[str]) -> str:
-    """What `--cfg job --resolve` prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert main(words) == 0
-    return printed.getvalue()
+    return {"home": home, "run": home / "run", "experiments": home / "experiments"}
 
 
 def parses(call: Callable[[], Any]) -> None:
@@ -274,17 +268,15 @@ def check_hydra(verb: str, words: list[str], folders: dict[str, Path], monkeypat
     words = ["+recipe=quickstart" if word == "+recipe=NAME" else word for word in words]
     if (verb, *words) in SEEN:
         return
+    monkeypatch.chdir(folders["home"])
     with monkeypatch.context() as patch, pytest.raises(Started):
         patch.setattr(compose, "run_hydra", _started)
         main([verb, *words])
     SEEN.add((verb, *words))
     if STAGED & set(words) and "--cfg" not in words:
-        cfg = yaml.safe_load(configuration([verb, *words, "--cfg", "job", "--resolve"]))
-        overrides = cfg.get("stage_overrides") or {}
-        for stage in cfg["stages"]:
-            extra = overrides.get(stage["name"], [])
-            if extra is not None:
-                check(list(map(str, ["omnitrain", *stage["command"], *extra])), folders, False, monkeypatch)
+        config = compose.run_config(compose.read_stage_overrides([word for word in words if word != "-m"]))
+        for stage in read_stages(config.stages, config.stage_overrides):
+            check(["omnitrain", *stage.command], folders, False, monkeypatch)
 
 
 def _started(*args: object, **options: object) -> int:
