@@ -23,18 +23,10 @@ from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.settings import DataConfig
 from omnitrain.data.shards import write_shards
 from omnitrain.runs.experiment import build_data, build_experiment
+from omnitrain.study.fingerprint import check_same_study, data_fingerprint, hashed_configuration
+from omnitrain.study.plan import Planner, sample_sizes
 from omnitrain.study.results import CURVE_SCHEMA, ITEMS_SCHEMA
-from omnitrain.study.run import (
-    Planner,
-    check_same_study,
-    data_fingerprint,
-    hashed_configuration,
-    planning_model,
-    read_study,
-    run_arm,
-    run_configuration,
-    sample_sizes,
-)
+from omnitrain.study.run import planning_model, read_spec, run_arm, run_configuration
 from omnitrain.training.flops import BatchSizes, training_flops_by_part
 from omnitrain.training.thinker import ThinkerModule
 
@@ -90,7 +82,7 @@ def planner(folder: Path, seed: int = 0, limits: dict[str, int] = LIMITS, *more:
     data = build_data(config)
     data.setup("fit")
     sizes = sample_sizes(data, folder / "sizes.parquet")
-    return config, Planner(read_study(config), data, sizes, planning_model(config))
+    return config, Planner(read_spec(config), data, sizes, planning_model(config))
 
 
 def of_source(planned: Any, sizes: Path, *sources: str) -> list[str]:
@@ -163,7 +155,7 @@ def test_the_plan_is_the_run(tmp_path: Path, arm: str) -> None:
     """Against the batches that the run's own data module decodes, and the operations of these."""
     cfg, planned = planner(tmp_path, 0, LIMITS, f"arm={arm}", "match=compute")
     plan = planned.plan(arm, "compute")
-    experiment = build_experiment(run_configuration(cfg, read_study(cfg), plan), "fit")
+    experiment = build_experiment(run_configuration(cfg, read_spec(cfg), plan), "fit")
     assert isinstance(experiment.module, ThinkerModule)
     batches = list(experiment.datamodule.train_dataloader())
     assert tuple(batch.sample_ids for batch in batches) == plan.batches
@@ -186,7 +178,7 @@ def test_what_is_equal_over_arms(tmp_path: Path) -> None:
     for arm in ARMS:
         cfg, planned = planner(tmp_path, 3, LIMITS, f"arm={arm}", "+study.lr.audio=0.002")
         plan = planned.plan(arm, "data")
-        run = run_configuration(cfg, read_study(cfg), plan)
+        run = run_configuration(cfg, read_spec(cfg), plan)
         model = build_experiment(run, "fit").module.model
         weights[arm] = {name: float(value.double().sum()) for name, value in model.state_dict().items()}
         assert weights[arm] == weights["text"]
