@@ -40,9 +40,14 @@ for _kind in (_Loader, _Dumper):  # numbers such as 1e-3, which YAML 1.1 takes f
 
 def to_yaml(config: RunConfig, run_dir: Path) -> str:
     """`config` as it is written into `run_dir`."""
-    inside = re.compile(re.escape(str(run_dir)) + r"(?![^/'\",\]\s])")
-    values = _each_text(plain(config), lambda text: inside.sub(HERE.replace("\\", r"\\"), text))
+    values = portable(plain(config), run_dir)
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def portable(values: Any, run_dir: Path) -> Any:
+    """Plain `values` with `HERE` where a text names the folder `run_dir` or something in it."""
+    inside = re.compile(r"(?<![\w./~-])" + re.escape(str(run_dir)) + r"(?![^/'\",\]\s])")
+    return _each_text(values, lambda text: inside.sub(HERE, text))
 
 
 def write_config(config: RunConfig, run_dir: Path) -> None:

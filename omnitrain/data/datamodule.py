@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 from omnitrain.data.batch import PackedBatch
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes
+from omnitrain.data.composition import fingerprint
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.mixture import Mixture
 from omnitrain.data.packing import Packing
@@ -78,6 +79,7 @@ class OmniDataModule(LightningDataModule):
         self._rank, self._world_size, self._tokenizer = rank, world_size, tokenizer
         self._encoder: SampleEncoder | None = None
         self._opened: dict[str, dict[str, Source]] = {}
+        self._content: dict[str, str] = {}  # fingerprints of the sources
         self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state that no stream has taken over yet
         self._trained: dict[str, Any] | None = None  # the stream's state after the last trained batch
         self._stream: PackedStream | None = None
@@ -261,11 +263,19 @@ class OmniDataModule(LightningDataModule):
         saved, now = dict(state["settings"]), self._settings()
         for settings in (saved, now):
             settings["stages"] = _binding_stages(settings["stages"], stage)
+        content = now.pop("content")
+        content_before = saved.get("content", content)  # not noted in older checkpoints
         if different := [name for name in now if saved.get(name) != now[name]]:
             rows = "; ".join(f"{name}: {saved.get(name)} -> {now[name]}" for name in different)
             raise ValueError(
                 f"the data stream cannot continue exactly, because these settings changed: {rows}. Set them back, or "
-                "start a new run from the checkpoint's weights alone"
+                "start a new run from the checkpoint's weights alone (module.init_from)"
+            )
+        if other := [name for name in content if content[name] != content_before[name]]:
+            raise ValueError(
+                f"the data stream cannot continue exactly, because data source {other[0]!r} holds other content than "
+                "when the checkpoint was written. Bring its files back, or start a new run from the checkpoint's "
+                "weights alone (module.init_from)"
             )
         if len(ranks) != self.global_world_size:
             raise ValueError(f"the checkpoint holds data positions of {len(ranks)} of {self.global_world_size} ranks")
@@ -278,6 +288,7 @@ class OmniDataModule(LightningDataModule):
             "world_size": self.global_world_size,
             "seed": self.seed,
             "sources": {name: len(source) for name, source in self.opened("sources").items()},
+            "content": self._fingerprints(),
             "filters": {config.name: _plain([config.split, config.where, config.limit]) for config in self.sources},
             "weights": self._weights(),
             "budget": asdict(self.budget),
@@ -293,6 +304,11 @@ class OmniDataModule(LightningDataModule):
             ),
             "speech": None if self.speech is None else _plain(asdict(self.speech)),
         }
+
+    def _fingerprints(self) -> dict[str, str]:
+        if not self._content:
+            self._content = {name: fingerprint(source) for name, source in self.opened("sources").items()}
+        return self._content
 
     def _weights(self) -> dict[str, float]:
         opened = self.opened("sources")

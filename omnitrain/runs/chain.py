@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import ctypes
 import difflib
-import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -30,15 +30,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from omnitrain.config.compose import check_stage
+from omnitrain.config.compose import check_stage, quoted, readable
+from omnitrain.config.saved import portable, read_values
 from omnitrain.config.typed import ConfigError
 from omnitrain.config.verbs import HYDRA_VERBS, VERBS
-from omnitrain.files import STAGES, printable, write_json
+from omnitrain.files import CONFIG, STAGES, printable, write_json
 
 ALL = "all"
 """What `stage_overrides` has for every stage that is a ``fit``."""
+_PLAIN = re.compile(r"[A-Za-z0-9_./-]*")
 _INSIDE = "OMNITRAIN_STAGE"
 """Environment variable with the name of the stage that this process is."""
 
@@ -50,20 +52,25 @@ class Stage:
     name: str
     command: tuple[str, ...]
 
-    @property
-    def hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.command).encode()).hexdigest()[:16]
+    def arguments(self, run_dir: Path) -> list[str]:
+        """Its words for a process. Where one is KEY=PATH with a path in `run_dir`, the path is quoted for Hydra's
+        grammar, in which many characters that a folder's name can have mean something."""
+        words = list(self.command)
+        if words[0] in HYDRA_VERBS:
+            for i, (key, sign, value) in enumerate(word.partition("=") for word in words):
+                if sign and value.startswith(f"{run_dir}") and not _PLAIN.fullmatch(value):
+                    words[i] = f"{key}={quoted(value)}"
+        return words
 
-    @property
-    def line(self) -> str:
-        return shlex.join(["python", "-m", "omnitrain", *self.command])
+    def line(self, run_dir: Path) -> str:
+        return shlex.join(["python", "-m", "omnitrain", *self.arguments(run_dir)])
 
     @property
     def folder(self) -> Path | None:
         """Where it writes, as far as its command says: `paths.run_dir`, or what follows ``--out``."""
         for word in reversed(self.command):  # the last one counts
             if word.startswith("paths.run_dir="):
-                return Path(word.partition("=")[2].strip("'\""))
+                return Path(str(OverridesParser.create().parse_override(readable([word], sweep=False)[0]).value()))
         if "--out" in self.command[:-1]:
             return Path(self.command[self.command.index("--out") + 1])
         return None
@@ -135,14 +142,17 @@ def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
     record = run_dir / STAGES
     done = _read_record(record)
     for stage in stages:
-        if stage.name in done and done[stage.name]["hash"] != stage.hash:
+        if stage.name in done and done[stage.name]["command"] not in (
+            list(stage.command),  # of before folders could be moved
+            portable(list(stage.command), run_dir),
+        ):
             raise ConfigError(
                 f"stage '{stage.name}' has been run with another command: {shlex.join(done[stage.name]['command'])}\n"
                 f"now it is: {shlex.join(stage.command)}\nchoose another paths.run_dir, or take '{stage.name}' out of "
                 f"{record} to run it again (and the stages behind it, which have used what it made)"
             )
         if stage.command[0] in HYDRA_VERBS and stage.name not in done:
-            check_stage(stage.name, stage.command)
+            check_stage(stage.name, stage.arguments(run_dir))
     return done
 
 
@@ -160,9 +170,9 @@ def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> 
             if stage.name in done:
                 print(f"{header}: done before", flush=True)
                 continue
-            print(f"{header}: {printable(stage.line)}", flush=True)
+            print(f"{header}: {printable(stage.line(run_dir))}", flush=True)
             start = time.monotonic()
-            status = child.run(stage)
+            status = child.run(stage.name, stage.arguments(run_dir))
             if status or child.signal:
                 status = status or 128 + child.signal  # it ended well, but may have been cut short
                 print(
@@ -170,7 +180,7 @@ def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> 
                 )
                 return status
             seconds = round(time.monotonic() - start, 1)
-            done[stage.name] = {"hash": stage.hash, "command": list(stage.command), "seconds": seconds}
+            done[stage.name] = {"command": portable(list(stage.command), run_dir), "seconds": seconds}
             write_json(run_dir / STAGES, done)
             print(f"{header}: {seconds:g} s", flush=True)
     _print_folders(stages)
@@ -186,7 +196,7 @@ def write_report(stages: Sequence[Stage], run_dir: Path, out: Path | None = None
     return write_stages_report(
         run_dir,
         [
-            StageRecord(name=stage.name, command=stage.line, folder=stage.folder, finished=stage.name in done)
+            StageRecord(name=stage.name, command=stage.line(run_dir), folder=stage.folder, finished=stage.name in done)
             for stage in stages
         ],
         out,
@@ -199,16 +209,10 @@ def stages_of(run_dir: Path) -> list[Stage] | None:
     Raises:
         ConfigError: they cannot be read.
     """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
+    if not (run_dir / CONFIG).is_file():
         return None
-    try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
-    if not isinstance(saved, dict) or saved.get("stages") is None:
-        return None
-    return read_stages(saved["stages"], saved.get("stage_overrides"))
+    saved = read_values(run_dir)
+    return None if saved.get("stages") is None else read_stages(saved["stages"], saved.get("stage_overrides"))
 
 
 def _continue(run_dir: Path) -> str:
@@ -237,13 +241,13 @@ class _Child:
         self.process: subprocess.Popen | None = None
         self.signal = 0
 
-    def run(self, stage: Stage) -> int:
+    def run(self, stage: str, arguments: Sequence[str]) -> int:
         if self.signal:
             return 128 + self.signal
         # A process group of its own: Ctrl-C in a terminal reaches all of ours, and the stage would get it twice.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "omnitrain", *stage.command],
-            env={**os.environ, _INSIDE: stage.name},
+            [sys.executable, "-m", "omnitrain", *arguments],
+            env={**os.environ, _INSIDE: stage},
             process_group=0,
             preexec_fn=_ends_with_its_parent(),
         )

@@ -271,7 +271,7 @@ class Folder:
             return False
         if known["source"] != source:
             raise ValueError(
-                f"{self.path / file.name} was made from another {file.name} ({known['path']}, CRC-32 "
+                f"{self.path / file.name} was made from another {file.name} (CRC-32 "
                 f"{known['source']}; {file} has {source}); choose another --out, or delete the folder"
             )
         return True
@@ -279,7 +279,7 @@ class Folder:
     def write(self, file: Path, source: str, samples: Iterable[Sample], counts: Counts) -> None:
         """The shard of this name, all or nothing, then the record."""
         write_shard(samples, self.path / file.name)
-        self.shards[file.name] = {"path": str(file.resolve()), "source": source, "counts": asdict(counts)}
+        self.shards[file.name] = {"source": source, "counts": asdict(counts)}
         write_json(self.path / RECORD, {**self.made_with, "shards": self.shards})
 
     def counts(self, file: Path) -> Counts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import lightning as L
@@ -13,11 +14,12 @@ import torch
 from omnitrain.config.typed import typed
 from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, VIDEO, PackedBatch
 from omnitrain.data.chat import train_bpe
+from omnitrain.data.composition import fingerprint
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.media import encode_audio, encode_image, encode_video
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.settings import DataConfig
-from omnitrain.data.shards import write_shards
+from omnitrain.data.shards import SampleSource, write_media_table, write_shards
 from omnitrain.data.stream import TooManyBadSamples
 from tests.data import corrupt
 
@@ -236,6 +238,54 @@ def test_settings_that_would_change_the_stream_are_named(folder, uninterrupted):
             module(folder, **changes).load_state_dict(state)
     # a later stage may be planned afterwards, and workers are free
     module(folder, stages=[{"until_tokens": 10**6}, {"max_tokens": 320}], num_workers=3).load_state_dict(state)
+
+
+def test_other_content_of_the_same_size_is_noticed(folder, uninterrupted, tmp_path):
+    data = module(folder)
+    data.mark_trained(uninterrupted[3])
+    state = data.state_dict()
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    module(moved).load_state_dict(state)
+    [shard] = moved.glob("*.parquet")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"data source .media. holds other content.*module\.init_from"):
+        module(moved).load_state_dict(state)
+    del state["settings"]["content"]  # as in a checkpoint of before it was noted
+    module(moved).load_state_dict(state)
+
+
+def test_fingerprints_see_large_files_and_media_beside_the_shards(tmp_path):
+    class Blob:
+        name = "blob"
+
+        def __init__(self, content):
+            self.path = tmp_path / "large.parquet"
+            self.path.write_bytes(content)
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise BadSample("row_invalid", "not looked at here")
+
+        def locate(self, index):
+            return str(self.path), 0
+
+    whole = RNG.bytes(3 << 20)
+    changed = [b"?" + whole[1:], whole[:-1] + b"?", whole + b"?", whole]
+    assert len({fingerprint(Blob(content)) for content in changed}) == 4
+    assert fingerprint(Blob(whole)) == fingerprint(Blob(whole))
+
+    message = Message(role="user", segments=(Segment(type="image", path="media.parquet#a"),))
+    write_shards([Sample(id="a", source="s", messages=(message,))], tmp_path / "shards", "s", progress=False)
+    seen = set()
+    for pixel in (b"1", b"2"):
+        write_media_table([("a", pixel)], tmp_path / "shards" / "media.parquet")
+        seen.add(fingerprint(SampleSource(tmp_path / "shards")))
+    assert len(seen) == 2
 
 
 class Trained(L.LightningModule):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from omnitrain.config.compose import read_stage_overrides
 from omnitrain.config.typed import ConfigError
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import write_shards
-from omnitrain.runs.chain import Stage, read_stages
+from omnitrain.runs.chain import Stage, read_stages, stages_of
 
 QUICK = ["data", "--help"]
 
@@ -49,7 +50,8 @@ def html(name: str) -> list[str]:
 
 
 def record(tmp_path: Path) -> dict:
-    return json.loads((tmp_path / "run" / "stages.json").read_text())
+    folder = tmp_path / "run" if (tmp_path / "run").is_dir() else tmp_path
+    return json.loads((folder / "stages.json").read_text())
 
 
 def test_stages_run_in_order_and_once(own, tmp_path, capfd) -> None:
@@ -66,7 +68,7 @@ def test_stages_run_in_order_and_once(own, tmp_path, capfd) -> None:
     assert [out.index(part) for part in parts] == sorted(out.index(part) for part in parts)
     assert (run_dir / "look" / "report.html").stat().st_size > 1_000
     assert list(record(tmp_path)) == ["count", "look"]
-    assert record(tmp_path)["look"]["command"][-1] == f"{run_dir}/look/report.html"
+    assert record(tmp_path)["look"]["command"][-1] == "{run_dir}/look/report.html"
     assert list(tmp_path.glob("run/.*")) == []
     # Nothing is run again, by the same line or by the folder alone.
     for again in (line, ["fit", str(run_dir)]):
@@ -75,6 +77,33 @@ def test_stages_run_in_order_and_once(own, tmp_path, capfd) -> None:
         assert "stage 1/2 count: done before" in out
         assert "stage 2/2 look: done before" in out
         assert "usage:" not in out
+
+
+HOSTILE = ["a = b", "größe, 1", 'it\'s "new"', "100% (2) [x] {y}", "trailing/"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_folders_of_any_name_run_move_and_report(own, tmp_path, capfd, name) -> None:
+    """What its stages are told, what is recorded and what is shown follow the folder to where it is moved to."""
+    compose = ["fit", "+recipe=quickstart", "paths.run_dir=${paths.run_dir}/toy", "--cfg", "job"]
+    line = own({"name": "compose", "command": compose}, {"name": "look", "command": html("look")})
+    line[-1] = f"paths.run_dir={name}"
+    assert main(line) == 0
+    run_dir, moved = tmp_path / name, tmp_path / "moved to, 'elsewhere' = ö"
+    assert f"run_dir: {run_dir}/toy" in capfd.readouterr().out.replace("''", "'").replace("run_dir: '", "run_dir: ")
+    assert (run_dir / "look" / "report.html").is_file()
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    assert str(tmp_path) not in before["stages.json"].decode()
+    shutil.copytree(run_dir, moved)
+    (moved / "look" / "report.html").unlink()
+    (moved / "stages.json").write_text(json.dumps({"compose": record(run_dir)["compose"]}))
+    assert main(["fit", f"{moved}/"]) == 0
+    assert "stage 1/2 compose: done before" in capfd.readouterr().out
+    assert (moved / "look" / "report.html").is_file()
+    assert main(["report", str(moved)]) == 0
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()} == before
+    (stage, *_) = stages_of(moved)
+    assert stage.folder == moved / "toy"
 
 
 def test_a_failing_stage_ends_the_run_and_is_tried_again(own, tmp_path, capfd) -> None:
