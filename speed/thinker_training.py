@@ -82,7 +82,8 @@ def documents(seed: int = 0, n: int = 24) -> list[Document]:
 def encode(document: Document) -> Any:
     """An `EncodedSample`."""
     from omnitrain.data import positions as tm
-    from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, TEXT, EncodedSample
+    from omnitrain.data.batch import IGNORE, EncodedSample
+    from omnitrain.vocabulary import AUDIO, IMAGE, TEXT
 
     ids, types, spans = [], [], []
     if document.grid is not None:

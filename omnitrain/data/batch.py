@@ -13,9 +13,6 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that predicts nothing."""
 
-TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
-"""Values of `token_types`: what stands at a position. Encoder outputs are scattered to IMAGE/VIDEO/AUDIO positions."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TalkerDocument:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, TEXT, VIDEO
+from omnitrain.data.batch import IGNORE
 from omnitrain.data.positions import (
     AudioSpan,
     AudioVideoSpan,
@@ -34,6 +34,7 @@ from omnitrain.data.positions import (
 )
 from omnitrain.data.sample import BadSample, Message
 from omnitrain.files import write_text
+from omnitrain.vocabulary import AUDIO, IMAGE, TEXT, VIDEO
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",

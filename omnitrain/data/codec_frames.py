@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from omnitrain.data.batch import IGNORE, TEXT, EncodedSample, TalkerDocument
+from omnitrain.data.batch import IGNORE, EncodedSample, TalkerDocument
 from omnitrain.data.chat import ChatTokenizer, RenderedChat
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.talker_layout import SpeechTokens, in_user_turns, talker_layout, user_turns
+from omnitrain.vocabulary import TEXT, SpecialCodes
 
 _CODEC, _THINKER = "omnitrain.codec", "omnitrain.thinker"
 
@@ -128,24 +129,17 @@ def user_header(tokenizer: ChatTokenizer) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechCodes:
+class SpeechCodes(SpecialCodes):
     """What the layout of spoken answers needs to know of the Talker.
 
     Attributes:
-        codec_*: special codes.  codebook_size: codes are below it.  codebooks: codes of a frame.
+        codebooks: codes of a frame.
         speakers: code of each voice; a sample's voice is its ``meta["voice"]``.
         codec: fingerprint of the codec whose frames are learnt; None: any.
         thinker: fingerprint of the frozen Thinker whose hidden states lie beside the frames; None: they are not read.
         default_voice: of samples that name none.
     """
 
-    codec_pad: int
-    codec_bos: int
-    codec_eos: int
-    codec_nothink: int
-    codec_think_bos: int
-    codec_think_eos: int
-    codebook_size: int
     codebooks: int
     speakers: Mapping[str, int] = field(default_factory=dict)
     codec: str | None = None
@@ -162,13 +156,7 @@ class SpeechCodes:
             tts_pad=special["<tts_pad>"],
             tts_bos=special["<tts_text_bos>"],
             tts_eos=special["<tts_text_eod>"],
-            codec_pad=self.codec_pad,
-            codec_bos=self.codec_bos,
-            codec_eos=self.codec_eos,
-            codec_nothink=self.codec_nothink,
-            codec_think_bos=self.codec_think_bos,
-            codec_think_eos=self.codec_think_eos,
-            codebook_size=self.codebook_size,
+            **self.special_codes(),
         )
 
     def speaker(self, voice: str) -> int:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from omnitrain.data.batch import IGNORE, TEXT, EncodedSample
+from omnitrain.data.batch import IGNORE, EncodedSample
 from omnitrain.data.settings import Budget
+from omnitrain.vocabulary import TEXT
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from omnitrain.data.batch import AUDIO, IGNORE, TEXT, EncodedSample
+from omnitrain.data.batch import IGNORE, EncodedSample
 from omnitrain.data.packing import is_document
 from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.data.shards import Source
+from omnitrain.vocabulary import AUDIO, TEXT
 
 SIZES_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("source", "id", "modality")]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from omnitrain.data.batch import IGNORE, TEXT, TalkerDocument
+from omnitrain.data.batch import IGNORE, TalkerDocument
 from omnitrain.data.positions import (
     AudioSpan,
     AudioVideoSpan,
@@ -30,17 +30,17 @@ from omnitrain.data.positions import (
     vision_tokens,
 )
 from omnitrain.data.sample import BadSample
+from omnitrain.vocabulary import TEXT, SpecialCodes
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechTokens:
+class SpeechTokens(SpecialCodes):
     """The ids that the layout writes or looks for.
 
     Attributes:
         user_header: how a user's turn starts, ``<|im_start|>user``; its first id starts every turn
         assistant_header: ``<|im_start|>assistant`` and the newline (three ids in the public tokenizer)
         tts_pad, tts_bos, tts_eos: in the Thinker's vocabulary
-        codec_*: special codes of the Talker.  codebook_size: codes are below it
     """
 
     user_header: tuple[int, ...]
@@ -48,13 +48,6 @@ class SpeechTokens:
     tts_pad: int
     tts_bos: int
     tts_eos: int
-    codec_pad: int
-    codec_bos: int
-    codec_eos: int
-    codec_nothink: int
-    codec_think_bos: int
-    codec_think_eos: int
-    codebook_size: int
 
 
 class UserTurns(NamedTuple):

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnitrain.data.batch import TEXT, EncodedSample, PackedBatch, SpokenAnswers
+from omnitrain.data.batch import EncodedSample, PackedBatch, SpokenAnswers
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.encode import SampleEncoder
@@ -47,6 +47,7 @@ from omnitrain.generation.text import next_positions, passes, read_prompts, step
 from omnitrain.models.code2wav import Code2Wav, Code2WavState, join_states, split_state
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.talker import Talker, TalkerInputs
+from omnitrain.vocabulary import TEXT
 
 # ------------------------------------------------------------------------------------------------- what goes in and out
 
@@ -265,13 +266,7 @@ class Speaker:
                 f"Code2Wav decodes {wave.quantizers} codebooks of {wave.codebook_size} codes, the Talker says "
                 f"{c.codebooks} of {c.codebook_size}: they belong to different codecs"
             )
-        names = ("codec_pad", "codec_bos", "codec_eos", "codec_nothink", "codec_think_bos", "codec_think_eos")
-        self.codec = SpeechCodes(
-            codebook_size=c.codebook_size,
-            codebooks=c.codebooks,
-            speakers=c.speakers,
-            **{name: getattr(c, name) for name in names},
-        )
+        self.codec = SpeechCodes(**c.special_codes(), codebooks=c.codebooks, speakers=c.speakers)
         self.special: SpeechTokens = self.codec.tokens(tokenizer)
         self.device = self.talker.codec_embedding.weight.device
         self.forbidden = torch.arange(c.codec_vocab, device=self.device) >= c.codebook_size

@@ -18,9 +18,7 @@ from omnitrain.models.sizes import OmniConfig
 from omnitrain.models.talker import Talker
 from omnitrain.models.thinker import Thinker, ThinkerOutput
 from omnitrain.models.vision import VisionEncoder
-
-IMAGE, VIDEO, AUDIO = 1, 2, 3
-"""Values of `token_types` where an encoder's feature stands (the same numbers as in `data/batch.py`; 0 is a word)."""
+from omnitrain.vocabulary import AUDIO, IMAGE, VIDEO
 
 OmniOutput = ThinkerOutput
 """hidden [N, D], accept_hidden [N, D], router_counts [L, E], router_prob_sums [L, E]."""

@@ -9,25 +9,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from omnitrain.vocabulary import SpecialCodes
+
 TRIMS = ("public", "causal")
 """How a transposed convolution's output is cut (`Code2WavConfig.trim`)."""
-
-SPECIAL_CODES: dict[str, int] = {
-    "codec_pad": 100,
-    "codec_bos": 101,
-    "codec_eos": 102,
-    "codec_nothink": 107,
-    "codec_think_bos": 108,
-    "codec_think_eos": 109,
-}
-"""Public ids of the special codes, counted from the end of codebook 0."""
-
-SPEAKERS: dict[str, int] = {"chelsie": 253, "ethan": 254, "aiden": 255}
-"""Public ids of the voices, counted from the end of codebook 0."""
-
-CODES_BEYOND_CODEBOOK = 1024
-"""Room for special codes and voices. Programs that read public checkpoints forbid the last 1024 codes but `codec_eos`,
-so a vocabulary of another size would lose codes there."""
 
 PUBLIC_SPECIAL_TOKENS: dict[str, int] = {
     "<|im_start|>": 151644,
@@ -47,16 +32,6 @@ PUBLIC_SPECIAL_TOKENS: dict[str, int] = {
     "assistant": 77091,
 }
 """Ids of the public tokenizer."""
-
-
-def codec_vocabulary(codebook_size: int) -> dict[str, Any]:
-    """The `TalkerConfig` fields that depend on the size of codebook 0, laid out as in the public checkpoint."""
-    return {
-        "codebook_size": codebook_size,
-        "codec_vocab": codebook_size + CODES_BEYOND_CODEBOOK,
-        **{name: codebook_size + offset for name, offset in SPECIAL_CODES.items()},
-        "speakers": {name: codebook_size + offset for name, offset in SPEAKERS.items()},
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,12 +255,13 @@ class MTPConfig(_Sizes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TalkerConfig(DecoderConfig):
+class TalkerConfig(DecoderConfig, SpecialCodes):
     """Sizes of the Talker; the defaults are the public checkpoint's. For the other fields see `DecoderConfig`.
 
     Attributes:
         shared_expert_width: of the expert that sees every token (`shared_expert_intermediate_size`)
-        codec_vocab: codes of codebook 0, then special codes and voices (`vocab_size`)
+        codec_vocab: codes of codebook 0, then 1024 for special codes and voices (`vocab_size`). Programs that read
+            public checkpoints forbid the last 1024 codes but `codec_eos`: with other sizes codes would be lost there.
         thinker_dim: width of the Thinker (`thinker_hidden_size`)
         projection_width: inner width of the two projections (`intermediate_size`)
         accept_hidden_layer: the Thinker's layer that `hidden_projection` reads; equals the Thinker's own setting
@@ -324,14 +300,24 @@ class TalkerConfig(DecoderConfig):
                 raise ValueError(
                     f"talker.mtp.{name} ({getattr(self.mtp, name)}) must equal talker.{name} ({getattr(self, name)})"
                 )
-        special = {name: getattr(self, name) for name in SPECIAL_CODES}
-        special |= {f"speakers.{name}": code for name, code in self.speakers.items()}
+        special = self.special_codes() | {f"speakers.{name}": code for name, code in self.speakers.items()}
         for name, code in special.items():
-            if not self.codebook_size <= code < self.codec_vocab:
+            if name != "codebook_size" and not self.codebook_size <= code < self.codec_vocab:
                 raise ValueError(
                     f"talker.{name} ({code}) must lie in codebook_size..codec_vocab - 1 "
                     f"({self.codebook_size}..{self.codec_vocab - 1})"
                 )
+
+
+def codec_vocabulary(codebook_size: int) -> dict[str, Any]:
+    """The `TalkerConfig` fields that depend on the size of codebook 0, laid out as in the public checkpoint."""
+    public = TalkerConfig()
+    ids = {"codec_vocab": public.codec_vocab, **public.special_codes()}
+    shift = codebook_size - public.codebook_size
+    return {
+        **{name: code + shift for name, code in ids.items()},
+        "speakers": {name: code + shift for name, code in public.speakers.items()},
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ waveforms

@@ -146,8 +146,13 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
                 )
             assert model.code2wav is not None
             model.code2wav.load_state_dict(codec.decoder.state_dict())
-    special = {f.name: getattr(talker, f.name) for f in fields(SpeechCodes) if hasattr(talker, f.name)}
-    return SpeechCodes(**special, codec=fingerprint, default_voice=next(iter(talker.speakers), None))
+    return SpeechCodes(
+        **talker.special_codes(),
+        codebooks=talker.codebooks,
+        speakers=talker.speakers,
+        codec=fingerprint,
+        default_voice=next(iter(talker.speakers), None),
+    )
 
 
 def starting_checkpoint(config: RunConfig) -> Path | None:

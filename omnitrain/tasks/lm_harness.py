@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from omnitrain.data.batch import IGNORE, TEXT, EncodedSample, PackedBatch
+from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.packing import Budget
 from omnitrain.data.shards import nearest
@@ -32,6 +32,7 @@ from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Metric
 from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, Told, measured
 from omnitrain.tasks.settings import RunOptions
+from omnitrain.vocabulary import TEXT
 
 try:
     import lm_eval

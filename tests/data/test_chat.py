@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, TEXT, VIDEO
+from omnitrain.data.batch import IGNORE
 from omnitrain.data.chat import PRE_TOKENIZER_REGEX, SPECIAL_TOKENS, ChatTokenizer, _byte_characters, train_bpe
 from omnitrain.data.positions import AudioSpan, AudioVideoSpan, ImageSpan, TextSpan, VideoSpan
 from omnitrain.data.sample import BadSample, Message, Segment
+from omnitrain.vocabulary import AUDIO, IMAGE, TEXT, VIDEO
 
 TEXTS = [
     "The red fire truck drives to the left.",

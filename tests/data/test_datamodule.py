@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from omnitrain.config.typed import typed
-from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, VIDEO, PackedBatch
+from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.data.chat import train_bpe
 from omnitrain.data.composition import fingerprint
 from omnitrain.data.datamodule import OmniDataModule
@@ -21,6 +21,7 @@ from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.settings import DataConfig
 from omnitrain.data.shards import SampleSource, write_media_table, write_shards
 from omnitrain.data.stream import TooManyBadSamples
+from omnitrain.vocabulary import AUDIO, IMAGE, VIDEO
 from tests.data import corrupt
 
 RNG = np.random.default_rng(0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omnitrain.data.batch import AUDIO, IGNORE, TEXT, EncodedSample, PackedBatch
+from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.data.packing import Budget, FirstFit, Item, cut, is_document, pieces
+from omnitrain.vocabulary import AUDIO, TEXT
 
 
 def encoded(name, n, *, mel_frames=0, n_patches=0, document=True):

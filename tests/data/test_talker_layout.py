@@ -7,10 +7,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, TEXT
+from omnitrain.data.batch import IGNORE
 from omnitrain.data.positions import AudioSpan, ImageSpan, TextSpan, tm_rope_positions
 from omnitrain.data.sample import BadSample
 from omnitrain.data.talker_layout import SpeechTokens, TalkerDocument, UserTurns, talker_layout, user_turns
+from omnitrain.vocabulary import AUDIO, IMAGE, TEXT
 
 START, USER, SYSTEM, ASSISTANT, NEWLINE, END = 90, 91, 92, 93, 94, 95
 PAD, BOS, EOS = 80, 81, 82

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from omnitrain.data import positions as tm
-from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, TEXT, VIDEO, EncodedSample
+from omnitrain.data.batch import IGNORE, EncodedSample
+from omnitrain.vocabulary import AUDIO, IMAGE, TEXT, VIDEO
 
 VOCABULARY = 320
 FIRST_SPECIAL = 300

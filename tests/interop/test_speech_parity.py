@@ -120,15 +120,13 @@ def speak(models, name: str, **options: Any) -> SimpleNamespace:
 def tokens(model: OmniModel, newline: int = 0) -> SpeechTokens:
     c, special = model.config.talker, model.config.special_tokens
     assert c is not None
-    codes = ("codec_pad", "codec_bos", "codec_eos", "codec_nothink", "codec_think_bos", "codec_think_eos")
     return SpeechTokens(
         user_header=(special["<|im_start|>"], special["user"]),
         assistant_header=(special["<|im_start|>"], special["assistant"], newline),
         tts_pad=special["<tts_pad>"],
         tts_bos=special["<tts_text_bos>"],
         tts_eos=special["<tts_text_eod>"],
-        codebook_size=c.codebook_size,
-        **{name: getattr(c, name) for name in codes},
+        **c.special_codes(),
     )
 
 

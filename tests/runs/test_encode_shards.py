@@ -20,7 +20,7 @@ from omnitrain.cli.data import main
 from omnitrain.config.compose import run_config
 from omnitrain.config.locations import PACK
 from omnitrain.config.saved import write_config
-from omnitrain.data.batch import AUDIO, PackedBatch
+from omnitrain.data.batch import PackedBatch
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import AnswerFile, decode_codes
 from omnitrain.data.media import decode_audio, encode_audio
@@ -32,6 +32,7 @@ from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import build, build_codec, init_codec_weights, init_weights
 from omnitrain.runs.load import SAMPLE_RATE, codec_fingerprint, load, load_codec
+from omnitrain.vocabulary import AUDIO
 from tests.interop.test_mimi import save_mimi
 
 MODEL = {

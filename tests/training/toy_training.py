@@ -29,7 +29,7 @@ from omnitrain.config.run_config import (
     ThinkerModuleConfig,
     ThroughputConfig,
 )
-from omnitrain.data.batch import AUDIO, IGNORE, IMAGE, TEXT, EncodedSample, PackedBatch
+from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.data.positions import AudioSpan, ImageSpan, TextSpan, audio_tokens, tm_rope_positions
 from omnitrain.models.aut import AuTConfig
 from omnitrain.models.omni import OmniConfig, OmniModel
@@ -39,6 +39,7 @@ from omnitrain.models.vision import VisionConfig
 from omnitrain.training.callbacks import AtomicCheckpoint, RunRecord, SpikeGuard, Throughput
 from omnitrain.training.logging import ExactCsvLogger
 from omnitrain.training.thinker import ThinkerModule
+from omnitrain.vocabulary import AUDIO, IMAGE, TEXT
 
 VOCAB = 64
 # What the samples of each step are; the halves of a step go to different ranks. Steps 1 and 2 leave one rank without
