@@ -129,8 +129,8 @@ NAMED = {
     "shell": ("os.system", "{command: touch CANARY}"),
     "subprocess": ("subprocess.run", "{args: [touch, CANARY]}"),
     "popen": ("subprocess.Popen", "{_args_: [[touch, CANARY]]}"),
-    "eval": ("builtins.eval", "{_args_: ['open(\"CANARY\", \"w\")']}"),
-    "exec": ("builtins.exec", "{_args_: ['open(\"CANARY\", \"w\")']}"),
+    "eval": ("builtins.eval", '{_args_: [\'open("CANARY", "w")\']}'),
+    "exec": ("builtins.exec", '{_args_: [\'open("CANARY", "w")\']}'),
     "import": ("builtins.__import__", "{name: stranger}"),
     "import_module": ("importlib.import_module", "{name: stranger}"),
     "run_path": ("runpy.run_path", "{path_name: THEIRS/evil.py}"),
@@ -211,9 +211,7 @@ NAMED = {
 NAMED_OPEN = set()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=OPEN) if name in NAMED_OPEN else name for name in NAMED]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=OPEN) if name in NAMED_OPEN else name for name in NAMED])
 def test_named_in_a_configuration(name: str, scene: Scene) -> None:
     target, arguments = NAMED[name]
     text = scene.fill(f"{{callbacks: {{evil: {{_target_: {target}, arguments: {arguments}}}}}}}")
@@ -262,8 +260,14 @@ WRITTEN = {
     "decode": ("callbacks: {evil: \"${oc.decode:'" + SHELL + "'}\"}", r"callbacks[./]evil"),
     "environment": ("callbacks: {evil: {_target_: '${oc.env:OMNITRAIN_TEST_TARGET}'}}", r"callbacks[./]evil"),
     "select": ("name: os.system\ncallbacks: {evil: {_target_: '${oc.select:name}'}}", r"callbacks[./]evil"),
-    "pieces": ("name: os\npaths: {data_dir: .system}\ncallbacks: {evil: {_target_: '${name}${paths.data_dir}'}}", "evil"),
-    "hydra_name": ("hydra: {job: {name: os.system}}\ncallbacks: {evil: {_target_: '${hydra:job.name}'}}", "evil|job.name"),
+    "pieces": (
+        "name: os\npaths: {data_dir: .system}\ncallbacks: {evil: {_target_: '${name}${paths.data_dir}'}}",
+        "evil",
+    ),
+    "hydra_name": (
+        "hydra: {job: {name: os.system}}\ncallbacks: {evil: {_target_: '${hydra:job.name}'}}",
+        "evil|job.name",
+    ),
     # By the ways of YAML.
     "merge_key": ("callbacks: {evil: {<<: " + SHELL + "}}", r"callbacks[./]evil"),
     "anchor": ("optim: &x " + SHELL + "\ncallbacks: {evil: *x}", r"optim|callbacks[./]evil"),
@@ -280,7 +284,9 @@ WRITTEN = {
         r"callbacks[./]evil",
     ),
     "convert_object": (
-        "callbacks: {evil: {_target_: omnitrain.training.callbacks.SpikeGuard, _convert_: object, run_dir: " + SHELL + "}}",
+        "callbacks: {evil: {_target_: omnitrain.training.callbacks.SpikeGuard, _convert_: object, run_dir: "
+        + SHELL
+        + "}}",
         r"callbacks[./]evil",
     ),
     "positional": ("callbacks: {evil: {_target_: os.system, _args_: [touch CANARY]}}", r"callbacks[./]evil"),
@@ -310,9 +316,7 @@ WRITTEN_OPEN = {
 """Let through today."""
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=OPEN) if name in WRITTEN_OPEN else name for name in WRITTEN]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=OPEN) if name in WRITTEN_OPEN else name for name in WRITTEN])
 def test_written_in_a_recipe(name: str, scene: Scene, no_job: None, capsys: pytest.CaptureFixture[str]) -> None:
     text, place = WRITTEN[name]
     assert_refused(scene, ["fit", *scene.recipe(text + "\n")], place, capsys)
@@ -390,7 +394,10 @@ HYDRA = {
         r"sweeper[./]params",
     ),
     "sweep_of_folders": ("hydra: {sweeper: {params: {hydra.sweep.dir: OUTSIDE/a}}}", r"sweeper[./]params"),
-    "sweep_of_recipes": ("hydra: {sweeper: {params: {+recipe: 'second,evil2'}}}", r"sweeper[./]params|callbacks[./]evil"),
+    "sweep_of_recipes": (
+        "hydra: {sweeper: {params: {+recipe: 'second,evil2'}}}",
+        r"sweeper[./]params|callbacks[./]evil",
+    ),
     "logging_factory": ("hydra: {job_logging: {filters: {evil: {(): stranger.Thing}}}}", r"hydra[./]job_logging"),
     "logging_class": ("hydra: {job_logging: {handlers: {evil: {class: stranger.Thing}}}}", r"hydra[./]job_logging"),
     "logging_formatter": ("hydra: {hydra_logging: {formatters: {evil: {class: stranger.Thing}}}}", "hydra_logging"),
@@ -411,7 +418,10 @@ HYDRA = {
         "hydra: {job_logging: {handlers: {evil: {class: logging.handlers.SocketHandler, host: h, port: 1}}}}",
         r"hydra[./]job_logging",
     ),
-    "logging_config": ("hydra: {job_logging: {handlers: {evil: {(): logging.config.listen}}}}", r"hydra[./]job_logging"),
+    "logging_config": (
+        "hydra: {job_logging: {handlers: {evil: {(): logging.config.listen}}}}",
+        r"hydra[./]job_logging",
+    ),
     **{
         f"environment_{name}": (f"hydra: {{job: {{env_set: {{{name}: THEIRS}}}}}}", rf"env_set[./]?.*{name}")
         for name in (
@@ -500,7 +510,9 @@ def test_keys_of_hydra(name: str, scene: Scene, no_job: None, capsys: pytest.Cap
         pytest.param(["--experimental-rer=THEIRS/evil.pickle"], "rer", id="pickle_abbreviated", marks=OPEN),
         pytest.param(["hydra.searchpath=[pkg://stranger]"], "searchpath", id="search_path"),
         pytest.param(["--config-path", "pkg://stranger"], "config-path|stranger", id="config_path", marks=OPEN),
-        pytest.param(["-m", "+t=name,stranger.Thing", "+callbacks.evil={_target_:'${t}'}"], "callbacks[./]evil", id="second_job"),
+        pytest.param(
+            ["-m", "+t=name,stranger.Thing", "+callbacks.evil={_target_:'${t}'}"], "callbacks[./]evil", id="second_job"
+        ),
         pytest.param(["+recipe=../../theirs/recipe/evil"], "recipe", id="recipe_by_path"),
         pytest.param(["--config-dir", "pkg://stranger"], "config-dir", id="config_dir_package"),
     ],
@@ -598,7 +610,7 @@ STAGES = {
     "hidden_verb": "[__main__, x]",
     "no_verb": "[--help]",
     "shell": "[fit, +callbacks.evil._target_=os.system]",
-    "shell_quoted": "[\"fit; touch CANARY\"]",
+    "shell_quoted": '["fit; touch CANARY"]',
     "their_folder": "[fit, --config-dir, THEIRS, +recipe=second]",
     "search_path": "[fit, 'hydra.searchpath=[pkg://stranger]']",
     "config_path": "[fit, --config-path, THEIRS]",
@@ -808,7 +820,11 @@ def test_a_run_folder_that_writes_elsewhere(written: str, verb: str, their_run: 
     for key in OUTPUTS:
         put(their_run, key, scene.fill(where.replace("NAME", key)))
     put(their_run, "data.bad_samples_path", str(scene.outside / "victim.txt"))
-    put(their_run, "evaluation", {**yaml.safe_load((their_run / "config.yaml").read_text())["evaluation"], "max_samples": 1})
+    put(
+        their_run,
+        "evaluation",
+        {**yaml.safe_load((their_run / "config.yaml").read_text())["evaluation"], "max_samples": 1},
+    )
     words = ["trainer.max_steps=2"] if verb == "fit" else []
     main([verb, str(their_run), *words])
     scene.assert_nothing_happened()
@@ -1038,7 +1054,10 @@ def test_a_study_that_a_report_reads(scene: Scene, capsys) -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_recipe_is_let_through(name: str, scene: Scene, no_job: None) -> None:
     starts_from = ("pretrain_s1", "pretrain_s2", "pretrain_s3", "speaker_finetune", "talker_continue")
-    needs = [*(["module.init_from=x"] if name.startswith(starts_from) else []), *(["speech=x"] if name == "speech" else [])]
+    needs = [
+        *(["module.init_from=x"] if name.startswith(starts_from) else []),
+        *(["speech=x"] if name == "speech" else []),
+    ]
     with pytest.raises(Started):
         main(["fit", f"+recipe={name}", *needs])
 
@@ -1055,7 +1074,9 @@ def test_every_recipe_is_let_through(name: str, scene: Scene, no_job: None) -> N
         "+recipe=quickstart logger=wandb logger.wandb.offline=true trainer=ddp",
         pytest.param(
             "+recipe=quickstart +callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging",
-            marks=pytest.mark.xfail(strict=False, reason="docs/training.md names it, the list of constructors does not"),
+            marks=pytest.mark.xfail(
+                strict=False, reason="docs/training.md names it, the list of constructors does not"
+            ),
         ),
         "+recipe=quickstart +callbacks.rate._target_=lightning.pytorch.callbacks.LearningRateMonitor",
         "+recipe=quickstart paths.run_dir=/tmp/elsewhere/run",
