@@ -123,7 +123,7 @@ def kind(annotation: Any) -> str:
             names.append("mapping" if option is not Any else "any")
         else:
             names.append(option.__name__)
-    return ", ".join(names)
+    return ", ".join(dict.fromkeys(names))
 
 
 def default(f: Any) -> str:
@@ -131,6 +131,8 @@ def default(f: Any) -> str:
     if f.default is MISSING and f.default_factory is MISSING:
         return "*must be given*"
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if len(text) > 80:
+        return "(the option's)"
     return f"`{text}`" if text else '`""`'
 
 
