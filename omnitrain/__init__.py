@@ -1,6 +1,6 @@
 """Open training of omni-modal models of the Qwen3-Omni design.
 
-From Python: :func:`omnitrain.load`, :class:`omnitrain.Sample`, ``omnitrain.interop`` (docs/python.md).
+docs/python.md says what is to be had from Python: :func:`omnitrain.load`, :class:`omnitrain.Sample` and a few more.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omnitrain import interop as interop
+    from omnitrain.config.compose import run_config as run_config
     from omnitrain.data.sample import Message as Message
     from omnitrain.data.sample import Sample as Sample
     from omnitrain.data.sample import Segment as Segment
+    from omnitrain.runs.experiment import build_experiment as build_experiment
     from omnitrain.runs.load import load as load
 
 # Grain, which orders the data, warns at import that JAX's profiler is absent; nothing here uses JAX. (Its worker
@@ -25,6 +27,8 @@ _ENTRIES = {
     "Sample": "omnitrain.data.sample",
     "Message": "omnitrain.data.sample",
     "Segment": "omnitrain.data.sample",
+    "run_config": "omnitrain.config.compose",
+    "build_experiment": "omnitrain.runs.experiment",
 }
 
 

@@ -43,7 +43,7 @@ from omnitrain.config.resolvers import register_resolvers
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.saved import read_values
 from omnitrain.config.schemas import register_schemas
-from omnitrain.config.targets import ForbiddenTarget
+from omnitrain.config.targets import ForbiddenTarget, check_targets
 from omnitrain.config.typed import ConfigError
 from omnitrain.files import CONFIG, printable
 
@@ -67,6 +67,7 @@ def run_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None =
     Raises:
         ConfigError: as on the command line.
     """
+    overrides = readable(list(overrides), sweep=False)
     arguments = [*([] if config_dir is None else ["--config-dir", str(config_dir)]), *overrides]
     args = get_args_parser().parse_args(arguments)
     register_recipes(arguments)
@@ -266,6 +267,10 @@ def check_command_line(arguments: list[str], config_name: str = "config", run_di
             cfg = _composed(overrides, config_name)
             if args.cfg is None:
                 _read(cfg, args.overrides if run_dir is None else [*args.overrides, f"paths.run_dir={run_dir}"])
+            else:  # it is only printed
+                with open_dict(cfg):
+                    del cfg.hydra
+                check_targets(OmegaConf.to_container(cfg, resolve=False))
         known = [*cfg, *GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)]
         for text in args.overrides:  # "+recpe=quickstart" would add a key that nobody reads
             key, _, value = text.lstrip("+").partition("=")

@@ -196,7 +196,7 @@ class TalkerModuleConfig(ThinkerModuleConfig):
         frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone. A
             Talker that always sees true codes learns to continue sounds and hardly listens to the text.
         cached_thinker: the frozen Thinker is not run; its hidden states at media are read from the shards, where
-            ``omnitrain data encode --thinker`` wrote them (with the audio encoder's own attention window).
+            `omnitrain data encode` wrote them with its option --thinker (with the audio encoder's own attention window).
     """
 
     train: list[str] = field(default_factory=lambda: list(TALKER_PARTS))
@@ -454,7 +454,7 @@ class RunConfig:
         codec: run folder of the codec that a Talker speaks through.
         codes: folder of shards with its frames (`omnitrain data encode`).
         model, data, module, optim, trainer, callbacks, logger, evaluation, paths: one option of each group.
-        eval: benchmarks (`omnitrain test RUN_DIR +eval=NAME`).
+        eval: benchmarks, for the verb test (docs/benchmarks.md).
         stages: of a recipe of several commands: [{name: NAME, command: [VERB, ARGUMENT, ...]}, ...].
         stage_overrides: more arguments for a stage: 'stage_overrides.NAME=[trainer.max_steps=50]'.
         study: the recipe's study (docs/nondegradation.md), of which

@@ -110,7 +110,7 @@ def is_own(target: str) -> bool:
 
 def _refusal(target: str, place: str) -> str:
     near = difflib.get_close_matches(target, CONSTRUCTORS, n=1, cutoff=0.8)
-    hint = f"did you mean {near[0]}?" if near else "it may name the constructors listed in docs/keys.md"
+    hint = f"did you mean {near[0]}?" if near else "it may name the constructors listed in docs/keys.md."
     return (
         f"{place or 'the configuration'}: {TARGET} {target!r} is not allowed in a configuration; {hint} A class of "
         f"your own package is allowed by the environment variable {EXTRA_VARIABLE}=PACKAGE"
@@ -123,8 +123,9 @@ def _located(target: str, place: str) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise MissingTarget(f"{place}: {TARGET} {target!r} cannot be imported: {error}") from error
-    if is_own(target) and not (callable(found) and is_own(f"{found.__module__}.{found.__qualname__}")):
-        raise ForbiddenTarget(f"{place}: {TARGET} {target!r} is not allowed: it is defined in {found.__module__}")
+    origin = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', '')}"
+    if is_own(target) and not (callable(found) and is_own(origin)):
+        raise ForbiddenTarget(f"{place}: {TARGET} {target!r} is not allowed: it is '{origin}', defined elsewhere")
     return found
 
 
@@ -165,6 +166,17 @@ def built(value: Any) -> Any:
 # --- what holds for any plain data ----------------------------------------------------------------------------------
 
 
+def check_targets(config: Any, place: str = "") -> None:
+    """Refuse names of code that are not allowed; what is not resolved yet is left alone. Raises as `check_plain`."""
+    for where, key, value in walk(config, place):
+        if key != TARGET or (isinstance(value, str) and "${" in value):
+            continue
+        if not isinstance(value, str):
+            raise ForbiddenTarget(f"{where}: {TARGET} must be the name of a constructor, not {value!r}")
+        if value not in CONSTRUCTORS and not is_own(value):
+            raise ForbiddenTarget(_refusal(value, where))
+
+
 def check_plain(config: Any, place: str = "") -> None:
     """Refuse what would mean more than it shows: names of code that are not allowed, Hydra's own marks, and text that
     would be resolved again. Imports nothing, but what lies in the user's own packages.
@@ -172,11 +184,7 @@ def check_plain(config: Any, place: str = "") -> None:
     Raises:
         ForbiddenTarget, MissingTarget.
     """
-    for where, key, value in walk(config, place):
-        if key == TARGET and not isinstance(value, str):
-            raise ForbiddenTarget(f"{where}: {TARGET} must be the name of a constructor, not {value!r}")
-        if key == TARGET and value not in CONSTRUCTORS and not is_own(value):
-            raise ForbiddenTarget(_refusal(value, where))
+    check_targets(config, place)
     for where, key, value in walk(config, place):
         if key in ("_partial_", "_args_", "_recursive_", "_convert_"):
             raise ForbiddenTarget(f"{where}: {key} is not allowed in a configuration; leave it out")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from omnitrain.__main__ import main
+from omnitrain.config.saved import read_config
 
 
 def losses(run_dir: Path) -> list[str]:
@@ -27,8 +27,8 @@ def test_a_sweep(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (sweep,) = (tmp_path / "runs" / "multirun").iterdir()
     assert (losses(sweep / "0"), losses(sweep / "1")) != ([], [])
     assert losses(sweep / "0") != losses(sweep / "1")
-    assert [OmegaConf.load(sweep / job / "config.yaml").seed for job in "01"] == [0, 1]
-    assert OmegaConf.load(sweep / "1" / "config.yaml").paths.run_dir == str(sweep / "1")
+    assert [read_config(sweep / job).seed for job in "01"] == [0, 1]
+    assert read_config(sweep / "1").paths.run_dir == str(sweep / "1")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 

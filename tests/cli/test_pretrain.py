@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from omnitrain.__main__ import main
-from omnitrain.config.compose import register_recipes
-from omnitrain.config.locations import CONF
+from omnitrain.config.compose import run_config
+from omnitrain.config.locations import PACK
 from omnitrain.config.resolvers import sample_weight
+from omnitrain.config.run_config import RunConfig
+from omnitrain.models.sizes import PRESETS
 from omnitrain.reports.mixture import by_language, by_modality, by_source
 from omnitrain.runs.chain import stages_of
+from omnitrain.runs.experiment import build_data
 
 STAGES = ["s0_text", "s1_audio_adapter", "s1_audio_encoder", "s1_vision_adapter", "s1_vision_encoder", "s2", "s3"]
 SMALL = [
@@ -198,10 +199,8 @@ def test_a_public_text_model_instead_of_s0(tmp_path: Path, monkeypatch: pytest.M
     shutil.rmtree(tmp_path / "run")
 
 
-def recipe(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        register_recipes([])
-        return compose("config", overrides=[*overrides, "paths.run_dir=run", "module.init_from=null"])
+def recipe(*overrides: str) -> RunConfig:
+    return run_config([*overrides, "paths.run_dir=run", "module.init_from=null"])
 
 
 REPORT = {"text": 0.57, "audio": 0.77, "image": 0.82, "video": 0.05, "audio_video": 0.05}
@@ -210,9 +209,9 @@ REPORT = {"text": 0.57, "audio": 0.77, "image": 0.82, "video": 0.05, "audio_vide
 @pytest.mark.parametrize("name", ["pretrain_s2", "pretrain_s3"])
 def test_weights_give_the_tokens_that_the_mix_asks_for(name: str) -> None:
     """`per_sample` is what samples of the pack measure, and weight times that is the share of tokens."""
-    cfg = recipe(f"+recipe={name}")
-    data = instantiate(cfg.data, _convert_="all")
-    shares = {source: entry.tokens for source, entry in cfg.mix.items()}
+    config = recipe(f"+recipe={name}")
+    data, mix = build_data(config), config.variables["mix"]
+    shares = {source: entry["tokens"] for source, entry in mix.items()}
     if name == "pretrain_s2":
         assert shares == REPORT
     weighted = {}
@@ -221,20 +220,20 @@ def test_weights_give_the_tokens_that_the_mix_asks_for(name: str) -> None:
         lengths = [len(data.encoder(opened[i], opened.media_bytes)) for i in every]
         mean = sum(lengths) / len(lengths)
         # Documents differ in length (deviation about their mean): forty of them are a rough guess.
-        assert mean == pytest.approx(cfg.mix[source].per_sample, rel=0.25 if source == "text" else 0.04), source
-        weighted[source] = cfg.data.sources[source].weight * cfg.mix[source].per_sample
+        assert mean == pytest.approx(mix[source]["per_sample"], rel=0.25 if source == "text" else 0.04), source
+        weighted[source] = config.data.config.sources[source].weight * mix[source]["per_sample"]
     scale = sum(weighted.values()) / sum(shares.values())
     assert {source: value / scale for source, value in weighted.items()} == pytest.approx(shares, rel=1e-3)
 
 
 def test_the_recipes_describe_the_full_size() -> None:
     """The 30B-A3B shapes and the report's lengths, composed and checked (not built)."""
-    full = ["model=qwen3_omni_30b_a3b", "trainer=ddp", "data.tokenizer=FOLDER"]
+    full = ["model=qwen3_omni_30b_a3b", "trainer=ddp", f"data.tokenizer={PACK}"]
     for name, length in (("pretrain_s1_audio", 8192), ("pretrain_s1_vision", 8192), ("pretrain_s2", 8192),
                          ("pretrain_s3", 32768)):  # fmt: skip
-        cfg = recipe(f"+recipe={name}", *full, f"data.max_tokens={length}")
-        assert cfg.model.preset == "qwen3_omni_30b_a3b"
-        assert cfg.data.max_tokens == length
+        config = recipe(f"+recipe={name}", *full, f"data.max_tokens={length}")
+        assert config.model.config.thinker == PRESETS["qwen3_omni_30b_a3b"].thinker
+        assert config.data.config.max_tokens == length
 
 
 def test_what_is_no_share() -> None:

@@ -137,7 +137,7 @@ def test_ids_that_the_file_does_not_know_get_the_mean_row(tmp_path: Path) -> Non
     reference = save(tmp_path, "experts")
     model = thinker(vocab_size=100)
     with pytest.warns(UserWarning, match="token ids 96 to 99 have no row there"):
-        ThinkerModule(model, init_from={"thinker": str(tmp_path)})
+        ThinkerModule(model, ThinkerModuleConfig(init_from={"thinker": str(tmp_path)}))
     for ours, theirs in (
         (model.thinker.embed_tokens.weight, reference.model.embed_tokens.weight),
         (model.thinker.lm_head.weight, reference.lm_head.weight),

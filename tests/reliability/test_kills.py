@@ -111,5 +111,5 @@ def test_kills_of_the_command_line(runs: Runs, toy: list[str], tmp_path: Path, w
     runs.start(killed, argv=line(killed, workers)).finish()
     assert_identical(kept(whole), kept(killed), "run")
     for file in ("eval/predictions.parquet", "report.html"):
-        assert (killed / file).stat().st_size == pytest.approx((whole / file).stat().st_size, rel=0.01)
+        assert (killed / file).stat().st_size == pytest.approx((whole / file).stat().st_size, rel=0.02)
     assert sorted(p.name for p in killed.rglob(".*")) == []  # no lock, and no half-written file

@@ -135,6 +135,7 @@ class Runs:
 
 def _child(request: dict[str, Any]) -> int:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server itself ignores it
     printed = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(printed, stream)
