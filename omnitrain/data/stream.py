@@ -21,8 +21,8 @@ from omnitrain.files import append_line, atomic, printable
 
 STATE_VERSION = 1
 TOO_LONG = "too_long"
-MIN_SAMPLES_TO_JUDGE = 100
-"""The share of bad samples is judged once so many were drawn: one bad row among the first ten says little."""
+MIN_SAMPLES_TO_STOP = 100
+"""The share of bad samples can stop a run once so many were drawn: one bad row among the first ten says little."""
 MAX_WITHOUT_BATCH = 1000
 """So many draws in a row of which none could be used end the run."""
 
@@ -87,10 +87,10 @@ class Skipped:
         self.counts[record["reason"]] = self.counts.get(record["reason"], 0) + 1
         self._log.write(record)
 
-    def judge(self, read: int) -> None:
+    def check(self, read: int) -> None:
         """Raise TooManyBadSamples when too many of `read` samples are bad, once enough were read."""
         bad = sum(count for reason, count in self.counts.items() if reason != TOO_LONG)
-        if read < MIN_SAMPLES_TO_JUDGE or bad <= self._most * read:
+        if read < MIN_SAMPLES_TO_STOP or bad <= self._most * read:
             return
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.counts.items(), key=lambda x: -x[1]))
         raise TooManyBadSamples(
@@ -189,7 +189,7 @@ class PackedStream(Iterator[PackedBatch]):
         if draw.sample is None:
             assert draw.bad is not None
             self._skipped.add(draw.bad)
-            self._skipped.judge(self._read)
+            self._skipped.check(self._read)
         else:
             self._admit(draw.pick.source, draw.pick.position, 0, len(draw.sample), draw.sample)
         self._unused = 0 if self._pending else self._unused + 1
@@ -404,7 +404,7 @@ class FinitePacks(Iterable[PackedBatch]):
             if draw.sample is None:
                 assert draw.bad is not None
                 skipped.add(draw.bad)
-                skipped.judge(read)
+                skipped.check(read)
                 continue
             parts = self._packing.parts(draw.sample)
             if not parts:

@@ -184,7 +184,7 @@ class WaveStream(Iterator[WaveBatch]):
             if draw.sample is None:
                 assert draw.bad is not None
                 self._skipped.add(draw.bad)
-                self._skipped.judge(sum(self._drawn))
+                self._skipped.check(sum(self._drawn))
                 continue
             utterance: Any = draw.sample
             self._seen.add(
