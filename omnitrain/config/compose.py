@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal import utils as hydra_utils
 from hydra._internal.utils import get_args_parser
@@ -251,9 +252,12 @@ def readable(overrides: list[str], *, sweep: bool) -> list[str]:
 # --- checking a command line -----------------------------------------------------------------------------------------
 
 
-def check_command_line(arguments: list[str], config_name: str = "config", run_dir: Path | None = None) -> None:
+def check_command_line(
+    arguments: list[str], config_name: str = "config", run_dir: Path | None = None, *, of_a_recipe: bool = False
+) -> None:
     """Compose what `arguments` ask for and pass it through the door, without importing anything that it names. Who
-    names a run folder, `run_dir`, asks for what is written there, wherever it lies.
+    names a run folder, `run_dir`, asks for what is written there, wherever it lies. The words of a stage are those
+    `of_a_recipe`, not of the user.
 
     Raises:
         ConfigError: it does not compose; the message has the nearest valid key or option.
@@ -266,7 +270,8 @@ def check_command_line(arguments: list[str], config_name: str = "config", run_di
         for overrides in _single_jobs(args.overrides):
             cfg = _composed(overrides, config_name)
             if args.cfg is None:
-                _read(cfg, args.overrides if run_dir is None else [*args.overrides, f"paths.run_dir={run_dir}"])
+                asked = [] if of_a_recipe else args.overrides
+                _read(cfg, asked if run_dir is None else [*asked, f"paths.run_dir={run_dir}"])
             else:  # it is only printed
                 with open_dict(cfg):
                     del cfg.hydra
@@ -284,6 +289,8 @@ def _composed(overrides: list[str], config_name: str) -> DictConfig:
         return compose(config_name, overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides, config_name)) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"a configuration file cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _read(cfg: DictConfig, overrides: list[str]) -> RunConfig:
@@ -308,9 +315,9 @@ def _launcher_defaults(hydra_values: dict[str, Any]) -> DictConfig:
     return compose("config", overrides=[f"hydra/launcher={chosen}"], return_hydra_config=True).hydra
 
 
-def check_stage(name: str, command: Sequence[str]) -> None:
-    """Check the command of a stage (verb first) before the stages in front of it take hours. One that begins with a run
-    folder is left alone: the folder may be still to be made.
+def check_stage(name: str, command: Sequence[str], run_dir: Path) -> None:
+    """Check the command of a stage (verb first) of the run in `run_dir`, before the stages in front of it take hours. One
+    that begins with a run folder is left alone: the folder may be still to be made.
 
     Raises:
         ConfigError, ForbiddenTarget: as `check_command_line`, with the stage's name.
@@ -322,7 +329,7 @@ def check_stage(name: str, command: Sequence[str]) -> None:
     GlobalHydra.instance().clear()
     try:
         register_recipes(arguments)
-        check_command_line(arguments)
+        check_command_line(arguments, run_dir=run_dir, of_a_recipe=True)
     except ConfigError as error:
         raise type(error)(f"stage '{name}': {error}") from error
     finally:

@@ -39,6 +39,10 @@ SHELL = ("setup", "python", "srun_args", "additional_parameters", "comment")
 """Keys of ``hydra.launcher`` that end up in a shell or choose a program."""
 
 
+_ONLY_THE_USER = {"sweeper": ("custom_search_space", "storage"), "launcher": ("temp_folder",)}
+"""Keys by which Optuna imports a function or opens a data base, and joblib writes elsewhere."""
+
+
 def check_arguments(args: Namespace) -> None:
     """What must be known of a command line before Hydra composes: where it will look.
 
@@ -107,13 +111,26 @@ def check_hydra(
                 f"hydra.launcher.{key}: it is run by a shell, so only the command line may set it, with "
                 f"'hydra.launcher.{key}=...'"
             )
+    for where, keys in _ONLY_THE_USER.items():
+        for key in keys:
+            place = f"hydra.{where}.{key}"
+            if (hydra.get(where) or {}).get(key) is not None and not any(name.startswith(place) for name in given):
+                raise ForbiddenTarget(f"{place}: only the command line may set it")
     for key in (hydra.get("sweeper") or {}).get("params") or {}:
         name = str(key).lstrip("+~")
         if name.startswith("hydra") or TARGET in name or "@" in name:
             raise ForbiddenTarget(f"hydra.sweeper.params.{key}: a search may vary values, not code or Hydra itself")
     if hydra.get("output_subdir") is not None and "hydra.output_subdir" not in given:
         raise ForbiddenTarget("hydra.output_subdir: only the command line may set it")
-    folders = {"paths.run_dir": run_dir, "hydra.sweep.dir": hydra.get("sweep", {}).get("dir")}
+    subdir = str(hydra.get("sweep", {}).get("subdir") or "")
+    if ".." in Path(subdir).parts or Path(subdir).is_absolute():
+        raise ForbiddenTarget(f"hydra.sweep.subdir={subdir}: a job's folder lies in that of its sweep")
+    folders = {
+        "paths.run_dir": run_dir,
+        "hydra.run.dir": hydra.get("run", {}).get("dir"),
+        "hydra.sweep.dir": hydra.get("sweep", {}).get("dir"),
+        "hydra.launcher.submitit_folder": launcher.get("submitit_folder"),
+    }
     for key, folder in folders.items():
         if folder is not None and not _was_asked_for(folder, overrides):
             raise ForbiddenTarget(

@@ -196,7 +196,7 @@ class TalkerModuleConfig(ThinkerModuleConfig):
         frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone. A
             Talker that always sees true codes learns to continue sounds and hardly listens to the text.
         cached_thinker: the frozen Thinker is not run; its hidden states at media are read from the shards, where
-            `omnitrain data encode` wrote them with its option --thinker (with the audio encoder's own attention window).
+            `omnitrain data encode` wrote them with its option --thinker (with the audio encoder's own window).
     """
 
     train: list[str] = field(default_factory=lambda: list(TALKER_PARTS))

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from omnitrain.config.compose import check_stage, quoted, readable
 from omnitrain.config.saved import portable, read_values
+from omnitrain.config.targets import ForbiddenTarget
 from omnitrain.config.typed import ConfigError
 from omnitrain.config.verbs import HYDRA_VERBS, VERBS
 from omnitrain.files import CONFIG, STAGES, printable, write_json
@@ -152,8 +154,26 @@ def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
                 f"{record} to run it again (and the stages behind it, which have used what it made)"
             )
         if stage.command[0] in HYDRA_VERBS and stage.name not in done:
-            check_stage(stage.name, stage.arguments(run_dir))
+            check_stage(stage.name, stage.arguments(run_dir), run_dir)
+        elif stage.command[0] not in HYDRA_VERBS:
+            _check_places(stage, run_dir)
     return done
+
+
+def _check_places(stage: Stage, run_dir: Path) -> None:
+    """Refuse a stage that would write somewhere else than below the current folder and `run_dir`.
+
+    Raises:
+        ForbiddenTarget: names the stage and the place.
+    """
+    words = stage.command
+    written = [b for a, b in pairwise(words) if a in ("--out", "--html", "--collect")]
+    written += [word.partition("=")[2] for word in words if word.startswith(("--out=", "--html=", "--collect="))]
+    for place in (*written, *(words[1:2] if words[0] == "search" else ())):
+        if not any(Path(place).resolve().is_relative_to(root.resolve()) for root in (Path.cwd(), run_dir)):
+            raise ForbiddenTarget(
+                f"stage '{stage.name}': {place}: a recipe may only write below the current folder and the run folder"
+            )
 
 
 def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> int:

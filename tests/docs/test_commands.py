@@ -299,8 +299,6 @@ def test_a_command(
         monkeypatch.setenv(key, value)
     if packages := environment.get(targets.EXTRA_VARIABLE):  # it is read once, when a process starts
         monkeypatch.setattr(targets, "OWN_PACKAGES", tuple(packages.split(",")))
-    if packages := environment.get(targets.EXTRA_VARIABLE):  # it is read once, when a process starts
-        monkeypatch.setattr(targets, "OWN_PACKAGES", tuple(packages.split(",")))
     for known, reason in KNOWN.items():
         if known in words:
             request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
