@@ -316,8 +316,8 @@ def _launcher_defaults(hydra_values: dict[str, Any]) -> DictConfig:
 
 
 def check_stage(name: str, command: Sequence[str], run_dir: Path) -> None:
-    """Check the command of a stage (verb first) of the run in `run_dir`, before the stages in front of it take hours. One
-    that begins with a run folder is left alone: the folder may be still to be made.
+    """Check the command of a stage (verb first) of the run in `run_dir`, before the stages in front of it take hours.
+    One that begins with a run folder is left alone: the folder may be still to be made.
 
     Raises:
         ConfigError, ForbiddenTarget: as `check_command_line`, with the stage's name.
