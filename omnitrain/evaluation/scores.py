@@ -6,18 +6,17 @@ eval/predictions.parquet of each run  --scores_of-->  Scores [runs, samples]  --
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omnitrain.evaluation.heldout import ERROR_RATE_TASKS
-from omnitrain.evaluation.metrics import normalise
+from omnitrain.evaluation.metrics import edits, normalise
 
 SCORE_COLUMNS = (
     "id", "source", "split", "modality", "task", "concept", "languages", "loss", "tokens", "bytes", "exact_match",
@@ -29,6 +28,8 @@ RUN_COLUMNS = ("match", "arm", "seed")
 
 RunKey = tuple[str, str, int]
 """match, arm, seed"""
+
+_edits = cache(edits)  # runs that answer alike are measured once
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
@@ -94,20 +95,14 @@ class Scores:
     def parts(self, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
         """Numerator [R, I] (NaN: no score) and weight [I] of a measure."""
         ones = np.ones(len(self.tokens))
-        match measure.name:
-            case "bits_per_byte":
-                return self.loss * self.tokens / math.log(2), self.bytes
-            case "nats_per_token":
-                return self.loss * self.tokens, self.tokens
-            case "exact_match":
-                return self.exact_match, ones
-            case "chrf":
-                return self.chrf, ones
-            case "wer":
-                return self.word_errors, self.words
-            case "swap_gain":
-                return self.swapped_loss - self.loss, ones
-        raise ValueError(f"there is no measure {measure.name}")
+        return {
+            "bits_per_byte": (self.loss * self.tokens / math.log(2), self.bytes),
+            "nats_per_token": (self.loss * self.tokens, self.tokens),
+            "exact_match": (self.exact_match, ones),
+            "chrf": (self.chrf, ones),
+            "wer": (self.word_errors, self.words),
+            "swap_gain": (self.swapped_loss - self.loss, ones),
+        }[measure.name]
 
     def where(self, **conditions: Collection[str]) -> np.ndarray:
         """bool [I]: items whose attributes have one of the given values, e.g. ``where(modality=["text"])``."""
@@ -115,6 +110,10 @@ class Scores:
         for name, values in conditions.items():
             chosen &= np.isin(getattr(self, name), list(values))
         return chosen
+
+    def values_of(self, name: str, conditions: Mapping[str, Collection[str]]) -> list[str]:
+        """What the attribute `name` is for the items of `where`, sorted."""
+        return sorted(set(getattr(self, name)[self.where(**conditions)].tolist()))
 
 
 def scores_of(items: pa.Table) -> Scores:
@@ -128,19 +127,16 @@ def scores_of(items: pa.Table) -> Scores:
     run_places: dict[RunKey, int] = {}
     item_places: dict[tuple[str, str], int] = {}
     r, i, first = np.zeros(n, dtype=int), np.zeros(n, dtype=int), []
-    for place, key in enumerate(zip(*(rows[name] for name in RUN_COLUMNS), strict=True)):
-        r[place] = run_places.setdefault(key, len(run_places))
-        item = (rows["source"][place] or "", rows["id"][place])
-        if item not in item_places:
-            item_places[item] = len(item_places)
+    for place, (source, id, *key) in enumerate(
+        zip(*(rows[name] for name in ("source", "id", *RUN_COLUMNS)), strict=True)
+    ):
+        r[place] = run_places.setdefault(tuple(key), len(run_places))
+        i[place] = item_places.setdefault((source or "", id), len(item_places))
+        if i[place] == len(first):
             first.append(place)
-        i[place] = item_places[item]
-    shape = len(run_places), len(item_places)
-    names = list(item_places)
-    if n:
-        _, counts = np.unique(r * shape[1] + i, return_counts=True)
-        if counts.max() > 1:
-            raise ValueError("an item stands twice in one run's items; every (source, id) may be there once")
+    names, shape = list(item_places), (len(run_places), len(item_places))
+    if len(set(zip(r.tolist(), i.tolist(), strict=True))) < n:
+        raise ValueError("an item stands twice in one run's items; every (source, id) may be there once")
 
     def strings(name: str) -> np.ndarray:
         return np.array([rows[name][place] or "" for place in first], dtype=str)
@@ -163,23 +159,19 @@ def scores_of(items: pa.Table) -> Scores:
         return of_first
 
     errors, words = np.full(shape, np.nan), np.zeros(shape[1])
-    spoken = [place for place in range(n) if rows["task"][place] in ERROR_RATE_TASKS]
-    for place in spoken:
+    for place in (place for place in range(n) if rows["task"][place] in ERROR_RATE_TASKS):
         said, heard = normalise(rows["reference"][place] or ""), rows["prediction"][place]
-        if said:
-            words[i[place]] = len(said.split())
-            if heard is not None:
-                errors[r[place], i[place]] = _word_errors(normalise(heard), said)
-    concept = strings("concept")
-    languages = [rows["languages"][place] for place in first]
+        words[i[place]] = len(said.split())
+        if said and heard is not None:
+            errors[r[place], i[place]], _ = _edits(said, normalise(heard))
     return Scores(
         runs=tuple(run_places),
         split=strings("split"),
         modality=strings("modality"),
         task=strings("task"),
         # An item without a concept is a group of its own.
-        concept=np.array([c or "/".join(names[k]) for k, c in enumerate(concept)], dtype=str),
-        language=np.array([(given or ["unknown"])[-1] for given in languages], dtype=str),
+        concept=np.array([c or "/".join(name) for c, name in zip(strings("concept"), names, strict=True)], dtype=str),
+        language=np.array([(rows["languages"][place] or ["unknown"])[-1] for place in first], dtype=str),
         tokens=lengths("tokens"),
         bytes=lengths("bytes"),
         words=words,
@@ -189,9 +181,3 @@ def scores_of(items: pa.Table) -> Scores:
         chrf=numbers("chrf"),
         word_errors=errors,
     )
-
-
-@cache
-def _word_errors(heard: str, said: str) -> int:
-    measured = jiwer.process_words(said, heard)
-    return measured.substitutions + measured.deletions + measured.insertions

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from omnitrain.evaluation.heldout import MODALITIES
-from omnitrain.files import write_text
+from omnitrain.files import CONFIG, REPORT, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.mixture import mixture
 from omnitrain.reports.run import Run, read_run, templates
@@ -66,7 +66,7 @@ def write_stages_report(
     Raises:
         ValueError: a file of a stage cannot be read; the message names it.
     """
-    path = out or run_dir / "report.html"
+    path = out or run_dir / REPORT
     rows = [_row(stage, path.parent) for stage in stages]
     missing = [line for row in rows for line in _missing(row)]
     trained = [row for row in rows if row.run is not None]
@@ -94,10 +94,10 @@ def _name(run_dir: Path) -> str:
 
 def _row(stage: StageRecord, beside: Path) -> _Row:
     folder = stage.folder
-    run = read_run(folder, samples=False) if folder is not None and (folder / "config.yaml").is_file() else None
+    run = read_run(folder, samples=False) if folder is not None and (folder / CONFIG).is_file() else None
     config = run.config if run is not None else {}
     steps = run.metrics.get("seen/tokens") if run is not None else None
-    report = folder / "report.html" if folder is not None else None
+    report = folder / REPORT if folder is not None else None
     return _Row(
         record=stage,
         run=run,

@@ -30,11 +30,10 @@ from omnitrain.evaluation.scores import (
     read_table,
     scores_of,
 )
-from omnitrain.files import write_text
+from omnitrain.files import PREDICTIONS, SCORES, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.run import Run, flat, read_run, templates
 
-PREDICTIONS = "eval/predictions.parquet"
 FEW_CONCEPTS = 10
 """With fewer, a bootstrap interval is too narrow to call a difference one."""
 
@@ -73,7 +72,7 @@ def compare_runs(scores: Scores, names: Sequence[str], *, seed: int = 0) -> list
         mine = scores.where(modality=[modality])
         parts = [("all", mine)]
         for cut in ("split", "task"):
-            values = sorted(set(getattr(scores, cut)[mine].tolist()))
+            values = scores.values_of(cut, {"modality": [modality]})
             if len(values) > 1:
                 parts += [(f"{cut} {figures.title(v)}", mine & scores.where(**{cut: [v]})) for v in values]
         for part, chosen in parts:
@@ -145,7 +144,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         path = run.folder / PREDICTIONS
         if path.is_file():
             tables.append(_items(path, name))
-        elif not any(m.file == "eval/scores.json" for m in run.missing):
+        elif not any(m.file == SCORES for m in run.missing):
             missing.append(f"{name}: scores by item ({PREDICTIONS}): run `python -m omnitrain test {run.folder}`")
     lines = compare_runs(scores_of(pa.concat_tables(tables)), names) if tables else []
     colours = _colours(names)

@@ -24,7 +24,19 @@ from omnitrain.data.media import MediaLimits, decode_video, encode_image
 from omnitrain.data.sample import BadSample, Segment
 from omnitrain.data.view import browser_media, show, spectrogram
 from omnitrain.evaluation.heldout import MODALITIES
-from omnitrain.files import read_json, write_text
+from omnitrain.files import (
+    CONFIG,
+    DATA,
+    ENVIRONMENT,
+    METRICS,
+    PREDICTIONS,
+    REPORT,
+    SCORES,
+    SKIPPED_STEPS,
+    THROUGHPUT,
+    read_json,
+    write_text,
+)
 from omnitrain.reports import figures
 from omnitrain.reports.mixture import mixture
 
@@ -98,7 +110,7 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
         run.missing.append(Missing(part, name, fix))
         return None
 
-    if path := there("config.yaml", "configuration", train):
+    if path := there(CONFIG, "configuration", train):
         import yaml
 
         run.config_text = path.read_text(encoding="utf-8")
@@ -106,18 +118,18 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
             run.config = yaml.safe_load(run.config_text) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {error}") from error
-    if path := there("metrics.csv", "learning curves", train):
+    if path := there(METRICS, "learning curves", train):
         run.metrics = _columns(path)
-    if path := there("throughput.csv", "throughput", train):
+    if path := there(THROUGHPUT, "throughput", train):
         run.throughput = _columns(path)
-    if path := there("data.json", "data mixture", "written with each checkpoint (callbacks.record)"):
+    if path := there(DATA, "data mixture", "written with each checkpoint (callbacks.record)"):
         run.data = read_json(path)
-    if path := there("environment.json", "environment", train):
+    if path := there(ENVIRONMENT, "environment", train):
         run.environment = read_json(path)
     if _scores(run) == "heldout":
-        if path := there("eval/scores.json", "held-out scores, media swap, expert load", test):
+        if path := there(SCORES, "held-out scores, media swap, expert load", test):
             run.scores = read_json(path)
-        if samples and (path := there("eval/predictions.parquet", "samples and predictions", test)):
+        if samples and (path := there(PREDICTIONS, "samples and predictions", test)):
             run.predictions = pq.read_table(path).to_pylist()
     else:
         if path := there("eval/speech.json", "scores of the speech", test):
@@ -126,7 +138,7 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
             run.spoken = pq.read_table(path).to_pylist()
     # These exist only when there is something to tell.
     run.bad_samples = [row for path in sorted(run.folder.glob("bad_samples*.jsonl")) for row in _json_lines(path)]
-    if (path := run.folder / "skipped_steps.jsonl").is_file():
+    if (path := run.folder / SKIPPED_STEPS).is_file():
         run.skipped_steps = _json_lines(path)
     return run
 
@@ -454,6 +466,6 @@ def write_report(run: str | Path | Run, out: str | Path | None = None) -> Path:
     """
     run = run if isinstance(run, Run) else read_run(run)
     page = render(run)
-    path = Path(out) if out is not None else run.folder / "report.html"
+    path = Path(out) if out is not None else run.folder / REPORT
     write_text(path, page)
     return path

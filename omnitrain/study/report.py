@@ -16,8 +16,16 @@ import numpy as np
 from markupsafe import Markup
 
 from omnitrain.evaluation.heldout import MODALITIES
-from omnitrain.evaluation.intervals import Estimate
-from omnitrain.evaluation.scores import CHRF, EXACT_MATCH, NATS_PER_TOKEN, Measure, Scores, scores_of
+from omnitrain.evaluation.scores import (
+    BITS_PER_BYTE,
+    CHRF,
+    EXACT_MATCH,
+    NATS_PER_TOKEN,
+    SWAP_GAIN,
+    Measure,
+    Scores,
+    scores_of,
+)
 from omnitrain.files import REPORT, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.run import templates
@@ -25,10 +33,7 @@ from omnitrain.study.results import Study, StudyRun, collect_study, read_study
 from omnitrain.study.spec import ARMS, MATCHES, OMNI
 from omnitrain.study.verdicts import FEW_SEEDS, MAIN_ROWS, Comparison, Detail, Difference, cells, details, main_table
 
-MATCH_TITLES = {
-    "data": "Matched by data",
-    "compute": "Matched by compute",
-}
+MATCH_TITLES = {"data": "Matched by data", "compute": "Matched by compute"}
 MATCH_MEANINGS = {
     "data": "All arms see the same samples of what they share, in the same order; omni sees the other modalities "
     "besides, and costs more operations.",
@@ -109,43 +114,28 @@ def _text(value: float, form: str, *, signed: bool = False) -> str:
     return f"{0.0 if zero else value:{'+' if signed else ''}{form}}".replace("-", "−")
 
 
-def _range(estimate: Estimate, form: str, *, signed: bool = False) -> str:
-    if estimate.low is None or estimate.high is None:
+def _range(low: float | None, high: float | None, form: str, *, signed: bool = False) -> str:
+    if low is None or high is None:
         return "[no interval]"
-    return f"[{_text(estimate.low, form, signed=signed)}, {_text(estimate.high, form, signed=signed)}]"
-
-
-def _bootstrap(estimate: Estimate, form: str) -> str | None:
-    if estimate.bootstrap is None or estimate.low is None:
-        return None
-    return f"[{_text(estimate.bootstrap[0], form, signed=True)}, {_text(estimate.bootstrap[1], form, signed=True)}]"
+    return f"[{_text(low, form, signed=signed)}, {_text(high, form, signed=signed)}]"
 
 
 def _score(comparison: Comparison, arm: str | None) -> dict[str, Any] | None:
-    estimate = comparison.arms.get(arm) if arm else None
-    if estimate is None:
-        return None
-    form = comparison.row.measure.form
-    return {"value": _text(estimate.value, form), "range": _range(estimate, form), "seeds": estimate.seeds}
+    form, e = comparison.row.measure.form, comparison.arms.get(arm or "")
+    return None if e is None else {"value": _text(e.value, form), "range": _range(e.low, e.high, form)}
 
 
 def _difference(comparison: Comparison, arm: str) -> dict[str, Any] | None:
     found = comparison.differences.get(arm)
     if found is None:
         return None
-    form, estimate = comparison.row.measure.form, found.estimate
+    form, e = comparison.row.measure.form, found.estimate
     return {
-        "value": _text(estimate.value, form, signed=True),
-        "range": _range(estimate, form, signed=True),
-        "bootstrap": _bootstrap(estimate, form),
-        "verdict": found.verdict,
-        "direction": found.direction,
-        "zero": _zero(found),
-        "seeds": estimate.seeds,
-        "df": estimate.df,
-        "se_seeds": estimate.se_seeds,
-        "se_items": estimate.se_items,
-    }
+        "value": _text(e.value, form, signed=True), "range": _range(e.low, e.high, form, signed=True),
+        "bootstrap": _range(*e.bootstrap, form, signed=True) if e.bootstrap and e.low is not None else None,
+        "verdict": found.verdict, "direction": found.direction, "zero": _zero(found), "seeds": e.seeds, "df": e.df,
+        "se_seeds": e.se_seeds, "se_items": e.se_items,
+    }  # fmt: skip
 
 
 def _zero(difference: Difference) -> str:
@@ -160,17 +150,11 @@ def _row(comparison: Comparison) -> dict[str, Any]:
     row = comparison.row
     margins = {d.margin for d in comparison.differences.values() if d.margin is not None}
     return {
-        "name": row.name,
-        "unit": row.measure.unit,
-        "lower_is_better": row.measure.lower_is_better,
-        "baseline": row.baseline,
-        "unimodal": _score(comparison, row.baseline),
-        "omni": {arm: _score(comparison, arm) for arm in OMNI},
-        "differences": {arm: _difference(comparison, arm) for arm in OMNI},
-        "margin": min(margins) if margins else None,
-        "items": comparison.items,
-        "concepts": max((e.groups for e in comparison.arms.values()), default=0),
-    }
+        "name": row.name, "unit": row.measure.unit, "lower_is_better": row.measure.lower_is_better,
+        "unimodal": _score(comparison, row.baseline), "omni": {arm: _score(comparison, arm) for arm in OMNI},
+        "differences": {arm: _difference(comparison, arm) for arm in OMNI}, "margin": min(margins, default=None),
+        "items": comparison.items, "concepts": max((e.groups for e in comparison.arms.values()), default=0),
+    }  # fmt: skip
 
 
 def _notes(table: Sequence[Comparison]) -> list[str]:
@@ -235,10 +219,7 @@ def _cells(scores: Scores, match: str) -> list[dict[str, Any]]:
     """For losses and the scores of answers: heat maps of values and differences."""
     shown = []
     splits = sorted(set(scores.split.tolist()))
-    for measure, split in (
-        (NATS_PER_TOKEN, None),
-        *((m, s) for m in (EXACT_MATCH, CHRF) for s in splits),
-    ):
+    for measure, split in ((NATS_PER_TOKEN, None), *((m, s) for m in (EXACT_MATCH, CHRF) for s in splits)):
         found = [cell for cell in cells(scores, match, measure, split=split) if cell.comparison.row.baseline]
         found = [cell for cell in found if cell.comparison.differences]
         if found:
@@ -274,13 +255,14 @@ def _cell_figure(found: Sequence[Detail], measure: Measure) -> Markup:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+_KINDS = {BITS_PER_BYTE: "Losses", NATS_PER_TOKEN: "Losses", SWAP_GAIN: "Media swap"}
+
+
 def _details(found: Sequence[Detail]) -> list[dict[str, Any]]:
     """Tables by measure: losses by all cuts, then answers, then swaps."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for detail in found:
-        kind = "Losses" if detail.comparison.row.measure.name in ("bits_per_byte", "nats_per_token") else "Answers"
-        if detail.comparison.row.measure.name == "swap_gain":
-            kind = "Media swap"
+        kind = _KINDS.get(detail.comparison.row.measure, "Answers")
         value = figures.title(detail.value) if detail.cut == "split" else detail.value
         row = {**_row(detail.comparison), "cut": f"{detail.cut}: {value}" if detail.value else "all"}
         groups.setdefault(kind, []).append(row)
@@ -299,18 +281,16 @@ def _costs(study: Study) -> list[dict[str, Any]]:
     rows = []
     for (match, arm), runs in _runs_by_arm(study).items():
         seconds = [run.seconds for run in runs if run.seconds is not None]
+        steps, tokens, flops = (
+            float(np.mean([run.planned[name] for run in runs])) for name in ("steps", "tokens", "flops")
+        )
         rows.append(
             {
-                "match": match,
-                "arm": arm,
-                "finished": sum(run.finished for run in runs),
-                "steps": float(np.mean([run.planned["steps"] for run in runs])),
-                "tokens": float(np.mean([run.planned["tokens"] for run in runs])),
-                "tflop": float(np.mean([run.planned["flops"] for run in runs])) / 1e12,
-                "seconds": float(np.mean(seconds)) if seconds else None,
+                "match": match, "arm": arm, "finished": sum(run.finished for run in runs), "steps": steps,
+                "tokens": tokens, "tflop": flops / 1e12, "seconds": float(np.mean(seconds)) if seconds else None,
                 "lr": ", ".join(f"{lr:g}" for lr in sorted({run.lr for run in runs})),
             }
-        )
+        )  # fmt: skip
     return rows
 
 
@@ -332,19 +312,11 @@ def _sources(study: Study) -> dict[str, Any]:
 
 def missing_runs(study: Study) -> list[str]:
     """A line for every arm and state of what a full study would have besides."""
-    lines = []
-    for match in study.matches:
-        states: dict[str, dict[str, list[int]]] = {}
-        for (m, arm, seed), state in study.missing().items():
-            if m == match:
-                states.setdefault(arm, {}).setdefault(state, []).append(seed)
-        for arm, by_state in states.items():
-            for state, seeds in by_state.items():
-                lines.append(f"match={match} arm={arm}: seed {', '.join(map(str, seeds))} {state}")
-    for match in MATCHES:
-        if match not in study.matches:
-            lines.append(f"match={match}: no run has begun")
-    return lines
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    for (match, arm, seed), state in study.missing().items():
+        seeds.setdefault((match, arm, state), []).append(str(seed))
+    lines = [f"match={match} arm={arm}: seed {', '.join(of)} {state}" for (match, arm, state), of in seeds.items()]
+    return lines + [f"match={match}: no run has begun" for match in MATCHES if match not in study.matches]
 
 
 def _repeat(study: Study) -> dict[str, Any]:
@@ -357,17 +329,14 @@ def _repeat(study: Study) -> dict[str, Any]:
             f"python -m omnitrain fit -m +recipe=nondegradation arm={','.join(arms)} match={match} "
             f"seed={','.join(map(str, seeds))}"
         )
-    versions: dict[str, list[str]] = {}
-    for run in study.runs:
-        for package, version in run.versions.items():
-            if version not in versions.setdefault(package, []):
-                versions[package].append(version)
+    packages = sorted({package for run in study.runs for package in run.versions})
+    versions = {p: list(dict.fromkeys(run.versions[p] for run in study.runs if p in run.versions)) for p in packages}
     return {
         "commands": [*commands, f"python -m omnitrain report --study {study.folder.name}"],
         "config_hash": study.runs[0].config_hash,
         "data_hash": study.runs[0].data_hash,
         "margins": {name: f"{value:g}" for name, value in study.margins.items()},
-        "versions": {package: ", ".join(found) for package, found in sorted(versions.items())},
+        "versions": {package: ", ".join(found) for package, found in versions.items()},
         "mixed_versions": [package for package, found in versions.items() if len(found) > 1],
         "configuration": json.dumps(study.configuration, indent=1, ensure_ascii=False) if study.configuration else None,
     }

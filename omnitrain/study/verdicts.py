@@ -109,13 +109,7 @@ def direction(estimate: Estimate, *, lower_is_better: bool) -> str:
 
 
 def compare(
-    scores: Scores,
-    row: Row,
-    match: str,
-    *,
-    margin: float | None = None,
-    resamples: int = 0,
-    seed: int = 0,
+    scores: Scores, row: Row, match: str, *, margin: float | None = None, resamples: int = 0, seed: int = 0
 ) -> Comparison | None:
     """Answer one question under one matching from the runs that are there; None if no run has scored such an item.
 
@@ -171,13 +165,7 @@ def compare(
             direction=direction(found, lower_is_better=row.measure.lower_is_better),
         )
     return Comparison(
-        row=row,
-        match=match,
-        arms=means,
-        differences=differences,
-        items=n_items,
-        dropped=dropped,
-        notes=tuple(notes),
+        row=row, match=match, arms=means, differences=differences, items=n_items, dropped=dropped, notes=tuple(notes)
     )
 
 
@@ -197,10 +185,6 @@ def main_table(study: Study, scores: Scores, match: str, *, resamples: int = 400
     return found
 
 
-def _baseline(modality: str) -> str | None:
-    return {"text": "text", "image": "vision", "video": "vision", "audio": "audio"}.get(modality)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Detail:
     """A further comparison: of a kind of input (`documents`, `translations`, or a modality), cut in some way."""
@@ -213,44 +197,30 @@ class Detail:
 
 def inputs(scores: Scores) -> dict[str, dict[str, tuple[str, ...]]]:
     """Kinds of input that were scored, with the items they mean: text as documents and as the rest, then modalities."""
-    kinds: dict[str, dict[str, tuple[str, ...]]] = {}
-    here = set(scores.modality.tolist())
-    for modality in [m for m in MODALITIES if m in here]:
-        tasks = set(scores.task[scores.modality == modality].tolist())
-        if modality == "text":
-            if "text" in tasks:
-                kinds["documents"] = {"modality": ("text",), "task": ("text",)}
-            if others := sorted(tasks - {"text"}):
-                kinds["translations"] = {"modality": ("text",), "task": tuple(others)}
-        else:
-            kinds[modality] = {"modality": (modality,)}
-    return kinds
+    tasks = scores.values_of("task", {"modality": ("text",)})
+    others = tuple(task for task in tasks if task != "text")
+    kinds: dict[str, dict[str, tuple[str, ...]]] = {
+        "documents": {"modality": ("text",), "task": ("text",)},
+        "translations": {"modality": ("text",), "task": others},
+        **{modality: {"modality": (modality,)} for modality in MODALITIES if modality != "text"},
+    }
+    return {kind: select for kind, select in kinds.items() if scores.where(**select).any()}
 
 
 def details(scores: Scores, match: str) -> list[Detail]:
     """Losses by split, task and language of the answer; scores of generated answers; what a swap of media costs."""
-    found = []
-
-    def add(kind: str, measure: Measure, cut: str, value: str, select: Mapping[str, tuple[str, ...]]) -> None:
-        row = Row(name=kind, measure=measure, baseline=_baseline(select["modality"][0]), select=select)
-        compared = compare(scores, row, match)
-        if compared is not None:
-            found.append(Detail(input=kind, cut=cut, value=value, comparison=compared))
-
+    found: list[Detail | None] = []
     for kind, select in inputs(scores).items():
-        mine = scores.where(**select)
+        values = {cut: scores.values_of(cut, select) for cut in ("split", "task", "language")}
         loss = BITS_PER_BYTE if kind == "documents" else NATS_PER_TOKEN
-        add(kind, loss, "all", "", select)
-        for cut in ("split", "task", "language"):
-            values = sorted(set(getattr(scores, cut)[mine].tolist()))
-            for value in values if len(values) > 1 else ():
-                add(kind, loss, cut, value, {**select, cut: (value,)})
+        questions = [(loss, "all", "")]
+        questions += [(loss, cut, value) for cut in values if len(values[cut]) > 1 for value in values[cut]]
         for measure in (EXACT_MATCH, CHRF, WER, SWAP_GAIN):
-            add(kind, measure, "all", "", select)
+            questions.append((measure, "all", ""))
             if measure in (EXACT_MATCH, CHRF):
-                for split in sorted(set(scores.split[mine].tolist())):
-                    add(kind, measure, "split", split, {**select, "split": (split,)})
-    return found
+                questions += [(measure, "split", split) for split in values["split"]]
+        found += [_detail(scores, match, measure, kind, select, cut, value) for measure, cut, value in questions]
+    return [detail for detail in found if detail]
 
 
 def cells(scores: Scores, match: str, measure: Measure, *, split: str | None = None) -> list[Detail]:
@@ -258,10 +228,21 @@ def cells(scores: Scores, match: str, measure: Measure, *, split: str | None = N
     found = []
     for kind, select in inputs(scores).items():
         limited = {**select, **({"split": (split,)} if split else {})}
-        for language in sorted(set(scores.language[scores.where(**limited)].tolist())):
-            chosen = {**limited, "language": (language,)}
-            row = Row(name=kind, measure=measure, baseline=_baseline(select["modality"][0]), select=chosen)
-            compared = compare(scores, row, match)
-            if compared is not None and compared.items:
-                found.append(Detail(input=kind, cut="language", value=language, comparison=compared))
-    return found
+        for language in scores.values_of("language", limited):
+            found.append(_detail(scores, match, measure, kind, limited, "language", language))
+    return [detail for detail in found if detail and detail.comparison.items]
+
+
+def _detail(
+    scores: Scores,
+    match: str,
+    measure: Measure,
+    kind: str,
+    select: Mapping[str, tuple[str, ...]],
+    cut: str,
+    value: str,
+) -> Detail | None:
+    baseline = {"text": "text", "image": "vision", "video": "vision", "audio": "audio"}.get(select["modality"][0])
+    select = select if cut == "all" else {**select, cut: (value,)}
+    compared = compare(scores, Row(name=kind, measure=measure, baseline=baseline, select=select), match)
+    return None if compared is None else Detail(input=kind, cut=cut, value=value, comparison=compared)
