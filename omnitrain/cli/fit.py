@@ -59,11 +59,8 @@ def train(config: RunConfig) -> Experiment:
             f"{run_dir} already holds a run; continue it with ckpt_path=last, or choose another paths.run_dir"
         )
     check_folder(run_dir)
-    changed = {}
-    if checkpoint is not None:
-        begun_in = checkpoint.parent.parent
-        if is_run(begun_in):
-            changed = check_resume(config, run_dir, begun_in)
+    begun_in = None if checkpoint is None else checkpoint.parent.parent
+    changed = check_resume(config, begun_in) if begun_in is not None and is_run(begun_in) else {}
     experiment = build_experiment(config, "fit")
     trainer = experiment.trainer
 
@@ -71,11 +68,11 @@ def train(config: RunConfig) -> Experiment:
         write_config(config, run_dir)
         experiment.datamodule.tokenizer.save(run_dir / TOKENIZER)
         record_changes(changed, run_dir, step)
+        if begun_in is not None:
+            _bring_rows(begun_in, run_dir)
 
     vars(trainer)["callbacks"].insert(0, _Begins(begin))
     if trainer.is_global_zero:
-        if checkpoint is not None and checkpoint.parent.parent.resolve() != run_dir.resolve():
-            _bring_rows(checkpoint.parent.parent, run_dir)
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
         if config.evaluation.after_fit and config.evaluation.scores != "heldout":
             from omnitrain.evaluation.judges import missing_judges, missing_judges_notice

@@ -16,7 +16,7 @@ from omnitrain.runs.experiment import Experiment, build_experiment, trained_chec
 
 
 def run(config: RunConfig) -> None:
-    """Score the checkpoint that `cfg` names, and write the report into the run folder; with ``+eval=NAME``, run
+    """Score the checkpoint that `config` names, and write the report into the run folder; with ``+eval=NAME``, run
     benchmarks instead."""
     if config.eval is not None:
         return run_benchmarks(config)

@@ -2,9 +2,10 @@
 
 1. `recipes/*.yaml` are registered as the Hydra group `recipe`.
 2. The command line is composed once, without side effects, to check it: a key or option that does not exist gets the
-   nearest one that does, and code outside the allowed packages is refused (`targets.py`).
+   nearest one that does, and code that a configuration may not name is refused (`door.py`, `hydra_keys.py`).
 3. Hydra composes it again and starts one job, or the jobs of a sweep (`-m`).
-4. The job settles the run folder, resolves the configuration, checks it again and hands it to the verb's `run(cfg)`.
+4. The job settles the run folder, resolves the configuration, passes it through the door again and hands it to the
+   verb's `run(config)`.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from omnitrain.config.hydra_keys import SHELL, check_arguments, check_hydra
 from omnitrain.config.locations import CONF, RECIPES
 from omnitrain.config.resolvers import register_resolvers
 from omnitrain.config.run_config import RunConfig
-from omnitrain.config.saved import read_values
+from omnitrain.config.saved import read_config
 from omnitrain.config.schemas import register_schemas
 from omnitrain.config.targets import ForbiddenTarget, check_targets
-from omnitrain.config.typed import ConfigError
-from omnitrain.files import CONFIG, printable
+from omnitrain.config.typed import ConfigError, plain
+from omnitrain.files import CONFIG
 
 register_resolvers()
 register_schemas()
@@ -63,7 +64,7 @@ __all__ = ["ConfigError", "ForbiddenTarget", "RunConfig", "run_config", "run_ver
 
 def run_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> RunConfig:
     """The configuration that ``python -m omnitrain fit OVERRIDES`` would run, for Python and notebooks:
-    ``build(run_config(["+recipe=quickstart", "optim.lr=5e-4"]))`` is the same experiment.
+    ``build_experiment(run_config(["+recipe=quickstart", "optim.lr=5e-4"]), "fit")`` is the same experiment.
 
     Raises:
         ConfigError: as on the command line.
@@ -95,18 +96,20 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     `arguments` are Hydra's; a first argument that is a run folder stands for the configuration saved in it, with
     ``ckpt_path=last``.
     """
-    try:
+
+    def checked() -> tuple[list[str], str, Path | None]:
         run_dir, hydra_arguments = _split_run_dir(arguments)
         hydra_arguments = _readable_arguments(read_stage_overrides(hydra_arguments))
         register_recipes(hydra_arguments)
-        if run_dir is None:
-            check_command_line(hydra_arguments)
-        else:
-            check_command_line(hydra_arguments, _register_run(run_dir), run_dir)
-    except ConfigError as error:
-        print("error: " + printable(error, keep="\n"), file=sys.stderr)
-        return 1
-    return run_hydra(verb, hydra_arguments, config_name="config" if run_dir is None else SAVED_RUN, run_dir=run_dir)
+        config_name = "config" if run_dir is None else _register_run(run_dir)
+        check_command_line(hydra_arguments, config_name, run_dir)
+        return hydra_arguments, config_name, run_dir
+
+    status, found = explained(checked)
+    if found is None:
+        return status
+    hydra_arguments, config_name, run_dir = found
+    return run_hydra(verb, hydra_arguments, config_name=config_name, run_dir=run_dir)
 
 
 def run_hydra(
@@ -204,14 +207,9 @@ def _split_run_dir(arguments: list[str]) -> tuple[Path | None, list[str]]:
 def _register_run(run_dir: Path) -> str:
     """Store the configuration of an earlier run, which is complete but for Hydra's own settings. It passes the door
     before Hydra sees it, so nothing in it can be resolved."""
-    values = read_values(run_dir)
-    try:
-        read(values)
-    except ConfigError as error:
-        raise type(error)(f"{run_dir / CONFIG}: {error}") from error
+    saved = OmegaConf.create(plain(read_config(run_dir)))
     root = OmegaConf.load(CONF / "config.yaml")
     assert isinstance(root, DictConfig)
-    saved = OmegaConf.create({key: value for key, value in values.items() if key not in ("hydra", "defaults")})
     saved.hydra = root.hydra
     of_hydra = [
         entry for entry in root.defaults if OmegaConf.is_dict(entry) and next(iter(entry)).startswith("override ")

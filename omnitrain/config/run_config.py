@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omnitrain.config.typed import Named
+from omnitrain.data.sample import MODALITIES
 from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation
 from omnitrain.models.sizes import DiscriminatorConfig
 
@@ -37,9 +38,6 @@ an encoder and the Thinker (report, section 3: stage S1 trains them before the e
 THINKER_PARTS = tuple(PARTS)[:8]
 """The parts that writing text needs."""
 TALKER_PARTS = ("mtp", "talker_router", "talker")
-
-MODALITIES = ("text", "image", "audio", "video", "audio_video")
-"""Groups that losses are reported and weighted by (`Sample.modality`)."""
 
 
 def check_parts(names: Iterable[str], key: str) -> None:

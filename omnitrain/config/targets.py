@@ -93,7 +93,7 @@ def config_class(target: str, place: str) -> tuple[type | None, bool]:
         return None, True
     if not is_own(target):
         raise ForbiddenTarget(_refusal(target, place))
-    bases = {f"{base.__module__}.{base.__qualname__}": base for base in getattr(_located(target, place), "__mro__", ())}
+    bases = [f"{base.__module__}.{base.__qualname__}" for base in getattr(_located(target, place), "__mro__", ())]
     for name, cls in OURS.items():
         module, _, attribute = name.rpartition(".")
         if any(base == name or (base.startswith(f"{module}.") and base.endswith(f".{attribute}")) for base in bases):

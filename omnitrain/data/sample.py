@@ -62,6 +62,10 @@ class Message:
     segments: tuple[Segment, ...]
 
 
+MODALITIES = ("text", "image", "audio", "video", "audio_video")
+"""Groups that losses are reported and weighted by (`Sample.modality`), in the order of tables."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """`task` groups losses and scores (``"caption"``, ``"asr"``, ``"s2tt"``, ``"t2tt"``, ``"sound"``, ``"video"``,

@@ -31,7 +31,7 @@ from omnitrain.data.batch import EncodedSample
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.media import decode_image
-from omnitrain.data.sample import BadSample, Message, Sample
+from omnitrain.data.sample import MODALITIES, BadSample, Message, Sample
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import answer_prompts
 from omnitrain.evaluation.intervals import bootstrap_interval
@@ -460,9 +460,6 @@ def _swap_record(modality: str, split: str, task: str, found: MediaSwap) -> dict
         "gain": found.gain.to_dict() if found.gain else None,
         "without_partner": found.without_partner, "skipped": found.skipped, "samples": [],
     }  # fmt: skip
-
-
-MODALITIES = ("text", "image", "audio", "video", "audio_video")
 
 
 def _modality_order(modality: str) -> tuple[int, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from omnitrain.evaluation.heldout import MODALITIES
+from omnitrain.data.sample import MODALITIES
 from omnitrain.files import CONFIG, REPORT, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.mixture import mixture

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
 
-from omnitrain.evaluation.heldout import MODALITIES
+from omnitrain.data.sample import MODALITIES
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.scores import (
     BITS_PER_BYTE,

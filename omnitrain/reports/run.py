@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from omnitrain.data.media import MediaLimits, decode_video, encode_image
-from omnitrain.data.sample import BadSample, Segment
+from omnitrain.data.sample import MODALITIES, BadSample, Segment
 from omnitrain.data.view import browser_media, show, spectrogram
-from omnitrain.evaluation.heldout import MODALITIES
 from omnitrain.files import (
     CONFIG,
     DATA,
@@ -115,9 +114,10 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
 
         run.config_text = path.read_text(encoding="utf-8")
         try:
-            run.config = yaml.safe_load(run.config_text) or {}
+            values = yaml.safe_load(run.config_text) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {error}") from error
+        run.config = {**(values.get("variables") or {}), **values}  # what a recipe calls by names of its own: `mix`
     if path := there(METRICS, "learning curves", train):
         run.metrics = _columns(path)
     if path := there(THROUGHPUT, "throughput", train):
@@ -359,8 +359,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         if (value := run.last(column)) is not None:
             facts.append((label, f"{value:,.0f}"))
     model = run.config.get("model") or {}
-    if isinstance(model, dict) and (size := model.get("preset") or model.get("path")):
+    if isinstance(model, dict) and (size := model.get("preset") or model.get("folder")):
         facts.append(("model", str(size)))
+    elif isinstance(model, dict) and isinstance(sizes := model.get("thinker"), dict) and sizes:
+        facts.append(("model", f"Thinker of {sizes['layers']} layers, width {sizes['d_model']}"))
     if run.environment.get("device"):
         processes = run.environment.get("processes", 1)
         facts.append(("device", f"{processes} x {run.environment['device']}"))

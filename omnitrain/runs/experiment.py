@@ -92,15 +92,14 @@ def build_trainer(config: RunConfig) -> L.Trainer:
     arguments["profiler"] = _part(config.trainer.profiler, config, "trainer.profiler")
     plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(config.trainer.plugins)]
     arguments["plugins"] = plugins or None
+    arguments["callbacks"] = [
+        _part(node, config, f"callbacks.{name}") for name, node in config.callbacks.items() if node
+    ]
+    arguments["logger"] = [_part(node, config, f"logger.{name}") for name, node in config.logger.items() if node]
     try:
-        return L.Trainer(
-            **arguments,
-            default_root_dir=run_dir,
-            callbacks=[_part(node, config, f"callbacks.{name}") for name, node in config.callbacks.items() if node],
-            logger=[_part(node, config, f"logger.{name}") for name, node in config.logger.items() if node],
-        )
+        return L.Trainer(**arguments, default_root_dir=run_dir)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise ConfigError(str(error) if isinstance(error, ConfigError) else f"trainer: {error}") from error
+        raise ConfigError(f"trainer: {error}") from error
 
 
 _FOLDERS = ("save_dir", "dirpath")

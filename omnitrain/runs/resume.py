@@ -40,7 +40,7 @@ and the number of processes is compared with the checkpoint's."""
 RECORDED = (
     "optim.*", "trainer.gradient_clip_val", "trainer.precision", "trainer.accumulate_grad_batches",
     "trainer.sync_batchnorm", "module.loss.*", "module.word_dropout", "module.frame_dropout", "module.clip",
-    "module.aut_window_seconds*", "callbacks.spike_guard*", "callbacks.*",
+    "module.aut_window_seconds*", "callbacks.*",
 )  # fmt: skip
 
 
@@ -52,20 +52,14 @@ def rule(key: str) -> str:
     return "exact"
 
 
-def changed_keys(config: RunConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
-    """Key -> (in the run folder, now) of all that is recorded or exact and differs."""
-    before, after = read_values(run_dir), plain(config)
-    return {key: values for key, values in changes(before, after).items() if rule(key) != "safe"}
-
-
-def check_resume(config: RunConfig, run_dir: Path, from_dir: Path | None = None) -> dict[str, tuple[Any, Any]]:
-    """The recorded keys that change when `config` continues the run in `from_dir` (None: in `run_dir` itself).
+def check_resume(config: RunConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Key -> (before, now) of the recorded keys that change when `config` continues the run in `folder`.
 
     Raises:
         ConfigError: an exact key changes; the message names it, and how to start anew.
     """
-    folder = from_dir or run_dir
-    found = changed_keys(config, folder)
+    differing = changes(read_values(folder), plain(config))
+    found = {key: values for key, values in differing.items() if rule(key) != "safe"}
     exact = {key: values for key, values in found.items() if rule(key) == "exact"}
     if exact:
         rows = [f"  {key}: {_text(before)} -> {_text(after)}" for key, (before, after) in exact.items()]

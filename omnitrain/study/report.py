@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from omnitrain.evaluation.heldout import MODALITIES
+from omnitrain.data.sample import MODALITIES
 from omnitrain.evaluation.scores import (
     BITS_PER_BYTE,
     CHRF,

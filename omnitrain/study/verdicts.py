@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from omnitrain.evaluation.heldout import MODALITIES
+from omnitrain.data.sample import MODALITIES
 from omnitrain.evaluation.intervals import Estimate, crossed_interval
 from omnitrain.evaluation.scores import (
     BITS_PER_BYTE,

@@ -102,6 +102,29 @@ def test_a_longer_run_goes_on_with_the_rate_that_it_would_have_had(toy: list[str
     assert longer[:2] != whole[:2]  # they were the shorter run's
 
 
+def test_a_file_goes_on_in_another_folder(toy: list[str], tmp_path: Path) -> None:
+    """`ckpt_path=FILE`: the new folder ends as an undisturbed run does, the old one stays as it was."""
+
+    def line(name: str, steps: int, checkpoint: str) -> list[str]:
+        where = [f"paths.run_dir={tmp_path / name}", f"trainer.max_steps={steps}", f"ckpt_path={checkpoint}"]
+        return ["fit", *toy, *where, "optim.total_steps=4"]
+
+    assert main(line("whole", 4, "null")) == 0
+    assert main(line("first", 2, "null")) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
+    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    assert main([*line("second", 4, str(last)), "data.max_tokens=99"]) == 1  # refused: nothing is brought over
+    assert not list((tmp_path / "second").glob("*.csv"))
+    assert main(line("second", 4, str(last))) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()} == before
+    assert (tmp_path / "second" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+    a, b = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "second")
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_moved_folder_is_a_run_of_its_own(begun: tuple[list[str], Path], tmp_path: Path) -> None:
     _, run_dir = begun
     moved = tmp_path / "ein Lauf = 1, zwei"
