@@ -14,7 +14,7 @@ from omnitrain.cli.test import evaluate_and_report
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.saved import write_config
 from omnitrain.config.typed import ConfigError
-from omnitrain.files import CHECKPOINTS, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
+from omnitrain.files import LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
 from omnitrain.runs.lock import hold
@@ -58,7 +58,6 @@ def train(config: RunConfig) -> Experiment:
         raise ConfigError(
             f"{run_dir} already holds a run; continue it with ckpt_path=last, or choose another paths.run_dir"
         )
-    check_folder(run_dir)
     begun_in = None if checkpoint is None else checkpoint.parent.parent
     changed = check_resume(config, begun_in) if begun_in is not None and is_run(begun_in) else {}
     experiment = build_experiment(config, "fit")
@@ -94,17 +93,6 @@ class _Begins(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self._begin(trainer.global_step)
-
-
-def check_folder(run_dir: Path) -> None:
-    """Refuse a run folder whose parts are links to somewhere else: a run writes into its own folder alone.
-
-    Raises:
-        ConfigError: names the link.
-    """
-    for path in (run_dir / CHECKPOINTS, *(run_dir.iterdir() if run_dir.is_dir() else ())):
-        if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
-            raise ConfigError(f"{path} is a link that leads out of the run folder; put the file itself there")
 
 
 def _bring_rows(begun_in: Path, run_dir: Path) -> None:

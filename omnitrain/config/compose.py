@@ -18,7 +18,7 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from omnitrain.config.hydra_keys import SHELL, check_arguments, check_hydra
 from omnitrain.config.locations import CONF, RECIPES
 from omnitrain.config.resolvers import register_resolvers
 from omnitrain.config.run_config import RunConfig
-from omnitrain.config.saved import read_config
+from omnitrain.config.saved import check_folder, read_config
 from omnitrain.config.schemas import register_schemas
 from omnitrain.config.targets import ForbiddenTarget, check_targets
 from omnitrain.config.typed import ConfigError, plain
@@ -152,6 +152,7 @@ class Job:
                     f"stages: this recipe has several, and only `fit` runs them; name the folder of one, as in "
                     f"`python -m omnitrain {self.verb} RUN_DIR/STAGE`"
                 )
+            check_folder(Path(config.paths.run_dir))
             sys.argv = self._child_command(job, config.paths.run_dir)
             return importlib.import_module(f"omnitrain.cli.{self.verb}").run(config)
 
@@ -206,8 +207,9 @@ def _split_run_dir(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 def _register_run(run_dir: Path) -> str:
     """Store the configuration of an earlier run, which is complete but for Hydra's own settings. It passes the door
-    before Hydra sees it, so nothing in it can be resolved."""
-    saved = OmegaConf.create(plain(read_config(run_dir)))
+    before Hydra sees it, so nothing in it can be resolved. Which benchmarks are run is the user's word alone: task
+    files of lm-evaluation-harness may call Python."""
+    saved = OmegaConf.create(plain(replace(read_config(run_dir), eval=None)))
     root = OmegaConf.load(CONF / "config.yaml")
     assert isinstance(root, DictConfig)
     saved.hydra = root.hydra
@@ -402,8 +404,11 @@ def _single_jobs(overrides: list[str]) -> list[list[str]]:
             override = parser.parse_override(text)
         except HydraException as error:
             raise ConfigError(f"{text}: not KEY=VALUE as Hydra writes it ({error})") from error
-        if override.is_sweep_override():
-            key = text.split("=", 1)[0]
+        key = text.split("=", 1)[0]
+        if override.is_interval_sweep():  # a search draws from it; its beginning stands for all
+            interval: Any = override.value()
+            choices.append([f"{key}={interval.start}"])
+        elif override.is_sweep_override():
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
             choices.append([text])

@@ -118,7 +118,8 @@ def check_hydra(
                 raise ForbiddenTarget(f"{place}: only the command line may set it")
     for key in (hydra.get("sweeper") or {}).get("params") or {}:
         name = str(key).lstrip("+~")
-        if name.startswith("hydra") or TARGET in name or "@" in name:
+        adds = str(key).startswith("+") and not any(name.startswith("hydra.sweeper.params") for name in given)
+        if adds or name.startswith("hydra") or TARGET in name or "@" in name:
             raise ForbiddenTarget(f"hydra.sweeper.params.{key}: a search may vary values, not code or Hydra itself")
     if hydra.get("output_subdir") is not None and "hydra.output_subdir" not in given:
         raise ForbiddenTarget("hydra.output_subdir: only the command line may set it")

@@ -87,6 +87,17 @@ def read_values(run_dir: Path) -> dict[str, Any]:
     return values
 
 
+def check_folder(run_dir: Path) -> None:
+    """Refuse a run folder whose parts are links to somewhere else: a run writes into its own folder alone.
+
+    Raises:
+        ConfigError: names the link.
+    """
+    for path in run_dir.iterdir() if run_dir.is_dir() else ():
+        if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
+            raise ConfigError(f"{path} is a link that leads out of the run folder; put the file itself there")
+
+
 def read_config(run_dir: Path) -> RunConfig:
     """The configuration of the run in a folder, checked as any other is (`door.read`).
 

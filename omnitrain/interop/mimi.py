@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,11 @@ class MimiCodec(nn.Module):
             raise CheckpointError(
                 f"{path}: num_quantizers is {config.num_quantizers}; {quantizers} codebooks are needed"
             )
-        return cls(MimiModel.from_pretrained(path, local_files_only=True), quantizers)
+        try:
+            model = MimiModel.from_pretrained(path, local_files_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:  # its advice would be to run the code
+            raise CheckpointError(f"{path}: its weights are damaged, or hold something else than tensors") from error
+        return cls(model, quantizers)
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:

@@ -117,23 +117,25 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
             values = yaml.safe_load(run.config_text) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no configuration: write a mapping of keys")
         run.config = {**(values.get("variables") or {}), **values}  # what a recipe calls by names of its own: `mix`
     if path := there(METRICS, "learning curves", train):
         run.metrics = _columns(path)
     if path := there(THROUGHPUT, "throughput", train):
         run.throughput = _columns(path)
     if path := there(DATA, "data mixture", "written with each checkpoint (callbacks.record)"):
-        run.data = read_json(path)
+        run.data = _record(path)
     if path := there(ENVIRONMENT, "environment", train):
-        run.environment = read_json(path)
+        run.environment = _record(path)
     if _scores(run) == "heldout":
         if path := there(SCORES, "held-out scores, media swap, expert load", test):
-            run.scores = read_json(path)
+            run.scores = _record(path)
         if samples and (path := there(PREDICTIONS, "samples and predictions", test)):
             run.predictions = pq.read_table(path).to_pylist()
     else:
         if path := there("eval/speech.json", "scores of the speech", test):
-            run.speech = read_json(path)
+            run.speech = _record(path)
         if samples and (path := there("eval/speech.parquet", "speech to listen to", test)):
             run.spoken = pq.read_table(path).to_pylist()
     # These exist only when there is something to tell.
@@ -141,6 +143,18 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
     if (path := run.folder / SKIPPED_STEPS).is_file():
         run.skipped_steps = _json_lines(path)
     return run
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a run has noted: a mapping.
+
+    Raises:
+        ValueError: the file holds something else; the message names it.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds no record of a run: it must be a mapping")
+    return record
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

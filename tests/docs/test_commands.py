@@ -143,12 +143,6 @@ NOT_TESTED = {
     "python -m data_prep.synthetic_speech --voices espeak:de,espeak:en-us --texts sentences.txt": "reads its file at once",
 }
 """Commands that are none, and why."""
-KNOWN = {
-    "optim.lr=tag(log,interval(1e-4,1e-2))": "the check takes the first value of a sweep, and an interval has none",
-}
-"""Commands that are refused today, by a part of them."""
-
-
 def test_nothing_is_left_out() -> None:
     """Each mention of a command, by a cruder search, is the beginning of one that the extractor has found."""
     found = {command.text for command in COMMANDS}
@@ -290,7 +284,7 @@ def named(command: Found) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=named)
 def test_a_command(
-    command: Found, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    command: Found, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if command.text in NOT_TESTED:
         pytest.skip(NOT_TESTED[command.text])
@@ -299,8 +293,5 @@ def test_a_command(
         monkeypatch.setenv(key, value)
     if packages := environment.get(targets.EXTRA_VARIABLE):  # it is read once, when a process starts
         monkeypatch.setattr(targets, "OWN_PACKAGES", tuple(packages.split(",")))
-    for known, reason in KNOWN.items():
-        if known in words:
-            request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
     for line in filled_in(words):
         check(line, folders, command.in_a_sentence, monkeypatch)
