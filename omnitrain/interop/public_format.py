@@ -49,11 +49,7 @@ Pieces = list[tuple[str, Index]]
 
 
 def load_pretrained(
-    folder: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    speech: bool = True,
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", speech: bool = True
 ) -> OmniModel:
     """The Thinker with its encoders, and Talker and Code2Wav where they are, from a folder in the public layout.
 
@@ -149,12 +145,7 @@ class TensorFiles:
             raise CheckpointError(f"{path}: key {key!r} cannot be read: {error}") from error
 
     def assemble(
-        self,
-        name: str,
-        parameter: Tensor,
-        config: OmniConfig,
-        dtype: torch.dtype | None,
-        device: torch.device | str,
+        self, name: str, parameter: Tensor, config: OmniConfig, dtype: torch.dtype | None, device: torch.device | str
     ) -> Tensor:
         """Our tensor `name` from its pieces."""
         pieces = _pieces(name, parameter, config, self.prefix)

@@ -94,10 +94,7 @@ def _speech(
     follows = {name: changes.get(name, getattr(base, name)) for name in ("d_model", "codebooks", "codebook_size")}
     changes["mtp"] = _replace(base.mtp, {**follows, **talker.get("mtp", {})}, "talker.mtp")
     codes = {"quantizers": follows["codebooks"], "codebook_size": follows["codebook_size"]}
-    return {
-        "talker": _replace(base, changes, "talker"),
-        "code2wav": _replace(wave, {**codes, **code2wav}, "code2wav"),
-    }
+    return {"talker": _replace(base, changes, "talker"), "code2wav": _replace(wave, {**codes, **code2wav}, "code2wav")}
 
 
 def _replace(config: Any, changes: Mapping[str, Any], part: str) -> Any:

@@ -181,10 +181,7 @@ class CodecModule(TrainingModule):
                 eps=config.eps,
                 weight_decay=config.weight_decay,
             )
-            for parameters in (
-                [*self.model.parameters(), *self.content.parameters()],
-                self.discriminators.parameters(),
-            )
+            for parameters in ([*self.model.parameters(), *self.content.parameters()], self.discriminators.parameters())
         )
         factor = schedule_factor(config, config.total_steps or self.trainer.max_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(codec, factor)

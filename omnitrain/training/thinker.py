@@ -25,13 +25,7 @@ from omnitrain.interop.start_from import start_from
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.omni import OmniModel, OmniOutput
 from omnitrain.training.flops import BatchSizes, training_flops
-from omnitrain.training.losses import (
-    BatchLosses,
-    RouterUse,
-    SampleSums,
-    balance_loss,
-    token_weights,
-)
+from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.optim import build_optimizer, part_of, schedule_factor
 from omnitrain.training.ranks import gather_objects, sum_over_ranks

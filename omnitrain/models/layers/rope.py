@@ -82,14 +82,7 @@ class NormRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_q: Tensor,
-        weight_k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        n_query: int,
-        eps: float,
+        ctx: Any, x: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, n_query: int, eps: float
     ) -> Tensor:
         r = inverse_rms(x.float(), eps)
         ctx.save_for_backward(x, weight_q, weight_k, cos, sin, r)
