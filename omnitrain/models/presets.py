@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
@@ -147,8 +147,12 @@ def init_weights(model: OmniModel, seed: int) -> None:
                 std = fan_in**-0.5
             if name.endswith(RESIDUAL_WRITERS):
                 std /= (2 * depth[name.split(".")[0]]) ** 0.5
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            p.copy_(torch.randn(p.shape, generator=generator) * std)
+            _draw(p, name, seed, std)
+
+
+def _draw(p: Tensor, name: str, seed: int, std: float) -> None:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    p.copy_(torch.randn(p.shape, generator=generator) * std)
 
 
 def _wave_std(model: nn.Module, name: str) -> float:
@@ -184,12 +188,10 @@ def init_codec_weights(codec: Codec, seed: int) -> None:
     """Draw the weights of a codec as `init_weights` draws those of Code2Wav. Codebooks come from the first batch."""
     with torch.no_grad():
         for name, p in codec.named_parameters():
-            if p.ndim == 1:
-                if name.endswith("bias"):
-                    p.zero_()
-                continue  # layer scales and the like keep what they were made with
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            p.copy_(torch.randn(p.shape, generator=generator) * _wave_std(codec, name))
+            if p.ndim > 1:
+                _draw(p, name, seed, _wave_std(codec, name))
+            elif name.endswith("bias"):
+                p.zero_()  # layer scales and the like keep what they were made with
 
 
 def count_parameters(module: nn.Module) -> int:

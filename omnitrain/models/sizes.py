@@ -541,20 +541,9 @@ PRESETS: dict[str, OmniConfig] = {
     # Minutes on two CPU cores: 8.9 M parameters; of the Thinker's 6.5 M, 3.2 M work on a token.
     "tiny": OmniConfig(
         thinker=ThinkerConfig(
-            vocab_size=4096,
-            d_model=192,
-            layers=5,
-            heads=6,
-            kv_heads=2,
-            head_dim=32,
-            ffn=512,
-            n_experts=8,
-            top_k=2,
-            expert_width=192,
-            mrope_sections=(6, 5, 5),
-            rope_theta=10000.0,
-            accept_hidden_layer=2,
-            max_positions=8192,
+            vocab_size=4096, d_model=192, layers=5, heads=6, kv_heads=2, head_dim=32, ffn=512,
+            n_experts=8, top_k=2, expert_width=192, accept_hidden_layer=2,
+            mrope_sections=(6, 5, 5), rope_theta=10000.0, max_positions=8192,
         ),
         aut=AuTConfig(d_model=128, layers=2, heads=4, ffn=512, out_dim=192, conv_hidden=32),
         vision=VisionConfig(
@@ -564,19 +553,9 @@ PRESETS: dict[str, OmniConfig] = {
     # One GPU, or a patient CPU.
     "small": OmniConfig(
         thinker=ThinkerConfig(
-            vocab_size=4096,
-            d_model=512,
-            layers=12,
-            heads=8,
-            kv_heads=2,
-            head_dim=64,
-            ffn=1536,
-            n_experts=32,
-            top_k=4,
-            expert_width=256,
-            mrope_sections=(12, 10, 10),
-            accept_hidden_layer=6,
-            max_positions=32768,
+            vocab_size=4096, d_model=512, layers=12, heads=8, kv_heads=2, head_dim=64, ffn=1536,
+            n_experts=32, top_k=4, expert_width=256, accept_hidden_layer=6,
+            mrope_sections=(12, 10, 10), max_positions=32768,
         ),
         aut=AuTConfig(d_model=384, layers=6, heads=6, ffn=1536, out_dim=512, conv_hidden=96),
         vision=VisionConfig(
@@ -586,110 +565,54 @@ PRESETS: dict[str, OmniConfig] = {
     # The public checkpoint's shapes.
     "qwen3_omni_30b_a3b": OmniConfig(
         thinker=ThinkerConfig(
-            vocab_size=152064,
-            d_model=2048,
-            layers=48,
-            heads=32,
-            kv_heads=4,
-            head_dim=128,
-            ffn=768,
-            n_experts=128,
-            top_k=8,
-            expert_width=768,
-            mrope_sections=(24, 20, 20),
-            rope_theta=1e6,
-            accept_hidden_layer=24,
-            max_positions=65536,
+            vocab_size=152064, d_model=2048, layers=48, heads=32, kv_heads=4, head_dim=128, ffn=768,
+            n_experts=128, top_k=8, expert_width=768, accept_hidden_layer=24,
         ),
         aut=AuTConfig(),
         vision=VisionConfig(),
     ),
-}
+}  # fmt: skip
 
 SPEECH_PRESETS: dict[str, tuple[TalkerConfig, Code2WavConfig]] = {
     # 3.6 M (1.2 M of them MTP) and 1.8 M parameters.
     "tiny": (
         TalkerConfig(
-            d_model=192,
-            layers=4,
-            heads=6,
-            kv_heads=2,
-            head_dim=32,
-            n_experts=4,
-            top_k=2,
-            expert_width=96,
-            shared_expert_width=192,
-            mrope_sections=(6, 5, 5),
-            rope_theta=10000.0,
-            max_positions=8192,
-            thinker_dim=192,
-            projection_width=192,
-            accept_hidden_layer=2,
-            codebooks=8,
-            **codec_vocabulary(256),
+            d_model=192, layers=4, heads=6, kv_heads=2, head_dim=32,
+            n_experts=4, top_k=2, expert_width=96, shared_expert_width=192,
+            mrope_sections=(6, 5, 5), rope_theta=10000.0, max_positions=8192,
+            thinker_dim=192, projection_width=192, accept_hidden_layer=2, codebooks=8, **codec_vocabulary(256),
             mtp=MTPConfig(
-                d_model=192,
-                layers=2,
-                heads=6,
-                kv_heads=2,
-                head_dim=32,
-                ffn=256,
-                codebooks=8,
-                codebook_size=256,
+                d_model=192, layers=2, heads=6, kv_heads=2, head_dim=32, ffn=256, codebooks=8, codebook_size=256,
                 rope_theta=10000.0,
             ),
         ),
         Code2WavConfig(
-            quantizers=8,
-            codebook_size=256,
-            d_model=128,
-            layers=2,
-            heads=4,
-            kv_heads=4,
-            ffn=384,
-            window=36,
-            decoder_dim=192,
-            trim="causal",
+            quantizers=8, codebook_size=256, d_model=128, layers=2, heads=4, kv_heads=4, ffn=384, window=36,
+            decoder_dim=192, trim="causal",
         ),
     ),
     # The codes are those of the public checkpoint (and of the first 16 codebooks of Mimi).
     "small": (
         TalkerConfig(
-            d_model=512,
-            layers=8,
-            heads=8,
-            kv_heads=2,
-            head_dim=64,
-            n_experts=16,
-            top_k=4,
-            expert_width=256,
-            shared_expert_width=512,
-            mrope_sections=(12, 10, 10),
-            max_positions=32768,
-            thinker_dim=512,
-            projection_width=512,
-            accept_hidden_layer=6,
+            d_model=512, layers=8, heads=8, kv_heads=2, head_dim=64,
+            n_experts=16, top_k=4, expert_width=256, shared_expert_width=512,
+            mrope_sections=(12, 10, 10), max_positions=32768,
+            thinker_dim=512, projection_width=512, accept_hidden_layer=6,
             mtp=MTPConfig(d_model=512, layers=4, heads=8, kv_heads=4, head_dim=64, ffn=1536),
         ),
         Code2WavConfig(d_model=512, layers=4, heads=8, kv_heads=8, ffn=1536, decoder_dim=768, trim="causal"),
     ),
     "qwen3_omni_30b_a3b": (TalkerConfig(), Code2WavConfig()),
-}
+}  # fmt: skip
 
 CODEC_PRESETS: dict[str, CodecConfig] = {
     # The decoders are the Code2Wav of the same preset: 2.9 M parameters, 1.8 M of them Code2Wav.
     "tiny": CodecConfig(
-        encoder_dim=8,
-        layers=2,
-        heads=4,
-        kv_heads=4,
-        ffn=384,
-        window=36,
-        codebook_dim=32,
+        encoder_dim=8, layers=2, heads=4, kv_heads=4, ffn=384, window=36, codebook_dim=32,
         decoder=SPEECH_PRESETS["tiny"][1],
     ),
     "small": CodecConfig(
         encoder_dim=32, layers=4, heads=8, kv_heads=8, ffn=1536, codebook_dim=128, decoder=SPEECH_PRESETS["small"][1]
     ),
     "qwen3_omni_30b_a3b": CodecConfig(),
-}
+}  # fmt: skip
