@@ -49,8 +49,6 @@ from omnitrain.models.omni import OmniModel
 from omnitrain.models.talker import Talker, TalkerInputs
 from omnitrain.vocabulary import TEXT
 
-# ------------------------------------------------------------------------------------------------- what goes in and out
-
 
 @dataclass(frozen=True, kw_only=True)
 class TextPiece:
@@ -138,9 +136,6 @@ class Speech:
     wav: np.ndarray
     codes: np.ndarray
     hit_limit: bool
-
-
-# ------------------------------------------------------------------------------------------------------- one answer
 
 
 @dataclass(eq=False)
@@ -235,9 +230,6 @@ class _Answer:
 def _given(tensor: Tensor | None) -> Tensor:
     assert tensor is not None, "the steps of an answer were called out of order"
     return tensor
-
-
-# ------------------------------------------------------------------------------------------------------------ steps
 
 
 class Speaker:
@@ -383,7 +375,7 @@ class Speaker:
         """The Talker reads each answer's last frame, and one more word."""
         words = torch.tensor([self._word(a, len(a.codes)) for a in answers], device=self.device)
         x = torch.stack([_given(a.frame_embedding) for a in answers])
-        x = x + self.talker.embed_text(self.model.thinker.embed_tokens(words)).to(x.dtype)
+        x = x + self.talker.text_projection(self.model.thinker.embed_tokens(words)).to(x.dtype)
         position = torch.stack([_given(a.talker_position) for a in answers])
         borders = torch.arange(len(answers) + 1, dtype=torch.int32, device=self.device)
         hidden = self.talker(x, position.expand(3, -1), borders, _talker_caches(answers)).hidden
@@ -417,7 +409,7 @@ class Speaker:
         left = [answers[i] for i in going]
         residuals, generators = [a.options.residuals for a in left], [a.code_generator for a in left]
         none = [None] * len(left)
-        first = self.talker.embed_codec(chosen)
+        first = self.talker.codec_embedding(chosen)
         codes, embedding = self._complete(hidden, first, lambda scores: _choose(residuals, scores, none, generators))
         frames, embeddings = torch.cat([chosen[:, None], codes], dim=1), first + embedding
         for a, frame, vector in zip(left, frames, embeddings, strict=True):
@@ -478,9 +470,6 @@ def _choose(
     return samplings[0].choose(logits, torch.stack(given) if given else None, generators)
 
 
-# ------------------------------------------------------------------------------------------------------------ rounds
-
-
 class SpeechBatch:
     """Answers that are spoken side by side. They may join between any two rounds, and leave when they are done.
 
@@ -536,9 +525,6 @@ class SpeechBatch:
         self.answers = [a for a in self.answers if a not in done]
         for a in done:
             yield a, Done(reason=a.done or "", seconds=a.seconds)
-
-
-# ---------------------------------------------------------------------------------------------------------- sessions
 
 
 class SpeechSession:

@@ -29,8 +29,6 @@ from omnitrain.models.layers.wave import (
 )
 from omnitrain.models.sizes import CodecConfig
 
-# -------------------------------------------------------------------------------------------------------------- encoder
-
 
 class EncoderBlock(Chain):
     """Three residual units, then downsampling by `rate` to twice the channels: [B, C, T] -> [B, 2 C, T / rate]."""
@@ -103,9 +101,6 @@ class CodecEncoder(nn.Module):
             raise ValueError(f"wav has shape {tuple(wav.shape)}; expected [batch, a multiple of {size} samples]")
 
 
-# ------------------------------------------------------------------------------------------------------------ quantizer
-
-
 @dataclass(frozen=True)
 class Quantized:
     """What the quantizer makes of latents [B, T, D].
@@ -127,22 +122,6 @@ class Quantized:
     given: Tensor
     chosen: Tensor
     histogram: Tensor
-
-    @property
-    def perplexity(self) -> Tensor:
-        """fp32 [Q]"""
-        return perplexity(self.histogram)
-
-    @property
-    def usage(self) -> Tensor:
-        """fp32 [Q]: share of the codes that were chosen at all."""
-        return (self.histogram > 0).float().mean(dim=-1)
-
-
-def perplexity(histogram: Tensor) -> Tensor:
-    """exp of the entropy of counts [..., K], fp32 [...]: K if all codes are equally frequent, 1 if only one occurs."""
-    p = histogram.float() / histogram.sum(dim=-1, keepdim=True).clamp_min(1)
-    return torch.special.entr(p).sum(dim=-1).exp()
 
 
 class Codebooks(nn.Module):
@@ -313,6 +292,14 @@ def _vectors_of_all_ranks(x: Tensor, index: Tensor) -> Tensor:
     return _sum_over_ranks(torch.where(here.view(-1, *[1] * (x.ndim - 1)), rows, 0))
 
 
+def check_codes(codes: Tensor, quantizers: int, size: int) -> None:
+    """ValueError unless codes are [B, T, n] of 1 <= n <= quantizers codebooks of `size` codes each."""
+    if codes.ndim != 3 or not 1 <= codes.shape[2] <= quantizers:
+        raise ValueError(f"codes have shape {tuple(codes.shape)}; expected [batch, frames, 1 to {quantizers}]")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        raise ValueError(f"codes lie in {int(codes.min())}..{int(codes.max())}; those of a codebook in 0..{size - 1}")
+
+
 class ResidualVectorQuantizer(nn.Module):
     """Mimi's split quantizer: codebook 0 (semantic) and the residual codebooks 1 to Q - 1 (acoustic) each read the
     latent through a projection of their own, and their outputs are summed (arXiv 2410.00037, section 3.3).
@@ -363,13 +350,7 @@ class ResidualVectorQuantizer(nn.Module):
         Raises:
             ValueError: if n is not within 1..Q, or a code is outside of its codebook.
         """
-        quantizers, size = self.config.quantizers, self.config.codebook_size
-        if codes.ndim != 3 or not 1 <= codes.shape[2] <= quantizers:
-            raise ValueError(f"codes have shape {tuple(codes.shape)}; expected [batch, frames, 1 to {quantizers}]")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise ValueError(
-                f"codes lie in {int(codes.min())}..{int(codes.max())}; those of a codebook in 0..{size - 1}"
-            )
+        check_codes(codes, self.config.quantizers, self.config.codebook_size)
         latent = self.semantic.decode(codes[..., :1])
         return latent + self.acoustic.decode(codes[..., 1:]) if codes.shape[2] > 1 else latent
 
@@ -386,9 +367,6 @@ class ResidualVectorQuantizer(nn.Module):
             dropped = torch.rand(batch, generator=generator, device=device) < self.config.dropout
             n_used = torch.where(dropped, drawn, quantizers)
         return n_used.to(latent.device)
-
-
-# ---------------------------------------------------------------------------------------------------------------- codec
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class MTP(nn.Module):
 
         Args:
             talker_hidden: [F, D], the Talker's hidden states that predicted the frames' codebook 0.
-            first: [F, D], embeddings of the codes of codebook 0 (`Talker.embed_codec`).
+            first: [F, D], embeddings of the codes of codebook 0 (`Talker.codec_embedding`).
             codes: int64 [F, Q]; codebook 0 and the last one are not read.
 
         Returns:

@@ -90,18 +90,6 @@ class Talker(nn.Module):
         self.mtp = MTP(config.mtp)
         self.activation_checkpointing = False
 
-    def embed_text(self, thinker_embeddings: Tensor) -> Tensor:
-        """Word embeddings of the Thinker, [n, D_thinker] -> [n, D]"""
-        return self.text_projection(thinker_embeddings)
-
-    def embed_hidden(self, accept_hidden: Tensor) -> Tensor:
-        """The Thinker's hidden states at media positions, [n, D_thinker] -> [n, D]"""
-        return self.hidden_projection(accept_hidden)
-
-    def embed_codec(self, ids: Tensor) -> Tensor:
-        """Codes of codebook 0, special codes and voices, int64 [n] -> [n, D]"""
-        return self.codec_embedding(ids)
-
     def embed_frames(self, codes: Tensor) -> Tensor:
         """Sum of the embeddings of a frame's codes, int64 [F, Q] -> [F, D].
 
@@ -113,14 +101,13 @@ class Talker(nn.Module):
     def embed(
         self,
         inputs: TalkerInputs,
-        thinker_embedding: Tensor | Callable[[Tensor], Tensor],
+        thinker_embedding: Callable[[Tensor], Tensor],
         accept_hidden: Tensor | None = None,
     ) -> Tensor:
         """What the Talker reads, before its first layer.
 
         Args:
-            thinker_embedding: the Thinker's word embeddings [V, D_thinker], or a function of ids [n] that returns
-                [n, D_thinker].
+            thinker_embedding: the Thinker's word embeddings of ids [n], [n, D_thinker].
             accept_hidden: [N, D_thinker], see `ThinkerOutput`; not needed where no position names a row of it.
                 Gradients flow into both: detach them if the Thinker is not to learn from speech.
 
@@ -136,21 +123,17 @@ class Talker(nn.Module):
         # Most frames come after the text has ended and carry the same filler: each word is projected once.
         rows = _named(inputs.text_ids)
         words, which = inputs.text_ids[rows].unique(return_inverse=True)
-        if isinstance(thinker_embedding, Tensor):
-            vectors = F.embedding(words, thinker_embedding)
-        else:
-            vectors = thinker_embedding(words)
-        x = x.index_add(0, rows, self.embed_text(vectors)[which].to(x.dtype))
+        x = x.index_add(0, rows, self.text_projection(thinker_embedding(words))[which].to(x.dtype))
 
         rows = _named(inputs.hidden_rows)
         if len(rows):
             if accept_hidden is None:
                 raise ValueError("hidden_rows names rows of accept_hidden, which was not given")
-            heard = self.embed_hidden(accept_hidden[inputs.hidden_rows[rows]])
+            heard = self.hidden_projection(accept_hidden[inputs.hidden_rows[rows]])
             x = x.index_add(0, rows, heard.to(x.dtype))
 
         rows = _named(inputs.codec_ids)
-        x = x.index_add(0, rows, self.embed_codec(inputs.codec_ids[rows]))
+        x = x.index_add(0, rows, self.codec_embedding(inputs.codec_ids[rows]))
 
         rows = _named(inputs.frame_rows)
         return x.index_add(0, rows, self.embed_frames(inputs.codes)[inputs.frame_rows[rows]].to(x.dtype))
@@ -182,8 +165,7 @@ class Talker(nn.Module):
     def residual_hidden(self, hidden: Tensor, inputs: TalkerInputs) -> Tensor:
         """MTP's hidden states of all frames of the pack from the true codes: hidden [T, D] -> [F, Q - 1, D] (see
         `MTP.forward`)."""
-        first = self.embed_codec(inputs.codes[:, 0])
-        return self.mtp(hidden[inputs.frame_sources], first, inputs.codes)
+        return self.mtp(hidden[inputs.frame_sources], self.codec_embedding(inputs.codes[:, 0]), inputs.codes)
 
 
 def _named(ids: Tensor) -> Tensor:

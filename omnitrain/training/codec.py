@@ -7,6 +7,7 @@ and schedules count the same thing as everywhere else.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,8 +78,6 @@ class CodecModule(TrainingModule):
     def step_loss(self) -> float:
         return self._step_loss
 
-    # ------------------------------------------------------------------ training
-
     def training_step(self, batch: WaveBatch, batch_idx: int) -> None:
         optimizers, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizers, list)
@@ -110,8 +109,8 @@ class CodecModule(TrainingModule):
 
         if not self._discarded:
             for name, term in terms.items():
-                self._add(name, float(term.detach()), 1.0)
-            self._add("loss", self._step_loss, 1.0)
+                _add(self._sums, {name: (float(term.detach()), 1.0)})
+            _add(self._sums, {"loss": (self._step_loss, 1.0)})
             counts = sum_over_ranks(output.histogram.double())
             self._histogram = counts if self._histogram is None else self._histogram + counts
             self.last_loss = self._step_loss
@@ -144,31 +143,19 @@ class CodecModule(TrainingModule):
             group["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         # Past Lightning's wrapper, which would count this as a second step of training.
         optimizer.optimizer.step()
-        self._add("discriminators", float(loss.detach()), 1.0)
-
-    def _add(self, name: str, value: float, count: float) -> None:
-        before = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (before[0] + value, before[1] + count)
+        _add(self._sums, {"discriminators": (float(loss.detach()), 1.0)})
 
     def _log_row(self, step: int) -> None:
         totals: dict[str, tuple[float, float]] = {}
-        seen, skipped = dict.fromkeys(self._seen, 0), dict[str, int]()
-        for sums, seen_there, skipped_there in gather_objects((self._sums, self._seen, self._skipped)):
-            for name, (value, count) in sums.items():
-                a, b = totals.get(name, (0.0, 0.0))
-                totals[name] = (a + value, b + count)
-            seen = {name: n + seen_there[name] for name, n in seen.items()}
-            for reason, n in skipped_there.items():
-                skipped[reason] = skipped.get(reason, 0) + n
+        ranks = gather_objects((self._sums, self._seen, self._skipped))
+        for sums, _, _ in ranks:
+            _add(totals, sums)
         row = {f"train/{name}": value / count for name, (value, count) in totals.items()}
         row["gradient_norm"] = self.gradient_norm
         row["lr/codec"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if self._histogram is not None:
             row |= codebook_use(self._histogram)
-        row |= {f"seen/{name}": n for name, n in seen.items()}
-        row |= {f"skipped_samples/{reason}": n for reason, n in sorted(skipped.items())}
-        row["skipped_steps"] = self.skipped_steps
-        self.log_row(row, step)
+        self.log_row(row | self.data_row((seen, skipped) for _, seen, skipped in ranks), step)
         self._sums, self._histogram = {}, None
 
     def configure_optimizers(self) -> Any:
@@ -188,8 +175,6 @@ class CodecModule(TrainingModule):
         self.remember_configured(codec, discriminators)
         return [codec, discriminators], [schedule]
 
-    # ------------------------------------------------------------------ evaluation
-
     def validation_step(self, batch: WaveBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         output = self.model(batch.wav)
         terms = {name: float(term) for name, term in self._reconstruction(output, batch).items()}
@@ -200,9 +185,7 @@ class CodecModule(TrainingModule):
         totals: dict[str, tuple[float, float]] = {}
         for rank in gather_objects(self._evaluation):
             for row in rank:
-                for name, (value, count) in row.items():
-                    a, b = totals.get(name, (0.0, 0.0))
-                    totals[name] = (a + value, b + count)
+                _add(totals, row)
         self._evaluation = []
         self.evaluation = {name: value / count for name, (value, count) in totals.items()}
         row = {f"validation/{name}": value for name, value in self.evaluation.items()}
@@ -220,8 +203,6 @@ class CodecModule(TrainingModule):
         for name, value in self.evaluation.items():
             table.add_row(name, f"{value:.4f}")
         return [table]
-
-    # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.model.fold_codebooks()  # Code2Wav's own embedding says what the quantizer has learnt
@@ -241,6 +222,13 @@ class CodecModule(TrainingModule):
         self._sums = {name: (pair[0], pair[1]) for name, pair in state["sums"].items()}
         self._histogram = None if state["histogram"] is None else state["histogram"].to(self.device)
         self._seen, self._skipped = dict(state["seen"]), dict(state["skipped"])
+
+
+def _add(totals: dict[str, tuple[float, float]], sums: Mapping[str, tuple[float, float]]) -> None:
+    """Add (sum, count) by name."""
+    for name, (value, count) in sums.items():
+        a, b = totals.get(name, (0.0, 0.0))
+        totals[name] = (a + value, b + count)
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
-from omnitrain.models.talker import Talker, TalkerInputs
+from omnitrain.models.talker import Talker, TalkerInputs, TalkerOutput
+from omnitrain.models.thinker import ThinkerOutput
 
 
 def balance_loss(share: Tensor, probability: Tensor, *, pool_layers: bool = False) -> Tensor:
@@ -122,7 +123,7 @@ class SampleSums:
         return SampleSums(sums, tokens.cpu(), target_bytes.cpu())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RouterUse:
     """How the experts of one decoder were used: counts, prob_sums [L, E] (see `models.layers.moe.Routing`) over
     `positions` positions."""
@@ -130,6 +131,10 @@ class RouterUse:
     counts: Tensor
     prob_sums: Tensor
     positions: int
+
+    @staticmethod
+    def of(output: ThinkerOutput | TalkerOutput, positions: int) -> RouterUse:
+        return RouterUse(output.router_counts, output.router_prob_sums, positions)
 
 
 @dataclass(frozen=True, kw_only=True)

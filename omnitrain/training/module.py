@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -39,8 +40,6 @@ class TrainingModule(L.LightningModule):
         self._discarded = False
         self._saved: list[dict[str, Any]] = []
         self._configured: list[list[dict[str, Any]]] = []
-
-    # ------------------------------------------------------------------ for callbacks
 
     @property
     def step_loss(self) -> float:
@@ -82,6 +81,17 @@ class TrainingModule(L.LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(row), step=step)
 
+    def data_row(self, ranks: Iterable[tuple[Mapping[str, int], Mapping[str, int]]]) -> dict[str, int]:
+        """What a row says of the data: counts of what every rank has seen, its skipped samples by reason, and skipped
+        steps."""
+        seen, skipped = Counter[str](), Counter[str]()
+        for seen_there, skipped_there in ranks:
+            seen.update(seen_there)
+            skipped.update(skipped_there)
+        row = {f"seen/{name}": n for name, n in seen.items()}
+        row |= {f"skipped_samples/{reason}": n for reason, n in sorted(skipped.items())}
+        return row | {"skipped_steps": self.skipped_steps}
+
     def mark_trained(self, batch: Any) -> None:
         """The checkpoint after this batch continues behind it, whatever the loader has fetched ahead."""
         mark = getattr(self.datamodule, "mark_trained", None)
@@ -90,8 +100,6 @@ class TrainingModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.batch_end_time = time.perf_counter()
-
-    # ------------------------------------------------------------------ checkpoints
 
     def extra_state(self) -> dict[str, Any]:
         """This rank's counters; plain values and tensors."""

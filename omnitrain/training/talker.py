@@ -80,11 +80,7 @@ class TalkerModule(ThinkerModule):
         return BatchLosses(
             total=total,
             weight=torch.tensor(float(n_targets), device=total.device),
-            routers={
-                "talker": RouterUse(
-                    counts=output.router_counts, prob_sums=output.router_prob_sums, positions=len(inputs.labels)
-                )
-            },
+            routers={"talker": RouterUse.of(output, len(inputs.labels))},
             groups=[
                 (("speech", f"codebook_{q}"), (nll, float(n), 0.0, float(len(spoken.samples))))
                 for q, (nll, n) in enumerate(zip(by_codebook.tolist(), counted, strict=True))

@@ -92,8 +92,6 @@ class ThinkerModule(TrainingModule):
         self.evaluation_sums: dict[str, LossSums] = {}
         """Sums of the last evaluation by the name of its loader, over all ranks; for tables and reports."""
 
-    # ------------------------------------------------------------------ training
-
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         seen = hide_words(batch, self.config.word_dropout) if self.config.word_dropout else batch
         losses = self.losses(seen, window=self._aut_window_frames())
@@ -161,11 +159,7 @@ class ThinkerModule(TrainingModule):
         return BatchLosses(
             total=(nll * weights).sum(),
             weight=weights.sum(),
-            routers={
-                "thinker": RouterUse(
-                    counts=output.router_counts, prob_sums=output.router_prob_sums, positions=batch.n_tokens
-                )
-            },
+            routers={"thinker": RouterUse.of(output, batch.n_tokens)},
             groups=sample_groups(batch, SampleSums.of(batch, nll)),
         )
 
@@ -228,15 +222,11 @@ class ThinkerModule(TrainingModule):
         self.samples_in_step = []
 
     def _log_row(self, step: int) -> None:
-        sums, seen = LossSums(), dict.fromkeys(self._seen, 0)
-        skipped: dict[str, int] = {}
-        packing: list[float] = []
-        for rank in gather_objects((self._row_sums, self._seen, self._stream)):
-            sums.merge(rank[0])
-            seen = {name: n + rank[1][name] for name, n in seen.items()}
-            for reason, n in rank[2]["skipped"].items():
-                skipped[reason] = skipped.get(reason, 0) + n
-            packing += rank[2]["packing"]
+        ranks = gather_objects((self._row_sums, self._seen, self._stream))
+        sums = LossSums()
+        for row_sums, _, _ in ranks:
+            sums.merge(row_sums)
+        packing = [share for _, _, stream in ranks for share in stream["packing"]]
         row: dict[str, float] = sums.metrics("train") | {"gradient_norm": self.gradient_norm}
         row |= {f"gradient_norm/{part}": norm for part, norm in self._part_norms.items()}
         row |= {
@@ -248,10 +238,7 @@ class ThinkerModule(TrainingModule):
             row |= expert_load(counts, "experts" if name == "thinker" else f"experts/{name}")
         if packing:
             row["packing/efficiency"] = sum(packing) / len(packing)
-        row |= {f"seen/{name}": n for name, n in seen.items()}
-        row |= {f"skipped_samples/{reason}": n for reason, n in sorted(skipped.items())}
-        row["skipped_steps"] = self.skipped_steps
-        self.log_row(row, step)
+        self.log_row(row | self.data_row((seen, stream["skipped"]) for _, seen, stream in ranks), step)
         self._row_sums, self._row_counts = LossSums(), {}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -263,8 +250,6 @@ class ThinkerModule(TrainingModule):
 
     def batch_flops(self, batch: PackedBatch) -> float:
         return training_flops(self.model, BatchSizes.of(batch))
-
-    # ------------------------------------------------------------------ evaluation
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluation.setdefault(dataloader_idx, LossSums()).add(self.losses(batch).groups)
@@ -320,8 +305,6 @@ class ThinkerModule(TrainingModule):
                 batch.sample_ids, batch.sources, batch.tasks, batch.modalities, answers, strict=True
             )
         ]
-
-    # ------------------------------------------------------------------ checkpoints
 
     def extra_state(self) -> dict[str, Any]:
         return {

@@ -171,7 +171,7 @@ def test_talker_reads_and_predicts_the_same(models, name: str) -> None:
     spoken, talker = speak(models, name), models.ours.talker
     doc, accept_hidden = document(models, name, spoken.answer, spoken.codes)
     inputs = inputs_of(doc)
-    x = talker.embed(inputs, models.ours.thinker.embed_tokens.weight, accept_hidden)
+    x = talker.embed(inputs, models.ours.thinker.embed_tokens, accept_hidden)
     close(x[: len(spoken.prompt_embeds)], spoken.prompt_embeds)
     assert len(doc) == len(spoken.prompt_embeds) + len(spoken.codes)
     assert torch.equal(inputs.position_ids, spoken.position_ids)
@@ -193,7 +193,7 @@ def test_an_answer_that_ends_by_itself(models) -> None:
     assert spoken.answer.tolist() == answers[name][:n]
     doc, accept_hidden = document(models, name, spoken.answer, spoken.codes)
     inputs = inputs_of(doc)
-    x = talker.embed(inputs, models.ours.thinker.embed_tokens.weight, accept_hidden)
+    x = talker.embed(inputs, models.ours.thinker.embed_tokens, accept_hidden)
     hidden = talker(x, inputs.position_ids, inputs.cu_seqlens).hidden
     close(talker.logits(hidden[inputs.frame_sources]), spoken.logits[:-1])
 
@@ -230,7 +230,7 @@ def test_documents_in_one_pack(models) -> None:
     made = [document(models, n, s.answer, c) for n, s, c in zip(names, spoken, cut, strict=True)]
     rows = np.cumsum([0, *(len(hidden) for _, hidden in made)])[:-1].tolist()
     inputs = inputs_of(*(doc for doc, _ in made), rows=tuple(rows))
-    x = talker.embed(inputs, models.ours.thinker.embed_tokens.weight, torch.cat([hidden for _, hidden in made]))
+    x = talker.embed(inputs, models.ours.thinker.embed_tokens, torch.cat([hidden for _, hidden in made]))
     output = talker(x, inputs.position_ids, inputs.cu_seqlens)
     expected = torch.cat([s.logits[: len(c)] for s, c in zip(spoken, cut, strict=True)])
     close(talker.logits(output.hidden[inputs.frame_sources]), expected)
@@ -262,7 +262,7 @@ def test_greedy_speech_is_the_same(models, name: str, penalty: float) -> None:
     hidden = talker(x, inputs.position_ids, inputs.cu_seqlens, cache).hidden[-1:]
     special = tokens(model)
     words = torch.tensor([*spoken.answer[1:].tolist(), special.tts_eos] + [special.tts_pad] * FRAMES)
-    words = talker.embed_text(model.thinker.embed_tokens(words))
+    words = talker.text_projection(model.thinker.embed_tokens(words))
     forbidden = torch.arange(c.codec_vocab) >= c.codec_vocab - 1024
     forbidden[c.codec_eos] = False
     chosen, frames = [], []
@@ -274,7 +274,7 @@ def test_greedy_speech_is_the_same(models, name: str, penalty: float) -> None:
         chosen.append(int(code))
         if code == c.codec_eos or step == FRAMES:
             break
-        first = talker.embed_codec(code[None])
+        first = talker.codec_embedding(code[None])
         residuals, embedding = talker.mtp.generate(hidden, first, lambda scores: scores.argmax(-1))
         frames.append(torch.cat([code[None], residuals[0]]))
         position = inputs.position_ids[:, -1:] + 1 + step

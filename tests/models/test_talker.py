@@ -58,7 +58,7 @@ def inputs(codes: torch.Tensor) -> TalkerInputs:
 def test_generated_frames_are_the_most_probable_ones(model: OmniModel, frames) -> None:
     """Step by step with a cache the same as teacher-forced on what was generated."""
     hidden, codes = frames
-    mtp, first = model.talker.mtp, model.talker.embed_codec(codes[:, 0])
+    mtp, first = model.talker.mtp, model.talker.codec_embedding(codes[:, 0])
     generated, embedding = mtp.generate(hidden, first, lambda logits: logits.argmax(-1))
     whole = torch.cat([codes[:, :1], generated], dim=1)
     logits = mtp.logits(mtp(hidden, first, whole))
@@ -70,7 +70,7 @@ def test_generated_frames_are_the_most_probable_ones(model: OmniModel, frames) -
 @torch.no_grad()
 def test_a_code_does_not_see_the_later_ones(model: OmniModel, frames) -> None:
     hidden, codes = frames
-    mtp, first = model.talker.mtp, model.talker.embed_codec(codes[:, 0])
+    mtp, first = model.talker.mtp, model.talker.codec_embedding(codes[:, 0])
     changed = codes.clone()
     changed[:, 4] = (changed[:, 4] + 1) % 256
     before, after = mtp(hidden, first, codes), mtp(hidden, first, changed)
@@ -100,15 +100,14 @@ def test_checkpointing_changes_no_gradient(model: OmniModel, frames) -> None:
 @torch.no_grad()
 def test_an_embedding_is_the_sum_of_what_a_position_names(model: OmniModel, frames) -> None:
     talker, batch = model.talker, inputs(frames[1])
-    words, accept_hidden = model.thinker.embed_tokens.weight, torch.linspace(-1, 1, 8 * 192).view(8, 192)
+    words, accept_hidden = model.thinker.embed_tokens, torch.linspace(-1, 1, 8 * 192).view(8, 192)
     x = talker.embed(batch, words, accept_hidden)
-    torch.testing.assert_close(x, talker.embed(batch, model.thinker.embed_tokens, accept_hidden))
-    torch.testing.assert_close(x[1], talker.embed_hidden(accept_hidden[6:7])[0])
-    torch.testing.assert_close(x[3], talker.embed_text(words[9:10])[0] + talker.codec_embedding.weight[400])
+    torch.testing.assert_close(x[1], talker.hidden_projection(accept_hidden[6:7])[0])
+    torch.testing.assert_close(x[3], talker.text_projection(words.weight[9:10])[0] + talker.codec_embedding.weight[400])
     frame = talker.codec_embedding.weight[batch.codes[4, 0]] + sum(
         talker.mtp.code_embedding[q - 1, batch.codes[4, q]] for q in range(1, batch.codes.shape[1])
     )
-    torch.testing.assert_close(x[12], talker.embed_text(words[3:4])[0] + frame)
+    torch.testing.assert_close(x[12], talker.text_projection(words.weight[3:4])[0] + frame)
     with pytest.raises(ValueError, match="hidden_rows names rows of accept_hidden"):
         talker.embed(batch, words)
 

@@ -223,10 +223,11 @@ def test_si_sdr_ignores_scale_and_is_the_ratio_in_decibels() -> None:
 
 
 def test_codebook_use() -> None:
-    use = codebook_use(torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1]]))
+    use = codebook_use(torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1], [7, 0, 0, 0]]))
     assert use["codebook/use/0"] == 0.5
     assert use["codebook/perplexity/0"] == pytest.approx(2.0)
     assert use["codebook/perplexity/1"] == pytest.approx(4.0)
+    assert use["codebook/perplexity/2"] == pytest.approx(1.0)
 
 
 # ------------------------------------------------------------------------------------------------------- the training

@@ -183,9 +183,8 @@ def test_the_loss_is_the_mean_over_frames_of_both_parts(shards: Path) -> None:
     assert model.talker is not None
     assert batch.spoken is not None
     inputs = TalkerInputs(**batch.spoken.inputs())
-    hidden = model.thinker.embed_tokens.weight
     accept = model(**batch.model_inputs()).accept_hidden
-    x = model.talker.embed(inputs, hidden, accept)
+    x = model.talker.embed(inputs, model.thinker.embed_tokens, accept)
     out = model.talker(x, inputs.position_ids, inputs.cu_seqlens).hidden
     first = F.cross_entropy(model.talker.logits(out), inputs.labels, reduction="sum")
     logits = model.talker.mtp.logits(model.talker.residual_hidden(out, inputs))  # [F, Q - 1, K]

@@ -24,9 +24,6 @@ DILATIONS = (1, 3, 9)
 """Of the residual units behind each upsampling: kernel 7 thrice spans 79 columns."""
 
 
-# ---------------------------------------------------------------------------------------------------------- transformer
-
-
 @dataclass
 class KVState:
     """Keys (turned already) and values of the last window - 1 frames, each [B, kv_heads, window - 1, head_dim]."""
@@ -156,9 +153,6 @@ class SlidingWindowTransformer(nn.Module):
         distance = query[:, None] - key
         mask = (distance >= 0) & (distance < config.window) & (key >= 0)  # before frame 0 the state is empty
         return (angle.cos(), angle.sin()), mask
-
-
-# --------------------------------------------------------------------------------------------------------- convolutions
 
 
 class SnakeBeta(StreamingModule):
