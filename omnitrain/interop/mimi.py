@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from omnitrain.interop.public_config import CheckpointError
+from omnitrain.models.codec import check_codes
 
 SAMPLE_RATE = 24000
 SAMPLES_PER_FRAME = 1920
+FRAME_RATE = SAMPLE_RATE / SAMPLES_PER_FRAME
 
 
 class MimiCodec(nn.Module):
@@ -36,9 +38,9 @@ class MimiCodec(nn.Module):
                 codebooks than `quantizers`.
             ImportError: without transformers.
         """
-        path = Path(path)
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path / 'config.json'}: not found; expected the folder of a Mimi model")
+        path, described = Path(path), Path(path) / "config.json"
+        if not described.is_file():
+            raise CheckpointError(f"{described}: not found; expected the folder of a Mimi model")
         try:
             from transformers import MimiConfig, MimiModel
         except ImportError as error:
@@ -46,20 +48,15 @@ class MimiCodec(nn.Module):
 
         values, _ = MimiConfig.get_config_dict(path, local_files_only=True)
         if values.get("model_type") != "mimi":
-            raise CheckpointError(
-                f"{path / 'config.json'}: model_type is {values.get('model_type')!r}; expected 'mimi'"
-            )
+            raise CheckpointError(f"{described}: model_type is {values.get('model_type')!r}; expected 'mimi'")
         config = MimiConfig.from_dict(values)
-        if config.sampling_rate != SAMPLE_RATE:
-            raise CheckpointError(f"{path}: sampling_rate is {config.sampling_rate} Hz; expected {SAMPLE_RATE} Hz")
-        if config.frame_rate != SAMPLE_RATE / SAMPLES_PER_FRAME:
-            raise CheckpointError(
-                f"{path}: frame rate is {config.frame_rate:g} a second; expected {SAMPLE_RATE / SAMPLES_PER_FRAME:g}"
-            )
-        if config.num_quantizers < quantizers:
-            raise CheckpointError(
-                f"{path}: num_quantizers is {config.num_quantizers}; {quantizers} codebooks are needed"
-            )
+        rate, frames, codebooks = config.sampling_rate, config.frame_rate, config.num_quantizers
+        if rate != SAMPLE_RATE:
+            raise CheckpointError(f"{path}: sampling_rate is {rate} Hz; expected {SAMPLE_RATE} Hz")
+        if frames != FRAME_RATE:
+            raise CheckpointError(f"{path}: frame rate is {frames:g} a second; expected {FRAME_RATE:g}")
+        if codebooks < quantizers:
+            raise CheckpointError(f"{path}: num_quantizers is {codebooks}; {quantizers} codebooks are needed")
         try:
             model = MimiModel.from_pretrained(path, local_files_only=True)
         except (pickle.UnpicklingError, RuntimeError) as error:  # its advice would be to run the code
@@ -69,8 +66,7 @@ class MimiCodec(nn.Module):
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
         """[B, samples] at 24 kHz -> codes int64 [B, T, quantizers], T = samples / 1920 rounded up."""
-        codes = self.model.encode(wav[:, None], num_quantizers=self.quantizers).audio_codes
-        return codes.transpose(1, 2)
+        return self.model.encode(wav[:, None], num_quantizers=self.quantizers).audio_codes.transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -79,11 +75,5 @@ class MimiCodec(nn.Module):
         Raises:
             ValueError: if n is not within 1..quantizers, or a code is outside of its codebook.
         """
-        size = self.model.config.codebook_size
-        if codes.ndim != 3 or not 1 <= codes.shape[2] <= self.quantizers:
-            raise ValueError(f"codes have shape {tuple(codes.shape)}; expected [batch, frames, 1 to {self.quantizers}]")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise ValueError(
-                f"codes lie in {int(codes.min())}..{int(codes.max())}; those of a codebook in 0..{size - 1}"
-            )
+        check_codes(codes, self.quantizers, self.model.config.codebook_size)
         return self.model.decode(codes.transpose(1, 2)).audio_values[:, 0]

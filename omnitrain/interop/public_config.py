@@ -64,6 +64,11 @@ class Section:
     def __init__(self, values: Mapping[str, Any], path: Path, place: str = "") -> None:
         self.values, self.path, self.place = values, path, place
 
+    @classmethod
+    def of(cls, path: Path) -> Section:
+        """The whole file; raises as `read_json`."""
+        return cls(read_json(path), path)
+
     def __getitem__(self, key: str) -> Any:
         if self.values.get(key) is None:
             raise self.error(key, "is missing")
@@ -319,7 +324,7 @@ def read_config(folder: str | Path, *, speech: bool = True) -> tuple[OmniConfig,
             is not supported.
     """
     path = Path(folder) / "config.json"
-    root = Section(read_json(path), path)
+    root = Section.of(path)
     architecture = architecture_of(root)
     if architecture not in (FULL, THINKER):
         raise CheckpointError(f"{path}: architectures is {architecture!r}; expected {FULL} or {THINKER}")

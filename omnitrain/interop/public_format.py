@@ -45,9 +45,6 @@ Pieces = list[tuple[str, Index]]
 """Public key, and which part of our tensor it is."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
-
-
 def load_pretrained(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", speech: bool = True
 ) -> OmniModel:
@@ -80,9 +77,8 @@ def _empty_model(config: OmniConfig, path: Path) -> OmniModel:
         with torch.device("meta"):
             model = OmniModel(config)
     except RuntimeError as error:  # more numbers than 64 bits count
-        raise CheckpointError(
-            f"{path}: describes a model that cannot be built: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: describes a model that cannot be built: {reason}") from error
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     if (total := sum(sizes.values())) > MOST_PARAMETERS:
         largest = max(sizes, key=sizes.__getitem__)
@@ -109,7 +105,7 @@ class TensorFiles:
     def __init__(self, folder: Path, prefix: str) -> None:
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            weight_map = Section(read_json(index), index).section("weight_map").values
+            weight_map = Section.of(index).section("weight_map").values
             if strange := [name for name in weight_map.values() if name != Path(str(name)).name]:
                 raise CheckpointError(f"{index}: weight_map names {strange[0]!r}; expected a file of the same folder")
             self.file_of = {key: folder / name for key, name in weight_map.items()}
@@ -182,9 +178,6 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------- names
 
 
 def _pieces(name: str, parameter: Tensor, config: OmniConfig, prefix: str) -> Pieces:
@@ -263,9 +256,6 @@ def public_tensors(model: OmniModel, layout: Layout = "thinker") -> Iterator[tup
         if layout == "full" or not name.startswith(SPEECH_PARTS):
             for key, index in _pieces(name, parameter, model.config, prefix):
                 yield key, parameter.detach()[index]
-
-
-# ----------------------------------------------------------------------------------------------------------------- save
 
 
 def save_pretrained(

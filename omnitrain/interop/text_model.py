@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnitrain.interop.public_config import TEXT, CheckpointError, Section, architecture_of, read_json, rope_theta
+from omnitrain.interop.public_config import TEXT, CheckpointError, Section, architecture_of, rope_theta
 from omnitrain.interop.public_format import TensorFiles
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.thinker import ThinkerConfig
@@ -28,12 +28,8 @@ _PER_TOKEN = ("embed_tokens.weight", "lm_head.weight")
 
 @dataclass(frozen=True)
 class TextWeights:
-    """
-    Attributes:
-        weights: the Thinker's parameters by the names that they have in `OmniModel` (``thinker.layers.0...``).
-        missing_rows: token ids from here on have no row in the file; theirs is the mean of the file's rows. None: all
-            have one.
-    """
+    """weights: the Thinker's parameters by their names in `OmniModel` (``thinker.layers.0...``).  missing_rows: token
+    ids from here on have no row in the file; theirs is the mean of the file's rows. None: all have one."""
 
     weights: dict[str, Tensor]
     missing_rows: int | None
@@ -42,7 +38,7 @@ class TextWeights:
 def is_text_model(folder: str | Path) -> bool:
     """Whether `folder`/config.json names one of the two public text architectures."""
     path = Path(folder) / "config.json"
-    return path.is_file() and architecture_of(Section(read_json(path), path)) in (DENSE, SPARSE)
+    return path.is_file() and architecture_of(Section.of(path)) in (DENSE, SPARSE)
 
 
 def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
@@ -57,11 +53,10 @@ def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
             than the model's vocabulary, a missing, unknown or wrong tensor.
     """
     folder = Path(folder)
-    path = folder / "config.json"
-    section = Section(read_json(path), path)
+    section = Section.of(folder / "config.json")
     architecture = architecture_of(section)
     if architecture not in (DENSE, SPARSE):
-        raise CheckpointError(f"{path}: architectures is {architecture!r}; expected {SPARSE} or {DENSE}")
+        raise CheckpointError(f"{section.path}: architectures is {architecture!r}; expected {SPARSE} or {DENSE}")
     _check_sizes(section, architecture == SPARSE, model.config.thinker)
     tied = section.get("tie_word_embeddings", False)
     weights: dict[str, Tensor] = {}
@@ -85,9 +80,8 @@ def _fill(rows: Tensor, parameter: Tensor, file: Path, key: str) -> tuple[Tensor
     """`rows` [n, D] as a tensor like `parameter` [V, D], and n if it is less than V."""
     vocabulary, width = parameter.shape
     if rows.shape[1:] != (width,):
-        raise CheckpointError(
-            f"{file}: key {key!r} has shape {list(rows.shape)}, config.json asks for a width of {width}"
-        )
+        found = list(rows.shape)
+        raise CheckpointError(f"{file}: key {key!r} has shape {found}, config.json asks for a width of {width}")
     if len(rows) > vocabulary:
         raise CheckpointError(
             f"{file}: key {key!r} has {len(rows)} rows, the model's vocabulary {vocabulary}; use the tokenizer of this "
@@ -102,18 +96,15 @@ def _fill(rows: Tensor, parameter: Tensor, file: Path, key: str) -> tuple[Tensor
 
 
 def _check_sizes(c: Section, sparse: bool, ours: ThinkerConfig) -> None:
-    """Compare config.json with the Thinker.
-
-    Raises:
-        CheckpointError: they differ; the message has the override that makes the Thinker fit.
-    """
+    """CheckpointError if config.json differs from the Thinker; it has the override that makes the Thinker fit."""
     for place in ("rope_parameters", "rope_scaling"):
         if c.get(place, None):
             rope = c.section(place)
             rope.require("rope_type" if "rope_type" in rope.values else "type", "default")
     theirs: dict[str, Any] = TEXT.values(c, SHARED) | {"rope_theta": rope_theta(c)}
     layers = theirs["layers"]
-    with_experts = _sparse_layers(c, layers) if sparse else ()
+    dense, step = TEXT.values(c, ("dense_layers", "sparse_step")).values() if sparse else ((), 1)
+    with_experts = tuple(i for i in range(layers if sparse else 0) if i not in dense and (i + 1) % step == 0)
     if len(with_experts) < layers:
         theirs |= TEXT.values(c, ("ffn",))
     if with_experts:
@@ -123,7 +114,9 @@ def _check_sizes(c: Section, sparse: bool, ours: ThinkerConfig) -> None:
         wrong |= {"sparse_step": 1, "dense_layers": [i for i in range(layers) if i not in with_experts]}
     if not wrong:
         return
-    said = ", ".join(f"{name} {value} (model: {_listed(getattr(ours, name))})" for name, value in wrong.items())
+    mine = {name: getattr(ours, name) for name in wrong}
+    mine = {name: list(value) if isinstance(value, tuple) else value for name, value in mine.items()}
+    said = ", ".join(f"{name} {value} (model: {mine[name]})" for name, value in wrong.items())
     if "layers" in wrong:
         wrong["accept_hidden_layer"] = layers // 2
     if "head_dim" in wrong:  # the public checkpoint's proportions of t, h and w, 24 : 20 : 20
@@ -134,12 +127,3 @@ def _check_sizes(c: Section, sparse: bool, ours: ThinkerConfig) -> None:
     raise CheckpointError(
         f"{c.path}: the text model has other sizes than the Thinker: {said}. Write '+model.thinker={{{override}}}'"
     )
-
-
-def _sparse_layers(c: Section, layers: int) -> tuple[int, ...]:
-    dense, step = TEXT.values(c, ("dense_layers", "sparse_step")).values()
-    return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
