@@ -26,16 +26,7 @@ from omnitrain.models.sizes import OmniConfig
 from omnitrain.runs.experiment import Experiment, build_data, build_model
 from omnitrain.study.fingerprint import check_same_study, data_fingerprint, digest, hashed_configuration
 from omnitrain.study.plan import Plan, Planner, sample_sizes
-from omnitrain.study.results import (
-    CURVE,
-    CURVE_SCHEMA,
-    ITEMS,
-    ITEMS_SCHEMA,
-    RUN,
-    StudyRun,
-    csv_rows,
-    validation_loss,
-)
+from omnitrain.study.results import CURVE, CURVE_SCHEMA, ITEMS, ITEMS_SCHEMA, RUN, StudyRun, csv_rows, validation_loss
 from omnitrain.study.spec import MATCHES, StudySpec
 from omnitrain.training.callbacks.run_record import package_versions
 

@@ -234,13 +234,7 @@ def cells(scores: Scores, match: str, measure: Measure, *, split: str | None = N
 
 
 def _detail(
-    scores: Scores,
-    match: str,
-    measure: Measure,
-    kind: str,
-    select: Mapping[str, tuple[str, ...]],
-    cut: str,
-    value: str,
+    scores: Scores, match: str, measure: Measure, kind: str, select: Mapping[str, tuple[str, ...]], cut: str, value: str
 ) -> Detail | None:
     baseline = {"text": "text", "image": "vision", "video": "vision", "audio": "audio"}.get(select["modality"][0])
     select = select if cut == "all" else {**select, cut: (value,)}

@@ -175,12 +175,7 @@ def fill(prompt: str, **fields: str) -> str:
 
 
 def question(
-    id: str,
-    segments: Sequence[Segment],
-    reference: str,
-    *,
-    source: str,
-    languages: tuple[str, ...] = (),
+    id: str, segments: Sequence[Segment], reference: str, *, source: str, languages: tuple[str, ...] = ()
 ) -> Sample:
     """A sample of one user turn and its reference."""
     return Sample(

@@ -9,18 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omnitrain.data.sample import BadSample, Segment
-from omnitrain.tasks.benchmark import (
-    LETTERS,
-    Benchmark,
-    Item,
-    fill,
-    get,
-    lettered,
-    listed,
-    medium,
-    question,
-    text,
-)
+from omnitrain.tasks.benchmark import LETTERS, Benchmark, Item, fill, get, lettered, listed, medium, question, text
 from omnitrain.tasks.tables import read_table
 
 

@@ -17,19 +17,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 from omnitrain.evaluation.metrics import edits
-from omnitrain.tasks.benchmark import (
-    Answered,
-    Benchmark,
-    Item,
-    Metric,
-    Rule,
-    Scored,
-    fill,
-    get,
-    medium,
-    question,
-    text,
-)
+from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, medium, question, text
 from omnitrain.tasks.tables import read_table
 
 WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
