@@ -24,6 +24,14 @@ class ArrowRows(Sequence):
         return self.dataset[index].to_pylist()[0]
 
 
+def file_in(path: str, name: str) -> Path:
+    """`path` itself if it is a file, else the file `name` in it."""
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; name the list, or the folder that holds {name}")
+    return file
+
+
 def read_table(
     path: str, *, split: str = "test", config: str | None = None, columns: Sequence[str] | None = None
 ) -> Sequence[dict[str, Any]]:
