@@ -26,11 +26,8 @@ WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
 
 @lru_cache
 def speech_normaliser(language: str) -> Callable[[str], str]:
-    """Whisper's normalisation of transcripts in `language` (``en``, ``en_us``, ``zh-CN``, ...).
-
-    Raises:
-        ModuleNotFoundError: ``whisper-normalizer`` is not installed.
-    """
+    """Whisper's normalisation of transcripts in `language` (``en``, ``en_us``, ``zh-CN``, ...). Raises
+    ModuleNotFoundError where ``whisper-normalizer`` is not installed."""
     try:
         from whisper_normalizer.basic import BasicTextNormalizer
         from whisper_normalizer.english import EnglishTextNormalizer

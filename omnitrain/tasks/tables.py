@@ -42,8 +42,7 @@ def read_table(
         split, config: of a data set of the Hub; config ``all`` is all of them, one after the other.
         columns: names of the columns of a CSV or TSV file that has no header.
 
-    Raises:
-        FileNotFoundError: no such file or data set. ValueError: it is not what its ending says.
+    Raises FileNotFoundError for no such file or data set; ValueError for one that is not what its ending says.
     """
     file = Path(path)
     if file.is_file():
