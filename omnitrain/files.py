@@ -41,6 +41,11 @@ PREDICTIONS = f"{EVALUATION}/predictions.parquet"
 TASK_RESULTS = f"{EVALUATION}/tasks"
 REPORT = "report.html"
 STAGES = "stages.json"
+WRITTEN = frozenset(
+    {CONFIG, TOKENIZER, CHECKPOINTS, METRICS, THROUGHPUT, HISTORY, LOCK, ENVIRONMENT, DATA, SKIPPED_STEPS}
+)
+WRITTEN |= {BAD_SAMPLES, EVALUATION, REPORT, STAGES, "wandb", ".hydra"}
+"""What a run puts into its folder itself; anything else there is the user's."""
 _UNFINISHED = ".partial"
 
 

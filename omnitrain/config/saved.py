@@ -11,7 +11,7 @@ import yaml
 
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.typed import ConfigError, plain
-from omnitrain.files import CONFIG, write_text
+from omnitrain.files import CONFIG, WRITTEN, write_text
 
 HERE = "{run_dir}"
 """Stands in `config.yaml` for the folder that it lies in."""
@@ -88,12 +88,13 @@ def read_values(run_dir: Path) -> dict[str, Any]:
 
 
 def check_folder(run_dir: Path) -> None:
-    """Refuse a run folder whose parts are links to somewhere else: a run writes into its own folder alone.
+    """Refuse a run folder in which a part that a run writes is a link to somewhere else: a run writes into its own
+    folder alone. Data that the user linked there are read through the link.
 
     Raises:
         ConfigError: names the link.
     """
-    for path in run_dir.iterdir() if run_dir.is_dir() else ():
+    for path in map(run_dir.joinpath, sorted(WRITTEN)):
         if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
             raise ConfigError(f"{path} is a link that leads out of the run folder; put the file itself there")
 

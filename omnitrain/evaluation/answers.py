@@ -22,13 +22,8 @@ def answer_prompts(
     budget: Budget = DEFAULT_BUDGET,
     strip: bool = True,
 ) -> list[str]:
-    """The answer to each prompt (`SampleEncoder.encode_prompt`), in their order.
-
-    Args:
-        model: its training mode is restored.
-        budget: of the prompts that are answered together; a prompt that is larger is answered alone.
-        strip: without surrounding spaces.
-    """
+    """The answer to each prompt (`SampleEncoder.encode_prompt`), in their order. Prompts are answered together within
+    `budget`; one that is larger is answered alone. `strip`: without surrounding spaces."""
     answers = [""] * len(prompts)
     with evaluating(model):
         for pack in packs(prompts, budget):

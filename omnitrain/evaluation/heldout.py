@@ -94,8 +94,7 @@ def _order(seed: int, name: str) -> int:
 
 def _listing(source: Source, skipped: Counter[str]) -> Iterator[_Meta]:
     """What the source holds; shards tell it without reading messages or media."""
-    light = getattr(source, "light", None)
-    if light is not None:
+    if (light := getattr(source, "light", None)) is not None:
         columns = ("id", "split", "modality", "task")
         for index, row in enumerate(light().select(columns).to_pylist()):
             yield _Meta(source, index, **{name: row[name] or "" for name in columns})
@@ -112,11 +111,8 @@ def _listing(source: Source, skipped: Counter[str]) -> Iterator[_Meta]:
 def draw(
     sources: Mapping[str, Source], max_samples: int | None, *, seed: int = 0, skipped: Counter[str] | None = None
 ) -> dict[tuple[str, str], list[Drawn]]:
-    """At most `max_samples` (None: all) of each (split, modality): tasks in turn, in the order of a hash of the ids.
-
-    Returns:
-        (split, modality) -> samples; the same for the same sources and seed.
-    """
+    """(split, modality) -> at most `max_samples` (None: all) samples, the same for the same sources and seed: tasks in
+    turn, in the order of a hash of the ids."""
     skipped = Counter() if skipped is None else skipped
     groups: dict[tuple[str, str], dict[str, list[_Meta]]] = defaultdict(lambda: defaultdict(list))
     for source in sources.values():
@@ -197,19 +193,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score `model` on held-out sources, write `out_dir` and return the content of ``scores.json``.
 
-    Run under `torch.autocast` to score in 16 bits.
+    Run under `torch.autocast` to score in 16 bits. The model's training mode is restored.
 
     Args:
-        model: its training mode is restored.
-        encoder: as in training.
         sources: held-out sources by name. Samples are grouped by their own split.
-        out_dir: receives ``scores.json``, ``predictions.parquet`` and ``media_swap.json``.
         train_sources: what the model was trained on, for the unigram baseline; without them there is none.
         keep_media: per split and modality whose media are copied into the predictions, for the report.
-        progress: show a progress bar.
 
-    Raises:
-        ValueError: no sample to score; the message says why.
+    Raises ValueError where there is no sample to score; the message says why.
     """
     tokenizer, seed, max_generated = encoder.tokenizer, settings.seed, settings.max_generated
     started = time.perf_counter()
@@ -242,13 +233,9 @@ def evaluate(
             if any(media_segments(row.sample) for row in rows):
                 bar.update(task, description=f"media swap: {name}")
                 result = media_swap(
-                    model,
-                    encoder,
-                    [row.drawn for row in rows],
-                    own_losses=[row.loss for row in rows],
-                    seed=seed,
+                    model, encoder, [row.drawn for row in rows], own_losses=[row.loss for row in rows], seed=seed,
                     on_sample=advance,
-                )
+                )  # fmt: skip
                 by_id = {swap.id: swap for swap in result.swaps}
                 for row in rows:
                     row.swap = by_id.get(row.sample.id)
@@ -360,13 +347,9 @@ def _text_scores(rows: Sequence[_Row]) -> dict[str, Any]:
         return scores
     predictions, references = [p for _, p in answered], [r.sample.reference for r, _ in answered]
     scores |= {"chrf": chrf(predictions, references), "exact_match": exact_match(predictions, references)}
-    spoken = [
-        (p, r.sample.reference)
-        for r, p in answered
-        if r.sample.task in ERROR_RATE_TASKS and normalise(r.sample.reference)
-    ]
+    spoken = [(r, p) for r, p in answered if r.sample.task in ERROR_RATE_TASKS and normalise(r.sample.reference)]
     if spoken:
-        heard, said = [p for p, _ in spoken], [t for _, t in spoken]
+        heard, said = [p for _, p in spoken], [r.sample.reference for r, _ in spoken]
         scores |= {"wer": wer(heard, said), "cer": cer(heard, said)}
     return scores
 
@@ -471,12 +454,8 @@ PREDICTIONS_SCHEMA = pa.schema(
     + [("languages", pa.list_(pa.string()))]
     + [(name, pa.string()) for name in ("prompt", "reference", "prediction")]
     + [("chrf", pa.float64()), ("exact_match", pa.bool_()), ("loss", pa.float64()), ("unigram_loss", pa.float64())]
-    + [
-        ("tokens", pa.int64()),
-        ("bytes", pa.int64()),
-        ("swap_partners", pa.list_(pa.string())),
-        ("swapped_loss", pa.float64()),
-    ]
+    + [("tokens", pa.int64()), ("bytes", pa.int64())]
+    + [("swap_partners", pa.list_(pa.string())), ("swapped_loss", pa.float64())]
     + [("media_type", pa.string()), ("media", pa.binary())]
 )
 """One row per scored sample. `loss`, `unigram_loss`, `swapped_loss`: nats per target token. `prediction` is null where
@@ -515,13 +494,7 @@ def print_table(scores: Mapping[str, Any], console: Console | None = None) -> No
     for column in ("n", "loss", "bits/B", "unigram", "chrF", "exact", "WER", "media swap"):
         table.add_column(column, justify="right", no_wrap=True)
     swaps = {(r["modality"], r["split"]): r["gain"] for r in scores["media_swap"] if r["task"] == "all"}
-    forms = (
-        ("bits_per_byte", ".2f"),
-        ("unigram_bits_per_byte", ".2f"),
-        ("chrf", ".1f"),
-        ("exact_match", ".0%"),
-        ("wer", ".0%"),
-    )
+    forms = {"bits_per_byte": ".2f", "unigram_bits_per_byte": ".2f", "chrf": ".1f", "exact_match": ".0%", "wer": ".0%"}
     for row in scores["scores"]:
         if row["task"] != "all":
             continue
@@ -532,7 +505,7 @@ def print_table(scores: Mapping[str, Any], console: Console | None = None) -> No
             name,
             f"{row['samples']:,}",
             f"{row['loss']:.2f}",
-            *("-" if row.get(key) is None else format(row[key], form) for key, form in forms),
+            *("-" if row.get(key) is None else format(row[key], form) for key, form in forms.items()),
             f"{gain['mean']:+.2f} [{gain['low']:+.2f},{gain['high']:+.2f}]" if gain else "-",
             style="bold" if whole else "dim",
         )

@@ -83,10 +83,8 @@ def bootstrap(
         sizes: n of each kind of unit that is redrawn by itself: of groups; of seeds and of groups (pigeonhole
             bootstrap, Owen 2007).
         resamples: B, how often the data are redrawn.
-        seed: of the redrawing; the same data and seed give the same interval.
 
-    Returns:
-        low, high: over the redrawn data that have a score at all; NaN if none has.
+    Returns (low, high) over the redrawn data that have a score at all; NaN if none has.
     """
     rng = np.random.default_rng(seed)
     scores = score(*(rng.multinomial(n, np.full(n, 1 / n), size=resamples) for n in sizes))
@@ -112,10 +110,8 @@ def bootstrap_interval(
         groups: one name per sample, e.g. its concept. Samples of one group are not independent, so whole groups are
             redrawn (the mean stays the mean over samples); without it every sample is its own group.
         combine: sums of the statistics, float64 [S], to the score; NaN where there is none.
-        resamples, level, seed: see `bootstrap`.
 
-    Raises:
-        ValueError: if there are no values, or not one group per value.
+    Raises ValueError if there are no values, or not one group per value.
     """
     data = np.asarray(values, dtype=np.float64)
     if data.ndim != (1 if combine is None else 2) or not len(data):
@@ -171,12 +167,9 @@ def crossed_interval(
         numerator: float [S, I], without gaps.
         weight: float [I], above 0.
         groups: a name per item; items of one group (a concept) are not independent.
-        level: of the interval.
         resamples: of the percentile bootstrap that is given for comparison; 0: none.
-        seed: of the bootstrap.
 
-    Raises:
-        ValueError: shapes do not fit, nothing to average, or a gap.
+    Raises ValueError where shapes do not fit, there is nothing to average, or a gap.
     """
     numerator, weight = np.asarray(numerator, dtype=np.float64), np.asarray(weight, dtype=np.float64)
     if numerator.ndim != 2 or numerator.shape[1:] != weight.shape or not numerator.size:
@@ -194,8 +187,7 @@ def crossed_interval(
         "per_seed": tuple(float(v) for v in by_seed),
     }  # fmt: skip
     if n_seeds < 2 or n_groups < 2:
-        unknown = dict.fromkeys(("low", "high", "se", "se_seeds", "se_items", "df"))
-        return Estimate(**base, **unknown)
+        return Estimate(**base, **dict.fromkeys(("low", "high", "se", "se_seeds", "se_items", "df")))
     residual = (sums - by_seed[:, None] * sizes) / total  # of each seed about its own mean
     mean_residual = residual.mean(axis=0)
     inflate = n_groups / (n_groups - 1)
@@ -213,15 +205,10 @@ def crossed_interval(
     def redrawn(seeds: np.ndarray, groups: np.ndarray) -> np.ndarray:
         return ((seeds @ sums) * groups).sum(axis=1) / (n_seeds * (groups @ sizes))
 
-    return Estimate(
-        **base,
-        low=value - half,
-        high=value + half,
-        se=math.sqrt(variance),
-        se_seeds=math.sqrt(v_seeds),
-        se_items=math.sqrt(v_items),
-        df=df,
-        bootstrap=bootstrap(redrawn, n_seeds, n_groups, resamples=resamples, level=level, seed=seed)
-        if resamples
-        else None,
+    by_bootstrap = (
+        bootstrap(redrawn, n_seeds, n_groups, resamples=resamples, level=level, seed=seed) if resamples else None
     )
+    return Estimate(
+        **base, low=value - half, high=value + half, df=df, bootstrap=by_bootstrap,
+        se=math.sqrt(variance), se_seeds=math.sqrt(v_seeds), se_items=math.sqrt(v_items),
+    )  # fmt: skip

@@ -10,10 +10,8 @@
   and round trip, which are the same samples in time; generated speech is not, and has none of these.
 - *Does it fail?* Speech that never ends, stops early or is silent, and how fast it is spoken.
 
-Intervals are percentile bootstraps over utterances. The judges are an optional extra:
-``pip install "omnitrain[eval]"``.
-
-Every recording is mono, float [T] in [-1, 1], with its sample rate in Hz beside it.
+Intervals are percentile bootstraps over utterances. The judges are the optional extra ``eval``. Every recording
+is mono, float [T] in [-1, 1], with its sample rate in Hz beside it.
 """
 
 from __future__ import annotations
@@ -36,15 +34,9 @@ import torchaudio
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.metrics import edits, normalise
 
-JUDGE_RATE = 16_000
-"""Hz; what the recogniser, the speaker encoder and wideband PESQ were made for."""
-
-SILENT_PEAK = 0.005
-"""A recording that never gets louder (-46 dB of full scale) is silent."""
-
-EARLY = 0.5
-"""Speech shorter than this share of its expected duration has stopped early."""
-
+JUDGE_RATE = 16_000  # Hz; what the recogniser, the speaker encoder and wideband PESQ were made for
+SILENT_PEAK = 0.005  # a recording that never gets louder (-46 dB of full scale) is silent
+EARLY = 0.5  # speech shorter than this share of its expected duration has stopped early
 _RECOGNISER_PEAK = 0.5  # PocketSphinx takes 16-bit samples; its silence model expects speech well above the last bits
 _QUIET = 10 ** (-40 / 20)  # 10-ms frames this far below the loudest are no speech
 _MEL_FLOOR_DB = -80.0
@@ -52,8 +44,6 @@ _WORST_PESQ = 1.0  # of a silent round trip, for which PESQ itself has no number
 
 Recording = tuple[np.ndarray, int]
 """Samples, float [T], and their rate in Hz."""
-
-
 JUDGES = {"pocketsphinx": "word errors", "resemblyzer": "voices", "pesq": "PESQ", "pystoi": "STOI"}
 """Packages of the extra `eval`, and what each is needed for."""
 
@@ -114,7 +104,7 @@ def spoken_seconds(wav: np.ndarray, sample_rate: int) -> float:
     return float(loud[-1] + 1 - loud[0]) * hop / sample_rate
 
 
-# --------------------------------------------------------------------------------------------------- what was said
+# --- what was said ---------------------------------------------------------------------------------------------------
 
 
 def spoken_form(text: str) -> str:
@@ -145,14 +135,11 @@ def recognise(wav: np.ndarray, sample_rate: int, grammar_words: Sequence[str] | 
     recordings are judged does not matter.
 
     Args:
-        wav: float [T], mono.
         grammar_words: instead of the open vocabulary (134,000 words and a trigram language model), any sequence of
             these words (a word loop). Far fewer errors, but what is no word at all is heard as one of them too: tell
             both, and the recording's own error beside them.
 
-    Raises:
-        ImportError: the extra `eval` is not installed.
-        ValueError: a word the recogniser does not know, or no mono samples.
+    Raises ImportError without the extra `eval`; ValueError for a word the recogniser does not know, or no mono samples.
     """
     words = None if grammar_words is None else tuple(sorted({word.lower() for word in grammar_words}))
     if words is not None and not words:
@@ -179,11 +166,8 @@ def _rate_interval(counts: Sequence[tuple[int, int]]) -> Interval:
 
 def error_rates(heard: Sequence[str], texts: Sequence[str]) -> tuple[Interval, Interval]:
     """Word and character error rate of recognised speech, as `metrics.wer` and `cer` of `spoken_form`, each with its
-    bootstrap interval over utterances (`n` counts words and characters).
-
-    Raises:
-        ValueError: not one text for each, or a text without words.
-    """
+    bootstrap interval over utterances (`n` counts words and characters). Raises ValueError where there is not one text
+    for each, or one without words."""
     if len(heard) != len(texts) or not texts:
         raise ValueError(f"{len(heard)} recognised utterances against {len(texts)} texts: give one for each")
     if empty := [text for text in texts if not spoken_form(text)]:
@@ -204,11 +188,8 @@ def _speaker_encoder() -> Any:
 
 
 def speaker_embedding(wav: np.ndarray, sample_rate: int) -> np.ndarray | None:
-    """Resemblyzer's embedding of a voice, float32 [256] of length 1; None where nothing is voiced.
-
-    Raises:
-        ImportError: the extra `eval` is not installed.
-    """
+    """Resemblyzer's embedding of a voice, float32 [256] of length 1; None where nothing is voiced. Raises ImportError
+    without the extra `eval`."""
     resemblyzer = _extra("resemblyzer")
     wav = _at_rate(wav, sample_rate)
     if is_silent(wav):
@@ -236,8 +217,7 @@ class Voices:
     Args:
         recordings: some recordings per voice; ten of two seconds are enough. Not those that are judged.
 
-    Raises:
-        ValueError: fewer than two voices, or one in whose recordings nothing is voiced.
+    Raises ValueError for fewer than two voices, or one in whose recordings nothing is voiced.
     """
 
     def __init__(self, recordings: Mapping[str, Iterable[Recording]]) -> None:
@@ -260,9 +240,8 @@ class Voices:
             return VoiceMatch(nearest="", own=0.0, other=0.0)
         similarity = {name: float(embedding @ mean) for name, mean in self.means.items()}
         own = similarity.pop(voice)
-        other = max(similarity, key=lambda name: similarity[name])
-        nearest = voice if own >= similarity[other] else other
-        return VoiceMatch(nearest=nearest, own=own, other=similarity[other])
+        name, other = max(similarity.items(), key=lambda item: item[1])
+        return VoiceMatch(nearest=voice if own >= other else name, own=own, other=other)
 
 
 # ------------------------------------------------------------------------------------------------- what a codec loses
@@ -281,11 +260,8 @@ def _aligned(a: np.ndarray, b: np.ndarray, sample_rate: int) -> tuple[np.ndarray
 
 def mel_distance(a: np.ndarray, b: np.ndarray, sample_rate: int) -> float:
     """Mean absolute difference of two log-mel spectrograms, in dB: 80 bands up to half the rate, windows of 25 ms every
-    10 ms, power below -80 dB (of a full-scale sine's about) counted as -80 dB.
-
-    Raises:
-        ValueError: the lengths differ by more than 0.1 s, or less than one window is left.
-    """
+    10 ms, power below -80 dB (of a full-scale sine's about) counted as -80 dB. Raises ValueError where the lengths
+    differ by more than 0.1 s, or less than one window is left."""
     a, b = _aligned(a, b, sample_rate)
     window = round(0.025 * sample_rate)
     if len(a) < window:
@@ -307,12 +283,8 @@ def mel_distance(a: np.ndarray, b: np.ndarray, sample_rate: int) -> float:
 
 
 def pesq(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float:
-    """Wideband PESQ (ITU-T P.862.2) at 16 kHz: 1.04 (bad) to 4.64 (the same).
-
-    Raises:
-        ImportError: the extra `eval` is not installed.
-        ValueError: the lengths differ by more than 0.1 s, or PESQ finds no speech in them.
-    """
+    """Wideband PESQ (ITU-T P.862.2) at 16 kHz: 1.04 (bad) to 4.64 (the same). Raises ImportError without the extra
+    `eval`; ValueError where the lengths differ by more than 0.1 s, or PESQ finds no speech in them."""
     module = _extra("pesq")
     reference, degraded = _aligned(_at_rate(reference, sample_rate), _at_rate(degraded, sample_rate), JUDGE_RATE)
     if is_silent(reference) or is_silent(degraded):
@@ -324,12 +296,9 @@ def pesq(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float
 
 
 def stoi(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float:
-    """Short-time objective intelligibility at 16 kHz: about 0 (nothing) to 1 (as clear as the reference).
-
-    Raises:
-        ImportError: the extra `eval` is not installed.
-        ValueError: the lengths differ by more than 0.1 s, or there is less than 0.4 s of sound.
-    """
+    """Short-time objective intelligibility at 16 kHz: about 0 (nothing) to 1 (as clear as the reference). Raises
+    ImportError without the extra `eval`; ValueError where the lengths differ by more than 0.1 s, or there is less than
+    0.4 s of sound."""
     module = _extra("pystoi")
     reference, degraded = _aligned(_at_rate(reference, sample_rate), _at_rate(degraded, sample_rate), JUDGE_RATE)
     with warnings.catch_warnings():
@@ -415,19 +384,13 @@ def failures(utterances: Sequence[Spoken], characters_per_second: float | None =
             pace of the references there are, and without any nothing stops early.
     """
     counts = Counter({"never_ends": 0, "stops_early": 0, "silent": 0})
-    spoken = [
-        (len(spoken_form(u.text)), spoken_seconds(u.reference, u.sample_rate))
-        for u in utterances
-        if u.reference is not None
-    ]
-    if characters_per_second is None and sum(seconds for _, seconds in spoken):
-        characters_per_second = sum(length for length, _ in spoken) / sum(seconds for _, seconds in spoken)
-    for u in utterances:
-        expected = 0.0
-        if u.reference is not None:
-            expected = spoken_seconds(u.reference, u.sample_rate)
-        elif characters_per_second:
-            expected = len(spoken_form(u.text)) / characters_per_second
+    lengths = [len(spoken_form(u.text)) for u in utterances]
+    durations = [None if u.reference is None else spoken_seconds(u.reference, u.sample_rate) for u in utterances]
+    if characters_per_second is None and (seconds := sum(d for d in durations if d is not None)):
+        characters_per_second = sum(n for n, d in zip(lengths, durations, strict=True) if d is not None) / seconds
+    for u, length, expected in zip(utterances, lengths, durations, strict=True):
+        if expected is None:
+            expected = length / characters_per_second if characters_per_second else 0.0
         counts["never_ends"] += u.hit_limit
         if is_silent(u.wav):
             counts["silent"] += 1
@@ -456,18 +419,14 @@ def score_speech(
         open_vocabulary: recognise with the open vocabulary (the slower of the two).
         without: those of `JUDGES` to do without; their scores stay empty.
 
-    Raises:
-        ImportError: the extra `eval` is not installed.
-        ValueError: no utterances, or a text without words.
+    Raises ImportError without the extra `eval`; ValueError for no utterances, or a text without words.
     """
     if not utterances:
         raise ValueError("no utterances to score")
-    recognisers: dict[str, Sequence[str] | None] = {"open": None} if open_vocabulary else {}
-    if grammar_words is not None:
-        recognisers["word_loop"] = grammar_words
-    if "pocketsphinx" in without:
-        recognisers = {}
-
+    recognisers: dict[str, Sequence[str] | None] = {}
+    if "pocketsphinx" not in without:
+        recognisers |= {"open": None} if open_vocabulary else {}
+        recognisers |= {} if grammar_words is None else {"word_loop": grammar_words}
     rows: list[dict[str, str]] = [{"id": u.id, "text": u.text} for u in utterances]
     wer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
     cer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
@@ -486,7 +445,6 @@ def score_speech(
             own[signal] = bootstrap_interval([match.own for match, _ in pairs])
             other[signal] = bootstrap_interval([match.other for match, _ in pairs])
             right[signal] = bootstrap_interval([float(match.nearest == voice) for match, voice in pairs])
-
     trips = [(u.reference, u.round_trip, u.sample_rate) for u in utterances]
     compared = [(a, b, rate) for a, b, rate in trips if a is not None and b is not None]
     spoken = [

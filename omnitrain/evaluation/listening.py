@@ -63,19 +63,9 @@ def judge_codec(
     settings: CodecEvaluation,
     out_dir: Path,
 ) -> dict[str, Any]:
-    """Encode and decode recordings, and judge what is left of them.
-
-    Args:
-        test_sources: whose recordings are used, evenly over each.
-        train_sources: what the voices are learnt from.
-        out_dir: receives the two files.
-
-    Returns:
-        what stands in ``speech.json``.
-
-    Raises:
-        ValueError: no recording with a text.
-    """
+    """Encode and decode recordings of the test sources, evenly over each, and judge what is left of them; voices are
+    learnt from the training sources. Returns what stands in ``speech.json``. Raises ValueError where no recording has a
+    text."""
     recordings = read_recordings(test_sources, settings.max_samples)
     spoken = []
     for u in track(recordings, "round trips", console=Console(stderr=True)):
@@ -93,14 +83,8 @@ def judge_talker(
     settings: SpeechEvaluation,
     out_dir: Path,
 ) -> dict[str, Any]:
-    """Have held-out texts spoken, each after its question, and judge the speech beside the recording of the same text
-    and its round trip.
-
-    Args:
-        model: with a Talker and a Code2Wav.
-        codec: makes the round trips; None: there are none.
-        Others, and errors: see `judge_codec`.
-    """
+    """Have held-out texts spoken by a model with Talker and Code2Wav, each after its question, and judge the speech
+    beside the recording of the same text and its round trip (none without `codec`). The rest as in `judge_codec`."""
     assert model.code2wav is not None
     recordings = read_recordings(test_sources, settings.max_samples)
     if settings.voice is not None:
@@ -112,16 +96,10 @@ def judge_talker(
     groups = [recordings[i : i + settings.batch] for i in range(0, len(recordings), settings.batch)]
     for group in track(groups, "speaking", console=Console(stderr=True)):
         said = speak_texts(
-            model,
-            tokenizer,
-            [u.text for u in group],
-            [u.voice for u in group],
-            questions=[u.question for u in group],
-            codes=codes,
-            residuals=residuals,
-            max_frames=max(1, round(settings.seconds_limit * frames_per_second)),
-            seed=settings.seed,
-        )
+            model, tokenizer, [u.text for u in group], [u.voice for u in group],
+            questions=[u.question for u in group], codes=codes, residuals=residuals,
+            max_frames=max(1, round(settings.seconds_limit * frames_per_second)), seed=settings.seed,
+        )  # fmt: skip
         for u, speech in zip(group, said, strict=True):
             trip = None if codec is None else round_trip(codec, u.wav)
             spoken.append(_spoken(u, generated=speech.wav, round_trip=trip, hit_limit=speech.hit_limit))
@@ -129,11 +107,7 @@ def judge_talker(
 
 
 def read_recordings(sources: Mapping[str, Source], most: int) -> list[Utterance]:
-    """Recordings with a speakable text, evenly over the sources and over each of them.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Recordings with a speakable text, evenly over the sources and over each of them. Raises ValueError for none."""
     share = math.ceil(most / max(1, len(sources)))
     found = [utterance for utterance in _every(sources, share) if spoken_form(utterance.text)]
     if not found:
@@ -150,15 +124,9 @@ def round_trip(codec: EncodesSpeech, wav: np.ndarray) -> np.ndarray:
 
 def _spoken(u: Utterance, *, generated: np.ndarray, round_trip: np.ndarray | None, hit_limit: bool = False) -> Spoken:
     return Spoken(
-        text=u.text,
-        wav=generated,
-        sample_rate=SAMPLE_RATE,
-        reference=u.wav,
-        round_trip=round_trip,
-        voice=u.voice,
-        hit_limit=hit_limit,
-        id=u.id,
-    )
+        text=u.text, wav=generated, sample_rate=SAMPLE_RATE, reference=u.wav, round_trip=round_trip, voice=u.voice,
+        hit_limit=hit_limit, id=u.id,
+    )  # fmt: skip
 
 
 def _voices(judged: Sequence[str], train_sources: Mapping[str, Source]) -> Voices | None:
@@ -212,20 +180,12 @@ def _judge(
     heard = {row["id"]: row for row in scores.heard}
     rows = [
         {
-            "id": s.id,
-            "text": s.text,
-            "voice": s.voice,
-            "hit_limit": s.hit_limit,
+            "id": s.id, "text": s.text, "voice": s.voice, "hit_limit": s.hit_limit,
             "heard": json.dumps({k: v for k, v in heard[s.id].items() if k not in ("id", "text")}),
-            **{
-                name: encode_audio(s.signals[name], SAMPLE_RATE, "flac")
-                if name in s.signals and i < settings.players
-                else None
-                for name in ("reference", "round_trip", "generated")
-            },
+            **{name: encode_audio(w, SAMPLE_RATE, "flac") for name, w in s.signals.items() if i < settings.players},
         }
         for i, s in enumerate(spoken)
-    ]
+    ]  # fmt: skip
     sound = [(name, pa.binary()) for name in ("reference", "round_trip", "generated")]
     text = [(name, pa.string()) for name in ("id", "text", "voice", "heard")]
     schema = pa.schema([*text, ("hit_limit", pa.bool_()), *sound])

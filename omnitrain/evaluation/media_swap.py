@@ -26,6 +26,7 @@ from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.teacher_forced import SampleLoss, sample_losses
 from omnitrain.models.omni import OmniModel
 
+MEDIA = ("image", "audio", "video")
 PARTNERS = 8
 """Others' media that each sample is scored with."""
 _LENGTH_CLASS = 24  # samples of similar answer length among which partners are chosen
@@ -41,7 +42,7 @@ class Drawn:
 
 def media_segments(sample: Sample) -> list[Segment]:
     """What a model sees and hears of `sample`, in order."""
-    return [s for m in sample.messages for s in m.segments if s.type in ("image", "audio", "video")]
+    return [s for m in sample.messages for s in m.segments if s.type in MEDIA]
 
 
 def swap_partners(samples: Sequence[Sample], n: int = PARTNERS) -> list[tuple[int, ...]]:
@@ -96,9 +97,8 @@ def _derangements(block: list[int], samples: Sequence[Sample], n: int) -> list[l
 def with_media_of(own: Drawn, partner: Drawn) -> Sample:
     """`own`'s conversation with `partner`'s media in the places of its own.
 
-    Raises:
-        ValueError: the two do not have the same kinds of media in the same order.
-        BadSample: a medium of the partner is missing.
+    Raises ValueError where the two do not have the same kinds of media in the same order; BadSample for a medium of the
+    partner that is missing.
     """
     mine, theirs = media_segments(own.sample), media_segments(partner.sample)
     if [s.type for s in mine] != [s.type for s in theirs]:
@@ -106,9 +106,7 @@ def with_media_of(own: Drawn, partner: Drawn) -> Sample:
     blobs = iter([partner.source.media_bytes(segment) for segment in theirs])
 
     def exchange(segment: Segment) -> Segment:
-        if segment.type not in ("image", "audio", "video"):
-            return segment
-        return replace(segment, media=next(blobs), path=None)
+        return replace(segment, media=next(blobs), path=None) if segment.type in MEDIA else segment
 
     messages = tuple(replace(m, segments=tuple(exchange(s) for s in m.segments)) for m in own.sample.messages)
     return replace(own.sample, messages=messages)
@@ -157,12 +155,9 @@ def media_swap(
     seed: int = 0,
     on_sample: Callable[[], None] | None = None,
 ) -> MediaSwap:
-    """Run the test.
+    """Run the test on held-out samples of one modality; those without media are left out.
 
     Args:
-        model: its training mode is restored.
-        encoder: as in training.
-        drawn: held-out samples of one modality; those without media are left out.
         own_losses: losses with the own media where they are known already (None: not scorable).
         partners: others' media that each sample is scored with.
         seed: of the bootstrap; partners do not depend on it.
@@ -220,11 +215,8 @@ def drawn_losses(
 ) -> list[SampleLoss | None]:
     """The losses of samples, in their order; None for None, and for what cannot be encoded.
 
-    Args:
-        model: its training mode is restored.
-        skipped: samples that cannot be encoded are counted here, by reason.
-        on_sample: called for every sample (progress).
-        on_batch: see `sample_losses`.
+    Samples that cannot be encoded are counted in `skipped`, by reason; `on_sample` is called for every sample, and
+    `on_batch` as by `sample_losses`.
     """
     kept: list[int] = []
 

@@ -72,11 +72,7 @@ def _error_rate(predictions: Sequence[str], references: Sequence[str], *, charac
 
 def wer(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Word error rate of the corpus: (substitutions + deletions + insertions) / words of the references. Above 1 when a
-    model says more than was there. Texts are compared after `normalise`.
-
-    Raises:
-        ValueError: if a reference is empty.
-    """
+    model says more than was there. Texts are compared after `normalise`. Raises ValueError for an empty reference."""
     return _error_rate(predictions, references, characters=False)
 
 
@@ -93,13 +89,8 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 
 
 class UnigramBaseline:
-    """The model that knows only how often each token occurs: p(v) = (count_v + 1) / (total + V).
-
-    A trained model that is not better than this has learned nothing from context.
-
-    Args:
-        vocab_size: V, so that a token never seen in training still has a probability.
-    """
+    """The model that knows only how often each token of V occurs: p(v) = (count_v + 1) / (total + V). A trained model
+    that is not better than this has learned nothing from context."""
 
     def __init__(self, vocab_size: int) -> None:
         self.counts = np.zeros(vocab_size, dtype=np.int64)

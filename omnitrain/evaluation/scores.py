@@ -33,11 +33,7 @@ _edits = cache(edits)  # runs that answer alike are measured once
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
-    """These columns of a Parquet file.
-
-    Raises:
-        ValueError: it cannot be read, or lacks one; the message names the file.
-    """
+    """These columns of a Parquet file. Raises ValueError, naming the file, if it cannot be read or lacks one."""
     try:
         there = pq.read_schema(path).names
         if lacking := [name for name in columns if name not in there]:
@@ -117,11 +113,8 @@ class Scores:
 
 
 def scores_of(items: pa.Table) -> Scores:
-    """Lay the rows of ``items.parquet`` out by run and item.
-
-    Raises:
-        ValueError: an item stands twice in a run, or has another length in another run.
-    """
+    """Lay the rows of ``items.parquet`` out by run and item. Raises ValueError where an item stands twice in a run, or
+    has another length in another run."""
     rows = items.to_pydict()
     n = len(rows["id"])
     run_places: dict[RunKey, int] = {}
@@ -142,9 +135,8 @@ def scores_of(items: pa.Table) -> Scores:
         return np.array([rows[name][place] or "" for place in first], dtype=str)
 
     def numbers(name: str) -> np.ndarray:
-        values = np.array([np.nan if v is None else float(v) for v in rows[name]])
         table = np.full(shape, np.nan)
-        table[r, i] = values
+        table[r, i] = [np.nan if v is None else float(v) for v in rows[name]]
         return table
 
     def lengths(name: str) -> np.ndarray:

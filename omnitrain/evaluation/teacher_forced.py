@@ -76,13 +76,8 @@ def sample_losses(
     budget: Budget = DEFAULT_BUDGET,
     on_batch: Callable[[int, Any], None] | None = None,
 ) -> list[SampleLoss]:
-    """Teacher-forced losses of `samples`, in their order. Run under `torch.autocast` to score in 16 bits.
-
-    Args:
-        model: its training mode is restored.
-        budget: of a pack.
-        on_batch: called after each pack with the number of its samples and the model's output.
-    """
+    """Teacher-forced losses of `samples`, in their order, in packs of `budget`. Run under `torch.autocast` to score in
+    16 bits. `on_batch` is called after each pack with the number of its samples and the model's output."""
     found: dict[int, SampleLoss] = {}
     with evaluating(model) as device:
         for pack in packs(samples, budget):

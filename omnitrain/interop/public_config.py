@@ -78,8 +78,9 @@ class Section:
         value = self.values.get(key)
         return default if value is None else value
 
-    def section(self, key: str) -> Section:
-        value = self[key]
+    def section(self, key: str, *, optional: bool = False) -> Section:
+        """The section below `key`; where it may be left out, an empty one stands for it."""
+        value = self.get(key, {}) if optional else self[key]
         if not isinstance(value, Mapping):
             raise self.error(key, f"must be an object, found {value!r}")
         return Section(value, self.path, f"{self.place}{key}.")
@@ -126,23 +127,24 @@ def _is_sane(value: Any, kind: type, least: int, largest: int) -> bool:
 
 
 class Field(NamedTuple):
-    """A public field, what it is called here, and its value where a file does not say it (a function: of the section).
+    """A public field, and what it is called here.
 
     `inwards`, `outwards`: from the public value to ours, and back.  `least`: of a size.  `also`: another public name.
     """
 
     key: str
     name: str
-    default: Any = None
     least: int = 1
     also: str = ""
     inwards: Callable[[Any], Any] | None = None
     outwards: Callable[[Any], Any] | None = None
 
-    def read(self, c: Section, kind: Any) -> Any:
+    def read(self, c: Section, kind: Any, defaults: Mapping[str, Any]) -> Any:
         """Our value, of the type `kind`. Raises CheckpointError as `Section.checked`."""
         key = self.also if self.also and self.key not in c.values and self.also in c.values else self.key
-        default = self.default(c) if callable(self.default) and c.values.get(key) is None else self.default
+        default = defaults.get(self.key)
+        if callable(default):
+            default = default(c, defaults) if c.values.get(key) is None else None
         value = c.checked(key, kind, default, LARGEST_OF.get(self.name, LARGEST), self.least)
         try:
             return value if self.inwards is None else self.inwards(value)
@@ -166,25 +168,28 @@ class Part:
         model_type: what the section says it is.
         fields: the table.
         fixed: what all public checkpoints have: written, and a file that says something else is refused.
+        defaults: public fields that a file need not say, with the values of transformers; a function is called with the
+            section and the defaults. A field without a default must be there.
         unread: written for other programs.
-        rope_type, theta: of the rotary embedding; its base where a file does not say it (None: it must).
+        rope_type, theta: of the rotary embedding; its base where a file does not say it.
     """
 
     config: type
     model_type: str
     fields: tuple[Field, ...]
     fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any]
     unread: Mapping[str, Any] = field(default_factory=dict)
     rope_type: str = "default"
-    theta: float | None = None
+    theta: float = 10000.0
 
     def read(self, c: Section, **more: Any) -> Any:
         """Our dataclass from section `c`; `more` of its fields come from elsewhere."""
         values, kinds = self.values(c), get_type_hints(self.config)
         if "mrope_sections" in kinds:  # older files have rope_scaling and rope_theta side by side
-            rope = c.section("rope_parameters" if c.get("rope_parameters", None) else "rope_scaling")
+            rope = c.section("rope_parameters" if c.get("rope_parameters", None) else "rope_scaling", optional=True)
             rope.require("rope_type", "default")
-            values["mrope_sections"] = rope.checked("mrope_section", tuple[int, int, int])
+            values["mrope_sections"] = rope.checked("mrope_section", tuple[int, int, int], (24, 20, 20))
         if "rope_theta" in kinds:
             values["rope_theta"] = rope_theta(c, self.theta)
         try:
@@ -203,7 +208,7 @@ class Part:
         kinds = get_type_hints(self.config)
         if "window" not in kinds and c.get("use_sliding_window", c.get("sliding_window", None) is not None):
             raise c.error("sliding_window", "is set; sliding windows are not supported")
-        return {f.name: f.read(c, kinds[f.name]) for f in self.fields if only is None or f.name in only}
+        return {f.name: f.read(c, kinds[f.name], self.defaults) for f in self.fields if only is None or f.name in only}
 
     def write(self, config: Any) -> dict[str, Any]:
         """The section that says `config`."""
@@ -216,9 +221,9 @@ class Part:
         return section
 
 
-def rope_theta(c: Section, default: float | None = None) -> float:
+def rope_theta(c: Section, default: float) -> float:
     """Base of the rotary frequencies, which older files have outside of `rope_parameters`."""
-    inside = c.section("rope_parameters") if c.get("rope_parameters", None) else Section({}, c.path)
+    inside = c.section("rope_parameters", optional=True)
     place = inside if inside.get("rope_theta", None) is not None else c
     return place.checked("rope_theta", float, default)
 
@@ -226,8 +231,9 @@ def rope_theta(c: Section, default: float | None = None) -> float:
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 
-def _head_dim(c: Section) -> int:
-    return c.checked("hidden_size", int) // c.checked("num_attention_heads", int, least=1)
+def _head_dim(c: Section, defaults: Mapping[str, Any]) -> int:
+    width = c.checked("hidden_size", int, defaults["hidden_size"])
+    return width // c.checked("num_attention_heads", int, defaults["num_attention_heads"], least=1)
 
 
 def _side(positions: int) -> int:
@@ -241,7 +247,7 @@ _TRANSFORMER = (
     Field("num_key_value_heads", "kv_heads"), Field("rms_norm_eps", "norm_eps"),
 )  # fmt: skip
 _DECODER = (
-    *_TRANSFORMER, Field("head_dim", "head_dim", _head_dim), Field("attention_bias", "attention_bias", False),
+    *_TRANSFORMER, Field("head_dim", "head_dim"), Field("attention_bias", "attention_bias"),
     Field("max_position_embeddings", "max_positions"),
 )  # fmt: skip
 _EXPERTS = (
@@ -251,46 +257,78 @@ _EXPERTS = (
 )  # fmt: skip
 _BALANCE = {"router_aux_loss_coef": 0.001}  # the public value; ours is `module.loss.balance_coefficient`
 _SILU = {"hidden_act": "silu"}
+_DECODER_DEFAULTS = {
+    "head_dim": _head_dim, "rms_norm_eps": 1e-6, "attention_bias": False, "max_position_embeddings": 32768,
+    "num_experts": 128, "num_experts_per_tok": 8,
+}  # fmt: skip
 
 TEXT = Part(ThinkerConfig, "qwen3_omni_moe_text", (
     *_DECODER, *_EXPERTS, Field("vocab_size", "vocab_size"), Field("intermediate_size", "ffn", least=0),
-    Field("mlp_only_layers", "dense_layers", (), least=0), Field("decoder_sparse_step", "sparse_step", 1),
-), fixed=_SILU, unread=_BALANCE)  # fmt: skip
+    Field("mlp_only_layers", "dense_layers", least=0), Field("decoder_sparse_step", "sparse_step"),
+), fixed=_SILU, unread=_BALANCE, theta=1e6, defaults={
+    **_DECODER_DEFAULTS, "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "moe_intermediate_size": 768, "norm_topk_prob": True, "vocab_size": 3584,
+    "intermediate_size": 18944, "mlp_only_layers": (), "decoder_sparse_step": 1,
+})  # fmt: skip
 AUDIO = Part(AuTConfig, "qwen3_omni_moe_audio_encoder", (
     Field("d_model", "d_model"), Field("encoder_layers", "layers"), Field("encoder_attention_heads", "heads"),
     Field("encoder_ffn_dim", "ffn"), Field("output_dim", "out_dim"), Field("downsample_hidden_size", "conv_hidden"),
     Field("num_mel_bins", "n_mels"), Field("n_window_infer", "window_frames"),
     Field("n_window", "chunk_frames", inwards=lambda half: 2 * half, outwards=lambda frames: frames // 2),
-), fixed={"activation_function": "gelu", "scale_embedding": False})  # fmt: skip
+), fixed={"activation_function": "gelu", "scale_embedding": False}, defaults={
+    "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "output_dim": 3584,
+    "downsample_hidden_size": 480, "num_mel_bins": 128, "n_window_infer": 800, "n_window": 50,
+})  # fmt: skip
 VISION = Part(VisionConfig, "qwen3_omni_moe_vision_encoder", (
     Field("hidden_size", "d_model"), Field("depth", "layers"), Field("num_heads", "heads"),
     Field("intermediate_size", "ffn"), Field("out_hidden_size", "out_dim"), Field("patch_size", "patch"),
     Field("temporal_patch_size", "temporal_patch"), Field("spatial_merge_size", "merge"),
     Field("in_channels", "channels"), Field("deepstack_visual_indexes", "deepstack_layers", least=0),
     Field("num_position_embeddings", "grid_side", inwards=_side, outwards=lambda side: side**2),
-), fixed={"hidden_act": "gelu_pytorch_tanh"}, rope_type="axial", theta=10000.0)  # fmt: skip
+), fixed={"hidden_act": "gelu_pytorch_tanh"}, rope_type="axial", defaults={
+    "hidden_size": 1152, "depth": 27, "num_heads": 16, "intermediate_size": 4304, "out_hidden_size": 3584,
+    "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3,
+    "deepstack_visual_indexes": (8, 16, 24), "num_position_embeddings": 2304,
+})  # fmt: skip
 TALKER_TEXT = Part(TalkerConfig, "qwen3_omni_moe_talker_text", (
     *_DECODER, *_EXPERTS, Field("vocab_size", "codec_vocab"), Field("intermediate_size", "projection_width"),
     Field("shared_expert_intermediate_size", "shared_expert_width"),
-), fixed={**_SILU, "mlp_only_layers": [], "decoder_sparse_step": 1}, unread=_BALANCE)  # fmt: skip
-_TALKER = (  # beside that section
+), fixed={**_SILU, "mlp_only_layers": [], "decoder_sparse_step": 1}, unread=_BALANCE, defaults={
+    **_DECODER_DEFAULTS, "hidden_size": 1024, "num_hidden_layers": 20, "num_attention_heads": 16,
+    "num_key_value_heads": 2, "moe_intermediate_size": 384, "norm_topk_prob": False, "vocab_size": 3072,
+    "intermediate_size": 2048,
+})  # fmt: skip
+TALKER = Part(TalkerConfig, "qwen3_omni_moe_talker", (  # beside that section
     Field("thinker_hidden_size", "thinker_dim"), Field("accept_hidden_layer", "accept_hidden_layer", least=0),
-    Field("num_code_groups", "codebooks"), Field("speaker_id", "speakers", {}, least=0),
+    Field("num_code_groups", "codebooks"), Field("speaker_id", "speakers", least=0),
     Field("codec_pad_id", "codec_pad"), Field("codec_bos_id", "codec_bos"), Field("codec_eos_token_id", "codec_eos"),
     Field("codec_nothink_id", "codec_nothink"), Field("codec_think_bos_id", "codec_think_bos"),
     Field("codec_think_eos_id", "codec_think_eos"),
-)  # fmt: skip
+), fixed={}, defaults={
+    "thinker_hidden_size": 2048, "accept_hidden_layer": 18, "num_code_groups": 32, "speaker_id": {},
+    "codec_pad_id": 4196, "codec_bos_id": 4197, "codec_eos_token_id": 4198, "codec_nothink_id": 4203,
+    "codec_think_bos_id": 4204, "codec_think_eos_id": 4205,
+})  # fmt: skip
 MTP = Part(MTPConfig, "qwen3_omni_moe_talker_code_predictor", (
     *_DECODER, Field("vocab_size", "codebook_size"), Field("intermediate_size", "ffn"),
     Field("num_code_groups", "codebooks"),
-), fixed=_SILU)  # fmt: skip
+), fixed=_SILU, defaults={
+    "hidden_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "rms_norm_eps": 1e-6, "attention_bias": False, "max_position_embeddings": 32768, "vocab_size": 2048,
+    "intermediate_size": 3072, "num_code_groups": 32,
+})  # fmt: skip
 CODE2WAV = Part(Code2WavConfig, "qwen3_omni_moe_code2wav", (
     *_TRANSFORMER, Field("num_quantizers", "quantizers"), Field("codebook_size", "codebook_size"),
     Field("intermediate_size", "ffn"), Field("sliding_window", "window"), Field("decoder_dim", "decoder_dim"),
     Field("layer_scale_initial_scale", "layer_scale"), Field("upsampling_ratios", "upsampling_ratios"),
     Field("upsample_rates", "upsample_rates"),
-    Field("trim", "trim", "public"),  # ours alone: other programs trim as the public model
-), fixed={**_SILU, "attention_bias": False}, theta=10000.0)  # fmt: skip
+    Field("trim", "trim"),  # ours alone: other programs trim as the public model
+), fixed={**_SILU, "attention_bias": False}, defaults={
+    "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-5, "num_quantizers": 16, "codebook_size": 2048, "intermediate_size": 3072, "sliding_window": 72,
+    "decoder_dim": 1536, "layer_scale_initial_scale": 0.01, "upsampling_ratios": (2, 2),
+    "upsample_rates": (8, 5, 4, 3), "trim": "public",
+})  # fmt: skip
 
 _PLACEHOLDERS = {
     "audio_token_id": "<|audio_pad|>",
@@ -310,6 +348,11 @@ _FULL_TOKENS = {
     "user_token_id": "user",
     "assistant_token_id": "assistant",
 }
+_TOKEN_DEFAULTS = {
+    "audio_token_id": 151646, "image_token_id": 151655, "video_token_id": 151656, "audio_start_token_id": 151647,
+    "im_start_token_id": 151644, "im_end_token_id": 151645, "tts_pad_token_id": 151671, "tts_bos_token_id": 151672,
+    "tts_eos_token_id": 151673, "system_token_id": 8948, "user_token_id": 872, "assistant_token_id": 77091,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- in, out
@@ -331,22 +374,25 @@ def read_config(folder: str | Path, *, speech: bool = True) -> tuple[OmniConfig,
     full = architecture == FULL
     thinker = root.section("thinker_config") if full else root
     thinker.require("tie_word_embeddings", False)
-    tokens = _read_tokens(thinker, _THINKER_TOKENS) | (_read_tokens(root, _FULL_TOKENS) if full else {})
-    text = thinker.section("text_config")
-    talker = root.section("talker_config") if root.get("talker_config", None) else Section({}, path)
-    layers = text.checked("num_hidden_layers", int, None, LARGEST_OF["layers"], least=1)
-    accept = talker.checked("accept_hidden_layer", int, layers // 2)
+    text, talker = (c.section(key, optional=True) for c, key in ((thinker, "text_config"), (root, "talker_config")))
+    layers = text.checked("num_hidden_layers", int, TEXT.defaults["num_hidden_layers"], LARGEST_OF["layers"], least=1)
+    described = talker.get("text_config", None)
+    accept = talker.checked(
+        "accept_hidden_layer", int, TALKER.defaults["accept_hidden_layer"] if described else layers // 2
+    )
     # Checkpoints without speech say so, or describe no Talker.
     speech = speech and full and root.get("enable_audio_output", True)
-    speaks, sounds = speech and talker.get("text_config", None), speech and root.get("code2wav_config", None)
+    speaks, sounds = speech and described, speech and root.get("code2wav_config", None)
     parts = {
         "thinker": TEXT.read(text, accept_hidden_layer=accept),
-        "aut": AUDIO.read(thinker.section("audio_config")),
-        "vision": VISION.read(thinker.section("vision_config")),
+        "aut": AUDIO.read(thinker.section("audio_config", optional=True)),
+        "vision": VISION.read(thinker.section("vision_config", optional=True)),
         "talker": _read_talker(talker) if speaks else None,
         "code2wav": CODE2WAV.read(root.section("code2wav_config")) if sounds else None,
     }
-    seconds = thinker.checked("position_id_per_seconds", int, least=1)
+    words = parts["thinker"].vocab_size
+    tokens = _read_tokens(thinker, _THINKER_TOKENS, words) | (_read_tokens(root, _FULL_TOKENS, words) if full else {})
+    seconds = thinker.checked("position_id_per_seconds", int, 25, least=1)
     try:
         config = OmniConfig(**parts, special_tokens=tokens, position_id_per_seconds=seconds)
     except ValueError as error:
@@ -361,15 +407,16 @@ def architecture_of(root: Section) -> Any:
 
 
 def _read_talker(c: Section) -> TalkerConfig:
-    mtp: MTPConfig = MTP.read(c.section("code_predictor_config"))
-    kinds = get_type_hints(TalkerConfig)
-    own = {f.name: f.read(c, kinds[f.name]) for f in _TALKER}
+    mtp: MTPConfig = MTP.read(c.section("code_predictor_config", optional=True))
+    own = TALKER.values(c)
     return TALKER_TEXT.read(c.section("text_config"), **own, codebook_size=mtp.codebook_size, mtp=mtp)
 
 
-def _read_tokens(c: Section, names: Mapping[str, str]) -> dict[str, int]:
+def _read_tokens(c: Section, names: Mapping[str, str], vocab_size: int) -> dict[str, int]:
+    """Ids of special tokens. What a file does not say has the id of transformers, if there is such a word."""
     most = LARGEST_OF["vocab_size"]
-    return {name: c.checked(key, int, largest=most) for key, name in names.items() if c.get(key, None) is not None}
+    said = {name: c.checked(key, int, largest=most) for key, name in names.items() if c.get(key, None) is not None}
+    return {names[key]: i for key, i in _TOKEN_DEFAULTS.items() if key in names and i < vocab_size} | said
 
 
 def public_config(config: OmniConfig, layout: Layout, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -400,7 +447,7 @@ def public_config(config: OmniConfig, layout: Layout, dtype: torch.dtype = torch
         talker |= {
             "architectures": ["Qwen3OmniMoeTalkerForConditionalGeneration"],
             **stored,
-            **{f.key: f.write(config.talker) for f in _TALKER},
+            **{f.key: f.write(config.talker) for f in TALKER.fields},
             # What the Talker computes TM-RoPE ids from
             **tokens(_PLACEHOLDERS),
             "position_id_per_seconds": config.position_id_per_seconds,

@@ -7,7 +7,7 @@ number, and learns to hear and see from there (report section 4).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,20 @@ DENSE, SPARSE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 SHARED = ("d_model", "layers", "heads", "kv_heads", "head_dim", "norm_eps", "attention_bias")
 OF_EXPERTS = ("n_experts", "top_k", "expert_width", "normalise_top_k")
 """Sizes of a text model that must be those of the Thinker."""
+_DEFAULTS = {"rms_norm_eps": 1e-6, "attention_bias": False}
+READ = {
+    DENSE: replace(TEXT, theta=1e4, defaults={
+        **_DEFAULTS, "head_dim": 128, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "intermediate_size": 22016,
+    }),
+    SPARSE: replace(TEXT, theta=1e4, defaults={
+        **_DEFAULTS, "head_dim": TEXT.defaults["head_dim"], "hidden_size": 2048, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False, "mlp_only_layers": (),
+        "decoder_sparse_step": 1,
+    }),
+}  # fmt: skip
+"""How the sizes of each architecture are read: the Thinker's table, with the defaults of transformers."""
 _PER_TOKEN = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -57,7 +71,7 @@ def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
     architecture = architecture_of(section)
     if architecture not in (DENSE, SPARSE):
         raise CheckpointError(f"{section.path}: architectures is {architecture!r}; expected {SPARSE} or {DENSE}")
-    _check_sizes(section, architecture == SPARSE, model.config.thinker)
+    _check_sizes(section, architecture, model.config.thinker)
     tied = section.get("tie_word_embeddings", False)
     weights: dict[str, Tensor] = {}
     missing: int | None = None
@@ -95,20 +109,23 @@ def _fill(rows: Tensor, parameter: Tensor, file: Path, key: str) -> tuple[Tensor
     return filled, len(rows)
 
 
-def _check_sizes(c: Section, sparse: bool, ours: ThinkerConfig) -> None:
+def _check_sizes(c: Section, architecture: str, ours: ThinkerConfig) -> None:
     """CheckpointError if config.json differs from the Thinker; it has the override that makes the Thinker fit."""
     for place in ("rope_parameters", "rope_scaling"):
         if c.get(place, None):
             rope = c.section(place)
             rope.require("rope_type" if "rope_type" in rope.values else "type", "default")
-    theirs: dict[str, Any] = TEXT.values(c, SHARED) | {"rope_theta": rope_theta(c)}
+    table = READ[architecture]
+    theirs: dict[str, Any] = table.values(c, SHARED) | {"rope_theta": rope_theta(c, table.theta)}
     layers = theirs["layers"]
-    dense, step = TEXT.values(c, ("dense_layers", "sparse_step")).values() if sparse else ((), 1)
-    with_experts = tuple(i for i in range(layers if sparse else 0) if i not in dense and (i + 1) % step == 0)
+    with_experts: tuple[int, ...] = ()
+    if architecture == SPARSE:
+        dense, step = table.values(c, ("dense_layers", "sparse_step")).values()
+        with_experts = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
     if len(with_experts) < layers:
-        theirs |= TEXT.values(c, ("ffn",))
+        theirs |= table.values(c, ("ffn",))
     if with_experts:
-        theirs |= TEXT.values(c, OF_EXPERTS)
+        theirs |= table.values(c, OF_EXPERTS)
     wrong = {name: value for name, value in theirs.items() if getattr(ours, name) != value}
     if with_experts != tuple(i for i in range(ours.layers) if ours.is_sparse(i)):
         wrong |= {"sparse_step": 1, "dense_layers": [i for i in range(layers) if i not in with_experts]}

@@ -146,11 +146,12 @@ class AuTEncoder(nn.Module):
         frames = mel[source.clamp(max=len(mel) - 1)] * inside[..., None]
         images = rearrange(frames, "n time mel -> n 1 mel time").to(self.conv2d1.weight.dtype)
 
-        edge_parts = [None] * len(lengths) if edge is None else edge.split(CHUNKS_PER_CONVOLUTION)
+        parts = images.split(CHUNKS_PER_CONVOLUTION)
+        edge_parts = [None] * len(parts) if edge is None else edge.split(CHUNKS_PER_CONVOLUTION)
         columns = torch.cat(
             [
                 run(self._three_convolutions, part, edge_part, checkpointed=self.activation_checkpointing)
-                for part, edge_part in zip(images.split(CHUNKS_PER_CONVOLUTION), edge_parts, strict=False)
+                for part, edge_part in zip(parts, edge_parts, strict=True)
             ]
         )  # [chunks, 13, D]
         columns = columns + _sinusoids(columns.shape[1], columns.shape[2], columns.device).to(columns.dtype)

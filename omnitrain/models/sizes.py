@@ -184,8 +184,22 @@ class DecoderConfig(_Sizes):
             raise ValueError(
                 f"{part}.mrope_sections {self.mrope_sections} must sum to head_dim / 2 = {self.head_dim // 2}"
             )
+        axis_of_frequency(self.mrope_sections)
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"{part}.top_k ({self.top_k}) must lie in 1..n_experts ({self.n_experts})")
+
+
+def axis_of_frequency(sections: tuple[int, int, int]) -> list[int]:
+    """Axis (0 t, 1 h, 2 w) of each of the sum(sections) frequencies, from the highest to the lowest.
+
+    Raises:
+        ValueError: if the interleaving cannot give h and w their share.
+    """
+    half = sum(sections)
+    axes = [i % 3 if i % 3 and i < 3 * sections[i % 3] else 0 for i in range(half)]
+    if tuple(axes.count(a) for a in range(3)) != tuple(sections):
+        raise ValueError(f"mrope_sections {sections}: t must have at least as many frequencies as h and w")
+    return axes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.settings import AudioGeometry, MediaLimits, VisionGeometry
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, TOKENIZER
 from omnitrain.interop.mimi import MimiCodec
-from omnitrain.interop.public_config import Section, read_json
+from omnitrain.interop.public_config import Section
 from omnitrain.interop.public_format import load_pretrained
 from omnitrain.interop.start_from import load_weights, model_weights
 from omnitrain.models.code2wav import fingerprint
@@ -198,7 +198,7 @@ def _pixel_bounds(path: Path) -> dict[str, int]:
     """`min_pixels` and `max_pixels` of the public preprocessor's configuration, where it states them."""
     if not path.is_file():
         return {}
-    stored = Section(read_json(path), path)
+    stored = Section.of(path)
     size = stored.section("size") if stored.get("size", None) else Section({}, path)
     bounds = {
         "min_pixels": stored.get("min_pixels", size.get("shortest_edge", None)),

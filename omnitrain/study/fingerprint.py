@@ -86,11 +86,8 @@ def digest(value: Any) -> str:
 def check_same_study(study_dir: Path, configuration: dict[str, Any], data: dict[str, Any]) -> tuple[str, str]:
     """Note configuration and data in ``study.json`` of an empty study folder, or compare with those noted there.
 
-    Returns:
-        config_hash, data_hash.
-
-    Raises:
-        ConfigError: they are others; the message names every key that changed, the first dozen with their values.
+    Returns config_hash and data_hash. Raises ConfigError where they are others, naming every key that changed, the
+    first dozen with their values.
     """
     path, hashes = study_dir / FINGERPRINT, (digest(configuration), digest(data))
     now = {"config_hash": hashes[0], "data_hash": hashes[1], "configuration": configuration, "data": data}

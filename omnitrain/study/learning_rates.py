@@ -13,12 +13,8 @@ from omnitrain.study.results import RUN, validation_loss
 
 
 def read_search(search_dir: Path) -> dict[str, dict[float, float]]:
-    """Last validation loss of every finished trial, in nats per target token: arm -> learning rate -> loss.
-
-    Raises:
-        FileNotFoundError: there is no finished trial below `search_dir`.
-        ValueError: a finished trial has no validation loss.
-    """
+    """Last validation loss of every finished trial, in nats per target token: arm -> learning rate -> loss. Raises
+    FileNotFoundError for no finished trial below `search_dir`; ValueError for one without a validation loss."""
     losses: dict[str, dict[float, float]] = {}
     for path in sorted(search_dir.glob(f"*/lr=*/{RUN}")):
         record = read_json(path)

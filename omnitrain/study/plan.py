@@ -105,13 +105,9 @@ class Planner:
             if len(batches) == max_steps:
                 break
         return Plan(
-            stages=stages,
-            samples=dict(zip(names, drawn, strict=True)),
-            tokens=tuple(tokens[1:]),
-            flops=tuple(flops[1:]),
-            flops_by_part=by_part,
-            batches=tuple(batches),
-        )
+            stages=stages, samples=dict(zip(names, drawn, strict=True)), tokens=tuple(tokens[1:]),
+            flops=tuple(flops[1:]), flops_by_part=by_part, batches=tuple(batches),
+        )  # fmt: skip
 
     def compute_factor(self, arm: str) -> float:
         """By which all epochs of `arm` are multiplied so that its operations come nearest to those of the reference arm
@@ -178,8 +174,7 @@ def sample_sizes(data: OmniDataModule, path: Path) -> dict[str, SizedSource]:
     if not path.exists():
         sources = data.opened("sources")
         total = sum(map(len, sources.values()))
-        bar = progress_bar(True, f"measuring {total} samples, once for this study")
-        with bar:
+        with progress_bar(True, f"measuring {total} samples, once for this study") as bar:
             task = bar.add_task("measuring samples", total=total)
             table = measure(sources, data.encoder, on_sample=lambda: bar.advance(task))
         write_parquet(path, table)

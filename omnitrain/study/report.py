@@ -8,6 +8,7 @@ Both say the same; what is undecided, worse or missing stands where the rest sta
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,24 +47,19 @@ _SEEN = {"text": ARMS, "image": ("vision", *OMNI), "audio": ("audio", *OMNI)}
 def write_study_report(
     folder: str | Path, out: str | Path | None = None, *, collect: str | Path | None = None
 ) -> tuple[Path, Study]:
-    """Write the page, and ``table.md`` beside it.
+    """Write the page, and ``table.md`` beside it; returns the path of the page, and the study.
 
     Args:
         folder: of the study, or of a collected one.
         out: of the page; default ``report.html`` in `collect`, or else in `folder`.
         collect: also write the collected study into this folder.
 
-    Returns:
-        the path of the page, and the study.
-
-    Raises:
-        FileNotFoundError: no study is there.
-        ValueError: a file of it cannot be used; the message names it.
+    Raises FileNotFoundError where no study is; ValueError, naming it, for a file that cannot be used.
     """
     study = read_study(folder)
     if collect is not None:
         collect_study(study, collect)
-    path = Path(out) if out is not None else Path(collect if collect is not None else folder) / REPORT
+    path = Path(out) if out is not None else Path(folder if collect is None else collect) / REPORT
     page, table = render(study)
     write_text(path, page)
     write_text(path.with_name("table.md"), table)
@@ -196,9 +192,9 @@ def _forest(tables: Mapping[str, Sequence[Comparison]]) -> Markup | None:
 
 def _curves(study: Study, x: str, label: str) -> dict[str, Markup]:
     """One figure per matching."""
-    by_curve: dict[tuple[str, str, str, int], list[tuple[float, float]]] = {}
+    by_curve: dict[tuple[str, str, str, int], list[tuple[float, float]]] = defaultdict(list)
     for row in study.curves.to_pylist():
-        by_curve.setdefault((row["match"], row["modality"], row["arm"], row["seed"]), []).append((row[x], row["loss"]))
+        by_curve[row["match"], row["modality"], row["arm"], row["seed"]].append((row[x], row["loss"]))
     found = {}
     for match in study.matches:
         panels: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
@@ -220,9 +216,8 @@ def _cells(scores: Scores, match: str) -> list[dict[str, Any]]:
     shown = []
     splits = sorted(set(scores.split.tolist()))
     for measure, split in ((NATS_PER_TOKEN, None), *((m, s) for m in (EXACT_MATCH, CHRF) for s in splits)):
-        found = [cell for cell in cells(scores, match, measure, split=split) if cell.comparison.row.baseline]
-        found = [cell for cell in found if cell.comparison.differences]
-        if found:
+        # Without a baseline there are no differences.
+        if found := [cell for cell in cells(scores, match, measure, split=split) if cell.comparison.differences]:
             where = figures.title(split) if split else "all splits"
             shown.append({"title": f"{measure.unit}, {where}", "figure": _cell_figure(found, measure)})
     return shown
@@ -245,11 +240,8 @@ def _cell_figure(found: Sequence[Detail], measure: Measure) -> Markup:
             marks[names[arm]][place] = bool(difference.direction)
     maps = {name: values for name, values in maps.items() if np.isfinite(values).any()}
     form, reach = (".1f", 5.0) if measure is CHRF else (".2f", 0.1)
-    return Markup(
-        figures.cell_maps(
-            maps, rows, columns, form=form, marks=marks, lower_is_better=measure.lower_is_better, reach=reach
-        )
-    )
+    lower = measure.lower_is_better
+    return Markup(figures.cell_maps(maps, rows, columns, form=form, marks=marks, lower_is_better=lower, reach=reach))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -260,19 +252,18 @@ _KINDS = {BITS_PER_BYTE: "Losses", NATS_PER_TOKEN: "Losses", SWAP_GAIN: "Media s
 
 def _details(found: Sequence[Detail]) -> list[dict[str, Any]]:
     """Tables by measure: losses by all cuts, then answers, then swaps."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {"Losses": [], "Answers": [], "Media swap": []}
     for detail in found:
         kind = _KINDS.get(detail.comparison.row.measure, "Answers")
         value = figures.title(detail.value) if detail.cut == "split" else detail.value
-        row = {**_row(detail.comparison), "cut": f"{detail.cut}: {value}" if detail.value else "all"}
-        groups.setdefault(kind, []).append(row)
-    return [{"title": title, "rows": groups[title]} for title in ("Losses", "Answers", "Media swap") if title in groups]
+        groups[kind].append({**_row(detail.comparison), "cut": f"{detail.cut}: {value}" if detail.value else "all"})
+    return [{"title": title, "rows": rows} for title, rows in groups.items() if rows]
 
 
 def _runs_by_arm(study: Study) -> dict[tuple[str, str], list[StudyRun]]:
-    found: dict[tuple[str, str], list[StudyRun]] = {}
+    found: dict[tuple[str, str], list[StudyRun]] = defaultdict(list)
     for run in study.runs:
-        found.setdefault((run.match, run.arm), []).append(run)
+        found[run.match, run.arm].append(run)
     return found
 
 
@@ -312,9 +303,9 @@ def _sources(study: Study) -> dict[str, Any]:
 
 def missing_runs(study: Study) -> list[str]:
     """A line for every arm and state of what a full study would have besides."""
-    seeds: dict[tuple[str, str, str], list[str]] = {}
+    seeds: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for (match, arm, seed), state in study.missing().items():
-        seeds.setdefault((match, arm, state), []).append(str(seed))
+        seeds[match, arm, state].append(str(seed))
     lines = [f"match={match} arm={arm}: seed {', '.join(of)} {state}" for (match, arm, state), of in seeds.items()]
     return lines + [f"match={match}: no run has begun" for match in MATCHES if match not in study.matches]
 

@@ -29,16 +29,8 @@ RUNS, CURVES, FINGERPRINT = "runs.json", "curves.parquet", "study.json"
 _KEYS = [("match", pa.string()), ("arm", pa.string()), ("seed", pa.int64())]
 ITEMS_SCHEMA = pa.schema([*_KEYS, *(PREDICTIONS_SCHEMA.field(name) for name in SCORE_COLUMNS)])
 """One row per held-out sample. `loss`, `swapped_loss`: nats per target token."""
-CURVE_SCHEMA = pa.schema(
-    [
-        *_KEYS,
-        ("step", pa.int64()),
-        ("tokens", pa.int64()),
-        ("flops", pa.float64()),
-        ("modality", pa.string()),
-        ("loss", pa.float64()),
-    ]
-)
+_COUNTS = [("step", pa.int64()), ("tokens", pa.int64()), ("flops", pa.float64())]
+CURVE_SCHEMA = pa.schema([*_KEYS, *_COUNTS, ("modality", pa.string()), ("loss", pa.float64())])
 """One row per validation and modality. `tokens`, `flops`: trained on so far; `loss`: nats per target token."""
 
 
@@ -120,12 +112,9 @@ class Study:
 
 
 def read_study(folder: str | Path) -> Study:
-    """Read a study: a folder of runs (``MATCH/ARM/seed=N``), or what `collect_study` made of one.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no run in it.
-        ValueError: a file cannot be read, or runs are not of one configuration and one set of data.
-    """
+    """Read a study: a folder of runs (``MATCH/ARM/seed=N``), or what `collect_study` made of one. Raises
+    FileNotFoundError for no such folder, or no run in it; ValueError for a file that cannot be read, or runs that are
+    not of one configuration and one set of data."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; give that of a study (paths.study_dir)")

@@ -26,31 +26,15 @@ from omnitrain.models.sizes import OmniConfig
 from omnitrain.runs.experiment import Experiment, build_data, build_model
 from omnitrain.study.fingerprint import check_same_study, data_fingerprint, digest, hashed_configuration
 from omnitrain.study.plan import Plan, Planner, sample_sizes
-from omnitrain.study.results import (
-    CURVE,
-    CURVE_SCHEMA,
-    ITEMS,
-    ITEMS_SCHEMA,
-    RUN,
-    StudyRun,
-    csv_rows,
-    validation_loss,
-)
+from omnitrain.study.results import CURVE, CURVE_SCHEMA, ITEMS, ITEMS_SCHEMA, RUN, StudyRun, csv_rows, validation_loss
 from omnitrain.study.spec import MATCHES, StudySpec
 from omnitrain.training.callbacks.run_record import package_versions
 
 
 def run_arm(config: RunConfig, train: Callable[[RunConfig], Experiment]) -> float | None:
-    """Train, continue or only name the run that `config` describes, whose folder the caller holds. Returns its last
-    validation loss, nats per target token, which sweepers minimise; None if it was stopped by hand.
-
-    Args:
-        config: of the run.
-        train: makes an ordinary run (`fit.train`).
-
-    Raises:
-        ConfigError: see `read_spec` and `check_same_study`.
-    """
+    """Train (by `fit.train`), continue or only name the run that `config` describes, whose folder the caller holds.
+    Returns its last validation loss, nats per target token, which sweepers minimise; None if it was stopped by hand.
+    Raises ConfigError as `read_spec` and `check_same_study` do."""
     spec, run_dir, study_dir = read_spec(config), Path(config.paths.run_dir), Path(config.paths.study_dir)
     arm, match = _chosen(spec, config)
     data = build_data(config)
@@ -69,17 +53,10 @@ def run_arm(config: RunConfig, train: Callable[[RunConfig], Experiment]) -> floa
     plan = Planner(spec, data, sizes, model).plan(arm, match, limit)
     configured = run_configuration(config, spec, plan)
     run = StudyRun(
-        match=match,
-        arm=arm,
-        seed=config.seed,
-        config_hash=config_hash,
-        data_hash=data_hash,
-        planned=plan.summary(),
-        margins=spec.margins,
-        parameters=sum(p.numel() for p in model.parameters()),
-        lr=configured.optim.lr,
+        match=match, arm=arm, seed=config.seed, config_hash=config_hash, data_hash=data_hash, planned=plan.summary(),
+        margins=spec.margins, parameters=sum(p.numel() for p in model.parameters()), lr=configured.optim.lr,
         versions={name: found for name, found in package_versions().items() if found},
-    )
+    )  # fmt: skip
     write_json(run_dir / RUN, asdict(run))
     print(
         f"{match}/{arm}, seed {config.seed}: {plan.steps} steps, {plan.tokens[-1]:,} tokens, "
@@ -102,11 +79,8 @@ def run_arm(config: RunConfig, train: Callable[[RunConfig], Experiment]) -> floa
 
 
 def read_spec(config: RunConfig) -> StudySpec:
-    """`config.study`, checked against the data's sources.
-
-    Raises:
-        ConfigError: a field that is missing, unknown or contradicts another; the message names it.
-    """
+    """`config.study`, checked against the data's sources. Raises ConfigError, naming a field that is missing, unknown
+    or contradicts another."""
     spec = typed(StudySpec, config.study, "study")
     try:
         spec.check([name for name, source in config.data.config.sources.items() if source is not None])
@@ -116,11 +90,8 @@ def read_spec(config: RunConfig) -> StudySpec:
 
 
 def _chosen(spec: StudySpec, config: RunConfig) -> tuple[str, str]:
-    """`arm` and `match` of the configuration.
-
-    Raises:
-        ConfigError: there is no such choice, or a setting under which a plan would not hold.
-    """
+    """`arm` and `match` of the configuration. Raises ConfigError for no such choice, or a setting under which a plan
+    would not hold."""
     for key, choices in (("arm", tuple(spec.arms)), ("match", MATCHES)):
         if getattr(config, key) not in choices:
             raise ConfigError(f"{key}={getattr(config, key)}: the study has no such {key}; choose {', '.join(choices)}")
@@ -157,17 +128,14 @@ def planning_model(config: RunConfig) -> OmniModel:
 def run_configuration(config: RunConfig, spec: StudySpec, plan: Plan) -> RunConfig:
     """`config` as an ordinary run, without `study`, of what `plan` says: sources, stages, steps, and what is a fraction
     of these."""
-    data = config.data.config
+    data = replace(
+        config.data.config,
+        sources={name: config.data.config.sources[name] for name in plan.samples},
+        stages=[Stage(samples=dict(stage.samples or {})) for stage in plan.stages],
+    )
     return replace(
         config,
-        data=replace(
-            config.data,
-            config=replace(
-                data,
-                sources={name: data.sources[name] for name in plan.samples},
-                stages=[Stage(samples=dict(stage.samples or {})) for stage in plan.stages],
-            ),
-        ),
+        data=replace(config.data, config=data),
         trainer=replace(
             config.trainer, max_steps=plan.steps, val_check_interval=max(1, plan.steps // spec.validations)
         ),

@@ -157,24 +157,18 @@ def compare(
             hint = "no interval" if len(both) < 2 else "the interval is wide and rests on few"
             notes.append(f"{arm.replace('_', ' ')} − {base}: {len(both)} seed{'s' if len(both) > 1 else ''}, {hint}")
         differences[arm] = Difference(
-            arm=arm,
-            baseline=base,
-            estimate=found,
-            margin=margin,
+            arm=arm, baseline=base, estimate=found, margin=margin,
             verdict=None if margin is None else verdict(found, margin),
             direction=direction(found, lower_is_better=row.measure.lower_is_better),
-        )
+        )  # fmt: skip
     return Comparison(
         row=row, match=match, arms=means, differences=differences, items=n_items, dropped=dropped, notes=tuple(notes)
     )
 
 
 def main_table(study: Study, scores: Scores, match: str, *, resamples: int = 4000) -> list[Comparison]:
-    """The rows text, vision and audio under one matching, as far as they can be answered.
-
-    Raises:
-        ValueError: the study gives no margin for a row.
-    """
+    """The rows text, vision and audio under one matching, as far as they can be answered. Raises ValueError where the
+    study gives no margin for a row."""
     found = []
     for row in MAIN_ROWS:
         if row.name not in study.margins:
@@ -225,22 +219,17 @@ def details(scores: Scores, match: str) -> list[Detail]:
 
 def cells(scores: Scores, match: str, measure: Measure, *, split: str | None = None) -> list[Detail]:
     """One comparison per kind of input and language of the answer, in one split or all."""
-    found = []
-    for kind, select in inputs(scores).items():
-        limited = {**select, **({"split": (split,)} if split else {})}
-        for language in scores.values_of("language", limited):
-            found.append(_detail(scores, match, measure, kind, limited, "language", language))
+    limits = {"split": (split,)} if split else {}
+    found = [
+        _detail(scores, match, measure, kind, select | limits, "language", language)
+        for kind, select in inputs(scores).items()
+        for language in scores.values_of("language", select | limits)
+    ]
     return [detail for detail in found if detail and detail.comparison.items]
 
 
 def _detail(
-    scores: Scores,
-    match: str,
-    measure: Measure,
-    kind: str,
-    select: Mapping[str, tuple[str, ...]],
-    cut: str,
-    value: str,
+    scores: Scores, match: str, measure: Measure, kind: str, select: Mapping[str, tuple[str, ...]], cut: str, value: str
 ) -> Detail | None:
     baseline = {"text": "text", "image": "vision", "video": "vision", "audio": "audio"}.get(select["modality"][0])
     select = select if cut == "all" else {**select, cut: (value,)}

@@ -7,6 +7,7 @@ A task is put together in a YAML file of ``conf/eval``; this package only holds 
 
 from __future__ import annotations
 
+import ast
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -52,20 +53,12 @@ class Benchmark(ABC):
 
     @abstractmethod
     def rows(self, path: str) -> Rows:
-        """All rows, light: media are read later. `path` is that of the task.
-
-        Raises:
-            FileNotFoundError, ValueError: the data are not there or not in this format; the message says what is
-                expected where.
-        """
+        """All rows, light: media are read later. `path` is that of the task. Raises FileNotFoundError or ValueError,
+        saying what is expected where, for data that are not there or not in this format."""
 
     @abstractmethod
     def item(self, row: Any, prompt: str) -> Item:
-        """One row as a question.
-
-        Raises:
-            BadSample: the row cannot be used; it is skipped and counted.
-        """
+        """One row as a question. Raises BadSample for a row that cannot be used; it is skipped and counted."""
 
     def media_folder(self, path: str) -> Path:
         """The folder that media paths are relative to: that of the file, or the folder itself."""
@@ -126,11 +119,8 @@ class Rule(ABC):
 
 
 def get(row: Mapping[str, Any], *names: str, default: Any = ...) -> Any:
-    """The first of `names` that the row has a value for; a name may be a path such as ``answer.text``.
-
-    Raises:
-        BadSample: ``row_invalid`` if there is none and no `default`.
-    """
+    """The first of `names` that the row has a value for; a name may be a path such as ``answer.text``. Raises BadSample
+    (``row_invalid``) if there is none and no `default`."""
     for name in names:
         value: Any = row
         for key in name.split("."):
@@ -144,10 +134,7 @@ def get(row: Mapping[str, Any], *names: str, default: Any = ...) -> Any:
 
 def medium(type: Literal["image", "audio", "video"], value: Any, *, with_audio: bool = False) -> Segment:
     """A segment of a file's bytes, its path (relative to the media folder), or the struct of both that the Hub uses.
-
-    Raises:
-        BadSample: ``media_missing``.
-    """
+    Raises BadSample (``media_missing``)."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
@@ -162,11 +149,7 @@ def text(value: str) -> Segment:
 
 
 def fill(prompt: str, **fields: str) -> str:
-    """`prompt` with its ``{fields}``.
-
-    Raises:
-        ValueError: it names a field that the benchmark does not fill in.
-    """
+    """`prompt` with its ``{fields}``. Raises ValueError if it names one that the benchmark does not fill in."""
     try:
         return prompt.format(**fields)
     except (KeyError, IndexError) as error:
@@ -181,9 +164,10 @@ def question(
     *,
     source: str,
     languages: tuple[str, ...] = (),
-) -> Sample:
-    """A sample of one user turn and its reference."""
-    return Sample(
+    **of_item: Any,
+) -> Item:
+    """An item whose sample is one user turn and its reference; `of_item`: the other fields of `Item`."""
+    sample = Sample(
         id=id,
         source=source,
         task=source,
@@ -194,28 +178,19 @@ def question(
             Message(role="assistant", segments=(text(reference),)),
         ),
     )
+    return Item(sample=sample, **of_item)
 
 
 def lettered(options: Sequence[str]) -> str:
-    """Options below each other: ``(A) ...``.
-
-    Raises:
-        BadSample: ``row_invalid`` for none, or more than there are letters.
-    """
+    """Options below each other: ``(A) ...``. Raises BadSample (``row_invalid``) for none, or more than letters."""
     if not 1 <= len(options) <= len(LETTERS):
         raise BadSample("row_invalid", f"{len(options)} options for {len(LETTERS)} letters")
     return "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
 def listed(value: Any, what: str) -> list[str]:
-    """A list that may come as its JSON or Python spelling.
-
-    Raises:
-        BadSample: ``row_invalid``.
-    """
+    """A list that may come as its JSON or Python spelling. Raises BadSample (``row_invalid``)."""
     if isinstance(value, str):
-        import ast
-
         for parse in (json.loads, ast.literal_eval):
             try:
                 value = parse(value)

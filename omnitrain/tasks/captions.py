@@ -7,13 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, medium, question
 from omnitrain.tasks.benchmark import text as text_segment
 from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics
-from omnitrain.tasks.tables import read_table
+from omnitrain.tasks.tables import file_in, read_table
 
 
 def words(text: str) -> list[str]:
@@ -127,9 +126,7 @@ class AudioCaps(Benchmark):
     audio: str = "audio/{youtube_id}.wav"
 
     def rows(self, path: str) -> list[dict[str, Any]]:
-        file = Path(path) / "test.csv" if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; name AudioCaps' list, or the folder that holds test.csv")
+        file = file_in(path, "test.csv")
         recordings: dict[tuple[str, str], dict[str, Any]] = {}
         for row in read_table(str(file)):
             missing = {"youtube_id", "caption"} - row.keys()
@@ -146,7 +143,7 @@ class AudioCaps(Benchmark):
         captions = row["captions"]
         sound = medium("audio", fill(self.audio, **{key: str(value) for key, value in row.items()}))
         id = "_".join(filter(None, [get(row, "youtube_id"), row.get("start_time")]))
-        return Item(
-            sample=question(id, [sound, text_segment(fill(prompt))], captions[0], source="audiocaps"),
+        return question(
+            id, [sound, text_segment(fill(prompt))], captions[0], source="audiocaps",
             truth={"captions": captions, "events": row["true_events"]},
-        )
+        )  # fmt: skip

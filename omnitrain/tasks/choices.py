@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -41,33 +42,24 @@ def chosen_letter(response: str, options: Sequence[str]) -> str | None:
         response = response.strip(mark)
     response = f" {response} "
     letters = LETTERS[: len(options)]
-    for form in ("({})", " {} "):
-        places: dict[str, int] = {letter: response.rfind(form.format(letter)) for letter in letters}
-        if max(places.values()) >= 0:
-            return max(letters, key=lambda letter: places[letter])
+    places = [[response.rfind(form.format(letter)) for letter in letters] for form in ("({})", " {} ")]
     if len(response.split()) > 5:
-        lower = response.lower()
-        places: dict[str, int] = {
-            letter: lower.rfind(option.lower()) for letter, option in zip(letters, options, strict=True)
-        }
-        if max(places.values()) >= 0:
-            return max(letters, key=lambda letter: places[letter])
-    return None
+        places.append([response.lower().rfind(option.lower()) for option in options])
+    return next((letters[of_form.index(max(of_form))] for of_form in places if max(of_form) >= 0), None)
 
 
-def _is_number(word: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        float(word.replace(",", ""))
+        return float(text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def normalised_open(answer: str) -> list[float | str]:
     """MMMU: a number is rounded to two places; text is lower case; a single character must stand at a word's edge."""
     answer = answer.strip()
-    if _is_number(answer):
-        return [round(float(answer.replace(",", "")), 2)]
+    if (number := _number(answer.replace(",", ""))) is not None:
+        return [round(number, 2)]
     answer = answer.lower()
     return [f" {answer}", f"{answer} "] if len(answer) == 1 else [answer]
 
@@ -103,12 +95,8 @@ def open_answers(response: str) -> list[float | str]:
 def open_is_right(answers: Sequence[str], said: Sequence[float | str]) -> bool:
     """MMMU: a number must be equal, a text must be contained in what was said."""
     truths = [value for answer in answers for value in normalised_open(answer)]
-    return any(
-        any(isinstance(truth, str) and truth in value for truth in truths)
-        if isinstance(value, str)
-        else value in truths
-        for value in said
-    )
+    texts = [truth for truth in truths if isinstance(truth, str)]
+    return any(any(text in value for text in texts) if isinstance(value, str) else value in truths for value in said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +132,8 @@ class MMStarRule(Accuracy):
     def mark(self, item: Answered) -> tuple[str | None, bool]:
         said = item.prediction.lower().replace("\n", " ").strip()
         truth = str(item.truth["answer"]).lower().strip()
-        readings = [said[:1]]
-        readings += [
-            said[len(start) : len(start) + 1] for start in ("(", "option ", "the answer is ") if said.startswith(start)
-        ]
+        starts = ("", "(", "option ", "the answer is ")
+        readings = [said.removeprefix(start)[:1] for start in starts if said.startswith(start)]
         right = next((reading for reading in readings if reading == truth), None)
         return (right or readings[-1]).upper() or None, right is not None
 
@@ -215,7 +201,7 @@ def extracted(response: str, truth: dict[str, Any]) -> str:
     """
     response = response.strip()
     options, kind = truth.get("options") or [], truth["answer_type"]
-    if response in options or (not options and kind in ("integer", "float") and _plain_number(response) is not None):
+    if response in options or (not options and kind in ("integer", "float") and _number(response) is not None):
         return response
     if quoted := re.search(r'The answer is "(.*)"\.', response):
         return quoted.group(1)
@@ -230,13 +216,6 @@ def extracted(response: str, truth: dict[str, Any]) -> str:
     return found[-1] if found else response
 
 
-def _plain_number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def normalised_extraction(extraction: str, truth: dict[str, Any]) -> str | None:
     """MathVista: a letter becomes its option, other text the option nearest by edit distance; an integer is cut, a
     float rounded to the item's precision. None: no answer of this kind."""
@@ -249,12 +228,10 @@ def normalised_extraction(extraction: str, truth: dict[str, Any]) -> str | None:
         if 0 <= place < len(options):
             return options[place]
         return min(options, key=lambda option: edit_distance(extraction, option))
-    if truth["answer_type"] == "list":
-        return extraction
-    number = _plain_number(extraction)
     if truth["answer_type"] not in ("integer", "float"):
         return extraction
-    if number is None or number != number or number in (float("inf"), float("-inf")):
+    number = _number(extraction)
+    if number is None or not math.isfinite(number):
         return None
     return str(int(number)) if truth["answer_type"] == "integer" else str(round(number, int(truth["precision"] or 0)))
 
@@ -273,10 +250,8 @@ class MathVistaRule(Accuracy):
 
 
 def _chart_number(text: str) -> float | None:
-    try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        return None
+    value = _number(text.rstrip("%"))
+    return value / 100 if value is not None and text.endswith("%") else value
 
 
 def relaxed_match(target: str, prediction: str, tolerance: float = 0.05) -> bool:

@@ -149,12 +149,10 @@ class OmniLM(TemplateLM):
         pairs: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
-            )
-            for window in map(make_disjoint_window, windows):
-                pairs.append(window)
-                owners.append(index)
+            ids = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            pairs += map(make_disjoint_window, windows)
+            owners += [index] * (len(pairs) - len(owners))
         totals = [0.0] * len(requests)
         for owner, (log_p, _) in zip(owners, self._log_probabilities(pairs, lambda *_: None), strict=True):
             totals[owner] += log_p
@@ -251,25 +249,17 @@ class HarnessTask(RunnableTask):
         return summary["metric"] == self.metric
 
     def find_out(self, model: OmniModel, encoder: SampleEncoder, files: TaskFiles, options: RunOptions) -> Outcome:
-        """The harness asks, and keeps its answers in a cache among the parts.
-
-        Raises:
-            ValueError: there is no such task or metric, or its data cannot be had.
-        """
+        """The harness asks, and keeps its answers in a cache among the parts. Raises ValueError for no such task or
+        metric, or data that cannot be had."""
         manager = self._manager()
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         try:
             results = lm_eval.simple_evaluate(
                 model=OmniLM(model, encoder, batch=options.batch, progress=options.progress),
-                tasks=list(self.tasks),
-                num_fewshot=self.num_fewshot,
-                limit=options.limit,
-                use_cache=str(files.parts / files.fingerprint),
-                bootstrap_iters=0,
-                log_samples=True,
-                apply_chat_template=self.chat,
-                task_manager=manager,
-            )
+                tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=options.limit,
+                use_cache=str(files.parts / files.fingerprint), bootstrap_iters=0, log_samples=True,
+                apply_chat_template=self.chat, task_manager=manager,
+            )  # fmt: skip
         except (FileNotFoundError, ConnectionError) as error:
             raise ValueError(f"eval.tasks.{self.name}.tasks={list(self.tasks)}: {error}") from error
         assert results is not None

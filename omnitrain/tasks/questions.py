@@ -9,18 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omnitrain.data.sample import BadSample, Segment
-from omnitrain.tasks.benchmark import (
-    LETTERS,
-    Benchmark,
-    Item,
-    fill,
-    get,
-    lettered,
-    listed,
-    medium,
-    question,
-    text,
-)
+from omnitrain.tasks.benchmark import LETTERS, Benchmark, Item, fill, get, lettered, listed, medium, question, text
 from omnitrain.tasks.tables import read_table
 
 
@@ -75,8 +64,11 @@ class MMMU(_Table):
         if not shown:
             segments.insert(0, medium("image", row.get("image_1")))
         parts = id.split("_")
-        return Item(
-            sample=question(id, segments, truth.get("answer") or truth["answers"][0], source="mmmu"),
+        return question(
+            id,
+            segments,
+            truth.get("answer") or truth["answers"][0],
+            source="mmmu",
             truth=truth,
             category=str(get(row, "subject", default="_".join(parts[1:-1]))),  # validation_Art_Theory_12
             options=tuple(LETTERS[: len(options)]),
@@ -91,15 +83,11 @@ class MMStar(_Table):
 
     def item(self, row: dict[str, Any], prompt: str) -> Item:
         answer = str(get(row, "answer")).strip()
-        asked = text(fill(prompt, question=get(row, "question")))
-        return Item(
-            sample=question(
-                str(get(row, "index")), [medium("image", get(row, "image")), asked], answer, source="mmstar"
-            ),
-            truth={"answer": answer},
-            category=get(row, "category", default=""),
-            options=tuple("ABCD"),
-        )
+        segments = [medium("image", get(row, "image")), text(fill(prompt, question=get(row, "question")))]
+        return question(
+            str(get(row, "index")), segments, answer, source="mmstar", truth={"answer": answer},
+            category=get(row, "category", default=""), options=tuple("ABCD"),
+        )  # fmt: skip
 
 
 _MATHVISTA_HINTS = {
@@ -135,11 +123,9 @@ class MathVista(_Table):
             hint=hint.format(places=places, example=", ".join(f"{n:.{precision}f}" for n in (1.2, 1.3, 1.4))),
             options="Choices:\n" + lettered(options) if options else "",
         ).strip()
-        return Item(
-            sample=question(
-                str(get(row, "pid")), [medium("image", get(row, "decoded_image", "image")), text(asked)], answer,
-                source="mathvista",
-            ),
+        return question(
+            str(get(row, "pid")), [medium("image", get(row, "decoded_image", "image")), text(asked)], answer,
+            source="mathvista",
             truth={"answer": answer, "answer_type": kind, "precision": precision, "options": options},
             category=get(row, "metadata.task", default=""),
             options=tuple(f"({letter})" for letter in LETTERS[: len(options)]),
@@ -153,29 +139,24 @@ class ChartQA(_Table):
 
     def rows(self, path: str) -> Sequence[dict[str, Any]]:
         if Path(path).is_dir() and (lists := sorted(Path(path).glob("*.json"))):
-            whose = {"human": "human", "augmented": "augmented"}
+            whose = ("human", "augmented")
             return [
                 {**row, "number": f"{file.stem}/{number}", "whose": next((w for w in whose if w in file.stem), "")}
                 for file in lists
                 for number, row in enumerate(read_table(str(file)))
             ]
-        rows = read_table(path, split=self.split, config=self.config)
-        return _Numbered(rows)
+        return _Numbered(super().rows(path))
 
     def item(self, row: dict[str, Any], prompt: str) -> Item:
-        name = row.get("imgname")
-        label = get(row, "label")
-        answers = [str(label)] if not isinstance(label, list) else [str(entry) for entry in label]
-        machine = row.get("human_or_machine")
+        name, label, machine = row.get("imgname"), get(row, "label"), row.get("human_or_machine")
+        answers = [str(entry) for entry in (label if isinstance(label, list) else [label])]
         whose = get(row, "whose", default="") or ("" if machine is None else ("human", "augmented")[int(machine)])
         picture = medium("image", f"png/{name}" if name else get(row, "image"))
         asked = text(fill(prompt, question=get(row, "query")))
-        return Item(
-            sample=question(str(row["number"]), [picture, asked], answers[0], source="chartqa"),
-            truth={"answers": answers},
-            category=whose,
-            group=name or "",
-        )
+        return question(
+            str(row["number"]), [picture, asked], answers[0], source="chartqa", truth={"answers": answers},
+            category=whose, group=name or "",
+        )  # fmt: skip
 
 
 class _Numbered(Sequence):
@@ -209,13 +190,10 @@ class VideoMME(_Table):
         options = listed(get(row, "options"), "options")
         asked = text(fill(prompt, question=get(row, "question"), options="\n".join(options)))
         clip = medium("video", f"{self.videos}/{video}.mp4", with_audio=self.with_audio)
-        return Item(
-            sample=question(str(get(row, "question_id")), [clip, asked], answer, source="video_mme"),
-            truth={"answer": answer},
-            category=get(row, "duration"),
-            group=video,
-            options=tuple(LETTERS[: len(options)]),
-        )
+        return question(
+            str(get(row, "question_id")), [clip, asked], answer, source="video_mme", truth={"answer": answer},
+            category=get(row, "duration"), group=video, options=tuple(LETTERS[: len(options)]),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +206,10 @@ class MMAU(_Table):
         audio = get(row, "audio_id", "audio", "context")
         audio = audio.removeprefix("./") if isinstance(audio, str) else audio
         asked = fill(prompt, question=get(row, "question", "instruction"), options=lettered(options))
-        return Item(
-            sample=question(str(get(row, "id")), [medium("audio", audio), text(asked)], answer, source="mmau"),
-            truth={"answer": answer, "options": options},
-            category=get(row, "task", default=""),
-            options=tuple(options),
-        )
+        return question(
+            str(get(row, "id")), [medium("audio", audio), text(asked)], answer, source="mmau",
+            truth={"answer": answer, "options": options}, category=get(row, "task", default=""), options=tuple(options),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,27 +223,18 @@ class AudioBenchChoice(_Table):
     def item(self, row: dict[str, Any], prompt: str) -> Item:
         instruction, answer = get(row, "instruction.text"), get(row, "answer.text").strip()
         given = row.get("choices")
-        options = (
-            listed(given, "choices")
-            if given
-            else [option.strip() for option in re.split(r"\([A-Z]\)", instruction)[1:]]
-        )
+        in_text = [option.strip() for option in re.split(r"\([A-Z]\)", instruction)[1:]]
+        options = listed(given, "choices") if given else in_text
         if len(options) < 2:
             raise BadSample("row_invalid", "no choices, neither as a column nor as (A) ... (B) ... in the instruction")
         bare = re.match(r"\(([A-Z])\)", answer)
-        letter = (
-            bare.group(1) if bare else next((n for n, o in zip(LETTERS, options, strict=False) if o == answer), None)
-        )
-        if letter is None:
+        if not bare and answer not in options[: len(LETTERS)]:
             raise BadSample("row_invalid", f"the answer {answer!r} is none of the choices")
+        letter = bare.group(1) if bare else LETTERS[options.index(answer)]
         asked = instruction if not given else f"{instruction}\n{lettered(options)}"
-        return Item(
-            sample=question(
-                str(get(row, "id", "number")),
-                [medium("audio", get(row, "context.audio")), text(fill(prompt, question=asked))],
-                answer,
-                source="audiobench",
-            ),
+        segments = [medium("audio", get(row, "context.audio")), text(fill(prompt, question=asked))]
+        return question(
+            str(get(row, "id", "number")), segments, answer, source="audiobench",
             truth={"answer": letter, "options": options},
             options=tuple(f"({name})" for name in LETTERS[: len(options)]),
-        )
+        )  # fmt: skip

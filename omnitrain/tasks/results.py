@@ -34,12 +34,8 @@ from omnitrain.models.omni import OmniModel, sampled_weights
 from omnitrain.tasks.benchmark import Metric
 from omnitrain.tasks.settings import RunOptions
 
-ANSWERS_SCHEMA = pa.schema(
-    [
-        (name, pa.string())
-        for name in ("id", "digest", "category", "group", "prompt", "reference", "truth", "prediction")
-    ]
-)
+_ANSWER_COLUMNS = ("id", "digest", "category", "group", "prompt", "reference", "truth", "prediction")
+ANSWERS_SCHEMA = pa.schema([(name, pa.string()) for name in _ANSWER_COLUMNS])
 ITEMS_SCHEMA = pa.schema([*ANSWERS_SCHEMA, ("answer", pa.string()), ("score", pa.float64())])
 """One row per item of a task. `truth` is JSON; `answer` is what the rule read out of `prediction`; `score` is the
 task's metric on this item alone; `digest` changes when question or truth do."""
@@ -116,12 +112,9 @@ class RunnableTask(ABC):
     def run(
         self, model: OmniModel, encoder: SampleEncoder, out_dir: str | Path, options: RunOptions | None = None
     ) -> TaskResult:
-        """Answer and score the task, and write ``out_dir/NAME.parquet`` and ``NAME.json``.
-
-        Raises:
-            StaleAnswers: the folder holds answers of another model or setting, and `options.restart` is off.
-            FileNotFoundError, ValueError: the data are not there, or nothing in them can be used.
-        """
+        """Answer and score the task, and write ``out_dir/NAME.parquet`` and ``NAME.json``. Raises StaleAnswers where
+        the folder holds answers of another model or setting and `options.restart` is off; FileNotFoundError or
+        ValueError where the data are not there, or nothing in them can be used."""
         self.check()
         started, options = time.perf_counter(), options or RunOptions()
         decides = [options.fingerprint or model_fingerprint(model, encoder), *self.decides(options)]
@@ -155,15 +148,8 @@ def model_fingerprint(model: OmniModel, encoder: SampleEncoder) -> str:
 
 
 class TaskFiles:
-    """The files of one task.
-
-    Args:
-        fingerprint: of what decides the answers.
-        restart: delete those of another fingerprint.
-
-    Raises:
-        StaleAnswers: there are some of another fingerprint, and `restart` is off.
-    """
+    """The files of one task. `fingerprint` is that of what decides the answers; files of another one are deleted by
+    `restart`, and StaleAnswers is raised without it."""
 
     def __init__(self, out: Path, name: str, fingerprint: str, *, restart: bool) -> None:
         self.items, self.summary, self.parts = (out / f"{name}.{kind}" for kind in ("parquet", "json", "parts"))

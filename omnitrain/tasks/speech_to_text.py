@@ -17,20 +17,8 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 from omnitrain.evaluation.metrics import edits
-from omnitrain.tasks.benchmark import (
-    Answered,
-    Benchmark,
-    Item,
-    Metric,
-    Rule,
-    Scored,
-    fill,
-    get,
-    medium,
-    question,
-    text,
-)
-from omnitrain.tasks.tables import read_table
+from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, medium, question, text
+from omnitrain.tasks.tables import file_in, read_table
 
 WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
 """Languages whose error rate counts characters."""
@@ -38,11 +26,8 @@ WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
 
 @lru_cache
 def speech_normaliser(language: str) -> Callable[[str], str]:
-    """Whisper's normalisation of transcripts in `language` (``en``, ``en_us``, ``zh-CN``, ...).
-
-    Raises:
-        ModuleNotFoundError: ``whisper-normalizer`` is not installed.
-    """
+    """Whisper's normalisation of transcripts in `language` (``en``, ``en_us``, ``zh-CN``, ...). Raises
+    ModuleNotFoundError where ``whisper-normalizer`` is not installed."""
     try:
         from whisper_normalizer.basic import BasicTextNormalizer
         from whisper_normalizer.english import EnglishTextNormalizer
@@ -132,11 +117,11 @@ def _bleu(tokenize: str) -> BLEU:
 # --- benchmarks ------------------------------------------------------------------------------------------------------
 
 
-def _recording(
-    row: dict[str, Any], audio: Any, said: str, prompt: str, *, id: str, source: str, language: str, group: str = ""
-) -> Item:
-    sample = question(id, [medium("audio", audio), text(fill(prompt))], said, source=source, languages=(language,))
-    return Item(sample=sample, truth={"text": said}, group=group)
+def _recording(audio: Any, said: str, prompt: str, *, id: str, source: str, language: str, group: str = "") -> Item:
+    return question(
+        id, [medium("audio", audio), text(fill(prompt))], said, source=source, languages=(language,),
+        truth={"text": said}, group=group,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,19 +135,17 @@ class LibriSpeech(Benchmark):
             raise FileNotFoundError(
                 f"{folder}: no *.trans.txt below it; name an unpacked part of LibriSpeech, e.g. LibriSpeech/test-clean"
             )
-        rows = []
-        for file in lists:
-            for line in file.read_text(encoding="utf-8").splitlines():
-                id, _, said = line.strip().partition(" ")
-                if id:
-                    rows.append(
-                        {"id": id, "text": said, "audio": str((file.parent / f"{id}.flac").relative_to(folder))}
-                    )
-        return rows
+        return [
+            {"id": id, "text": said, "audio": str((file.parent / f"{id}.flac").relative_to(folder))}
+            for file in lists
+            for line in file.read_text(encoding="utf-8").splitlines()
+            for id, _, said in [line.strip().partition(" ")]
+            if id
+        ]
 
     def item(self, row: dict[str, Any], prompt: str) -> Item:
         return _recording(
-            row, row["audio"], row["text"], prompt, id=row["id"], source="librispeech", language="en",
+            row["audio"], row["text"], prompt, id=row["id"], source="librispeech", language="en",
             group=row["id"].split("-")[0],
         )  # fmt: skip
 
@@ -174,15 +157,12 @@ class CommonVoice(Benchmark):
     language: str
 
     def rows(self, path: str) -> Sequence[dict[str, Any]]:
-        return read_table(str(_file_in(path, "test.tsv")))
-
-    def media_folder(self, path: str) -> Path:
-        return _file_in(path, "test.tsv").parent
+        return read_table(str(file_in(path, "test.tsv")))
 
     def item(self, row: dict[str, Any], prompt: str) -> Item:
         name, said = get(row, "path"), get(row, "sentence")
         return _recording(
-            row, f"clips/{name}", said, prompt, id=name, source="common_voice", language=self.language,
+            f"clips/{name}", said, prompt, id=name, source="common_voice", language=self.language,
             group=get(row, "client_id", default=""),
         )  # fmt: skip
 
@@ -212,7 +192,7 @@ class Fleurs(Benchmark):
         said = get(row, "transcription")
         group = str(get(row, "id"))  # several people read one sentence
         return _recording(
-            row, audio, said, prompt, id=f"{group}/{Path(name).name}", source="fleurs", language=self.language,
+            audio, said, prompt, id=f"{group}/{Path(name).name}", source="fleurs", language=self.language,
             group=group,
         )  # fmt: skip
 
@@ -226,30 +206,15 @@ class CoVoST(Benchmark):
     split: str = "test"
 
     def rows(self, path: str) -> Sequence[dict[str, Any]]:
-        rows = read_table(str(_file_in(path, f"covost_v2.{self.source_language}_{self.target_language}.tsv")))
+        rows = read_table(str(file_in(path, f"covost_v2.{self.source_language}_{self.target_language}.tsv")))
         kept = [row for row in rows if row.get("split", self.split) == self.split]
         if not kept:
             raise ValueError(f"{path}: no row of split {self.split!r}")
         return kept
 
-    def media_folder(self, path: str) -> Path:
-        return _file_in(path, f"covost_v2.{self.source_language}_{self.target_language}.tsv").parent
-
     def item(self, row: dict[str, Any], prompt: str) -> Item:
         name, translation = get(row, "path"), get(row, "translation")
-        sample = question(
-            name,
-            [medium("audio", f"clips/{name}"), text(fill(prompt))],
-            translation,
-            source="covost",
-            languages=(self.source_language, self.target_language),
-        )
-        return Item(sample=sample, truth={"texts": [translation]})
-
-
-def _file_in(path: str, name: str) -> Path:
-    """`path` itself if it is a file, else the file `name` in it."""
-    file = Path(path) / name if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; name the list, or the folder that holds {name}")
-    return file
+        return question(
+            name, [medium("audio", f"clips/{name}"), text(fill(prompt))], translation, source="covost",
+            languages=(self.source_language, self.target_language), truth={"texts": [translation]},
+        )  # fmt: skip

@@ -24,6 +24,14 @@ class ArrowRows(Sequence):
         return self.dataset[index].to_pylist()[0]
 
 
+def file_in(path: str, name: str) -> Path:
+    """`path` itself if it is a file, else the file `name` in it."""
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; name the list, or the folder that holds {name}")
+    return file
+
+
 def read_table(
     path: str, *, split: str = "test", config: str | None = None, columns: Sequence[str] | None = None
 ) -> Sequence[dict[str, Any]]:
@@ -34,8 +42,7 @@ def read_table(
         split, config: of a data set of the Hub; config ``all`` is all of them, one after the other.
         columns: names of the columns of a CSV or TSV file that has no header.
 
-    Raises:
-        FileNotFoundError: no such file or data set. ValueError: it is not what its ending says.
+    Raises FileNotFoundError for no such file or data set; ValueError for one that is not what its ending says.
     """
     file = Path(path)
     if file.is_file():

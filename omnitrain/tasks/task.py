@@ -34,16 +34,12 @@ class Task(RunnableTask):
     """A benchmark ready to be run.
 
     Args:
-        name, metric: see `RunnableTask`; the metric is one of the rule's.
+        metric: one of the rule's.
         path: file, folder or Hub name that `benchmark` reads.
-        benchmark: reads rows.
         prompt: what is asked; fields such as ``{question}`` and ``{options}`` are those that the benchmark fills in.
-        rule: scores answers.
-        decoding: how answers are generated.
         scoring: ``generate``, or ``likelihood``: the answer is the option that the model finds most probable.
 
-    Raises:
-        ValueError: metric or scoring do not fit.
+    Raises ValueError where metric or scoring do not fit.
     """
 
     benchmark: Benchmark
@@ -98,7 +94,6 @@ class Task(RunnableTask):
             ]
             files.append(new)
             answers.update({row["id"]: row for row in new})
-            bar.advance(ticker, len(waiting))
             waiting.clear()
 
         plain = f"{self.name}: {count} of {len(rows)} items, {len(done)} answered before"
@@ -113,16 +108,14 @@ class Task(RunnableTask):
                         raise BadSample("id_twice", f"{row['id']} names two rows")
                 except BadSample as error:
                     bad(error, f"row {index}")
-                    bar.advance(ticker)
-                    continue
-                if (before := done.get(row["id"])) and before["digest"] == row["digest"]:
-                    answers[row["id"]] = before
-                    bar.advance(ticker)
-                    continue
-                waiting[row["id"]] = item, row
-                if len(waiting) >= options.batch:
+                else:
+                    if (before := done.get(row["id"])) and before["digest"] == row["digest"]:
+                        answers[row["id"]] = before
+                    else:
+                        waiting[row["id"]] = item, row
+                if len(waiting) >= options.batch or number == count - 1:
                     flush()
-            flush()
+                bar.update(ticker, completed=number + 1 - len(waiting))
         if not answers:
             raise ValueError(
                 f"task {self.name}: none of {count} rows could be used; {dict(skipped)}; first: {details[0]}"
@@ -135,12 +128,11 @@ class Task(RunnableTask):
         )
 
     def _scored(self, rows: list[dict[str, str]], seed: int) -> Outcome:
-        scored = self.rule.score(
-            [
-                Answered(id=row["id"], truth=json.loads(row["truth"]), prediction=_after_thinking(row["prediction"]))
-                for row in rows
-            ]
-        )
+        answered = [
+            Answered(id=row["id"], truth=json.loads(row["truth"]), prediction=_after_thinking(row["prediction"]))
+            for row in rows
+        ]
+        scored = self.rule.score(answered)
         own = next(metric for metric in self.rule.metrics if metric.name == self.metric)
 
         def record(metric: Metric, category: str | None = None) -> dict[str, Any] | None:
@@ -226,7 +218,5 @@ def _after_thinking(prediction: str) -> str:
 
 
 def _alone(metric: Metric, statistics: tuple[float, ...] | None) -> float | None:
-    if statistics is None:
-        return None
-    value = metric.combine(np.asarray(statistics, dtype=np.float64))
+    value = math.nan if statistics is None else metric.combine(np.asarray(statistics, dtype=np.float64))
     return None if math.isnan(value) else value

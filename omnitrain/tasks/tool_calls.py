@@ -35,10 +35,8 @@ def parse_calls(response: str) -> list[dict[str, Any]] | None:
             call = json.loads(body)
         except json.JSONDecodeError:
             return None
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return None
-        arguments = call.get("arguments", {})
-        if not isinstance(arguments, dict):
+        arguments = call.get("arguments", {}) if isinstance(call, dict) else None
+        if not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
             return None
         calls.append({"name": call["name"], "arguments": arguments})
     return calls
@@ -109,14 +107,14 @@ def call_matches(call: Mapping[str, Any], answer: Mapping[str, Any], functions: 
         return False
     arguments, parameters = call["arguments"], function["parameters"]
     schemas = parameters.get("properties", {})
-    if any(required not in arguments for required in parameters.get("required", [])):
-        return False
-    for argument, value in arguments.items():
-        if argument not in schemas or argument not in allowed:
-            return False
-        if not value_matches(value, allowed[argument], schemas[argument]):
-            return False
-    return all(argument in arguments or "" in options for argument, options in allowed.items())
+    return (
+        all(required in arguments for required in parameters.get("required", []))
+        and all(
+            argument in schemas and argument in allowed and value_matches(value, allowed[argument], schemas[argument])
+            for argument, value in arguments.items()
+        )
+        and all(argument in arguments or "" in options for argument, options in allowed.items())
+    )
 
 
 def calls_match(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omnitrain.data.batch import PackedBatch
-from omnitrain.interop.public_config import CheckpointError, public_config, read_config
-from omnitrain.interop.public_format import load_pretrained, save_pretrained
+from omnitrain.interop.public_config import (
+    AUDIO,
+    CODE2WAV,
+    MTP,
+    TALKER,
+    TALKER_TEXT,
+    TEXT,
+    VISION,
+    CheckpointError,
+    public_config,
+    read_config,
+)
+from omnitrain.interop.public_format import load_pretrained, public_tensors, save_pretrained
+from omnitrain.interop.text_model import DENSE, READ, SPARSE
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.presets import build, count_parameters, init_weights
 from tests.interop.public_models import SPECIAL, public_sample, save_public_model
@@ -167,7 +180,8 @@ def test_a_broken_tensor_is_named(thinker: Path, tmp_path: Path, change, message
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["text_config"].pop("num_experts"), "config.json: field text_config.num_experts is missing"),
+        (lambda c: c["text_config"].update(num_experts="4"), "config.json: field text_config.num_experts is '4'"),
+        (lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[2, 3, 3]), "mrope_sections (2, 3, 3)"),
         (lambda c: c["text_config"].update(hidden_act="gelu"), "field text_config.hidden_act is 'gelu'"),
         (lambda c: c.update(tie_word_embeddings=True), "field tie_word_embeddings is True"),
         (lambda c: c.update(architectures=["LlamaForCausalLM"]), "architectures is 'LlamaForCausalLM'"),
@@ -288,3 +302,74 @@ def test_the_full_size_is_the_reference_s() -> None:
     assert count_parameters(ours.visual) == count_parameters(reference.model.visual)
     decoder = count_parameters(reference.model.language_model) + count_parameters(reference.lm_head)
     assert count_parameters(ours.thinker) == decoder
+
+
+def _without_defaults(section: dict, reference) -> dict:
+    """`section` without the fields that stand in it with the default of the reference's configuration class."""
+    kept = {}
+    for key, value in section.items():
+        default = getattr(reference, key, None)
+        if isinstance(value, dict) and key.endswith("_config"):
+            value = _without_defaults(value, default)
+        elif value == (list(default) if isinstance(default, tuple) else default) and key != "architectures":
+            continue
+        kept[key] = value
+    return kept
+
+
+def _as_in_4_57(config: dict) -> dict:
+    """The rotary base beside `rope_scaling`, and the older word for the type of the numbers."""
+    old = {key: _as_in_4_57(value) if isinstance(value, dict) else value for key, value in config.items()}
+    if rope := old.pop("rope_parameters", None):
+        old["rope_theta"] = rope.pop("rope_theta")
+        rope["type"] = rope["rope_type"]
+        if "mrope_section" in rope:
+            old["rope_scaling"] = rope
+    if "dtype" in old:
+        old["torch_dtype"] = old.pop("dtype")
+    return old
+
+
+@pytest.mark.parametrize("layout", ["whole", "without_defaults", "4.57", "4.57_without_defaults"])
+def test_the_published_configuration(layout: str, tmp_path: Path) -> None:
+    """With and without the fields that transformers fills in, 28,010 tensors and 35,259,818,545 numbers."""
+    from transformers import Qwen3OmniMoeConfig
+
+    with torch.device("meta"):
+        config = public_config(build("qwen3_omni_30b_a3b", speech=True).config, "full")
+    if "without" in layout:
+        config = _without_defaults(config, Qwen3OmniMoeConfig())
+        assert not {"num_position_embeddings", "depth"} & set(config["thinker_config"].get("vision_config", {}))
+    if "4.57" in layout:
+        config = _as_in_4_57(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, prefix = read_config(tmp_path)
+    with torch.device("meta"):
+        model = OmniModel(ours)
+        tensors = list(public_tensors(model, "full"))
+    assert prefix == "thinker."
+    assert len(tensors) == 28_010
+    assert sum(t.numel() for _, t in tensors) == 35_259_818_545
+
+
+def test_every_default_is_that_of_transformers() -> None:
+    from transformers import Qwen3Config, Qwen3MoeConfig, Qwen3OmniMoeConfig
+
+    full = Qwen3OmniMoeConfig()
+    thinker, talker = full.thinker_config, full.talker_config
+    theirs = [
+        (TEXT, thinker.text_config), (AUDIO, thinker.audio_config), (VISION, thinker.vision_config),
+        (TALKER, talker), (TALKER_TEXT, talker.text_config), (MTP, talker.code_predictor_config),
+        (CODE2WAV, full.code2wav_config), (READ[DENSE], Qwen3Config()), (READ[SPARSE], Qwen3MoeConfig()),
+    ]  # fmt: skip
+    for part, reference in theirs:
+        for key, value in part.defaults.items():
+            if callable(value) or key == "trim":  # computed there too; ours alone
+                assert not hasattr(reference, key)
+                continue
+            default = getattr(reference, key)
+            if key == "speaker_id":
+                default = default or {}
+            assert value == (tuple(default) if isinstance(default, list) else default), (part.model_type, key)
+        if "rope_theta" in {f.name for f in fields(part.config)}:
+            assert part.theta == reference.default_theta or part.theta == reference.rope_parameters["rope_theta"]

@@ -166,7 +166,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "only 'silu' is supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "rope_type is 'yarn'"),
         ({"architectures": ["LlamaForCausalLM"]}, "expected .*Qwen3"),
-        ({"hidden_size": None}, "field hidden_size is missing"),
+        ({"hidden_size": "32"}, "field hidden_size is '32'"),
     ):
         (folder / "config.json").write_text(json.dumps(values | change))
         with pytest.raises(CheckpointError, match=said):

@@ -48,9 +48,12 @@ def pair(request):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "lengths", [[1], [57], [99], [100], [101], [450], [812, 1030], [300, 163, 1712], [230, 40, 100, 8, 2005]], ids=str
-)
+@pytest.mark.parametrize(  # 6400 frames are the 64 chunks that are convolved at once
+    "lengths",
+    [[1], [57], [99], [100], [101], [450], [812, 1030], [300, 163, 1712], [230, 40, 100, 8, 2005], [6399], [6400],
+     [6401], [13000]],
+    ids=str,
+)  # fmt: skip
 def test_features_equal_the_reference(pair, lengths):
     ours, reference = pair
     mel = torch.randn(sum(lengths), ours.config.n_mels, generator=torch.Generator().manual_seed(1))
@@ -108,9 +111,13 @@ def test_packed_equals_alone():
 
 
 @torch.no_grad()
-def test_long_recordings_are_convolved_in_pieces(monkeypatch):
+@pytest.mark.parametrize(
+    "lengths", [[50], [300], [301], [400], [600], [900, 900], [1350], [50, 1300], [1300, 50], [100] * 7]
+)
+def test_long_recordings_are_convolved_in_pieces(lengths, monkeypatch):
+    """Less than a block of three chunks, exactly one, a block and one, several; with and without a short recording."""
     encoder = AuTEncoder(CONFIGS["two layers"])
-    mel, lengths = torch.randn(1350, 128), torch.tensor([50, 1300])
+    mel, lengths = torch.randn(sum(lengths), 128), torch.tensor(lengths)
     whole = encoder(mel, lengths)
     monkeypatch.setattr("omnitrain.models.aut.CHUNKS_PER_CONVOLUTION", 3)
     torch.testing.assert_close(encoder(mel, lengths), whole, atol=1e-5, rtol=1e-5)

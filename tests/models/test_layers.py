@@ -8,7 +8,8 @@ from torch import Tensor
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.layers.moe import Routing, SwiGLUExperts, TopKRouter
 from omnitrain.models.layers.norms import RMSNorm
-from omnitrain.models.layers.rope import NormRotate, axis_of_frequency, rotate, tm_rope
+from omnitrain.models.layers.rope import NormRotate, rotate, tm_rope
+from omnitrain.models.sizes import axis_of_frequency
 
 
 def gradients_agree(actual: Tensor, expected: Tensor, inputs: list[Tensor], tolerance: float = 1e-5) -> None:

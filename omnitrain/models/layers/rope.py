@@ -14,22 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnitrain.models.layers.norms import inverse_rms
+from omnitrain.models.sizes import axis_of_frequency
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin of rotation angles, fp32."""
-
-
-def axis_of_frequency(sections: tuple[int, int, int]) -> list[int]:
-    """Axis (0 t, 1 h, 2 w) of each of the sum(sections) frequencies, from the highest to the lowest.
-
-    Raises:
-        ValueError: if the interleaving cannot give h and w their share.
-    """
-    half = sum(sections)
-    axes = [i % 3 if i % 3 and i < 3 * sections[i % 3] else 0 for i in range(half)]
-    if tuple(axes.count(a) for a in range(3)) != tuple(sections):
-        raise ValueError(f"mrope_sections {sections}: t must have at least as many frequencies as h and w")
-    return axes
 
 
 def tm_rope_angles(position_ids: Tensor, sections: tuple[int, int, int], theta: float) -> Tensor:
