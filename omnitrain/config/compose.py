@@ -59,6 +59,9 @@ warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' i
 SAVED_RUN = "saved_run"
 """Name under which the configuration of an existing run folder is composed (`omnitrain test RUN_DIR`)."""
 
+_MOST_VALUES = 100_000
+"""In one YAML file of the user's."""
+
 __all__ = ["ConfigError", "ForbiddenTarget", "RunConfig", "run_config", "run_verb"]
 
 
@@ -88,6 +91,29 @@ def register_recipes(arguments: list[str]) -> None:
         if own is None or not (Path(own) / "recipe" / name).exists():
             group = "/".join(["recipe", *name.parts[:-1]])
             store.store(group=group, name=name.stem, node=OmegaConf.load(path), package="_global_")
+    for path in sorted(Path(own).rglob("*.yaml")) if own is not None else ():
+        text = path.read_bytes()
+        if b"&" in text and (count := _count_values(text)) > _MOST_VALUES:
+            raise ConfigError(f"{path}: its anchors (&NAME) stand for {count:.0e} values; at most {_MOST_VALUES:.0e}")
+
+
+def _count_values(text: bytes) -> int:
+    """How many values a YAML document has once what stands behind an anchor is put at each place that refers to it."""
+    total, size_of, opened = 0, dict[str, int](), list[tuple[str | None, int]]()
+    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # Hydra says what is wrong, if it is used
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                total += size_of.get(event.anchor, 0)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, before = opened.pop()
+                size_of |= {anchor: total - before} if anchor else {}
+            elif isinstance(event, yaml.NodeEvent):
+                total += 1
+                if isinstance(event, yaml.CollectionStartEvent):
+                    opened.append((event.anchor, total - 1))
+                elif event.anchor:
+                    size_of[event.anchor] = 1
+    return total
 
 
 def run_verb(verb: str, arguments: list[str]) -> int:
