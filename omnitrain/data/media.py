@@ -34,6 +34,7 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
+from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omnitrain.data.sample import BadSample
@@ -308,7 +309,8 @@ class _Track:
 
     def __init__(self, limits: MediaLimits) -> None:
         self.limits = limits
-        self.resampler = av.AudioResampler(format="fltp")  # keeps rate and layout
+        # Keeps rate and layout. Interleaved: of planes PyAV reads eight, and beyond them whatever lies there.
+        self.resampler = av.AudioResampler(format="flt")
         self.pieces: list[np.ndarray] = []
         self.rate = 0
         self.samples = 0
@@ -316,10 +318,13 @@ class _Track:
 
     def add(self, frame: Any) -> None:
         if self.start is None:
+            if frame.layout.nb_channels > 64:
+                raise BadSample("audio_corrupt", f"{frame.layout.nb_channels} channels; at most 64 are mixed")
             self.start = float(frame.time) if frame.time is not None else 0.0
             self.rate = frame.sample_rate
         for plain in self.resampler.resample(frame):
-            piece = _mono(plain.to_ndarray(), [channel.name for channel in plain.layout.channels])
+            names = [channel.name for channel in plain.layout.channels]
+            piece = _mono(rearrange(plain.to_ndarray(), "1 (t c) -> c t", c=plain.layout.nb_channels), names)
             self.pieces.append(piece)
             self.samples += len(piece)
         _too_long(self.samples / self.rate, self.limits)

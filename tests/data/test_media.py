@@ -98,9 +98,9 @@ def test_limits_of_pictures() -> None:
 # --------------------------------------------------------------------------------------------------------------- sound
 
 
-def wav(samples: np.ndarray, rate: int, **options) -> bytes:
+def wav(samples: np.ndarray, rate: int, format: str = "WAV", **options) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="WAV", **options)
+    soundfile.write(buffer, samples, rate, format=format, **options)
     return buffer.getvalue()
 
 
@@ -126,6 +126,21 @@ def test_downmix() -> None:
     assert spectrum[500] < 1
     with pytest.raises(BadSample, match="not finite"):
         decode_audio(wav(np.array([0.0, np.nan]), 16_000, subtype="FLOAT"))
+
+
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "AU"])
+@pytest.mark.parametrize("channels", [7, 8, 9, 10, 24, 64, 65, 1000])
+def test_channels_without_number(format: str, channels: int) -> None:
+    """More channels than any layout has a name for are averaged, and never end the process."""
+    samples = np.random.default_rng(channels).uniform(-0.5, 0.5, (4_000, channels))
+    data = wav(samples, 16_000, format)
+    if channels > 64:
+        with pytest.raises(BadSample, match="audio_corrupt"):
+            decode_audio(data)
+    elif channels > 8:
+        np.testing.assert_allclose(decode_audio(data), samples.mean(axis=1), atol=1e-4)
+    else:
+        assert len(decode_audio(data)) == 4_000
 
 
 def test_limits_of_sound() -> None:
