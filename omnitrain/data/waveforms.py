@@ -259,13 +259,11 @@ class WaveformDataModule(OmniDataModule):
 
 
 class FiniteRows(Iterable[WaveBatch]):
-    """Batches that were read already. (To Lightning a plain list would be several loaders.)"""
+    """Batches that were read already. To Lightning a plain list would be several loaders, and where it knows lengths, a
+    rank with none is an error."""
 
     def __init__(self, batches: Sequence[WaveBatch]) -> None:
         self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
 
     def __iter__(self) -> Iterator[WaveBatch]:
         return iter(self._batches)

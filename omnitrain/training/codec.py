@@ -176,6 +176,8 @@ class CodecModule(TrainingModule):
         return [codec, discriminators], [schedule]
 
     def validation_step(self, batch: WaveBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.ending:
+            return
         output = self.model(batch.wav)
         terms = {name: float(term) for name, term in self._reconstruction(output, batch).items()}
         terms["si_sdr"] = float(si_sdr(output.wav, batch.wav).mean())

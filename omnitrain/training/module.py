@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from rich.table import Table
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,12 +35,20 @@ class TrainingModule(L.LightningModule):
         """Stage of the data's mixture, summed over ranks: it changes where the mixture does."""
         self.batch_end_time = 0.0
         """When the last batch and all that follows it (checkpoint, logging) was done; from `time.perf_counter`."""
+        self.ending = False
+        """Set when the run ends amid a validation: its remaining batches are passed over."""
         self.skipped_steps = 0
         self.gradient_norm = 0.0
         self.last_loss = math.nan
         self._discarded = False
         self._saved: list[dict[str, Any]] = []
         self._configured: list[list[dict[str, Any]]] = []
+
+    def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            # A rank whose batch has no picture leaves that encoder unused. Buffers are alike on all ranks as they are;
+            # to send them would be a collective in every forward pass, of which ranks may validate unequally many.
+            self.trainer.strategy._ddp_kwargs |= {"find_unused_parameters": True, "broadcast_buffers": False}
 
     @property
     def step_loss(self) -> float:
@@ -137,6 +146,8 @@ class TrainingModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         if not self._saved:
+            if rank := self.trainer.global_rank:  # every rank hides other words and frames
+                torch.manual_seed(torch.initial_seed() + rank)
             return
         mine = self._saved[self.trainer.global_rank]
         self._saved = []

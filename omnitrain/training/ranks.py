@@ -1,4 +1,5 @@
-"""What the processes of one run tell one another: every call here is a collective, made by all ranks alike."""
+"""What the processes of one run tell one another. Calls are collectives, made by all ranks alike, unless they say that
+they are not."""
 
 from __future__ import annotations
 
@@ -30,3 +31,18 @@ def gather_objects(value: T) -> list[T]:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def tell_ranks(message: str) -> None:
+    """Leave `message` for the other ranks, at any time. Not a collective: they find it with `told`."""
+    if distributed():
+        _store().set(message, "1")
+
+
+def told(message: str) -> bool:
+    """Whether a rank has left `message`. Not a collective."""
+    return distributed() and _store().check([message])
+
+
+def _store() -> dist.Store:
+    return dist.PrefixStore("omnitrain", dist.distributed_c10d._get_default_store())

@@ -61,8 +61,7 @@ class TalkerModule(ThinkerModule):
                 output = self.model(**batch.model_inputs(), aut_window_frames=window)
             accept_hidden = output.accept_hidden
             text = self.text_losses(batch, output) if self.joint else None
-        speech = None if spoken is None else self._speech_losses(spoken, accept_hidden)
-        return self._together(text, speech)
+        return self._together(text, self._silence() if spoken is None else self._speech_losses(spoken, accept_hidden))
 
     def _speech_losses(self, spoken: SpokenAnswers, accept_hidden: Tensor | None) -> BatchLosses:
         talker, config = self.talker, self.loss_config
@@ -87,12 +86,19 @@ class TalkerModule(ThinkerModule):
             ],
         )
 
-    def _together(self, text: BatchLosses | None, speech: BatchLosses | None) -> BatchLosses:
+    def _silence(self) -> BatchLosses:
+        """Of a pack in which nobody speaks: no loss, a zero gradient for every part, and the same message to the other
+        ranks as of any other."""
+        zero = torch.stack([p.sum() for p in self.talker.parameters() if p.requires_grad]).sum() * 0.0
+        c = self.talker.config
+        counts = zero.new_zeros(c.layers, c.n_experts, dtype=torch.float32)
+        return BatchLosses(
+            total=zero, weight=zero.detach(), routers={"talker": RouterUse(counts, counts, 0)}, groups=[]
+        )
+
+    def _together(self, text: BatchLosses | None, speech: BatchLosses) -> BatchLosses:
         assert isinstance(self.loss_config, TalkerLossConfig)
-        parts = [(part, w) for part, w in ((text, self.loss_config.text), (speech, 1.0)) if part is not None]
-        if not parts:  # nobody speaks in this pack: no loss, and zero gradients for every part
-            zero = torch.stack([p.sum() for p in self.talker.parameters() if p.requires_grad]).sum() * 0.0
-            return BatchLosses(total=zero, weight=zero.detach(), routers={}, groups=[])
+        parts = [(speech, 1.0)] if text is None else [(text, self.loss_config.text), (speech, 1.0)]
         return BatchLosses(
             total=torch.stack([w * part.total for part, w in parts]).sum(),
             weight=torch.stack([w * part.weight.float() for part, w in parts]).sum(),

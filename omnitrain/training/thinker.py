@@ -8,6 +8,7 @@ target tokens of all ranks and all accumulation steps. Clipping, the spike guard
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -177,10 +178,11 @@ class ThinkerModule(TrainingModule):
             if parameter.grad is not None:
                 by_part.setdefault(part_of(name), []).append(parameter.grad)
         gradients = [g for part in by_part.values() for g in part]
-        if not gradients:
-            self.gradient_norm = 0.0
+        if not gradients or not self._window[1]:  # no rank has a target: nothing is learnt, and nothing moves
+            self.zero_grad()
+            self._part_norms, self.gradient_norm = {}, 0.0
             return
-        torch._foreach_div_(gradients, max(1.0, float(self._window[1])))
+        torch._foreach_div_(gradients, float(self._window[1]))
         norms = {part: torch.stack(torch._foreach_norm(g)).norm() for part, g in by_part.items()}
         self._part_norms = {part: float(norm) for part, norm in norms.items()}
         self.gradient_norm = float(torch.stack(list(norms.values())).norm())
@@ -205,7 +207,8 @@ class ThinkerModule(TrainingModule):
     @property
     def step_loss(self) -> float:
         """Loss of this optimizer step over the global batch (without the balance term), nats per target token."""
-        return float(self._window[0] / self._window[1].clamp(min=1.0))
+        nats, weight = self._window.tolist()
+        return nats / weight if weight else 0.0
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -252,7 +255,8 @@ class ThinkerModule(TrainingModule):
         return training_flops(self.model, BatchSizes.of(batch))
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluation.setdefault(dataloader_idx, LossSums()).add(self.losses(batch).groups)
+        if not self.ending:
+            self._evaluation.setdefault(dataloader_idx, LossSums()).add(self.losses(batch).groups)
 
     def test_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)
@@ -268,13 +272,13 @@ class ThinkerModule(TrainingModule):
         named = list(loaders) if isinstance(loaders, Mapping) else None
         self.evaluation_sums = {}
         row: dict[str, float] = {}
-        for states in zip(*gather_objects(sorted(self._evaluation.items())), strict=True):
-            index, merged = states[0][0], LossSums()
-            for _, sums in states:
-                merged.merge(sums)
+        merged = defaultdict[int, LossSums](LossSums)
+        for index, sums in (entry for rank in gather_objects(self._evaluation) for entry in rank.items()):
+            merged[index].merge(sums)
+        for index, sums in sorted(merged.items()):
             name = stage if named is None or named[index] == stage else f"{stage}/{named[index]}"
-            self.evaluation_sums[name] = merged
-            row |= merged.metrics(name)
+            self.evaluation_sums[name] = sums
+            row |= sums.metrics(name)
         self._evaluation = {}
         self.log_dict(row, logger=False, sync_dist=True)  # for callbacks; all ranks have the same values
         if not self.trainer.sanity_checking:

@@ -1,8 +1,9 @@
 """Training runs as processes that may be killed, without paying for the imports each time.
 
 A server process imports torch and Lightning once and forks a child for each run that it is told to start. `Runs` is the
-client. A run is a toy (`{"toy": {...}}`) or a command line of omnitrain (`{"argv": [...]}`). One with a `Kill` sends a
-signal to itself at a place in the program, so that the same thing is always under way.
+client. A run is a toy (`{"toy": {...}}`), a command line of omnitrain (`{"argv": [...]}`) or a function of a file
+beside this one (`{"call": "MODULE:NAME", "given": {...}}`). One with a `Kill` sends a signal to itself at a place in
+the program, so that the same thing is always under way.
 """
 
 from __future__ import annotations
@@ -153,6 +154,9 @@ def _child(request: dict[str, Any]) -> int:
             from toy_training import Toy, train
 
             train(Toy(**run["toy"]))
+        elif "call" in run:
+            module, _, name = run["call"].partition(":")
+            getattr(importlib.import_module(module), name)(**run.get("given", {}))
         else:
             from omnitrain.__main__ import main
 

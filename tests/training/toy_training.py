@@ -31,6 +31,7 @@ from omnitrain.config.run_config import (
 )
 from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.data.positions import AudioSpan, ImageSpan, TextSpan, audio_tokens, tm_rope_positions
+from omnitrain.data.stream import TooManyBadSamples
 from omnitrain.models.aut import AuTConfig
 from omnitrain.models.omni import OmniConfig, OmniModel
 from omnitrain.models.presets import init_weights
@@ -118,8 +119,11 @@ class ToyData(L.LightningDataModule):
     """Step g's eight samples, dealt to micro-batches and ranks in order; reads ahead like the real one and keeps the
     position of the last trained batch."""
 
-    def __init__(self, poison: tuple[int, ...] = (), delay: float = 0.0, stage_at: int = 10**9) -> None:
+    def __init__(
+        self, poison: tuple[int, ...] = (), delay: float = 0.0, stage_at: int = 10**9, uneven: bool = False
+    ) -> None:
         super().__init__()
+        self.uneven, self.fails_at = uneven, -1
         self.position = 0
         self.poison, self.delay, self.stage_at = poison, delay, stage_at
 
@@ -134,6 +138,8 @@ class ToyData(L.LightningDataModule):
         position = self.position
         while True:
             step, micro = divmod(position, accumulate)
+            if step == self.fails_at:
+                raise TooManyBadSamples("this rank's data are damaged")
             start = (micro * world + rank) * size
             batch = PackedBatch.pack(
                 step_samples(step)[start : start + size],
@@ -157,6 +163,12 @@ class ToyData(L.LightningDataModule):
     def val_dataloader(self) -> Any:
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        if self.uneven:  # rank 0 has three packs, rank 1 one, rank 2 none, rank 3 two; one process has them all
+            of_rank = {0: (1000, 1001, 1002), 1: (1003,), 2: (), 3: (1004, 1005)}
+            steps = (
+                of_rank[rank] if world == 4 else of_rank[rank] + of_rank[rank + 2] if world == 2 else range(1000, 1006)
+            )
+            return _Endless(self, [PackedBatch.pack(step_samples(s)) for s in steps])
         return _Fixed([PackedBatch.pack(step_samples(s)[rank::world]) for s in (1000, 1002)])
 
     def test_dataloader(self) -> Any:
@@ -194,11 +206,13 @@ class _Fixed:
 
 
 class _Endless:
-    def __init__(self, data: ToyData) -> None:
-        self.data = data
+    """A loader without a length, as the real ones."""
+
+    def __init__(self, data: ToyData, batches: list[PackedBatch] | None = None) -> None:
+        self.data, self.given = data, batches
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        return self.data.batches()
+        return self.data.batches() if self.given is None else iter(self.given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +234,8 @@ class Toy:
     stage_at: int = 10**9  # from this step on the data are of another stage
     max_in_a_row: int = 5
     ema: bool = False
+    uneven: bool = False  # ranks have unequally many packs to validate on
+    fail: tuple[int, int] | None = None  # (rank, step): what reads the data raises there
     word_dropout: float = 0.0
     precision: str = "32-true"
     delay: float = 0.0
@@ -244,7 +260,9 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
         # eps well above rounding: AdamW would turn a gradient that is only rounding noise into a full step.
         OptimConfig(lr=3e-3, warmup_steps=2, total_steps=toy.max_steps_of_schedule, eps=1e-4, decay_fraction=0.2),
     )
-    data = ToyData(poison=tuple(toy.poison), delay=toy.delay, stage_at=toy.stage_at)
+    data = ToyData(poison=tuple(toy.poison), delay=toy.delay, stage_at=toy.stage_at, uneven=toy.uneven)
+    if toy.fail is not None and toy.fail[0] == int(os.environ.get("LOCAL_RANK", "0")):
+        data.fails_at = toy.fail[1]
     callbacks: list[L.Callback] = [
         AtomicCheckpoint(CheckpointConfig(every_n_steps=toy.checkpoint_every), run_dir=out),
         SpikeGuard(SpikeGuardConfig(min_steps=4, max_in_a_row=toy.max_in_a_row), run_dir=out),

@@ -20,7 +20,10 @@ from omnitrain.config.run_config import CheckpointConfig
 from omnitrain.files import CHECKPOINTS, atomic, printable
 from omnitrain.interop.start_from import read_checkpoint
 from omnitrain.training.logging import ExactCsvLogger
-from omnitrain.training.ranks import sum_over_ranks
+from omnitrain.training.module import TrainingModule
+from omnitrain.training.ranks import sum_over_ranks, tell_ranks, told
+
+_ENDING = "ending"
 
 
 def step_ended(trainer: L.Trainer) -> bool:
@@ -124,9 +127,13 @@ class AtomicCheckpoint(Checkpoint):
         counts = sum_over_ranks(torch.tensor(flags, device=trainer.strategy.root_device)).tolist()
         return [number for number, count in zip(self._SIGNALS, counts, strict=True) if count > 0]
 
+    def _survived(self) -> set[int]:
+        """Signals that do not end the run: a job of submitit that gets SIGTERM saves and goes on until it is killed,
+        since where Slurm preempts with a time of grace, a job that ends within it is not queued again."""
+        return {signal.SIGTERM} if callable(self._handlers[signal.SIGUSR2]) else set()
+
     def _leave(self, trainer: L.Trainer, received: list[int]) -> None:
-        """End the process, whose state is saved. Only a job of submitit that gets SIGTERM goes on until it is killed:
-        where Slurm preempts with a time of grace, a job that ends within it is not queued again."""
+        """End the process, whose state is saved, unless all that it got is `_survived`."""
         if trainer.is_global_zero:
             saved = f"step {self.last_step} is in {self.path}" if self.path.exists() else "nothing was saved yet"
             if self._overdue:
@@ -182,6 +189,16 @@ class AtomicCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        # Ranks may have unequally many batches: no collective here. Who gets a signal tells the others, all pass over
+        # the rest of their batches, and leave together at the end.
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            assert isinstance(pl_module, TrainingModule)
+            if self._received - self._survived():
+                tell_ranks(_ENDING)
+                pl_module.ending = True
+            pl_module.ending |= told(_ENDING)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if terminated := self._signals_of_any_rank(trainer):

@@ -82,7 +82,8 @@ class SpikeGuard(Callback):
         elif norm > bound:
             reason = f"gradient norm is above {self.config.factor:g} x the running median"
         else:
-            self.norms.append(norm)
+            if norm:  # a step without targets says nothing
+                self.norms.append(norm)
             self.in_a_row = 0
             return
         pl_module.discard_step()

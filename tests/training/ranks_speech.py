@@ -1,0 +1,113 @@
+"""Trainings of the Talker and of the codec in one rank of several, for `test_unequal_ranks.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from test_codec_module import SMALL_DISCRIMINATORS, tiny_codec, tone
+from test_talker_module import SPEECH, TOKENIZER, speech_sample, talking_model
+
+from omnitrain.config.run_config import CodecLossConfig, CodecModuleConfig, OptimConfig, TalkerModuleConfig
+from omnitrain.data.batch import PackedBatch
+from omnitrain.data.encode import SampleEncoder
+from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.data.settings import AudioGeometry, MediaLimits, VisionGeometry
+from omnitrain.data.waveforms import FiniteRows, WaveBatch
+from omnitrain.training.codec import CodecModule
+from omnitrain.training.logging import ExactCsvLogger
+from omnitrain.training.talker import TalkerModule
+
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+
+
+class _Given(L.LightningDataModule, Iterable[Any]):
+    """Training batches of all ranks, step by step, and validation batches of each rank."""
+
+    def __init__(self, steps: list[list[Any]], validation: list[list[Any]]) -> None:
+        super().__init__()
+        self.steps, self.validation = steps, validation
+
+    def __iter__(self) -> Iterator[Any]:
+        alone = self.trainer is None or self.trainer.world_size == 1
+        for step in self.steps:
+            yield from step if alone else [step[RANK]]
+
+    def train_dataloader(self) -> Any:
+        return _Loader(self)
+
+    def val_dataloader(self) -> Any:
+        alone = self.trainer is None or self.trainer.world_size == 1
+        return FiniteRows([b for rank in self.validation for b in rank] if alone else self.validation[RANK])
+
+
+class _Loader:
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def _fit(module: L.LightningModule, data: _Given, out: str, ranks: int, **options: Any) -> None:
+    torch.set_num_threads(1)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=len(data.steps),
+        max_epochs=-1, log_every_n_steps=1, num_sanity_val_steps=0, check_val_every_n_epoch=None,
+        use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=False,
+        enable_checkpointing=False, default_root_dir=out, logger=ExactCsvLogger(run_dir=out), **options,
+    )  # fmt: skip
+    for logger in trainer.loggers:
+        assert isinstance(logger, ExactCsvLogger)
+        logger.begin(None)
+    trainer.fit(module, datamodule=data)
+    torch.save(module.state_dict(), Path(out) / f"final.{RANK}.pt")
+
+
+def talker(out: str, ranks: int, parts: int, train: list[str], silent: bool = False) -> None:
+    """Steps of `parts` packs, each on its rank, or one after the other in one process: in the first, nobody speaks in
+    the last pack; in the second, in the first one alone; in the third all speak; in the fourth, if `silent`, nobody."""
+    encoder = SampleEncoder(
+        tokenizer=TOKENIZER, audio=AudioGeometry(), vision=VisionGeometry(), limits=MediaLimits(),
+        vocab_size=TOKENIZER.vocab_size, speech=SPEECH,
+    )  # fmt: skip
+    number = iter(range(100))
+
+    def pack(speaks: bool) -> PackedBatch:
+        i = next(number)
+        text = Message(role="document", segments=(Segment(type="text", text=f"the {i}. cat sleeps"),))
+        samples = [Sample(id=f"text/{i}", source="test", messages=(text,))]
+        samples += [speech_sample(i), speech_sample(i + 1)] if speaks else []
+        packed = PackedBatch.pack([encoder(s, lambda segment: segment.media or b"") for s in samples])
+        return replace(packed, stream_state={})
+
+    steps = [
+        [pack(i < parts - 1) for i in range(parts)], [pack(i > 0) for i in range(parts)], [pack(True)] * parts,
+        *([[pack(False) for _ in range(parts)]] if silent else []),
+    ]  # fmt: skip
+    validation = [[pack(True), pack(False), pack(True)], [pack(False)], [], [pack(True)]][:parts]
+    # eps above rounding, which AdamW would turn into full steps.
+    optim = OptimConfig(lr=3e-3, warmup_steps=1, total_steps=8, eps=0.1)
+    module = TalkerModule(talking_model(), TalkerModuleConfig(train=train, frame_dropout=0.0), optim)
+    accumulate = 1 if ranks > 1 else parts
+    _fit(
+        module, _Given(steps, validation), out, ranks, accumulate_grad_batches=accumulate,
+        val_check_interval=3 * accumulate,
+    )  # fmt: skip
+
+
+def codec(out: str, ranks: int) -> None:
+    """Three steps, with discriminators from the second on; unequally many rows to validate on."""
+    waves = [torch.from_numpy(np.stack([tone(150 + 30 * i, 0.96)])) for i in range(3 * ranks)]
+    rows = [WaveBatch(wav=w, spans=(), sample_ids=(f"{i}",), sources=("t",), frames=12) for i, w in enumerate(waves)]
+    steps = [rows[i * ranks : (i + 1) * ranks] for i in range(3)]
+    validation = [[*rows[:3]], [rows[0]], [], [rows[1]]][:ranks]
+    config = CodecModuleConfig(discriminator=SMALL_DISCRIMINATORS, loss=CodecLossConfig(adversarial_after=1, content=0))
+    module = CodecModule(tiny_codec(), config, OptimConfig(lr=1e-3, warmup_steps=1, total_steps=8))
+    _fit(module, _Given(steps, validation), out, ranks, val_check_interval=3)
