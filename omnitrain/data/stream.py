@@ -44,11 +44,7 @@ class Tally:
 
 
 class BadSampleLog:
-    """One JSON object a line for every skipped sample: source, shard, row, id, reason, detail.
-
-    Args:
-        path: the file; None writes nothing.
-    """
+    """One JSON object a line for every skipped sample: source, shard, row, id, reason, detail. No `path`: no log."""
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = Path(path) if path is not None else None
@@ -191,7 +187,7 @@ class PackedStream(Iterator[PackedBatch]):
             self._skipped.add(draw.bad)
             self._skipped.check(self._read)
         else:
-            self._admit(draw.pick.source, draw.pick.position, 0, len(draw.sample), draw.sample)
+            self._admit(draw.pick.source, draw.pick.position, draw.sample)
         self._unused = 0 if self._pending else self._unused + 1
         if self._unused >= MAX_WITHOUT_BATCH:
             raise RuntimeError(
@@ -199,15 +195,13 @@ class PackedStream(Iterator[PackedBatch]):
                 "the budgets (max_tokens, max_mel_frames, max_patches), or see the log of bad samples"
             )
 
-    def _admit(self, source: int, position: int, start: int, end: int, whole: EncodedSample) -> None:
+    def _admit(self, source: int, position: int, whole: EncodedSample, start: int = 0, end: int | None = None) -> None:
         """Queue tokens start..end of a sample for packing, in pieces if it is a document too long for a pack."""
         parts = self._packing.parts(whole, start, end)
         self._pending += [Item(source, position, a, b, part) for a, b, part in parts]
         if not parts:
-            opened = self._mixture.source(source)
-            shard, row = opened.locate(self._mixture.index(source, position))
-            bad = {"source": opened.name, "shard": shard, "row": row, "id": whole.id}
-            self._skipped.add(bad | {"reason": TOO_LONG, "detail": self._packing.budget.excess(whole)})
+            bad = {"reason": TOO_LONG, "detail": self._packing.budget.excess(whole.sizes)}
+            self._skipped.add(self._mixture.row(source, position, whole.id) | bad)
 
     def _emit(self, items: list[Item]) -> PackedBatch:
         batch = PackedBatch.pack([item.sample for item in items])
@@ -221,12 +215,8 @@ class PackedStream(Iterator[PackedBatch]):
                 self._seen[kind].add(group, first, len(item.sample))
         self._batches += 1
         self._tokens += batch.n_tokens
-        self._filling += self._packing.budget.filling(
-            batch.n_tokens,
-            sum(item.sample.mel_frames for item in items),
-            sum(item.sample.n_patches for item in items),
-            sum(item.sample.frames for item in items),
-        )
+        sizes = zip(*(item.sample.sizes for item in items), strict=True)
+        self._filling += self._packing.budget.filling(map(sum, sizes))
         until = self._stages[self._stage].until_tokens
         # (A stage with `samples` is left once all its packs are out, when the next batch is asked for.)
         while until is not None and self._tokens * self._mixture.world_size >= until:
@@ -248,12 +238,8 @@ class PackedStream(Iterator[PackedBatch]):
 
     def _stage_budget(self) -> Budget:
         stage = self._stages[self._stage]
-        return Budget(
-            tokens=stage.max_tokens or self._own_budget.tokens,
-            mel_frames=stage.max_mel_frames or self._own_budget.mel_frames,
-            patches=stage.max_patches or self._own_budget.patches,
-            frames=self._own_budget.frames,
-        )
+        own = {"tokens": stage.max_tokens, "mel_frames": stage.max_mel_frames, "patches": stage.max_patches}
+        return replace(self._own_budget, **{name: most for name, most in own.items() if most})
 
     def _enter(self, stage: int) -> None:
         """Change mixture and budgets. Samples that wait in open packs are packed anew, first; what worker processes
@@ -267,33 +253,32 @@ class PackedStream(Iterator[PackedBatch]):
         self._packer = self._packing.packer()
         self._pending = []
         for item in waiting:
-            if self._packing.budget.fits(item.sample):
-                self._pending.append(item)
+            if self._packing.budget.excess(item.sample.sizes):
+                whole = self._whole(item.source, item.position)
+                self._admit(item.source, item.position, whole, item.start, item.end)
             else:
-                self._admit(item.source, item.position, item.start, item.end, self._whole(item.source, item.position))
+                self._pending.append(item)
 
     # --- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Plain integers, strings, lists and dicts, independent of the number of workers."""
-        return {
+        state = {
             "version": STATE_VERSION,
             "rank": self._mixture.rank,
             "stage": self._stage,
-            "drawn": list(self._drawn),
-            "before": list(self._before),
+            "drawn": self._drawn,
+            "before": self._before,
             "waiting": [[item.key() for item in pack] for pack in self._packer.waiting()],
             "pending": [item.key() for item in self._pending],
             "read": self._read,
             "batches": self._batches,
             "tokens": self._tokens,
             "filling": self._filling,
-            "skipped": dict(self._skipped.counts),
-            "seen": {
-                kind: {"samples": dict(tally.samples), "tokens": dict(tally.tokens)}
-                for kind, tally in self._seen.items()
-            },
+            "skipped": self._skipped.counts,
+            "seen": {kind: vars(tally) for kind, tally in self._seen.items()},
         }
+        return deepcopy(state)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["version"] != STATE_VERSION:
@@ -415,6 +400,5 @@ class FinitePacks(Iterable[PackedBatch]):
         while closed := packer.close_fullest():
             yield pack(closed)
         if not packs and read:
-            raise TooManyBadSamples(
-                f"none of the {read} samples of {self._mixture.names} can be used: {skipped.counts}"
-            )
+            names = self._mixture.names
+            raise TooManyBadSamples(f"none of the {read} samples of {names} can be used: {skipped.counts}")
