@@ -19,9 +19,8 @@ class TalkerDocument:
     """One spoken answer: T positions, F frames of Q codes; rows and positions count within the sample, -1 is nothing.
 
     Attributes:
-        text_ids, hidden_rows, codec_ids, frame_rows, labels: int64 [T]
-        position_ids: float32 [3, T], starting at 0
-        codes: int64 [F, Q].  frame_sources: int64 [F]
+        text_ids, hidden_rows, codec_ids, frame_rows, labels: int64 [T];  position_ids: float32 [3, T], starting at 0
+        codes: int64 [F, Q];  frame_sources: int64 [F]
         heard: float32 [H, D], hidden states of a frozen Thinker at the H positions that name one, in their order; None
             where the Thinker is asked itself
     """
@@ -45,9 +44,8 @@ class EncodedSample:
     """One sample as numbers (NumPy, so that it crosses worker processes cheaply).
 
     Attributes:
-        input_ids: int64 [n]
+        input_ids: int64 [n];  token_types: uint8 [n], TEXT / IMAGE / VIDEO / AUDIO
         labels: int64 [n], *already shifted*: `labels[i]` is the token that position i must predict, or IGNORE.
-        token_types: uint8 [n], TEXT / IMAGE / VIDEO / AUDIO
         position_ids: float32 [3, n], TM-RoPE ids (t, h, w) that start at 0 (fractions occur, see `positions.py`)
         mel: float32 frames [F, n_mels] per audio, in order of appearance (sound tracks of videos included)
         patches: float32 [P, C * temporal_patch * patch * patch] per image or video, in order of appearance
@@ -115,8 +113,7 @@ class SpokenAnswers:
     def pack(samples: Sequence[EncodedSample]) -> SpokenAnswers | None:
         """Those of `samples`, in order; None if nobody speaks.
 
-        Raises:
-            ValueError: some documents bring a frozen Thinker's hidden states, and others need the Thinker itself.
+        Raises ValueError: some documents bring a frozen Thinker's hidden states, and others need the Thinker itself.
         """
         documents = [(i, document) for i, sample in enumerate(samples) for document in sample.spoken]
         if not documents:
@@ -224,11 +221,7 @@ class PackedBatch:
 
     @staticmethod
     def pack(samples: list[EncodedSample], **extra: Any) -> PackedBatch:
-        """Lay `samples` end to end. `extra` sets `stream_state` and `skipped`.
-
-        Raises:
-            ValueError: if `samples` is empty.
-        """
+        """Lay `samples`, at least one, end to end. `extra` sets `stream_state` and `skipped`."""
         if not samples:
             raise ValueError("PackedBatch.pack needs at least one sample")
         mels = [m for s in samples for m in s.mel]

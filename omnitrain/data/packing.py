@@ -108,10 +108,6 @@ class Packing:
     window: int = 8
     n_bytes: Callable[[np.ndarray], int]
 
-    def packer(self) -> FirstFit:
-        """A packer without any pack."""
-        return FirstFit(self.budget, self.window)
-
     def parts(
         self, sample: EncodedSample, start: int = 0, end: int | None = None
     ) -> list[tuple[int, int, EncodedSample]]:

@@ -49,8 +49,7 @@ class SourceConfig:
     def open(self) -> Source:
         """The samples, shards opened.
 
-        Raises:
-            ValueError, FileNotFoundError: nothing there, or nothing left by `split` and `where`.
+        Raises ValueError or FileNotFoundError: nothing there, or nothing left by `split` and `where`.
         """
         from omnitrain.data.adapters import open_source, spaced
 

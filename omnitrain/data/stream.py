@@ -15,8 +15,8 @@ from typing import Any
 
 from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.mixture import Draw, Mixture, Schedule
-from omnitrain.data.packing import Item, Packing, cut
-from omnitrain.data.settings import Budget, Stage
+from omnitrain.data.packing import FirstFit, Item, Packing, cut
+from omnitrain.data.settings import Stage
 from omnitrain.files import append_line, atomic, printable
 
 STATE_VERSION = 1
@@ -67,7 +67,6 @@ class Skipped:
 
     Args:
         most: share of the samples read that may be bad. Samples that are too long count as skipped but not as bad.
-        log: where each is written.
     """
 
     def __init__(self, most: float, log: BadSampleLog | None = None) -> None:
@@ -101,14 +100,11 @@ class PackedStream(Iterator[PackedBatch]):
     """Packed batches of one rank, without end unless the last stage has one; each carries the state after it.
 
     Args:
-        mixture: gives the samples.
         weights: by source name, for stages without weights of their own.
         packing: its budget is for stages without budgets of their own.
-        stages: in order; each but the last has `until_tokens` or `samples`, the last may have `samples`.
-        max_bad_fraction: the run stops when more than this share of the drawn samples is bad. Samples that are too long
-            count as skipped but not as bad.
+        stages: see `check_stages`.
+        max_bad_fraction, log: see `Skipped`.
         num_workers, ahead: processes that decode and encode, and how many samples each keeps ready.
-        log: where skipped samples are written.
         state: continue after this state (of a batch of an equal stream).
 
     Raises (from `next`):
@@ -140,18 +136,14 @@ class PackedStream(Iterator[PackedBatch]):
         self._skipped = Skipped(max_bad_fraction, log)
         self._draws: Any = None
         self._unused = 0  # draws in a row that gave nothing
-        nothing = [0] * len(mixture.names)
         self._pending: list[Item] = []
-        self._stage, self._drawn, self._before = 0, list(nothing), list(nothing)
+        self._stage, self._drawn, self._before = 0, [0] * len(mixture.names), [0] * len(mixture.names)
         self._read, self._batches, self._tokens, self._filling = 0, 0, 0, 0.0
         self._seen = {"source": Tally(), "modality": Tally(), "languages": Tally()}
-        self._packing = replace(packing, budget=self._stage_budget())
-        self._packer = self._packing.packer()
+        self._open_packer(packing)
         if state is not None:
             self._restore(state)
         self._skipped.keep_log()
-
-    # --- batches -------------------------------------------------------------------------------------------------
 
     def __next__(self) -> PackedBatch:
         while True:
@@ -206,13 +198,10 @@ class PackedStream(Iterator[PackedBatch]):
     def _emit(self, items: list[Item]) -> PackedBatch:
         batch = PackedBatch.pack([item.sample for item in items])
         for item in items:
-            first = int(item.start == 0)  # pieces of one document are one sample
-            for kind, group in (
-                ("source", self._mixture.names[item.source]),
-                ("modality", item.sample.modality),
-                ("languages", ">".join(item.sample.languages) or "und"),
-            ):
-                self._seen[kind].add(group, first, len(item.sample))
+            sample, languages = item.sample, ">".join(item.sample.languages) or "und"
+            groups = {"source": self._mixture.names[item.source], "modality": sample.modality, "languages": languages}
+            for kind, group in groups.items():
+                self._seen[kind].add(group, int(item.start == 0), len(sample))  # a document's pieces: one sample
         self._batches += 1
         self._tokens += batch.n_tokens
         sizes = zip(*(item.sample.sizes for item in items), strict=True)
@@ -224,8 +213,6 @@ class PackedStream(Iterator[PackedBatch]):
             until = self._stages[self._stage].until_tokens
         return replace(batch, stream_state=self.state_dict(), skipped=dict(self._skipped.counts))
 
-    # --- stages --------------------------------------------------------------------------------------------------
-
     def _stage_weights(self) -> list[float]:
         weights = _weights(self._stages[self._stage], self._weights)
         return [weights.get(name, 0) for name in self._mixture.names]
@@ -236,10 +223,13 @@ class PackedStream(Iterator[PackedBatch]):
         samples = self._stages[self._stage].samples
         return samples is not None and sum(self._drawn) >= sum(samples.values())
 
-    def _stage_budget(self) -> Budget:
+    def _open_packer(self, packing: Packing) -> None:
+        """Pack as `packing` says, within the budget of the current stage."""
         stage = self._stages[self._stage]
         own = {"tokens": stage.max_tokens, "mel_frames": stage.max_mel_frames, "patches": stage.max_patches}
-        return replace(self._own_budget, **{name: most for name, most in own.items() if most})
+        budget = replace(self._own_budget, **{name: most for name, most in own.items() if most})
+        self._packing = replace(packing, budget=budget)
+        self._packer = FirstFit(budget, packing.window)
 
     def _enter(self, stage: int) -> None:
         """Change mixture and budgets. Samples that wait in open packs are packed anew, first; what worker processes
@@ -249,8 +239,7 @@ class PackedStream(Iterator[PackedBatch]):
         self._before = [a + b for a, b in zip(self._before, self._drawn, strict=True)]
         self._drawn = [0] * len(self._drawn)
         waiting = [*(item for pack in self._packer.waiting() for item in pack), *self._pending]
-        self._packing = replace(self._packing, budget=self._stage_budget())
-        self._packer = self._packing.packer()
+        self._open_packer(self._packing)
         self._pending = []
         for item in waiting:
             if self._packing.budget.excess(item.sample.sizes):
@@ -258,8 +247,6 @@ class PackedStream(Iterator[PackedBatch]):
                 self._admit(item.source, item.position, whole, item.start, item.end)
             else:
                 self._pending.append(item)
-
-    # --- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Plain integers, strings, lists and dicts, independent of the number of workers."""
@@ -297,8 +284,7 @@ class PackedStream(Iterator[PackedBatch]):
                 fetched[source, position] = self._whole(source, position)
             return Item(source, position, start, end, cut(fetched[source, position], start, end, self._packing.n_bytes))
 
-        self._packing = replace(self._packing, budget=self._stage_budget())
-        self._packer = self._packing.packer()
+        self._open_packer(self._packing)
         self._packer.restore([[item(*key) for key in pack] for pack in state["waiting"]])
         self._pending = [item(*key) for key in state["pending"]]
 
@@ -313,10 +299,7 @@ class PackedStream(Iterator[PackedBatch]):
 
 def planned_mixture(stages: Sequence[Stage], weights: Mapping[str, float]) -> list[dict[str, Any]]:
     """Per stage: `until_tokens`, `samples` where the stage counts them, and each source's share of the samples drawn.
-
-    Args:
-        weights: by source name, for stages without weights of their own.
-    """
+    `weights` are by source name, for stages without weights of their own."""
     plan = []
     for stage in check_stages(stages, list(weights)):
         shares = Schedule([_weights(stage, weights).get(name, 0) for name in weights]).shares
@@ -365,18 +348,14 @@ def check_stages(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
 
 
 class FinitePacks(Iterable[PackedBatch]):
-    """All samples of some sources once, in order, packed in order: the same packs at every pass (validation).
-
-    A sample too long for a pack is skipped and counted; documents are split. Rank r of R takes samples r, r + R, ....
-
-    Args and errors as `PackedStream`. `encode` of the mixture may be `SampleEncoder.encode_prompt`.
-    """
+    """All samples of some sources once, in order, packed in order: the same packs at every pass (validation). Rank r of
+    R takes samples r, r + R, .... Arguments and errors as of `PackedStream`."""
 
     def __init__(self, mixture: Mixture, *, packing: Packing, max_bad_fraction: float = 0.01) -> None:
         self._mixture, self._packing, self._max_bad_fraction = mixture, packing, max_bad_fraction
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        packer, skipped = self._packing.packer(), Skipped(self._max_bad_fraction)
+        packer, skipped = FirstFit(self._packing.budget, self._packing.window), Skipped(self._max_bad_fraction)
         read = packs = 0
 
         def pack(items: list[Item]) -> PackedBatch:
