@@ -221,7 +221,7 @@ class PackedBatch:
 
     @staticmethod
     def pack(samples: list[EncodedSample], **extra: Any) -> PackedBatch:
-        """Lay `samples`, at least one, end to end. `extra` sets `stream_state` and `skipped`."""
+        """Lay `samples` end to end. `extra` sets `stream_state` and `skipped`. Raises ValueError if there is none."""
         if not samples:
             raise ValueError("PackedBatch.pack needs at least one sample")
         mels = [m for s in samples for m in s.mel]

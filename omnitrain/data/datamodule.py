@@ -201,11 +201,8 @@ class OmniDataModule(LightningDataModule):
         return batch
 
     def mark_trained(self, batch: PackedBatch) -> None:
-        """Say that `batch` has been trained on: a checkpoint from now on continues after it.
-
-        Raises:
-            ValueError: the batch is not from the training loader.
-        """
+        """Say that `batch` has been trained on: a checkpoint from now on continues after it. Raises ValueError: it is
+        not from the training loader."""
         if batch.stream_state is None:
             raise ValueError("mark_trained needs a batch of the training loader (its stream_state is None)")
         self._trained = batch.stream_state

@@ -66,10 +66,7 @@ class SampleEncoder:
 
     def encode_prompt(self, sample: Sample, media_bytes: Callable[[Segment], bytes]) -> EncodedSample:
         """Encode for generation: without a last assistant turn, ending in ``<|im_start|>assistant\\n``.
-
-        Raises:
-            BadSample: as above, except ``no_target``.
-        """
+        Raises BadSample as above, except ``no_target``."""
         return self._encode(sample, media_bytes, for_generation=True)
 
     def _encode(

@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
 from typing import Any
@@ -85,7 +85,7 @@ class Draw:
 
     pick: Pick
     sample: EncodedSample | None
-    bad: dict[str, Any] | None = None
+    bad: dict[str, Any] = field(default_factory=dict)
 
 
 class Mixture:
@@ -98,13 +98,7 @@ class Mixture:
     """
 
     def __init__(
-        self,
-        sources: Mapping[str, Source],
-        encode: Encode,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        self, sources: Mapping[str, Source], encode: Encode, *, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         if not sources:
             raise ValueError("a mixture needs at least one data source")

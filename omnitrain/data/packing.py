@@ -63,11 +63,7 @@ class FirstFit:
         self._open: list[_Pack] = []
 
     def add(self, item: Item) -> list[Item] | None:
-        """Place `item`; a pack that had to be closed for it is returned.
-
-        Raises:
-            ValueError: it does not fit an empty pack.
-        """
+        """Place `item`; a pack that had to be closed for it is returned. Raises ValueError: it fits no empty pack."""
         if excess := self.budget.excess(item.sample.sizes):
             raise ValueError(f"sample {item.sample.id!r} fits no pack: {excess}")
         for pack in self._open:

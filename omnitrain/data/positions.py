@@ -68,8 +68,8 @@ Span = TextSpan | AudioSpan | ImageSpan | VideoSpan | AudioVideoSpan
 
 
 def audio_tokens(mel_frames: int, chunk_frames: int = 100) -> int:
-    """Tokens that AuT makes of `mel_frames` >= 0 frames of 10 ms: three convolutions of stride 2 over chunks of
-    `chunk_frames`, so 13 per full second, and 1 to 13 for the rest."""
+    """Tokens that AuT makes of `mel_frames` frames of 10 ms: three convolutions of stride 2 over chunks of
+    `chunk_frames`, so 13 per full second, and 1 to 13 for the rest. Raises ValueError if `mel_frames` is negative."""
     if mel_frames < 0:
         raise ValueError(f"mel_frames is {mel_frames}; a recording has at least 0 frames")
     full, rest = divmod(mel_frames, chunk_frames)

@@ -160,9 +160,8 @@ class PackedStream(Iterator[PackedBatch]):
                 self._enter(self._stage + 1)
                 continue
             if self._draws is None:
-                self._draws = self._mixture.draws(
-                    self._stage_weights(), self._drawn, self._before, self._num_workers, self._ahead
-                )
+                done = self._drawn, self._before
+                self._draws = self._mixture.draws(self._stage_weights(), *done, self._num_workers, self._ahead)
             self._take(next(self._draws))
 
     def close(self) -> None:
@@ -175,7 +174,6 @@ class PackedStream(Iterator[PackedBatch]):
         self._drawn[draw.pick.source] += 1
         self._read += 1
         if draw.sample is None:
-            assert draw.bad is not None
             self._skipped.add(draw.bad)
             self._skipped.check(self._read)
         else:
@@ -366,7 +364,6 @@ class FinitePacks(Iterable[PackedBatch]):
         for draw in self._mixture.once():
             read += 1
             if draw.sample is None:
-                assert draw.bad is not None
                 skipped.add(draw.bad)
                 skipped.check(read)
                 continue
