@@ -84,9 +84,6 @@ class SampleEncoder:
         chat = self.tokenizer.render(
             sample.messages, spans, tools=_tools(sample), for_generation=for_generation, **geometry
         )
-        spoken = ()
-        if self.speech is not None and not for_generation:
-            spoken = spoken_answers(sample, chat, media_bytes, self.speech, self.tokenizer, **geometry)
         worst = int(chat.input_ids.max(initial=0))
         if self.vocab_size is not None and worst >= self.vocab_size:
             raise BadSample(
@@ -94,6 +91,9 @@ class SampleEncoder:
                 f"token id {worst} ({self.tokenizer.decode([worst], skip_special=False)!r}) does not fit the model's "
                 f"vocabulary of {self.vocab_size}; use the tokenizer that the model was made for",
             )
+        spoken = ()
+        if self.speech is not None and not for_generation:
+            spoken = spoken_answers(sample, chat, media_bytes, self.speech, self.tokenizer, **geometry)
         return EncodedSample(
             id=sample.id,
             source=sample.source,
