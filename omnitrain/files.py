@@ -41,10 +41,10 @@ PREDICTIONS = f"{EVALUATION}/predictions.parquet"
 TASK_RESULTS = f"{EVALUATION}/tasks"
 REPORT = "report.html"
 STAGES = "stages.json"
-WRITTEN = frozenset(
-    {CONFIG, TOKENIZER, CHECKPOINTS, METRICS, THROUGHPUT, HISTORY, LOCK, ENVIRONMENT, DATA, SKIPPED_STEPS}
-)
-WRITTEN |= {BAD_SAMPLES, EVALUATION, REPORT, STAGES, "wandb", ".hydra"}
+WRITTEN = frozenset((
+    CONFIG, TOKENIZER, CHECKPOINTS, METRICS, THROUGHPUT, HISTORY, LOCK, ENVIRONMENT, DATA, SKIPPED_STEPS, BAD_SAMPLES,
+    EVALUATION, REPORT, STAGES, "wandb", ".hydra",
+))  # fmt: skip
 """What a run puts into its folder itself; anything else there is the user's."""
 _UNFINISHED = ".partial"
 
@@ -78,10 +78,7 @@ def unfinished(path: str | os.PathLike[str]) -> Generator[Path]:
             error.filename = str(path)
         raise
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+        _delete(partial)
 
 
 def place(partial: Path, path: str | os.PathLike[str], *, replace: bool = True) -> None:
@@ -104,10 +101,14 @@ def place(partial: Path, path: str | os.PathLike[str], *, replace: bool = True) 
 def sweep(folder: Path) -> None:
     """Delete what killed writers left in `folder`. Only for who knows that nobody is writing there."""
     for path in folder.glob(f".*{_UNFINISHED}"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -134,11 +135,7 @@ def write_json(path: str | os.PathLike[str], value: Any, *, replace: bool = True
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a file of JSON says.
-
-    Raises:
-        ValueError: it is none; the message names the file.
-    """
+    """What a file of JSON says; a ValueError names the file if it is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -158,8 +155,7 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     without its end."""
     path = Path(path)
     new = not path.exists()
-    if new:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(line + "\n")

@@ -19,9 +19,8 @@ class TalkerDocument:
     """One spoken answer: T positions, F frames of Q codes; rows and positions count within the sample, -1 is nothing.
 
     Attributes:
-        text_ids, hidden_rows, codec_ids, frame_rows, labels: int64 [T]
-        position_ids: float32 [3, T], starting at 0
-        codes: int64 [F, Q].  frame_sources: int64 [F]
+        text_ids, hidden_rows, codec_ids, frame_rows, labels: int64 [T];  position_ids: float32 [3, T], starting at 0
+        codes: int64 [F, Q];  frame_sources: int64 [F]
         heard: float32 [H, D], hidden states of a frozen Thinker at the H positions that name one, in their order; None
             where the Thinker is asked itself
     """
@@ -45,9 +44,8 @@ class EncodedSample:
     """One sample as numbers (NumPy, so that it crosses worker processes cheaply).
 
     Attributes:
-        input_ids: int64 [n]
+        input_ids: int64 [n];  token_types: uint8 [n], TEXT / IMAGE / VIDEO / AUDIO
         labels: int64 [n], *already shifted*: `labels[i]` is the token that position i must predict, or IGNORE.
-        token_types: uint8 [n], TEXT / IMAGE / VIDEO / AUDIO
         position_ids: float32 [3, n], TM-RoPE ids (t, h, w) that start at 0 (fractions occur, see `positions.py`)
         mel: float32 frames [F, n_mels] per audio, in order of appearance (sound tracks of videos included)
         patches: float32 [P, C * temporal_patch * patch * patch] per image or video, in order of appearance
@@ -75,17 +73,17 @@ class EncodedSample:
         return len(self.input_ids)
 
     @property
-    def frames(self) -> int:
-        """Codec frames of all spoken answers."""
-        return sum(len(document.codes) for document in self.spoken)
-
-    @property
     def mel_frames(self) -> int:
-        return sum(len(m) for m in self.mel)
+        return sum(map(len, self.mel))
 
     @property
     def n_patches(self) -> int:
-        return sum(len(p) for p in self.patches)
+        return sum(map(len, self.patches))
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """What a `Budget` bounds: tokens, mel frames, patches, codec frames of all spoken answers."""
+        return len(self), self.mel_frames, self.n_patches, sum(len(document.codes) for document in self.spoken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +113,7 @@ class SpokenAnswers:
     def pack(samples: Sequence[EncodedSample]) -> SpokenAnswers | None:
         """Those of `samples`, in order; None if nobody speaks.
 
-        Raises:
-            ValueError: some documents bring a frozen Thinker's hidden states, and others need the Thinker itself.
+        Raises ValueError: some documents bring a frozen Thinker's hidden states, and others need the Thinker itself.
         """
         documents = [(i, document) for i, sample in enumerate(samples) for document in sample.spoken]
         if not documents:
@@ -125,16 +122,14 @@ class SpokenAnswers:
         lengths = np.cumsum([0, *(len(d) for _, d in documents)])
         frames = np.cumsum([0, *(len(d.codes) for _, d in documents)])
 
-        def shifted(name: str, by: Sequence[int]) -> Tensor:
-            parts = [getattr(d, name) for _, d in documents]
-            return torch.from_numpy(
-                np.concatenate([np.where(part >= 0, part + n, -1) for part, n in zip(parts, by, strict=True)])
-            )
-
         def joined(name: str, axis: int = 0) -> Tensor:
-            return torch.from_numpy(np.concatenate([getattr(d, name) for _, d in documents], axis=axis))
+            return _joined([getattr(d, name) for _, d in documents], axis)
 
-        hidden_rows = shifted("hidden_rows", [int(starts[i]) for i, _ in documents])
+        def shifted(name: str, by: np.ndarray) -> Tensor:
+            parts = [getattr(d, name) for _, d in documents]
+            return _joined([np.where(part >= 0, part + n, -1) for part, n in zip(parts, by, strict=True)])
+
+        hidden_rows = shifted("hidden_rows", starts[[i for i, _ in documents]])
         heard = [d.heard for _, d in documents if (d.hidden_rows >= 0).any()]
         states = [h for h in heard if h is not None]
         if states:
@@ -145,14 +140,14 @@ class SpokenAnswers:
             text_ids=joined("text_ids"),
             hidden_rows=hidden_rows,
             codec_ids=joined("codec_ids"),
-            frame_rows=shifted("frame_rows", frames[:-1].tolist()),
+            frame_rows=shifted("frame_rows", frames[:-1]),
             labels=joined("labels"),
             position_ids=joined("position_ids", axis=1),
             cu_seqlens=torch.from_numpy(lengths.astype(np.int32)),
             codes=joined("codes"),
-            frame_sources=shifted("frame_sources", lengths[:-1].tolist()),
+            frame_sources=shifted("frame_sources", lengths[:-1]),
             samples=torch.tensor([i for i, _ in documents], dtype=torch.int64),
-            heard=torch.from_numpy(np.concatenate(states)) if states else None,
+            heard=_joined(states) if states else None,
         )
 
     def inputs(self) -> dict[str, Tensor]:
@@ -211,16 +206,9 @@ class PackedBatch:
 
     def model_inputs(self) -> dict[str, Tensor | None]:
         """The keyword arguments of `OmniModel.forward`."""
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "cu_seqlens": self.cu_seqlens,
-            "token_types": self.token_types,
-            "mel": self.mel,
-            "mel_lengths": self.mel_lengths,
-            "patches": self.patches,
-            "grid_thw": self.grid_thw,
-        }
+        names = ("input_ids", "position_ids", "cu_seqlens", "token_types")
+        media = ("mel", "mel_lengths", "patches", "grid_thw")
+        return {name: getattr(self, name) for name in (*names, *media)}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device` (Lightning calls this)."""
@@ -233,27 +221,22 @@ class PackedBatch:
 
     @staticmethod
     def pack(samples: list[EncodedSample], **extra: Any) -> PackedBatch:
-        """Lay `samples` end to end. `extra` sets `stream_state` and `skipped`.
-
-        Raises:
-            ValueError: if `samples` is empty.
-        """
+        """Lay `samples` end to end. `extra` sets `stream_state` and `skipped`. Raises ValueError if there is none."""
         if not samples:
             raise ValueError("PackedBatch.pack needs at least one sample")
-        lengths = [len(s) for s in samples]
         mels = [m for s in samples for m in s.mel]
         patches = [p for s in samples for p in s.patches]
         grids = [s.grid_thw for s in samples if len(s.grid_thw)]
         return PackedBatch(
-            input_ids=torch.from_numpy(np.concatenate([s.input_ids for s in samples])),
-            labels=torch.from_numpy(np.concatenate([s.labels for s in samples])),
-            token_types=torch.from_numpy(np.concatenate([s.token_types for s in samples])),
-            position_ids=torch.from_numpy(np.concatenate([s.position_ids for s in samples], axis=1).astype(np.float32)),
-            cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
-            mel=torch.from_numpy(np.concatenate(mels)) if mels else None,
+            input_ids=_joined([s.input_ids for s in samples]),
+            labels=_joined([s.labels for s in samples]),
+            token_types=_joined([s.token_types for s in samples]),
+            position_ids=_joined([s.position_ids for s in samples], axis=1).float(),
+            cu_seqlens=torch.tensor(np.cumsum([0, *map(len, samples)]), dtype=torch.int32),
+            mel=_joined(mels) if mels else None,
             mel_lengths=torch.tensor([len(m) for m in mels], dtype=torch.int64) if mels else None,
-            patches=torch.from_numpy(np.concatenate(patches)) if patches else None,
-            grid_thw=torch.from_numpy(np.concatenate(grids)) if grids else None,
+            patches=_joined(patches) if patches else None,
+            grid_thw=_joined(grids) if grids else None,
             sample_ids=tuple(s.id for s in samples),
             sources=tuple(s.source for s in samples),
             tasks=tuple(s.task for s in samples),
@@ -263,3 +246,7 @@ class PackedBatch:
             spoken=SpokenAnswers.pack(samples),
             **extra,
         )
+
+
+def _joined(parts: Sequence[np.ndarray], axis: int = 0) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts, axis))

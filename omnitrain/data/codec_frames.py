@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omnitrain.data.batch import IGNORE, EncodedSample, TalkerDocument
 from omnitrain.data.chat import ChatTokenizer, RenderedChat
-from omnitrain.data.sample import BadSample, Message, Sample, Segment
+from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_medium
 from omnitrain.data.talker_layout import SpeechTokens, in_user_turns, talker_layout, user_turns
 from omnitrain.vocabulary import TEXT, SpecialCodes
 
@@ -55,8 +55,7 @@ def _header(data: bytes) -> bytes:
 class AnswerFile:
     """Such a file, read once for all that it holds.
 
-    Raises:
-        BadSample: ``no_codes`` (a recording, or nothing that can be read).
+    Raises BadSample: ``no_codes`` (a recording, or nothing that can be read).
     """
 
     def __init__(self, data: bytes) -> None:
@@ -74,14 +73,7 @@ class AnswerFile:
         self.metadata: dict[str, str] = json.loads(_header(data)).get("__metadata__", {})
 
     def codes(self, codec: str | None = None) -> np.ndarray:
-        """Codes int64 [F, Q].
-
-        Args:
-            codec: the fingerprint that they must have; None accepts any.
-
-        Raises:
-            BadSample: ``other_codec``.
-        """
+        """Codes int64 [F, Q]. BadSample ``other_codec`` if their fingerprint is not `codec`; None accepts any."""
         if codec is not None and self.metadata.get(_CODEC) != codec:
             raise BadSample(
                 "other_codec",
@@ -91,11 +83,8 @@ class AnswerFile:
         return self._codes
 
     def heard(self, thinker: str) -> np.ndarray:
-        """Hidden states float32 [H, D] of the Thinker with this fingerprint.
-
-        Raises:
-            BadSample: ``no_hidden_states``, ``other_thinker``.
-        """
+        """Hidden states float32 [H, D] of the Thinker with this fingerprint, or BadSample: ``no_hidden_states``,
+        ``other_thinker``."""
         if "heard" not in self.tensors:
             raise BadSample(
                 "no_hidden_states",
@@ -149,10 +138,9 @@ class SpeechCodes(SpecialCodes):
     def tokens(self, tokenizer: ChatTokenizer) -> SpeechTokens:
         """With the ids of `tokenizer`."""
         special = tokenizer.special_ids
-        start = special["<|im_start|>"]
         return SpeechTokens(
             user_header=user_header(tokenizer),
-            assistant_header=(start, *tokenizer.encode("assistant\n")),
+            assistant_header=(special["<|im_start|>"], *tokenizer.encode("assistant\n")),
             tts_pad=special["<tts_pad>"],
             tts_bos=special["<tts_text_bos>"],
             tts_eos=special["<tts_text_eod>"],
@@ -160,11 +148,7 @@ class SpeechCodes(SpecialCodes):
         )
 
     def speaker(self, voice: str) -> int:
-        """Code of a voice.
-
-        Raises:
-            BadSample: ``unknown_voice``.
-        """
+        """Code of a voice, or BadSample: ``unknown_voice``."""
         name = voice or self.default_voice or ""
         if name not in self.speakers:
             raise BadSample(
@@ -187,8 +171,7 @@ def spoken_answers(
 ) -> tuple[TalkerDocument, ...]:
     """One document for every assistant message of `sample` with a recording.
 
-    Raises:
-        BadSample: see `AnswerFile`, `SpeechCodes.speaker` and `talker_layout`.
+    Raises BadSample: see `AnswerFile`, `SpeechCodes.speaker` and `talker_layout`.
     """
     answers = [m for m in sample.messages if m.role == "assistant"]
     if not any(_recorded(message) for message in answers):
@@ -207,14 +190,8 @@ def spoken_answers(
                 f"frames have {frames.shape[1]} codes, the Talker says {codes.codebooks} (model.talker.codebooks)",
             )
         header = first + 1 - len(special.assistant_header)  # the last id of the header predicts the first word
-        before = user_turns(
-            chat.input_ids[:header],
-            chat.token_types[:header],
-            chat.spans,
-            special=special,
-            merge=merge,
-            ids_per_second=ids_per_second,
-        )
+        asked = chat.input_ids[:header], chat.token_types[:header]
+        before = user_turns(*asked, chat.spans, special=special, merge=merge, ids_per_second=ids_per_second)
         document = talker_layout(
             *before,
             chat.labels[first : end - 1],  # without <|im_end|>
@@ -241,7 +218,7 @@ def _heard(file: AnswerFile, thinker: str, positions: int) -> np.ndarray:
 
 def _recorded(message: Message) -> Segment | None:
     """The recording of an assistant message, or None."""
-    segments = [s for s in message.segments if s.type == "speech" and (s.media is not None or s.path is not None)]
+    segments = [s for s in message.segments if s.type == "speech" and has_medium(s)]
     if len(segments) > 1:
         raise BadSample("several_recordings", "an assistant message has several recordings; join them into one")
     return segments[0] if segments else None

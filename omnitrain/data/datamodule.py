@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from omnitrain.data.shards import Source
 from omnitrain.data.stream import BadSampleLog, FinitePacks, PackedStream, planned_mixture
 from omnitrain.files import BAD_SAMPLES
 
+_START_ANEW = "or start a new run from the checkpoint's weights alone (module.init_from)"
+
 
 class OmniDataModule(LightningDataModule):
     """Training, validation, test and prediction batches from shards.
@@ -31,7 +34,6 @@ class OmniDataModule(LightningDataModule):
     however far the loader has read ahead.
 
     Args:
-        config: sources, budgets and features.
         seed: of the order, where `config` has none of its own.
         run_dir: where skipped samples are listed (`bad_samples.jsonl`; ranks above 0 add ``.rankN`` before the suffix).
         ids_per_second: TM-RoPE ids per second.
@@ -74,48 +76,31 @@ class OmniDataModule(LightningDataModule):
         self.validation_budget = replace(self.budget, tokens=config.validation_max_tokens or config.max_tokens)
         self.stages = list(config.stages)
         self.seed = seed if config.seed is None else config.seed
-        self.ids_per_second, self.vocab_size, self._speech = ids_per_second, vocab_size, speech
+        self.ids_per_second, self.vocab_size, self.speech = ids_per_second, vocab_size, speech
         self.bad_samples_path = None if run_dir is None else Path(run_dir) / BAD_SAMPLES
         self._rank, self._world_size, self._tokenizer = rank, world_size, tokenizer
-        self._encoder: SampleEncoder | None = None
         self._opened: dict[str, dict[str, Source]] = {}
-        self._content: dict[str, str] = {}  # fingerprints of the sources
         self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state that no stream has taken over yet
         self._trained: dict[str, Any] | None = None  # the stream's state after the last trained batch
         self._stream: PackedStream | None = None
         self._emitted: dict[str, Any] | None = None  # the stream's state after the last batch handed out
 
-    # --- parts ---------------------------------------------------------------------------------------------------
-
     @property
     def encoder(self) -> SampleEncoder:
         """Sample -> numbers, as in training; evaluation and generation use the same."""
-        if self._encoder is None:
-            self._encoder = SampleEncoder(
-                tokenizer=self._tokenizer or ChatTokenizer.from_file(self.config.tokenizer),
-                audio=self.config.audio,
-                vision=self.config.vision,
-                limits=self.config.limits,
-                ids_per_second=self.ids_per_second,
-                vocab_size=self.vocab_size,
-                speech=self.speech,
-            )
-        return self._encoder
+        return SampleEncoder(
+            tokenizer=self.tokenizer,
+            audio=self.config.audio,
+            vision=self.config.vision,
+            limits=self.config.limits,
+            ids_per_second=self.ids_per_second,
+            vocab_size=self.vocab_size,
+            speech=self.speech,
+        )
 
-    @property
-    def speech(self) -> SpeechCodes | None:
-        """How the model's Talker numbers codes and voices."""
-        return self._speech
-
-    @speech.setter
-    def speech(self, codes: SpeechCodes | None) -> None:
-        self._speech = codes
-        if self._encoder is not None:
-            self._encoder = replace(self._encoder, speech=codes)
-
-    @property
+    @cached_property
     def tokenizer(self) -> ChatTokenizer:
-        return self.encoder.tokenizer
+        return self._tokenizer or ChatTokenizer.from_file(self.config.tokenizer)
 
     def opened(self, which: str) -> dict[str, Source]:
         """The opened sources by name; `which`: ``sources``, ``validation_sources``, ``test_sources``,
@@ -127,7 +112,7 @@ class OmniDataModule(LightningDataModule):
     def _mixture(self, which: str, encode: Any, names: Sequence[str] | None = None) -> Mixture:
         opened = self.opened(which)
         return Mixture(
-            {name: opened[name] for name in (opened if names is None else names)},
+            {name: opened[name] for name in names or opened},
             encode,
             seed=self.seed,
             rank=self.global_rank,
@@ -142,11 +127,9 @@ class OmniDataModule(LightningDataModule):
     def global_world_size(self) -> int:
         return self._world_size if self._world_size is not None else (self.trainer.world_size if self.trainer else 1)
 
-    # --- Lightning's hooks ---------------------------------------------------------------------------------------
-
     def setup(self, stage: str) -> None:
         """Open what `stage` reads, so that a missing shard or tokenizer stops the run before anything is built."""
-        _ = self.encoder
+        _ = self.tokenizer
         for which in {
             "fit": ("sources", "validation_sources"),
             "validate": ("validation_sources",),
@@ -186,8 +169,6 @@ class OmniDataModule(LightningDataModule):
             self._stream.close()
             self._stream = None
 
-    # --- the position in the data --------------------------------------------------------------------------------
-
     def stream(self) -> PackedStream:
         """The training stream, standing after the last trained batch."""
         self._take_over_loaded()
@@ -220,11 +201,8 @@ class OmniDataModule(LightningDataModule):
         return batch
 
     def mark_trained(self, batch: PackedBatch) -> None:
-        """Say that `batch` has been trained on: a checkpoint from now on continues after it.
-
-        Raises:
-            ValueError: the batch is not from the training loader.
-        """
+        """Say that `batch` has been trained on: a checkpoint from now on continues after it. Raises ValueError: it is
+        not from the training loader."""
         if batch.stream_state is None:
             raise ValueError("mark_trained needs a batch of the training loader (its stream_state is None)")
         self._trained = batch.stream_state
@@ -233,14 +211,13 @@ class OmniDataModule(LightningDataModule):
         """Position after the last trained batch, of all ranks (a collective call when distributed), and the settings
         it depends on. Plain Python values, so it loads with ``weights_only=True``."""
         self._take_over_loaded()
-        mine = self._trained
-        ranks: list[Any] = [mine]
+        ranks: list[Any] = [self._trained]
         if self.global_world_size > 1:
             import torch.distributed as dist
 
             if dist.is_available() and dist.is_initialized():
                 ranks = [None] * self.global_world_size
-                dist.all_gather_object(ranks, mine)
+                dist.all_gather_object(ranks, self._trained)
         return {"settings": self._settings(), "ranks": ranks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -268,14 +245,13 @@ class OmniDataModule(LightningDataModule):
         if different := [name for name in now if saved.get(name) != now[name]]:
             rows = "; ".join(f"{name}: {saved.get(name)} -> {now[name]}" for name in different)
             raise ValueError(
-                f"the data stream cannot continue exactly, because these settings changed: {rows}. Set them back, or "
-                "start a new run from the checkpoint's weights alone (module.init_from)"
+                f"the data stream cannot continue exactly, because these settings changed: {rows}. Set them back, "
+                + _START_ANEW
             )
         if other := [name for name in content if content[name] != content_before[name]]:
             raise ValueError(
                 f"the data stream cannot continue exactly, because data source {other[0]!r} holds other content than "
-                "when the checkpoint was written. Bring its files back, or start a new run from the checkpoint's "
-                "weights alone (module.init_from)"
+                "when the checkpoint was written. Bring its files back, " + _START_ANEW
             )
         if len(ranks) != self.global_world_size:
             raise ValueError(f"the checkpoint holds data positions of {len(ranks)} of {self.global_world_size} ranks")
@@ -284,31 +260,25 @@ class OmniDataModule(LightningDataModule):
 
     def _settings(self) -> dict[str, Any]:
         """All that the order and the content of the batches depend on."""
+        geometry = self.config.audio, self.config.vision, self.config.limits
         return {
             "world_size": self.global_world_size,
             "seed": self.seed,
             "sources": {name: len(source) for name, source in self.opened("sources").items()},
-            "content": self._fingerprints(),
+            "content": self._fingerprints,
             "filters": {config.name: _plain([config.split, config.where, config.limit]) for config in self.sources},
             "weights": self._weights(),
             "budget": asdict(self.budget),
             "window": self.config.window,
             "stages": [_plain(asdict(stage)) for stage in self.stages],
             "tokenizer": zlib.crc32(self.tokenizer.to_json().encode()),
-            "features": _plain(
-                [
-                    *(asdict(x) for x in (self.config.audio, self.config.vision, self.config.limits)),
-                    self.ids_per_second,
-                    self.vocab_size,
-                ]
-            ),
+            "features": [*map(asdict, geometry), self.ids_per_second, self.vocab_size],
             "speech": None if self.speech is None else _plain(asdict(self.speech)),
         }
 
+    @cached_property
     def _fingerprints(self) -> dict[str, str]:
-        if not self._content:
-            self._content = {name: fingerprint(source) for name, source in self.opened("sources").items()}
-        return self._content
+        return {name: fingerprint(source) for name, source in self.opened("sources").items()}
 
     def _weights(self) -> dict[str, float]:
         opened = self.opened("sources")
@@ -316,9 +286,7 @@ class OmniDataModule(LightningDataModule):
 
     def _log_path(self) -> Path | None:
         path, rank = self.bad_samples_path, self.global_rank
-        return path if path is None or rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
-
-    # --- what was planned and what was seen ----------------------------------------------------------------------
+        return path if path is None or not rank else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
     def planned_mixture(self) -> list[dict[str, Any]]:
         """See `stream.planned_mixture`."""
@@ -334,13 +302,8 @@ class OmniDataModule(LightningDataModule):
         if state is None:
             return {"seen": {}, "drawn": dict.fromkeys(names, 0), "skipped": {}, "tokens": 0, "batches": 0, "stage": 0}
         drawn = [a + b for a, b in zip(state["drawn"], state["before"], strict=True)]
-        return {
-            "seen": state["seen"],
+        return {name: state[name] for name in ("seen", "skipped", "tokens", "batches", "stage")} | {
             "drawn": dict(zip(names, drawn, strict=True)),
-            "skipped": state["skipped"],
-            "tokens": state["tokens"],
-            "batches": state["batches"],
-            "stage": state["stage"],
             "packing_efficiency": state["filling"] / max(1, state["batches"]),
         }
 

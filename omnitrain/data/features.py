@@ -1,8 +1,8 @@
 """Arrays to what the encoders read: log-mel frames and vision patches.
 
-Both equal the public processors number for number (see ``tests/data/test_features.py``): mel within 1e-4 of the Whisper
-extractor with 128 bins and no padding, patches within 1e-6 of the Qwen vision processors where no resizing is needed,
-and within one grey level after it (both resize bytes with torchvision's antialiased bicubic kernel).
+Both equal the public processors: mel within 1e-4 of the Whisper extractor with 128 bins and no padding, patches within
+1e-6 of the Qwen vision processors where no resizing is needed, and within one grey level after it (both resize bytes
+with torchvision's antialiased bicubic kernel).
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torchvision.transforms.v2 import functional as image_ops
 
 from omnitrain.data.sample import BadSample
 from omnitrain.data.settings import AudioGeometry, VisionGeometry
-
-# ------------------------------------------------------------------------------------------------------------- audio
 
 
 def _hertz(mel: np.ndarray) -> np.ndarray:
@@ -65,25 +63,18 @@ def log_mel(wave: np.ndarray, geometry: AudioGeometry = AudioGeometry()) -> np.n
     if len(signal) < geometry.n_fft:
         signal = torch.nn.functional.pad(signal, (0, geometry.n_fft - len(signal)))
     window, filters = _mel_filters(geometry)
-    frames = len(signal) // geometry.hop
-    half = geometry.n_fft // 2
+    frames, half = len(signal) // geometry.hop, geometry.n_fft // 2
     signal = torch.nn.functional.pad(signal[None], (half, half), mode="reflect")[0]
     blocks = []
     for start in range(0, frames, _BLOCK_FRAMES):
-        count = min(_BLOCK_FRAMES, frames - start)
-        begin = start * geometry.hop
-        piece = signal[begin : begin + (count - 1) * geometry.hop + geometry.n_fft]
-        spectrum = torch.stft(
-            piece, geometry.n_fft, geometry.hop, window=window, center=False, return_complex=True
-        )  # [n_fft / 2 + 1, count]
+        last = min(start + _BLOCK_FRAMES, frames) - 1
+        piece = signal[start * geometry.hop : last * geometry.hop + geometry.n_fft]
+        spectrum = torch.stft(piece, geometry.n_fft, geometry.hop, window=window, center=False, return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square()
         blocks.append(power.T @ filters)
     mel = torch.cat(blocks).clamp_(min=1e-10).log10_()
     mel = torch.maximum(mel, mel.max() - 8.0)
     return ((mel + 4.0) / 4.0).numpy()
-
-
-# ------------------------------------------------------------------------------------------------------------ vision
 
 
 def fit_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -102,9 +93,17 @@ def fit_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels
     return max(rows, multiple), max(columns, multiple)
 
 
-def _patches(frames: Tensor, size: tuple[int, int], geometry: VisionGeometry) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [T, 3, H, W] -> patches [P, D] in blocks of merge x merge, and the grid (t, h, w) in patches."""
-    if tuple(frames.shape[-2:]) != size:
+def _patches(
+    frames: Tensor, kind: str, min_pixels: int, max_pixels: int, geometry: VisionGeometry
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [T, H, W, 3] -> patches [P, D] in blocks of merge x merge, and the grid (t, h, w) in patches."""
+    height, width = frames.shape[1:3]
+    if not height or not width or max(height, width) > 200 * min(height, width):
+        reason = f"{width} x {height} pixels: sides may differ by a factor of 200 at most"
+        raise BadSample(f"{kind}_aspect_ratio", reason)
+    size = fit_size(height, width, geometry.patch * geometry.merge, min_pixels, max_pixels)
+    frames = frames.permute(0, 3, 1, 2)
+    if (height, width) != size:
         frames = image_ops.resize(frames, list(size), image_ops.InterpolationMode.BICUBIC, antialias=True)
     if missing := -len(frames) % geometry.temporal_patch:  # an odd last frame is repeated
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
@@ -113,25 +112,13 @@ def _patches(frames: Tensor, size: tuple[int, int], geometry: VisionGeometry) ->
     patches = rearrange(
         values,
         "(t tp) c (h mh ph) (w mw pw) -> (t h w mh mw) (c tp ph pw)",
-        tp=geometry.temporal_patch,
-        mh=m,
-        mw=m,
-        ph=p,
-        pw=p,
-    )
+        tp=geometry.temporal_patch, mh=m, mw=m, ph=p, pw=p,
+    )  # fmt: skip
     grid = np.array([len(frames) // geometry.temporal_patch, size[0] // p, size[1] // p], dtype=np.int64)
     return patches.contiguous().numpy(), grid
 
 
-def _check(height: int, width: int, reason: str) -> None:
-    if not height or not width or max(height, width) > 200 * min(height, width):
-        raise BadSample(reason, f"{width} x {height} pixels: sides may differ by a factor of 200 at most")
-
-
-def image_patches(
-    image: np.ndarray,
-    geometry: VisionGeometry = VisionGeometry(),
-) -> tuple[np.ndarray, np.ndarray]:
+def image_patches(image: np.ndarray, geometry: VisionGeometry = VisionGeometry()) -> tuple[np.ndarray, np.ndarray]:
     """Patches of a picture; it fills all `temporal_patch` time steps of its patches.
 
     Args:
@@ -143,16 +130,10 @@ def image_patches(
     Raises:
         BadSample: ``image_aspect_ratio``, sides that differ by more than 200.
     """
-    height, width = image.shape[:2]
-    _check(height, width, "image_aspect_ratio")
-    size = fit_size(height, width, geometry.patch * geometry.merge, geometry.min_pixels, geometry.max_pixels)
-    return _patches(torch.tensor(image).permute(2, 0, 1)[None], size, geometry)
+    return _patches(torch.tensor(image)[None], "image", geometry.min_pixels, geometry.max_pixels, geometry)
 
 
-def video_patches(
-    frames: np.ndarray,
-    geometry: VisionGeometry = VisionGeometry(),
-) -> tuple[np.ndarray, np.ndarray]:
+def video_patches(frames: np.ndarray, geometry: VisionGeometry = VisionGeometry()) -> tuple[np.ndarray, np.ndarray]:
     """Patches of a video; the last frame is repeated where T is no multiple of `temporal_patch`.
 
     Args:
@@ -166,9 +147,6 @@ def video_patches(
     """
     if not len(frames):
         raise BadSample("video_no_frames", "the video has no frame")
-    count, height, width = frames.shape[:3]
-    _check(height, width, "video_aspect_ratio")
-    share = geometry.video_total_pixels * geometry.temporal_patch // count
+    share = geometry.video_total_pixels * geometry.temporal_patch // len(frames)
     most = max(min(geometry.video_max_pixels, share), int(geometry.video_min_pixels * 1.05))
-    size = fit_size(height, width, geometry.patch * geometry.merge, geometry.video_min_pixels, most)
-    return _patches(torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2), size, geometry)
+    return _patches(torch.from_numpy(np.ascontiguousarray(frames)), "video", geometry.video_min_pixels, most, geometry)

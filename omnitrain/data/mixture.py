@@ -1,15 +1,8 @@
 """Which sample comes next: order within a source, weights between sources, ranks, worker processes.
 
-1. Each source is shuffled anew every epoch (Grain's index shuffle: a permutation computed, not stored, from seed and
-   epoch). Rank r of R takes places r, r + R, r + 2R, ... of that endless order, so ranks never share a sample within
-   an epoch.
-2. Sources are interleaved by Tijdeman's solution of the chairman assignment problem ("The chairman assignment problem",
-   Discrete Mathematics 32, 1980): with n sources of shares w_i, after any k samples source i has given c_i with
-   |c_i - k w_i| <= 1 - 1 / (2n - 2) < 1, hence less than 2 off in any window. Integers only, no randomness.
-3. Both are functions of counts. A position in the stream is therefore the number of samples drawn per source, and
-   resuming is counting on.
-4. Decoding and encoding run in worker processes, which take turns (`workers`). The order is that of zero workers, so
-   their number may change between runs.
+Each source is shuffled anew every epoch; rank r of R takes places r, r + R, r + 2R, ... of that endless order. Order
+and interleaving are functions of counts: a position in the stream is the number of samples drawn per source, and
+resuming is counting on (docs/mixing.md).
 """
 
 from __future__ import annotations
@@ -18,27 +11,29 @@ import math
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import grain
 import torch
 
 from omnitrain.data.batch import EncodedSample
 from omnitrain.data.sample import BadSample, Sample, Segment
-from omnitrain.data.settings import SourceConfig as SourceConfig
 from omnitrain.data.shards import Source
 from omnitrain.data.workers import Workers
 
-if TYPE_CHECKING:
-    from omnitrain.data.encode import SampleEncoder
+Encode = Callable[[Sample, Callable[[Segment], bytes]], EncodedSample]
+"""Turns a sample and what gives the bytes of its media into numbers (`SampleEncoder`, or its `encode_prompt`)."""
 
 
 class Schedule(Iterator[int]):
-    """Which source gives the next sample, for ever.
+    """Which source gives the next sample, for ever. Integers only, no randomness.
 
-    After any k draws, |drawn[i] - k * share[i]| < 1 for every source i; in any window of draws, < 2 (module docstring).
+    Tijdeman's solution of the chairman assignment problem ("The chairman assignment problem", Discrete Mathematics 32,
+    1980): with n sources of shares w_i, after any k draws source i has given c_i samples with
+    |c_i - k w_i| <= 1 - 1 / (2n - 2) < 1, hence less than 2 off in any window.
 
     Args:
         weights: relative, >= 0 and not all 0. They are read as the decimals they are written as, so 0.1 is a tenth.
@@ -63,18 +58,14 @@ class Schedule(Iterator[int]):
     def __next__(self) -> int:
         self._step += 1
         margin = 2 * len(self._active) - 2
-        chosen, chosen_slack = self._active[0], 0
-        if margin:
-            # lag_i = k w_i - c_i in units of 1 / total. Among those that may be drawn (lag >= 1 / margin), take the one
-            # whose lag would first reach the bound: the least (1 - 1 / margin - lag_i) / w_i.
-            best = False
-            for i in self._active:
-                lag = self._step * self._weights[i] - self.drawn[i] * self._total
-                if margin * lag < self._total:
-                    continue
-                slack = (margin - 1) * self._total - margin * lag
-                if not best or slack * self._weights[chosen] < chosen_slack * self._weights[i]:
-                    best, chosen, chosen_slack = True, i, slack
+        # lag_i = k w_i - c_i in units of 1 / total. Among those that may be drawn (lag >= 1 / margin), take the one
+        # whose lag would first reach the bound: the least (1 - 1 / margin - lag_i) / w_i.
+        slacks: dict[int, Fraction] = {}
+        for i in self._active:
+            lag = self._step * self._weights[i] - self.drawn[i] * self._total
+            if margin * lag >= self._total:
+                slacks[i] = Fraction((margin - 1) * self._total - margin * lag, self._weights[i])
+        chosen = min(slacks, key=slacks.__getitem__, default=self._active[0])
         self.drawn[chosen] += 1
         return chosen
 
@@ -94,7 +85,7 @@ class Draw:
 
     pick: Pick
     sample: EncodedSample | None
-    bad: dict[str, Any] | None = None
+    bad: dict[str, Any] = field(default_factory=dict)
 
 
 class Mixture:
@@ -102,27 +93,18 @@ class Mixture:
 
     Args:
         sources: opened sources with unique names.
-        encode: turns a sample into numbers (`SampleEncoder`, or its `encode_prompt`).
         seed: of the shuffles.
         rank, world_size: this process of how many.
     """
 
     def __init__(
-        self,
-        sources: Mapping[str, Source],
-        encode: SampleEncoder | Callable[[Sample, Callable[[Segment], bytes]], EncodedSample],
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        self, sources: Mapping[str, Source], encode: Encode, *, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         if not sources:
             raise ValueError("a mixture needs at least one data source")
-        self.names = list(sources)
-        self.sizes = [len(source) for source in sources.values()]
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self._order = _Order(self.names, self.sizes, seed)
-        self._fetch = _Fetch(tuple(sources.values()), encode, self._order)
+        self.names, self.rank, self.world_size = list(sources), rank, world_size
+        orders = tuple(_order(name, len(source), seed) for name, source in sources.items())
+        self._fetch = _Fetch(tuple(sources.values()), encode, orders)
 
     def draws(
         self,
@@ -135,9 +117,8 @@ class Mixture:
         """Draws from here on. Call `.close()` on the iterator when done with it: it ends the workers.
 
         Args:
-            weights: one per source.
-            drawn: samples drawn per source so far under these weights.
-            before: samples drawn per source before these weights came into force.
+            drawn: samples drawn per source so far under these `weights`.
+            before: samples drawn per source before they came into force.
             num_workers: processes that decode and encode; 0: this one.
             ahead: samples that each worker keeps ready.
         """
@@ -146,13 +127,13 @@ class Mixture:
             return Workers(self._fetch, places, num_workers, ahead)
         return (self._fetch(place) for place in places)
 
-    def source(self, source: int) -> Source:
-        """Source number `source`."""
-        return self._fetch.sources[source]
+    def row(self, source: int, position: int, sample_id: str) -> dict[str, Any]:
+        """Where the sample at a place lies: source, shard, row, id."""
+        return self._fetch.row(Pick(source, position, self.index(source, position)), sample_id)
 
     def index(self, source: int, position: int) -> int:
         """The sample at place `position` of the source's endless shuffled order."""
-        return self._order(source, position)
+        return self._fetch.index(source, position)
 
     def fetch(self, source: int, position: int) -> Draw:
         """One draw again, in this process."""
@@ -160,27 +141,15 @@ class Mixture:
 
     def once(self) -> Iterator[Draw]:
         """This rank's share of all samples, once, source after source, not shuffled."""
-        everything = ((source, index) for source, size in enumerate(self.sizes) for index in range(size))
-        for number, (source, index) in enumerate(everything):
-            if number % self.world_size == self.rank:
-                yield self._fetch.at(Pick(source, index, index))
+        sizes = map(len, self._fetch.sources)
+        everything = (Pick(source, index, index) for source, size in enumerate(sizes) for index in range(size))
+        return map(self._fetch.at, islice(everything, self.rank, None, self.world_size))
 
 
-class _Order:
-    """Sample index at place `position` of a source's endless shuffled order."""
-
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], seed: int) -> None:
-        self.names, self.sizes, self.seed = tuple(names), tuple(sizes), seed
-        self._orders: dict[int, Any] = {}
-
-    def __call__(self, source: int, position: int) -> int:
-        if source not in self._orders:
-            seed = zlib.crc32(f"{self.seed}:{self.names[source]}".encode())  # sources of equal size differ in order
-            self._orders[source] = grain.MapDataset.range(self.sizes[source]).seed(seed).shuffle().repeat(None)
-        return int(self._orders[source][position])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.names, self.sizes, self.seed))
+def _order(name: str, size: int, seed: int) -> Any:
+    """A source's endless shuffled order: permutations that are computed, not stored, from seed, name and epoch."""
+    seed = zlib.crc32(f"{seed}:{name}".encode())  # sources of equal size differ in order
+    return grain.MapDataset.range(size).seed(seed).shuffle().repeat(None)
 
 
 @dataclass(frozen=True)
@@ -203,11 +172,19 @@ class _Places:
 @dataclass(frozen=True)
 class _Fetch:
     sources: tuple[Source, ...]
-    encode: Callable[[Sample, Callable[[Segment], bytes]], EncodedSample]
-    order: _Order
+    encode: Encode
+    orders: tuple[Any, ...]
 
     def __call__(self, place: tuple[int, int]) -> Draw:
-        return self.at(Pick(*place, self.order(*place)))
+        return self.at(Pick(*place, self.index(*place)))
+
+    def index(self, source: int, position: int) -> int:
+        return int(self.orders[source][position])
+
+    def row(self, pick: Pick, sample_id: str) -> dict[str, Any]:
+        source = self.sources[pick.source]
+        shard, row = source.locate(pick.index)
+        return {"source": source.name, "shard": shard, "row": row, "id": sample_id}
 
     def at(self, pick: Pick) -> Draw:
         source = self.sources[pick.source]
@@ -218,12 +195,10 @@ class _Fetch:
             with _one_thread():
                 return Draw(pick=pick, sample=self.encode(sample, source.media_bytes))
         except BadSample as error:
-            shard, row = source.locate(pick.index)
-            bad = {"source": source.name, "shard": shard, "row": row, "id": sample_id}
-            return Draw(pick=pick, sample=None, bad=bad | {"reason": error.reason, "detail": error.detail})
+            bad = self.row(pick, sample_id) | {"reason": error.reason, "detail": error.detail}
+            return Draw(pick=pick, sample=None, bad=bad)
         except Exception as error:
-            shard, row = source.locate(pick.index)
-            error.add_note(f"while encoding sample {sample_id!r}, row {row} of {shard}")
+            error.add_note("while encoding sample {id!r}, row {row} of {shard}".format_map(self.row(pick, sample_id)))
             raise
 
 
@@ -232,9 +207,6 @@ def _one_thread() -> Generator[None]:
     """Matrix products may round differently on another number of threads; samples must come out the same, bit for bit,
     from a worker and from the main process (which fetches waiting samples again on resume)."""
     threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
     torch.set_num_threads(1)
     try:
         yield

@@ -1,14 +1,12 @@
 """Whole samples into packs, end to end, within budgets of tokens, mel frames, patches and codec frames at once.
 
 First-fit over a small window of open packs: a sample goes into the oldest open pack that has room for all it brings.
-If none has and the window is full, the fullest pack is closed and handed out. Nothing is padded, cut or reordered
-inside a pack. Of what is too long for an empty pack, text documents are split (`Packing.parts`); anything else is
-skipped and counted.
+If none has and the window is full, the fullest pack is closed and handed out (docs/mixing.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,30 +32,25 @@ class Item:
 
 
 class _Pack:
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, items: Iterable[Item]) -> None:
         self.items: list[Item] = []
-        self._budget = budget
-        self._used = (0, 0, 0, 0)
-
-    def _with(self, sample: EncodedSample) -> tuple[int, int, int, int]:
-        tokens, mel_frames, patches, frames = self._used
-        return (
-            tokens + len(sample),
-            mel_frames + sample.mel_frames,
-            patches + sample.n_patches,
-            frames + sample.frames,
-        )
-
-    def has_room(self, sample: EncodedSample) -> bool:
-        return self._budget.filling(*self._with(sample)) <= 1
+        self._budget, self._used = budget, (0, 0, 0, 0)
+        for item in items:
+            self.add(item)
 
     def add(self, item: Item) -> None:
         self._used = self._with(item.sample)
         self.items.append(item)
 
+    def has_room(self, sample: EncodedSample) -> bool:
+        return self._budget.filling(self._with(sample)) <= 1
+
+    def _with(self, sample: EncodedSample) -> tuple[int, ...]:
+        return tuple(map(sum, zip(self._used, sample.sizes, strict=True)))
+
     @property
     def filling(self) -> float:
-        return self._budget.filling(*self._used)
+        return self._budget.filling(self._used)
 
 
 class FirstFit:
@@ -70,29 +63,24 @@ class FirstFit:
         self._open: list[_Pack] = []
 
     def add(self, item: Item) -> list[Item] | None:
-        """Place `item`; a pack that had to be closed for it is returned.
-
-        Raises:
-            ValueError: it does not fit an empty pack.
-        """
-        if not self.budget.fits(item.sample):
-            raise ValueError(f"sample {item.sample.id!r} fits no pack: {self.budget.excess(item.sample)}")
+        """Place `item`; a pack that had to be closed for it is returned. Raises ValueError: it fits no empty pack."""
+        if excess := self.budget.excess(item.sample.sizes):
+            raise ValueError(f"sample {item.sample.id!r} fits no pack: {excess}")
         for pack in self._open:
             if pack.has_room(item.sample):
                 pack.add(item)
                 return None
         closed = self.close_fullest() if len(self._open) == self.window else None
-        pack = _Pack(self.budget)
-        pack.add(item)
-        self._open.append(pack)
+        self._open.append(_Pack(self.budget, [item]))
         return closed
 
     def close_fullest(self) -> list[Item] | None:
         """Hand out the fullest open pack (the oldest of equals); None when none is open."""
         if not self._open:
             return None
-        fullest = max(range(len(self._open)), key=lambda i: self._open[i].filling)
-        return self._open.pop(fullest).items
+        fullest = max(self._open, key=lambda pack: pack.filling)
+        self._open.remove(fullest)
+        return fullest.items
 
     def waiting(self) -> list[list[Item]]:
         """What lies in the open packs, oldest pack first."""
@@ -100,12 +88,7 @@ class FirstFit:
 
     def restore(self, packs: list[list[Item]]) -> None:
         """Open packs with these contents."""
-        self._open = []
-        for items in packs:
-            pack = _Pack(self.budget)
-            for item in items:
-                pack.add(item)
-            self._open.append(pack)
+        self._open = [_Pack(self.budget, items) for items in packs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +96,6 @@ class Packing:
     """How samples become packs.
 
     Attributes:
-        budget: of a pack.
         window: packs kept open.
         n_bytes: UTF-8 bytes that token ids stand for (`ChatTokenizer.n_bytes`).
     """
@@ -122,10 +104,6 @@ class Packing:
     window: int = 8
     n_bytes: Callable[[np.ndarray], int]
 
-    def packer(self) -> FirstFit:
-        """A packer without any pack."""
-        return FirstFit(self.budget, self.window)
-
     def parts(
         self, sample: EncodedSample, start: int = 0, end: int | None = None
     ) -> list[tuple[int, int, EncodedSample]]:
@@ -133,12 +111,11 @@ class Packing:
         of a document that is too long for a pack, none of anything else that is."""
         end = len(sample) if end is None else end
         whole = cut(sample, start, end, self.n_bytes)
-        if self.budget.fits(whole):
+        if not self.budget.excess(whole.sizes):
             return [(start, end, whole)]
         if not is_document(sample):
             return []
-        borders = pieces(start, end, self.budget.tokens)
-        return [(a, b, cut(sample, a, b, self.n_bytes)) for a, b in borders]
+        return [(a, b, cut(sample, a, b, self.n_bytes)) for a, b in pieces(start, end, self.budget.tokens)]
 
 
 def is_document(sample: EncodedSample) -> bool:
@@ -147,13 +124,8 @@ def is_document(sample: EncodedSample) -> bool:
 
 
 def cut(sample: EncodedSample, start: int, end: int, n_bytes: Callable[[np.ndarray], int]) -> EncodedSample:
-    """Tokens `start` to `end` of a document as a sample of its own, with positions from 0.
-
-    The last token of a piece still predicts the first of the next, so that cutting loses no target.
-
-    Args:
-        n_bytes: UTF-8 bytes that given token ids stand for.
-    """
+    """Tokens `start` to `end` of a document as a sample of its own, with positions from 0. The last token of a piece
+    still predicts the first of the next, so that cutting loses no target. `n_bytes`: see `Packing`."""
     if (start, end) == (0, len(sample)):
         return sample
     labels = sample.labels[start:end]

@@ -69,11 +69,7 @@ Span = TextSpan | AudioSpan | ImageSpan | VideoSpan | AudioVideoSpan
 
 def audio_tokens(mel_frames: int, chunk_frames: int = 100) -> int:
     """Tokens that AuT makes of `mel_frames` frames of 10 ms: three convolutions of stride 2 over chunks of
-    `chunk_frames`, so 13 per full second, and 1 to 13 for the rest.
-
-    Raises:
-        ValueError: if `mel_frames` is negative.
-    """
+    `chunk_frames`, so 13 per full second, and 1 to 13 for the rest. Raises ValueError if `mel_frames` is negative."""
     if mel_frames < 0:
         raise ValueError(f"mel_frames is {mel_frames}; a recording has at least 0 frames")
     full, rest = divmod(mel_frames, chunk_frames)
@@ -89,8 +85,7 @@ def _thrice_halved(n: int) -> int:
 def vision_tokens(grid_thw: Grid, merge: int = 2) -> int:
     """Tokens of a picture or video of `grid_thw` patches, of which `merge` x `merge` become one token.
 
-    Raises:
-        ValueError: if height or width is not a multiple of `merge`, or a side is not positive.
+    Raises ValueError if height or width is not a multiple of `merge`, or a side is not positive.
     """
     t, h, w = (int(n) for n in grid_thw)
     if min(t, h, w) < 1 or h % merge or w % merge:
@@ -98,22 +93,29 @@ def vision_tokens(grid_thw: Grid, merge: int = 2) -> int:
     return t * (h // merge) * (w // merge)
 
 
+def span_tokens(span: Span, merge: int = 2) -> int:
+    """How many tokens `span` takes."""
+    match span:
+        case TextSpan(n) | AudioSpan(n):
+            return n
+        case ImageSpan(grid_thw) | VideoSpan(grid_thw):
+            return vision_tokens(grid_thw, merge)
+        case AudioVideoSpan(grid_thw, _, n_audio):
+            return vision_tokens(grid_thw, merge) + n_audio
+
+
 def audio_video_order(
     grid_thw: Grid, seconds_per_grid: float, n_audio: int, merge: int = 2, ids_per_second: float = 13
 ) -> np.ndarray:
-    """How the tokens of a video and of its sound are merged.
-
-    Returns:
-        bool [n_video + n_audio], True where a video token stands. Ordered by t id; on ties the video goes first.
-    """
+    """How the tokens of a video and of its sound are merged, by t id, on ties the video first: bool
+    [n_video + n_audio], True where a video token stands."""
     return _merge_order(_grid_ids(grid_thw, seconds_per_grid, merge, ids_per_second)[0], n_audio)
 
 
 def tm_rope_positions(spans: Sequence[Span], merge: int = 2, ids_per_second: float = 13) -> np.ndarray:
-    """The ids of one sample.
+    """The ids of one sample, which consists of `spans`.
 
     Args:
-        spans: what the sample consists of, in order. Their lengths add up to the sample's tokens.
         merge: patches per token in height and in width.
         ids_per_second: ids per second of video; 13, so that one id is one audio token (80 ms).
 
@@ -141,9 +143,7 @@ def tm_rope_positions(spans: Sequence[Span], merge: int = 2, ids_per_second: flo
                 ends = np.flatnonzero(is_video != is_video[-1])  # the last token before the unmixed run at the end
                 last = ids[:, ends[-1] + 1 :] if len(ends) else ids
             case _:
-                raise TypeError(
-                    f"{span!r} is not a span; use TextSpan, AudioSpan, ImageSpan, VideoSpan, AudioVideoSpan"
-                )
+                raise TypeError(f"{span!r} is not a span; use one of {Span}")
         if ids.shape[1]:
             parts.append(ids + start)
             start = (last + start).max() + np.float32(1)

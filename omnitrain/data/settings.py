@@ -6,6 +6,7 @@ structured configurations take (OmegaConf 2.3).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,7 @@ class SourceConfig:
     def open(self) -> Source:
         """The samples, shards opened.
 
-        Raises:
-            ValueError, FileNotFoundError: nothing there, or nothing left by `split` and `where`.
+        Raises ValueError or FileNotFoundError: nothing there, or nothing left by `split` and `where`.
         """
         from omnitrain.data.adapters import open_source, spaced
 
@@ -148,27 +148,15 @@ class Budget:
     def __post_init__(self) -> None:
         _at_least_one(self, "pack budget")
 
-    def filling(self, tokens: int, mel_frames: int, patches: int, frames: int = 0) -> float:
-        """How full a pack is: the share of the budget that is nearest to its end. Above 1: does not fit."""
-        pairs = ((tokens, self.tokens), (mel_frames, self.mel_frames), (patches, self.patches), (frames, self.frames))
-        return max(used / most for used, most in pairs if most is not None)
+    def filling(self, sizes: Iterable[int]) -> float:
+        """How full a pack of these `EncodedSample.sizes` is, by the bound nearest to its end. Above 1: does not fit."""
+        return max(used / most for used, most in zip(sizes, vars(self).values(), strict=True) if most is not None)
 
-    def fits(self, sample: Any) -> bool:
-        """Whether an `EncodedSample` fits an empty pack."""
-        return self.filling(len(sample), sample.mel_frames, sample.n_patches, sample.frames) <= 1
-
-    def excess(self, sample: Any) -> str:
-        """Which budget `sample` breaks, in words."""
-        return ", ".join(
-            f"{used} {name} > {most}"
-            for name, used, most in (
-                ("tokens", len(sample), self.tokens),
-                ("mel frames", sample.mel_frames, self.mel_frames),
-                ("patches", sample.n_patches, self.patches),
-                ("codec frames", sample.frames, self.frames),
-            )
-            if most is not None and used > most
-        )
+    def excess(self, sizes: Iterable[int]) -> str:
+        """Which bounds are broken, in words."""
+        names = ("tokens", "mel frames", "patches", "codec frames")
+        rows = zip(sizes, names, vars(self).values(), strict=True)
+        return ", ".join(f"{used} {name} > {most}" for used, name, most in rows if most is not None and used > most)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from omnitrain.data.batch import IGNORE, EncodedSample
+from omnitrain.data.mixture import Encode
 from omnitrain.data.packing import is_document
-from omnitrain.data.sample import BadSample, Sample, Segment
+from omnitrain.data.sample import BadSample, Segment
 from omnitrain.data.shards import Source
 from omnitrain.vocabulary import AUDIO, TEXT
 
@@ -28,26 +29,13 @@ SIZES_SCHEMA = pa.schema(
 height and width per picture or video; `bad`: why the sample cannot be used, else null."""
 
 
-def measure(
-    sources: Mapping[str, Source],
-    encode: Callable[[Sample, Callable[[Segment], bytes]], EncodedSample],
-    *,
-    on_sample: Callable[[], None] = lambda: None,
-) -> pa.Table:
-    """Encode every sample of `sources` once and note its size.
-
-    Args:
-        encode: as in training (`SampleEncoder`).
-        on_sample: called after each sample, for a progress bar.
-
-    Returns:
-        `SIZES_SCHEMA` rows.
-    """
+def measure(sources: Mapping[str, Source], encode: Encode, *, on_sample: Callable[[], None] = lambda: None) -> pa.Table:
+    """Encode every sample of `sources` once and note its size in a row of `SIZES_SCHEMA`; `on_sample` is called after
+    each, for a progress bar."""
     rows: list[dict[str, Any]] = []
     for name, source in sources.items():
         for index in range(len(source)):
-            row: dict[str, Any] = dict.fromkeys(SIZES_SCHEMA.names)
-            row["source"] = name
+            row: dict[str, Any] = {"source": name}
             try:
                 sample = source[index]
                 row["id"] = sample.id
@@ -74,12 +62,8 @@ def sized_sources(table: pa.Table) -> dict[str, SizedSource]:
 
 
 class SizedSource:
-    """A `Source` for `Mixture` whose samples are `EncodedSample`s already: of the measured sizes, without content.
-
-    Args:
-        name: of the source.
-        rows: its `SIZES_SCHEMA` rows in order.
-    """
+    """A `Source` for `Mixture` whose samples are `EncodedSample`s already: of the measured sizes (`SIZES_SCHEMA` rows,
+    in order), without content."""
 
     def __init__(self, name: str, rows: list[dict[str, Any]]) -> None:
         self.name, self._rows = name, rows

@@ -15,8 +15,8 @@ from typing import Any
 
 from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.mixture import Draw, Mixture, Schedule
-from omnitrain.data.packing import Item, Packing, cut
-from omnitrain.data.settings import Budget, Stage
+from omnitrain.data.packing import FirstFit, Item, Packing, cut
+from omnitrain.data.settings import Stage
 from omnitrain.files import append_line, atomic, printable
 
 STATE_VERSION = 1
@@ -44,11 +44,7 @@ class Tally:
 
 
 class BadSampleLog:
-    """One JSON object a line for every skipped sample: source, shard, row, id, reason, detail.
-
-    Args:
-        path: the file; None writes nothing.
-    """
+    """One JSON object a line for every skipped sample: source, shard, row, id, reason, detail. No `path`: no log."""
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = Path(path) if path is not None else None
@@ -71,7 +67,6 @@ class Skipped:
 
     Args:
         most: share of the samples read that may be bad. Samples that are too long count as skipped but not as bad.
-        log: where each is written.
     """
 
     def __init__(self, most: float, log: BadSampleLog | None = None) -> None:
@@ -105,14 +100,11 @@ class PackedStream(Iterator[PackedBatch]):
     """Packed batches of one rank, without end unless the last stage has one; each carries the state after it.
 
     Args:
-        mixture: gives the samples.
         weights: by source name, for stages without weights of their own.
         packing: its budget is for stages without budgets of their own.
-        stages: in order; each but the last has `until_tokens` or `samples`, the last may have `samples`.
-        max_bad_fraction: the run stops when more than this share of the drawn samples is bad. Samples that are too long
-            count as skipped but not as bad.
+        stages: see `check_stages`.
+        max_bad_fraction, log: see `Skipped`.
         num_workers, ahead: processes that decode and encode, and how many samples each keeps ready.
-        log: where skipped samples are written.
         state: continue after this state (of a batch of an equal stream).
 
     Raises (from `next`):
@@ -144,18 +136,14 @@ class PackedStream(Iterator[PackedBatch]):
         self._skipped = Skipped(max_bad_fraction, log)
         self._draws: Any = None
         self._unused = 0  # draws in a row that gave nothing
-        nothing = [0] * len(mixture.names)
         self._pending: list[Item] = []
-        self._stage, self._drawn, self._before = 0, list(nothing), list(nothing)
+        self._stage, self._drawn, self._before = 0, [0] * len(mixture.names), [0] * len(mixture.names)
         self._read, self._batches, self._tokens, self._filling = 0, 0, 0, 0.0
         self._seen = {"source": Tally(), "modality": Tally(), "languages": Tally()}
-        self._packing = replace(packing, budget=self._stage_budget())
-        self._packer = self._packing.packer()
+        self._open_packer(packing)
         if state is not None:
             self._restore(state)
         self._skipped.keep_log()
-
-    # --- batches -------------------------------------------------------------------------------------------------
 
     def __next__(self) -> PackedBatch:
         while True:
@@ -172,9 +160,8 @@ class PackedStream(Iterator[PackedBatch]):
                 self._enter(self._stage + 1)
                 continue
             if self._draws is None:
-                self._draws = self._mixture.draws(
-                    self._stage_weights(), self._drawn, self._before, self._num_workers, self._ahead
-                )
+                done = self._drawn, self._before
+                self._draws = self._mixture.draws(self._stage_weights(), *done, self._num_workers, self._ahead)
             self._take(next(self._draws))
 
     def close(self) -> None:
@@ -187,11 +174,10 @@ class PackedStream(Iterator[PackedBatch]):
         self._drawn[draw.pick.source] += 1
         self._read += 1
         if draw.sample is None:
-            assert draw.bad is not None
             self._skipped.add(draw.bad)
             self._skipped.check(self._read)
         else:
-            self._admit(draw.pick.source, draw.pick.position, 0, len(draw.sample), draw.sample)
+            self._admit(draw.pick.source, draw.pick.position, draw.sample)
         self._unused = 0 if self._pending else self._unused + 1
         if self._unused >= MAX_WITHOUT_BATCH:
             raise RuntimeError(
@@ -199,42 +185,31 @@ class PackedStream(Iterator[PackedBatch]):
                 "the budgets (max_tokens, max_mel_frames, max_patches), or see the log of bad samples"
             )
 
-    def _admit(self, source: int, position: int, start: int, end: int, whole: EncodedSample) -> None:
+    def _admit(self, source: int, position: int, whole: EncodedSample, start: int = 0, end: int | None = None) -> None:
         """Queue tokens start..end of a sample for packing, in pieces if it is a document too long for a pack."""
         parts = self._packing.parts(whole, start, end)
         self._pending += [Item(source, position, a, b, part) for a, b, part in parts]
         if not parts:
-            opened = self._mixture.source(source)
-            shard, row = opened.locate(self._mixture.index(source, position))
-            bad = {"source": opened.name, "shard": shard, "row": row, "id": whole.id}
-            self._skipped.add(bad | {"reason": TOO_LONG, "detail": self._packing.budget.excess(whole)})
+            bad = {"reason": TOO_LONG, "detail": self._packing.budget.excess(whole.sizes)}
+            self._skipped.add(self._mixture.row(source, position, whole.id) | bad)
 
     def _emit(self, items: list[Item]) -> PackedBatch:
         batch = PackedBatch.pack([item.sample for item in items])
         for item in items:
-            first = int(item.start == 0)  # pieces of one document are one sample
-            for kind, group in (
-                ("source", self._mixture.names[item.source]),
-                ("modality", item.sample.modality),
-                ("languages", ">".join(item.sample.languages) or "und"),
-            ):
-                self._seen[kind].add(group, first, len(item.sample))
+            sample, languages = item.sample, ">".join(item.sample.languages) or "und"
+            groups = {"source": self._mixture.names[item.source], "modality": sample.modality, "languages": languages}
+            for kind, group in groups.items():
+                self._seen[kind].add(group, int(item.start == 0), len(sample))  # a document's pieces: one sample
         self._batches += 1
         self._tokens += batch.n_tokens
-        self._filling += self._packing.budget.filling(
-            batch.n_tokens,
-            sum(item.sample.mel_frames for item in items),
-            sum(item.sample.n_patches for item in items),
-            sum(item.sample.frames for item in items),
-        )
+        sizes = zip(*(item.sample.sizes for item in items), strict=True)
+        self._filling += self._packing.budget.filling(map(sum, sizes))
         until = self._stages[self._stage].until_tokens
         # (A stage with `samples` is left once all its packs are out, when the next batch is asked for.)
         while until is not None and self._tokens * self._mixture.world_size >= until:
             self._enter(self._stage + 1)
             until = self._stages[self._stage].until_tokens
         return replace(batch, stream_state=self.state_dict(), skipped=dict(self._skipped.counts))
-
-    # --- stages --------------------------------------------------------------------------------------------------
 
     def _stage_weights(self) -> list[float]:
         weights = _weights(self._stages[self._stage], self._weights)
@@ -246,14 +221,13 @@ class PackedStream(Iterator[PackedBatch]):
         samples = self._stages[self._stage].samples
         return samples is not None and sum(self._drawn) >= sum(samples.values())
 
-    def _stage_budget(self) -> Budget:
+    def _open_packer(self, packing: Packing) -> None:
+        """Pack as `packing` says, within the budget of the current stage."""
         stage = self._stages[self._stage]
-        return Budget(
-            tokens=stage.max_tokens or self._own_budget.tokens,
-            mel_frames=stage.max_mel_frames or self._own_budget.mel_frames,
-            patches=stage.max_patches or self._own_budget.patches,
-            frames=self._own_budget.frames,
-        )
+        own = {"tokens": stage.max_tokens, "mel_frames": stage.max_mel_frames, "patches": stage.max_patches}
+        budget = replace(self._own_budget, **{name: most for name, most in own.items() if most})
+        self._packing = replace(packing, budget=budget)
+        self._packer = FirstFit(budget, packing.window)
 
     def _enter(self, stage: int) -> None:
         """Change mixture and budgets. Samples that wait in open packs are packed anew, first; what worker processes
@@ -263,37 +237,33 @@ class PackedStream(Iterator[PackedBatch]):
         self._before = [a + b for a, b in zip(self._before, self._drawn, strict=True)]
         self._drawn = [0] * len(self._drawn)
         waiting = [*(item for pack in self._packer.waiting() for item in pack), *self._pending]
-        self._packing = replace(self._packing, budget=self._stage_budget())
-        self._packer = self._packing.packer()
+        self._open_packer(self._packing)
         self._pending = []
         for item in waiting:
-            if self._packing.budget.fits(item.sample):
-                self._pending.append(item)
+            if self._packing.budget.excess(item.sample.sizes):
+                whole = self._whole(item.source, item.position)
+                self._admit(item.source, item.position, whole, item.start, item.end)
             else:
-                self._admit(item.source, item.position, item.start, item.end, self._whole(item.source, item.position))
-
-    # --- state ---------------------------------------------------------------------------------------------------
+                self._pending.append(item)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain integers, strings, lists and dicts, independent of the number of workers."""
-        return {
+        state = {
             "version": STATE_VERSION,
             "rank": self._mixture.rank,
             "stage": self._stage,
-            "drawn": list(self._drawn),
-            "before": list(self._before),
+            "drawn": self._drawn,
+            "before": self._before,
             "waiting": [[item.key() for item in pack] for pack in self._packer.waiting()],
             "pending": [item.key() for item in self._pending],
             "read": self._read,
             "batches": self._batches,
             "tokens": self._tokens,
             "filling": self._filling,
-            "skipped": dict(self._skipped.counts),
-            "seen": {
-                kind: {"samples": dict(tally.samples), "tokens": dict(tally.tokens)}
-                for kind, tally in self._seen.items()
-            },
+            "skipped": self._skipped.counts,
+            "seen": {kind: vars(tally) for kind, tally in self._seen.items()},
         }
+        return deepcopy(state)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["version"] != STATE_VERSION:
@@ -312,8 +282,7 @@ class PackedStream(Iterator[PackedBatch]):
                 fetched[source, position] = self._whole(source, position)
             return Item(source, position, start, end, cut(fetched[source, position], start, end, self._packing.n_bytes))
 
-        self._packing = replace(self._packing, budget=self._stage_budget())
-        self._packer = self._packing.packer()
+        self._open_packer(self._packing)
         self._packer.restore([[item(*key) for key in pack] for pack in state["waiting"]])
         self._pending = [item(*key) for key in state["pending"]]
 
@@ -328,10 +297,7 @@ class PackedStream(Iterator[PackedBatch]):
 
 def planned_mixture(stages: Sequence[Stage], weights: Mapping[str, float]) -> list[dict[str, Any]]:
     """Per stage: `until_tokens`, `samples` where the stage counts them, and each source's share of the samples drawn.
-
-    Args:
-        weights: by source name, for stages without weights of their own.
-    """
+    `weights` are by source name, for stages without weights of their own."""
     plan = []
     for stage in check_stages(stages, list(weights)):
         shares = Schedule([_weights(stage, weights).get(name, 0) for name in weights]).shares
@@ -380,18 +346,14 @@ def check_stages(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
 
 
 class FinitePacks(Iterable[PackedBatch]):
-    """All samples of some sources once, in order, packed in order: the same packs at every pass (validation).
-
-    A sample too long for a pack is skipped and counted; documents are split. Rank r of R takes samples r, r + R, ....
-
-    Args and errors as `PackedStream`. `encode` of the mixture may be `SampleEncoder.encode_prompt`.
-    """
+    """All samples of some sources once, in order, packed in order: the same packs at every pass (validation). Rank r of
+    R takes samples r, r + R, .... Arguments and errors as of `PackedStream`."""
 
     def __init__(self, mixture: Mixture, *, packing: Packing, max_bad_fraction: float = 0.01) -> None:
         self._mixture, self._packing, self._max_bad_fraction = mixture, packing, max_bad_fraction
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        packer, skipped = self._packing.packer(), Skipped(self._max_bad_fraction)
+        packer, skipped = FirstFit(self._packing.budget, self._packing.window), Skipped(self._max_bad_fraction)
         read = packs = 0
 
         def pack(items: list[Item]) -> PackedBatch:
@@ -402,7 +364,6 @@ class FinitePacks(Iterable[PackedBatch]):
         for draw in self._mixture.once():
             read += 1
             if draw.sample is None:
-                assert draw.bad is not None
                 skipped.add(draw.bad)
                 skipped.check(read)
                 continue
@@ -415,6 +376,5 @@ class FinitePacks(Iterable[PackedBatch]):
         while closed := packer.close_fullest():
             yield pack(closed)
         if not packs and read:
-            raise TooManyBadSamples(
-                f"none of the {read} samples of {self._mixture.names} can be used: {skipped.counts}"
-            )
+            names = self._mixture.names
+            raise TooManyBadSamples(f"none of the {read} samples of {names} can be used: {skipped.counts}")

@@ -19,16 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from omnitrain.data.batch import IGNORE, TalkerDocument
-from omnitrain.data.positions import (
-    AudioSpan,
-    AudioVideoSpan,
-    ImageSpan,
-    Span,
-    TextSpan,
-    VideoSpan,
-    tm_rope_positions,
-    vision_tokens,
-)
+from omnitrain.data.positions import Span, TextSpan, span_tokens, tm_rope_positions
 from omnitrain.data.sample import BadSample
 from omnitrain.vocabulary import TEXT, SpecialCodes
 
@@ -77,14 +68,11 @@ def user_turns(
         merge, ids_per_second: as for `tm_rope_positions`.
     """
     kept = in_user_turns(input_ids, special.user_header)
+    ends = np.cumsum([span_tokens(span, merge) for span in spans])
     left: list[Span] = []
-    at = 0
-    for span in spans:
-        here = kept[at : at + _length(span, merge)]
-        at += _length(span, merge)
-        if not here.any():
-            continue
-        left.append(TextSpan(int(here.sum())) if isinstance(span, TextSpan) else span)  # media lie inside one turn
+    for span, here in zip(spans, np.split(kept, ends)[:-1], strict=True):
+        if here.any():
+            left.append(TextSpan(int(here.sum())) if isinstance(span, TextSpan) else span)  # media lie inside one turn
     rows = np.flatnonzero(kept)
     return UserTurns(input_ids[rows], token_types[rows] != TEXT, rows, tm_rope_positions(left, merge, ids_per_second))
 
@@ -96,16 +84,6 @@ def in_user_turns(input_ids: np.ndarray, user_header: tuple[int, ...]) -> np.nda
     for start, end in zip(starts, [*starts[1:], len(input_ids)], strict=True):
         kept[start:end] = tuple(input_ids[start : start + len(user_header)]) == user_header
     return kept
-
-
-def _length(span: Span, merge: int) -> int:
-    match span:
-        case TextSpan(n) | AudioSpan(n):
-            return n
-        case ImageSpan(grid) | VideoSpan(grid):
-            return vision_tokens(grid, merge)
-        case AudioVideoSpan(grid, _, n_audio):
-            return vision_tokens(grid, merge) + n_audio
 
 
 def talker_layout(
@@ -131,44 +109,30 @@ def talker_layout(
         BadSample: "no_speakable_text" for an empty answer, "speech_shorter_than_text" if the recording ends before
             its last word was given, "speech_bad_codes" for codes outside the codebook.
     """
-    answer = np.asarray(answer_ids, dtype=np.int64)
-    codes = np.asarray(codes, dtype=np.int64)
-    if not len(answer):
-        raise BadSample("no_speakable_text", "the spoken answer has no text tokens; give its segment a transcript")
+    answer, codes = np.asarray(answer_ids, dtype=np.int64), np.asarray(codes, dtype=np.int64)
     frames, words, users = len(codes), len(answer), len(user_ids)
+    if not words:
+        raise BadSample("no_speakable_text", "the spoken answer has no text tokens; give its segment a transcript")
     if codes.ndim != 2:
         raise BadSample("speech_bad_codes", f"codes must be [frames, codebooks], found {list(codes.shape)}")
     if codes.size and not (codes.min() >= 0 and codes.max() < special.codebook_size):
-        raise BadSample(
-            "speech_bad_codes", f"codes {codes.min()} to {codes.max()} do not lie in 0..{special.codebook_size - 1}"
-        )
+        detail = f"codes {codes.min()} to {codes.max()} do not lie in 0..{special.codebook_size - 1}"
+        raise BadSample("speech_bad_codes", detail)
     if frames and words > frames + 1:
-        raise BadSample(
-            "speech_shorter_than_text", f"{words} text tokens for {frames} frames; one frame takes one text token"
-        )
+        detail = f"{words} text tokens for {frames} frames; one frame takes one text token"
+        raise BadSample("speech_shorter_than_text", detail)
 
     header = [*special.assistant_header, *[special.tts_pad] * 4, special.tts_bos, answer[0]]
-    header_codec = [
-        *[-1] * len(special.assistant_header),
-        special.codec_nothink,
-        special.codec_think_bos,
-        special.codec_think_eos,
-        speaker_code,
-        special.codec_pad,
-        special.codec_bos,
-    ]
+    codec = [special.codec_nothink, special.codec_think_bos, special.codec_think_eos, speaker_code, special.codec_pad]
+    header_codec = [*[-1] * len(special.assistant_header), *codec, special.codec_bos]
     before = users + len(header)  # positions before the first frame
     trailing = np.full(max(frames, words), special.tts_pad, dtype=np.int64)  # from the second word on
     trailing[: words - 1] = answer[1:]
     trailing[words - 1] = special.tts_eos
-    nothing = np.full(before + frames, -1, dtype=np.int64)
-
     text_ids = np.concatenate([np.where(user_is_media, -1, user_ids), header, trailing[:frames]]).astype(np.int64)
-    hidden_rows = nothing.copy()
+    hidden_rows, codec_ids, frame_rows = np.full((3, before + frames), -1, dtype=np.int64)
     hidden_rows[:users] = np.where(user_is_media, user_rows, -1)
-    codec_ids = nothing.copy()
     codec_ids[users:before] = header_codec
-    frame_rows = nothing.copy()
     frame_rows[before:] = np.arange(frames)
     labels = np.full(before + frames, IGNORE, dtype=np.int64)
     if frames:
@@ -177,15 +141,14 @@ def talker_layout(
     # The user's turns end in text, whose three ids are equal; what follows counts on.
     start = user_position_ids[:, -1].max() + 1 if users else 0
     spoken = np.arange(len(header) + frames, dtype=np.float32) + np.float32(start)
+    position_ids = np.concatenate([user_position_ids, np.broadcast_to(spoken, (3, len(spoken)))], axis=1)
     return TalkerDocument(
         text_ids=text_ids,
         hidden_rows=hidden_rows,
         codec_ids=codec_ids,
         frame_rows=frame_rows,
         labels=labels,
-        position_ids=np.concatenate([user_position_ids, np.broadcast_to(spoken, (3, len(spoken)))], axis=1).astype(
-            np.float32
-        ),
+        position_ids=position_ids.astype(np.float32),
         codes=codes,
         frame_sources=np.arange(before - 1, before - 1 + frames, dtype=np.int64),
     )

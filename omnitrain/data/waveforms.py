@@ -182,7 +182,6 @@ class WaveStream(Iterator[WaveBatch]):
             draw: Draw = next(self._draws)
             self._drawn[draw.pick.source] += 1
             if draw.sample is None:
-                assert draw.bad is not None
                 self._skipped.add(draw.bad)
                 self._skipped.check(sum(self._drawn))
                 continue

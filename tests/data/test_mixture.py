@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from omnitrain.data.batch import EncodedSample
-from omnitrain.data.mixture import Mixture, Schedule, SourceConfig
+from omnitrain.data.mixture import Mixture, Schedule
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
+from omnitrain.data.settings import SourceConfig
 
 
 class Memory:
