@@ -128,10 +128,7 @@ def _check(height: int, width: int, reason: str) -> None:
         raise BadSample(reason, f"{width} x {height} pixels: sides may differ by a factor of 200 at most")
 
 
-def image_patches(
-    image: np.ndarray,
-    geometry: VisionGeometry = VisionGeometry(),
-) -> tuple[np.ndarray, np.ndarray]:
+def image_patches(image: np.ndarray, geometry: VisionGeometry = VisionGeometry()) -> tuple[np.ndarray, np.ndarray]:
     """Patches of a picture; it fills all `temporal_patch` time steps of its patches.
 
     Args:
@@ -149,10 +146,7 @@ def image_patches(
     return _patches(torch.tensor(image).permute(2, 0, 1)[None], size, geometry)
 
 
-def video_patches(
-    frames: np.ndarray,
-    geometry: VisionGeometry = VisionGeometry(),
-) -> tuple[np.ndarray, np.ndarray]:
+def video_patches(frames: np.ndarray, geometry: VisionGeometry = VisionGeometry()) -> tuple[np.ndarray, np.ndarray]:
     """Patches of a video; the last frame is repeated where T is no multiple of `temporal_patch`.
 
     Args:

@@ -225,11 +225,7 @@ def _resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
     return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(wave)), rate, target).numpy()
 
 
-def decode_audio(
-    data: bytes,
-    sample_rate: int = 16_000,
-    limits: MediaLimits = MediaLimits(),
-) -> np.ndarray:
+def decode_audio(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = MediaLimits()) -> np.ndarray:
     """A recording as float32 [T], mono, at `sample_rate` Hz. The sound track of a video file is read too.
 
     Raises:
@@ -393,11 +389,7 @@ def _mux_audio(container: Any, stream: Any, wave: np.ndarray, sample_rate: int) 
 # --------------------------------------------------------------------------------------------------------------- video
 
 
-def decode_video(
-    data: bytes,
-    fps: float = 2.0,
-    limits: MediaLimits = MediaLimits(),
-) -> Video:
+def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimits()) -> Video:
     """Frames sampled every 1 / fps seconds by their time stamps (a variable frame rate is read rightly), and the sound
     track from the moment of the first frame on.
 

@@ -10,13 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from omnitrain.data.codec_frames import decode_codes, holds_codes
-from omnitrain.data.media import (
-    MediaLimits,
-    decode_audio,
-    decode_image,
-    decode_video,
-    probe,
-)
+from omnitrain.data.media import MediaLimits, decode_audio, decode_image, decode_video, probe
 from omnitrain.data.sample import BadSample, Sample, Segment, has_medium
 from omnitrain.data.shards import Source
 
