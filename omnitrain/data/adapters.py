@@ -24,31 +24,39 @@ index: ``omnitrain data import`` writes it to shards (:func:`stream_samples`).
 from __future__ import annotations
 
 import glob
-import json
 import re
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from string import Formatter
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from omnitrain.data.sample import ROLES, BadSample, Message, Role, Sample, Segment, SegmentType
-from omnitrain.data.shards import MediaReader, SampleSource, Source, concept_fraction, nearest, read_conditions, unknown
+from omnitrain.data.sample import ROLES, SEGMENT_TYPES, BadSample, Message, Role, Sample, Segment, SegmentType
+from omnitrain.data.shards import (
+    IndexedSource,
+    Location,
+    MediaReader,
+    SampleSource,
+    Source,
+    Where,
+    check_known,
+    concept_fraction,
+    nearest,
+    parse_json,
+    read_conditions,
+)
 
 KINDS = ("jsonl", "parquet", "webdataset", "hub")
+_LOOK_AT = 100  # rows of a format without a schema, for its columns
 
 
-def open_source(
-    path: str | Path | Sequence[str | Path],
-    split: str | None = None,
-    where: Mapping[str, Any] | None = None,
-    name: str | None = None,
-) -> Source:
+def open_source(path: Location, split: str | None = None, where: Where = None, name: str | None = None) -> Source:
     """Shards, or the data that a mapping (a ``.yaml`` file) describes. Arguments as of `SampleSource`."""
     if isinstance(path, (str, Path)) and Path(path).suffix in (".yaml", ".yml"):
         return MappedSource(path, split=split, where=where, name=name)
@@ -118,11 +126,7 @@ class ColumnMapping:
 
 
 def load_mapping(file: str | Path) -> ColumnMapping:
-    """Read a mapping file.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file, the field and the fix.
-    """
+    """Read a mapping file. Raises FileNotFoundError, ValueError: naming the file, the field and the fix."""
     import yaml
 
     file = Path(file)
@@ -134,15 +138,11 @@ def load_mapping(file: str | Path) -> ColumnMapping:
         raise ValueError(f"{file} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a mapping needs the fields kind, path, source and messages")
-    known = [f.name for f in fields(ColumnMapping)]
-    for key in values:
-        if key not in known:
-            raise unknown(str(file), "field", key, known)
+    check_known(str(file), "field", values, [f.name for f in fields(ColumnMapping)])
     for key in ("kind", "path", "source", "messages"):
         if not values.get(key):
             raise ValueError(f"{file}: field {key!r} is missing")
-    if values["kind"] not in KINDS:
-        raise unknown(str(file), "kind", values["kind"], KINDS)
+    check_known(str(file), "kind", [values["kind"]], KINDS)
     return ColumnMapping(**values)
 
 
@@ -168,8 +168,9 @@ class _Template:
 
     def value(self, row: Mapping[str, Any]) -> Any:
         """The one column's own value where the template is just that, else text."""
-        if len(self.pieces) == 1 and not self.pieces[0][0] and self.pieces[0][1]:
-            return _look_up(row, self.pieces[0][1])
+        match self.pieces:
+            case [("", paths)] if paths:
+                return _look_up(row, paths)
         return self.text(row)
 
     def text(self, row: Mapping[str, Any]) -> str:
@@ -241,28 +242,18 @@ class _SegmentMapping:
 def _segment_mapping(spec: Any, where: str) -> _SegmentMapping:
     if isinstance(spec, str):
         return _SegmentMapping("text", (_Template(spec, where),))
-    kinds = get_args(SegmentType)
-    known = (*kinds, "with_audio")
     if not isinstance(spec, dict):
         raise ValueError(
             f"{where} is {spec!r}; a segment is text or one of {{text: ...}}, {{image: ...}}, {{audio: ...}}"
         )
-    for key in spec:
-        if key not in known:
-            raise unknown(where, "segment type", key, known)
-    media = [kind for kind in kinds if kind != "text" and kind in spec]
+    check_known(where, "segment type", spec, (*SEGMENT_TYPES, "with_audio"))
+    media: list[Any] = [kind for kind in SEGMENT_TYPES if kind != "text" and kind in spec]
     if len(media) > 1 or not (media or "text" in spec) or (media and media[0] != "speech" and "text" in spec):
         raise ValueError(f"{where}: one segment holds one medium or text; found {', '.join(map(str, spec))}")
     texts = spec.get("text", [])
     texts = tuple(_Template(text, f"{where}.text") for text in (texts if isinstance(texts, list) else [texts]))
     medium = _Template(spec[media[0]], f"{where}.{media[0]}") if media else None
     return _SegmentMapping(media[0] if media else "text", texts, medium, bool(spec.get("with_audio", False)))
-
-
-def _role(role: Any, where: str) -> Role:
-    if role not in ROLES:
-        raise unknown(where, "role", role, ROLES)
-    return role
 
 
 class _Turns:
@@ -277,7 +268,8 @@ class _Turns:
             [(role, content)] = message.items()
             parts = content if isinstance(content, list) else [content]
             segments = [_segment_mapping(part, f"{here}.{role}[{i}]") for i, part in enumerate(parts)]
-            self.messages.append((_role(role, here), segments))
+            check_known(here, "role", [role], ROLES)
+            self.messages.append((role, segments))
 
     def templates(self) -> Iterator[_Template]:
         return (template for _, segments in self.messages for segment in segments for template in segment.templates())
@@ -293,15 +285,13 @@ class _Conversation:
     """Messages in a column: a list of turns with a role and a text, in which markers stand for media."""
 
     def __init__(self, spec: dict[str, Any], where: str) -> None:
-        known = ("column", "role", "text", "roles", "media")
-        for key in spec:
-            if key not in known:
-                raise unknown(where, "field", key, known)
+        check_known(where, "field", spec, ("column", "role", "text", "roles", "media"))
         if "column" not in spec:
             raise ValueError(f"{where}: field 'column' is missing; name the column that holds the turns")
         self.turns = _Template("{" + str(spec["column"]) + "}", f"{where}.column")
         self.role, self.text = str(spec.get("role", "role")), str(spec.get("text", "content"))
-        self.roles = {name: _role(role, f"{where}.roles") for name, role in (spec.get("roles") or {}).items()}
+        self.roles: dict[str, Role] = spec.get("roles") or {}
+        check_known(f"{where}.roles", "role", self.roles.values(), ROLES)
         self.media = {
             marker: _segment_mapping(part, f"{where}.media[{marker!r}]")
             for marker, part in (spec.get("media") or {}).items()
@@ -402,33 +392,19 @@ class _JsonLines:
         with self.files[self.number[index]].open("rb") as file:
             file.seek(int(self.offset[index]))
             line = file.readline()
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise BadSample("text_not_utf8", f"the line holds {line[error.start : error.start + 20]!r}") from error
-        except json.JSONDecodeError as error:
-            raise BadSample("row_invalid", f"the line is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise BadSample("row_invalid", f"the line is {type(row).__name__}, not a JSON object")
-        return row
+        return parse_json(line, "the line")
 
-    def columns(self) -> set[str] | None:
-        return _seen_columns(self)
+    def columns(self) -> set[str]:
+        """Those of the first rows."""
+        seen: set[str] = set()
+        for index in range(min(_LOOK_AT, len(self))):
+            with suppress(BadSample):
+                seen |= self[index].keys()
+        return seen
 
     def locate(self, index: int) -> tuple[str, int]:
         file = self.number[index]
         return str(self.files[file]), index - int(np.searchsorted(self.number, file))
-
-
-def _seen_columns(rows: Any, look_at: int = 100) -> set[str]:
-    """Columns of the first rows, for formats without a schema."""
-    seen: set[str] = set()
-    for index in range(min(look_at, len(rows))):
-        try:
-            seen |= rows[index].keys()
-        except BadSample:
-            continue
-    return seen
 
 
 class _Tars:
@@ -470,16 +446,11 @@ class _Tars:
                 row[extension] = data
         for extension in list(row):
             if extension.rpartition(".")[2] == "json":
-                try:
-                    row[extension] = json.loads(row[extension].decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise BadSample("text_not_utf8", f"{key}.{extension} is not UTF-8") from error
-                except json.JSONDecodeError as error:
-                    raise BadSample("row_invalid", f"{key}.{extension} is no JSON: {error}") from error
+                row[extension] = parse_json(row[extension], f"{key}.{extension}", of=object)
         return row
 
-    def columns(self) -> set[str] | None:
-        return {"__key__"}.union(*(places for _, _, places in self.rows[:100]))
+    def columns(self) -> set[str]:
+        return {"__key__"}.union(*(places for _, _, places in self.rows[:_LOOK_AT]))
 
     def locate(self, index: int) -> tuple[str, int]:
         number = self.rows[index][0]
@@ -498,7 +469,7 @@ class _Table:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return _plain_row(self.dataset[index])
 
-    def columns(self) -> set[str] | None:
+    def columns(self) -> set[str]:
         return set(self.dataset.column_names)
 
     def locate(self, index: int) -> tuple[str, int]:
@@ -558,7 +529,7 @@ def _agrees(sample: Sample, key: str, allowed: Sequence[Any]) -> bool:
     return getattr(sample, key) in allowed
 
 
-class MappedSource:
+class MappedSource(IndexedSource):
     """Samples of a user's own data by index, described by a mapping file. The interface is that of `SampleSource`.
 
     JSONL and tars are indexed by one pass over the files when opened; Parquet and Hub data sets go through the
@@ -570,11 +541,7 @@ class MappedSource:
     """
 
     def __init__(
-        self,
-        mapping: str | Path,
-        split: str | None = None,
-        where: Mapping[str, Any] | None = None,
-        name: str | None = None,
+        self, mapping: str | Path, split: str | None = None, where: Where = None, name: str | None = None
     ) -> None:
         self.file = Path(mapping)
         self.mapping = load_mapping(self.file)
@@ -597,31 +564,13 @@ class MappedSource:
             return True  # met, named and counted when its turn comes
         return all(_agrees(sample, key, allowed) for key, allowed in conditions.items())
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index`, media not decoded.
-
-        Raises:
-            BadSample: ``row_invalid``, ``text_not_utf8``, ``media_missing``.
-            IndexError: outside ``0 .. len - 1``.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
+    def _read(self, index: int) -> Sample:
         row = int(self._kept[index])
         return self._sample(self._rows[row], row)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[i] for i in range(len(self)))
 
     def locate(self, index: int) -> tuple[str, int]:
         """The file and the row in it (from 0)."""
         return self._rows.locate(int(self._kept[index]))
-
-    def media_bytes(self, segment: Segment) -> bytes:
-        """The encoded bytes of a segment's medium; see `MediaReader`."""
-        return self._media(segment)
 
 
 def _media_reader(mapping: ColumnMapping, base: Path) -> MediaReader:
@@ -654,10 +603,10 @@ class _HubMedia(MediaReader):
         return {**super().__getstate__(), "repository": self.repository}
 
 
-def _check_columns(rows: _RowMapping, columns: set[str] | None, file: Path) -> None:
+def _check_columns(rows: _RowMapping, columns: set[str], file: Path) -> None:
     for template in rows.templates():
         for alternatives in template.columns():
-            if columns is not None and not columns & set(alternatives):
+            if not columns & set(alternatives):
                 near = nearest(alternatives[0], columns)
                 raise ValueError(
                     f"{file}: column {'|'.join(alternatives)!r} is not in the data{near}; "
@@ -678,7 +627,8 @@ def stream_samples(mapping_file: str | Path, bad: Callable[[int, BadSample], Non
     rows: Iterable[Callable[[], Mapping[str, Any]]]
     if mapping.kind == "hub" and mapping.streaming:
         dataset = _hub_dataset(mapping, file.parent, True)
-        _check_columns(to_sample, set(dataset.column_names) if dataset.column_names else None, file)
+        if dataset.column_names:
+            _check_columns(to_sample, set(dataset.column_names), file)
         rows = ((lambda table=table: _plain_row(table)) for table in dataset.with_format("arrow"))
     else:
         opened = _open_rows(mapping, file.parent)
@@ -693,16 +643,9 @@ def stream_samples(mapping_file: str | Path, bad: Callable[[int, BadSample], Non
 
 def _embedded(sample: Sample, reader: MediaReader) -> Sample:
     """`sample` with the bytes of its media in place of their paths."""
-    return replace(
-        sample,
-        messages=tuple(
-            replace(
-                message,
-                segments=tuple(
-                    replace(segment, media=reader(segment), path=None) if segment.path else segment
-                    for segment in message.segments
-                ),
-            )
-            for message in sample.messages
-        ),
-    )
+
+    def embed(segment: Segment) -> Segment:
+        return replace(segment, media=reader(segment), path=None) if segment.path else segment
+
+    messages = (replace(message, segments=tuple(map(embed, message.segments))) for message in sample.messages)
+    return replace(sample, messages=tuple(messages))

@@ -22,10 +22,11 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import Any, Literal
 
 import av
@@ -66,6 +67,30 @@ class Video:
 
 Kind = Literal["image", "audio", "video"]
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_IMAGE: frozenset[Kind] = frozenset({"image"})
+_AUDIO: frozenset[Kind] = frozenset({"audio"})
+_BOTH: frozenset[Kind] = frozenset({"audio", "video"})
+_NONE: frozenset[Kind] = frozenset()
+_MAGIC: tuple[tuple[int, tuple[bytes, ...], str, frozenset[Kind]], ...] = (  # where it stands, bytes, format, media
+    (4, (b"ftypavif", b"ftypavis"), "avif", _IMAGE),
+    (4, (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"), "heic", _NONE),
+    (4, (b"ftyp", b"moov", b"mdat", b"wide", b"free"), "mp4", _BOTH),
+    (0, (b"\x89PNG\r\n\x1a\n",), "png", _IMAGE),
+    (0, (b"\xff\xd8\xff",), "jpeg", _IMAGE),
+    (0, (b"GIF8",), "gif", frozenset({"image", "video"})),
+    (0, (b"BM",), "bmp", _IMAGE),
+    (0, (b"II*\0", b"MM\0*"), "tiff", _IMAGE),
+    (0, (b"OggS",), "ogg", _BOTH),
+    (0, (b"fLaC",), "flac", _AUDIO),
+    (0, (b"ID3",), "mp3", _AUDIO),
+    (0, (b"FORM",), "aiff", _AUDIO),
+    (0, (b".snd",), "au", _AUDIO),
+    (0, (b"\x1aE\xdf\xa3",), "matroska", _BOTH),
+    (0, (b"FLV",), "flv", _BOTH),
+    (0, (b"\0\0\x01\xba",), "mpeg", _BOTH),
+    (0, (b"\0\0\x01\xb3",), "mpegvideo", frozenset({"video"})),
+)
+_RIFF = {b"WAVE": ("wav", _AUDIO), b"WEBP": ("webp", _IMAGE), b"AVI ": ("avi", _BOTH)}
 
 
 def sniff(data: bytes) -> tuple[str, frozenset[Kind]]:
@@ -74,54 +99,19 @@ def sniff(data: bytes) -> tuple[str, frozenset[Kind]]:
     >>> sniff(b"\\x89PNG\\r\\n\\x1a\\n")[0]
     'png'
     """
-    head = data[:16]
-    image: frozenset[Kind] = frozenset({"image"})
-    audio: frozenset[Kind] = frozenset({"audio"})
-    both: frozenset[Kind] = frozenset({"audio", "video"})
-    none: frozenset[Kind] = frozenset()
-    if head[4:8] == b"ftyp":
-        if head[8:12] in (b"avif", b"avis"):
-            return "avif", image
-        if head[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
-            return "heic", none
-        return "mp4", both
-    if head[4:8] in (b"moov", b"mdat", b"wide", b"free"):
-        return "mp4", both
-    if head[:4] == b"RIFF":
-        known: dict[bytes, tuple[str, frozenset[Kind]]] = {
-            b"WAVE": ("wav", audio),
-            b"WEBP": ("webp", image),
-            b"AVI ": ("avi", both),
-        }
-        return known.get(head[8:12], ("unknown", none))
-    table: tuple[tuple[bytes, str, frozenset[Kind]], ...] = (
-        (b"\x89PNG\r\n\x1a\n", "png", image),
-        (b"\xff\xd8\xff", "jpeg", image),
-        (b"GIF8", "gif", frozenset({"image", "video"})),
-        (b"BM", "bmp", image),
-        (b"II*\0", "tiff", image),
-        (b"MM\0*", "tiff", image),
-        (b"OggS", "ogg", both),
-        (b"fLaC", "flac", audio),
-        (b"ID3", "mp3", audio),
-        (b"FORM", "aiff", audio),
-        (b".snd", "au", audio),
-        (b"\x1aE\xdf\xa3", "matroska", both),
-        (b"FLV", "flv", both),
-        (b"\0\0\x01\xba", "mpeg", both),
-        (b"\0\0\x01\xb3", "mpegvideo", frozenset({"video"})),
-    )
-    for magic, name, kinds in table:
-        if head.startswith(magic):
+    if data[:4] == b"RIFF":
+        return _RIFF.get(data[8:12], ("unknown", _NONE))
+    for at, magics, name, kinds in _MAGIC:
+        if any(data[at : at + len(magic)] == magic for magic in magics):
             return name, kinds
-    if len(head) > 1 and head[0] == 0xFF:
-        if head[1] & 0xF6 == 0xF0:
-            return "aac", audio
-        if head[1] & 0xE0 == 0xE0:
-            return "mp3", audio
-    if head[:1] == b"G" and data[188:189] in (b"G", b""):
-        return "mpegts", both
-    return "unknown", none
+    if len(data) > 1 and data[0] == 0xFF:
+        if data[1] & 0xF6 == 0xF0:
+            return "aac", _AUDIO
+        if data[1] & 0xE0 == 0xE0:
+            return "mp3", _AUDIO
+    if data[:1] == b"G" and data[188:189] in (b"G", b""):
+        return "mpegts", _BOTH
+    return "unknown", _NONE
 
 
 def _require(data: bytes, kind: Kind) -> str:
@@ -132,6 +122,11 @@ def _require(data: bytes, kind: Kind) -> str:
     return name
 
 
+# What decoders raise about a damaged file.
+_DAMAGE = (av.error.FFmpegError, soundfile.SoundFileError, OSError, EOFError, ValueError, SyntaxError, struct.error)
+_DAMAGE += (IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError)
+
+
 @contextmanager
 def _damage_is(reason: str) -> Generator[None]:
     """Whatever a decoder raises about the file becomes `BadSample(reason)`."""
@@ -139,9 +134,7 @@ def _damage_is(reason: str) -> Generator[None]:
         yield
     except BadSample:
         raise
-    except (av.error.FFmpegError, soundfile.SoundFileError, OSError, EOFError, ValueError, SyntaxError) as error:
-        raise BadSample(reason, f"{type(error).__name__}: {error}") from error
-    except (struct.error, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
+    except _DAMAGE as error:
         raise BadSample(reason, f"{type(error).__name__}: {error}") from error
 
 
@@ -158,10 +151,7 @@ def decode_image(data: bytes, limits: MediaLimits = MediaLimits()) -> np.ndarray
     with _damage_is("image_corrupt"):
         image = _open_image(data)
         width, height = image.size
-        if width * height > limits.max_pixels:
-            raise BadSample(
-                "image_too_large", f"{width} x {height} pixels; at most {limits.max_pixels} are allowed (max_pixels)"
-            )
+        _check_pixels("image", width, height, limits)
         if not width or not height or max(width, height) > limits.max_aspect_ratio * min(width, height):
             raise BadSample(
                 "image_aspect_ratio",
@@ -169,6 +159,19 @@ def decode_image(data: bytes, limits: MediaLimits = MediaLimits()) -> np.ndarray
             )
         image.load()
         return np.asarray(_upright_rgb(image))
+
+
+def _check_pixels(kind: Kind, width: int, height: int, limits: MediaLimits) -> None:
+    if width * height > limits.max_pixels:
+        shown = f"{width} x {height} pixels; at most {limits.max_pixels} are allowed (max_pixels)"
+        raise BadSample(f"{kind}_too_large", shown)
+
+
+def _check_seconds(kind: Kind, seconds: float, limits: MediaLimits) -> None:
+    name = f"max_{kind}_seconds"
+    if seconds > getattr(limits, name):
+        shown = f"{seconds:.1f} s; at most {getattr(limits, name):g} s are allowed ({name})"
+        raise BadSample(f"{kind}_too_long", shown)
 
 
 def _open_image(data: bytes) -> Image.Image:
@@ -226,11 +229,7 @@ def _resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
     return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(wave)), rate, target).numpy()
 
 
-def decode_audio(
-    data: bytes,
-    sample_rate: int = 16_000,
-    limits: MediaLimits = MediaLimits(),
-) -> np.ndarray:
+def decode_audio(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = MediaLimits()) -> np.ndarray:
     """A recording as float32 [T], mono, at `sample_rate` Hz. The sound track of a video file is read too.
 
     Raises:
@@ -238,24 +237,13 @@ def decode_audio(
     """
     name = _require(data, "audio")
     with _damage_is("audio_corrupt"):
-        wave = rate = None
-        if name in ("wav", "flac", "ogg", "mp3", "aiff", "au"):
-            _check_whole(data, name)
-            wave, rate = _libsndfile(data, name, limits) or (None, None)
-        if wave is None or rate is None:
-            wave, rate = _ffmpeg_audio(data, name, limits)
+        _check_whole(data, name)
+        wave, rate = _libsndfile(data, name, limits) or _ffmpeg_audio(data, name, limits)
         if not len(wave):
             raise BadSample("audio_empty", "the recording has no samples")
         if not np.isfinite(wave).all():
             raise BadSample("audio_corrupt", "samples are not finite numbers")
         return _resample(wave, rate, sample_rate)
-
-
-def _too_long(seconds: float, limits: MediaLimits) -> None:
-    if seconds > limits.max_audio_seconds:
-        raise BadSample(
-            "audio_too_long", f"{seconds:.1f} s; at most {limits.max_audio_seconds:g} s are allowed (max_audio_seconds)"
-        )
 
 
 def _check_whole(data: bytes, name: str) -> None:
@@ -286,6 +274,8 @@ def _check_whole(data: bytes, name: str) -> None:
 
 def _libsndfile(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, int] | None:
     """Mono samples and their rate, or None where libsndfile does not know the codec or surround layout."""
+    if name not in ("wav", "flac", "ogg", "mp3", "aiff", "au"):
+        return None
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
     except soundfile.SoundFileError:
@@ -293,7 +283,7 @@ def _libsndfile(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray
     with file:
         if file.channels > 2:
             return None
-        _too_long(file.frames / file.samplerate, limits)
+        _check_seconds("audio", file.frames / file.samplerate, limits)
         samples = file.read(dtype="float32", always_2d=True)
         if len(samples) < file.frames and name != "mp3":  # an MP3's length is an estimate
             raise BadSample("audio_corrupt", f"{len(samples)} samples, the header says {file.frames}")
@@ -327,7 +317,7 @@ class _Track:
             piece = _mono(rearrange(plain.to_ndarray(), "1 (t c) -> c t", c=plain.layout.nb_channels), names)
             self.pieces.append(piece)
             self.samples += len(piece)
-        _too_long(self.samples / self.rate, self.limits)
+        _check_seconds("audio", self.samples / self.rate, self.limits)
 
     def wave(self) -> np.ndarray:
         return np.concatenate(self.pieces) if self.pieces else np.zeros(0, np.float32)
@@ -340,19 +330,15 @@ def _ffmpeg_audio(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarr
             raise BadSample("audio_empty", f"the {name} {kind} has no sound track")
         stream = container.streams.audio[0]
         stream.codec_context.thread_count = 1
-        if stream.duration and stream.time_base:
-            _too_long(float(stream.duration * stream.time_base), limits)
+        expected = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+        _check_seconds("audio", expected, limits)
         track = _Track(limits)
         for frame in container.decode(stream):
             if frame.is_corrupt:
                 raise BadSample("audio_corrupt", f"a damaged frame at {frame.time} s")
             track.add(frame)
-        if stream.duration and stream.time_base and track.rate:
-            expected = float(stream.duration * stream.time_base)
-            if track.samples / track.rate < expected - max(0.2, 0.02 * expected):
-                raise BadSample(
-                    "audio_corrupt", f"{track.samples / track.rate:.2f} s, the header says {expected:.2f} s"
-                )
+        if track.rate and track.samples / track.rate < expected - max(0.2, 0.02 * expected):
+            raise BadSample("audio_corrupt", f"{track.samples / track.rate:.2f} s, the header says {expected:.2f} s")
         return track.wave(), track.rate or 1
 
 
@@ -376,7 +362,7 @@ def encode_audio(
         return buffer.getvalue()
     codec, container_name = {"opus": ("libopus", "ogg"), "mp3": ("libmp3lame", "mp3")}[format]
     with av.open(buffer, "w", format=container_name, options={"fflags": "+bitexact"}) as container:
-        _mux_audio(container, _audio_stream(container, sample_rate, codec, bit_rate), wave, sample_rate)
+        _mux(container, _audio_stream(container, sample_rate, codec, bit_rate), [_audio_frame(wave, sample_rate)])
     return buffer.getvalue()
 
 
@@ -386,23 +372,22 @@ def _audio_stream(container: Any, sample_rate: int, codec: str, bit_rate: int) -
     return stream
 
 
-def _mux_audio(container: Any, stream: Any, wave: np.ndarray, sample_rate: int) -> None:
+def _audio_frame(wave: np.ndarray, sample_rate: int) -> av.AudioFrame:
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[None], dtype=np.float32), format="fltp", layout="mono")
-    frame.sample_rate = sample_rate
-    frame.time_base = Fraction(1, sample_rate)
-    frame.pts = 0
-    for packet in (*stream.encode(frame), *stream.encode(None)):
-        container.mux(packet)
+    frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
+    return frame
+
+
+def _mux(container: Any, stream: Any, frames: Iterable[Any]) -> None:
+    for frame in chain(frames, [None]):  # None: no more
+        for packet in stream.encode(frame):
+            container.mux(packet)
 
 
 # --------------------------------------------------------------------------------------------------------------- video
 
 
-def decode_video(
-    data: bytes,
-    fps: float = 2.0,
-    limits: MediaLimits = MediaLimits(),
-) -> Video:
+def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimits()) -> Video:
     """Frames sampled every 1 / fps seconds by their time stamps (a variable frame rate is read rightly), and the sound
     track from the moment of the first frame on.
 
@@ -419,20 +404,11 @@ def decode_video(
 
 
 def _decode_video(container: Any, stream: Any, fps: float, limits: MediaLimits) -> Video:
-    stream.codec_context.thread_count = 1
-    pixels = stream.codec_context.width * stream.codec_context.height
-    if pixels > limits.max_pixels:
-        raise BadSample(
-            "video_too_large",
-            f"{stream.codec_context.width} x {stream.codec_context.height} pixels; at most {limits.max_pixels} are "
-            "allowed (max_pixels)",
-        )
-    declared = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-    if declared > limits.max_video_seconds:
-        raise BadSample(
-            "video_too_long",
-            f"{declared:.1f} s; at most {limits.max_video_seconds:g} s are allowed (max_video_seconds)",
-        )
+    codec = stream.codec_context
+    codec.thread_count = 1
+    _check_pixels("video", codec.width, codec.height, limits)
+    pixels, declared = codec.width * codec.height, _declared_seconds(container, stream)
+    _check_seconds("video", declared, limits)
     if declared * fps > limits.max_video_frames:
         fps = limits.max_video_frames / declared
     if min(max(declared * fps, 1), limits.max_video_frames) * pixels > limits.max_video_pixels:
@@ -464,6 +440,10 @@ def _decode_video(container: Any, stream: Any, fps: float, limits: MediaLimits) 
         wave = np.concatenate([np.zeros(late, np.float32), wave]) if late > 0 else wave[-late:]
         audio = _resample(wave, track.rate, SOUND_TRACK_RATE) if len(wave) else None
     return Video(frames=frames, fps=fps, audio=audio)
+
+
+def _declared_seconds(container: Any, stream: Any) -> float:
+    return float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
 
 
 class _FrameSampler:
@@ -533,19 +513,16 @@ def encode_video(
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         sound = None if audio is None else _audio_stream(container, sample_rate, "aac", audio_bit_rate)
-        for index, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame.pts, frame.time_base = index, 1 / rate
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode(None):
-            container.mux(packet)
+        _mux(container, stream, (_video_frame(picture, index, rate) for index, picture in enumerate(frames)))
         if audio is not None:
-            _mux_audio(container, sound, audio, sample_rate)
+            _mux(container, sound, [_audio_frame(audio, sample_rate)])
     return buffer.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------------------- facts
+def _video_frame(picture: np.ndarray, index: int, rate: Fraction) -> av.VideoFrame:
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    frame.pts, frame.time_base = index, 1 / rate
+    return frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -584,8 +561,7 @@ def probe(data: bytes, kind: Kind) -> MediaFacts:
             if not streams:
                 return MediaFacts(format=name)
             stream = streams[0]
-            seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+            codec, seconds = stream.codec_context, _declared_seconds(container, stream)
             if kind == "audio":
                 return MediaFacts(format=name, seconds=seconds)
-            context = stream.codec_context
-            return MediaFacts(format=name, width=context.width, height=context.height, seconds=seconds)
+            return MediaFacts(format=name, width=codec.width, height=codec.height, seconds=seconds)

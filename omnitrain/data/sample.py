@@ -9,13 +9,13 @@ never touch pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 SegmentType = Literal["text", "image", "audio", "video", "speech"]
 Role = Literal["system", "user", "assistant", "tool", "document"]
 
-SEGMENT_TYPES: tuple[str, ...] = ("text", "image", "audio", "video", "speech")
-ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool", "document")
+SEGMENT_TYPES: tuple[str, ...] = get_args(SegmentType)
+ROLES: tuple[str, ...] = get_args(Role)
 SPLITS: tuple[str, ...] = ("train", "validation", "heldout_cell", "heldout_concept")
 
 
@@ -23,8 +23,7 @@ class BadSample(Exception):
     """One sample that cannot be used. It is skipped, counted under `reason` and reported, never fatal by itself.
 
     Args:
-        reason: short machine-readable class, e.g. ``"image_corrupt"``, ``"audio_empty"``, ``"video_no_frames"``,
-            ``"image_too_large"``, ``"text_not_utf8"``, ``"too_long"``. Counters are kept per reason.
+        reason: short machine-readable class, e.g. ``"image_corrupt"``, ``"too_long"``. Counters are kept per reason.
         detail: what is wrong with this very sample and how to mend it.
     """
 
@@ -52,6 +51,11 @@ class Segment:
     media: bytes | None = None
     path: str | None = None
     with_audio: bool = False
+
+    @property
+    def stored(self) -> bool:
+        """Whether bytes are there, or a path to them."""
+        return self.media is not None or self.path is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,21 +88,18 @@ class Sample:
     meta: dict[str, str] = field(default_factory=dict)
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Those of all messages, in order."""
+        return tuple(segment for message in self.messages for segment in message.segments)
+
+    @property
     def modality(self) -> str:
-        """The group that losses are reported under: ``text``, ``image``, ``audio``, ``video`` or ``audio_video`` (a
-        video heard with its sound, or pictures beside audio)."""
-        kinds = {
-            kind
-            for message in self.messages
-            for segment in message.segments
-            for kind in ((segment.type, "audio") if segment.type == "video" and segment.with_audio else (segment.type,))
-        } - {"text", "speech"}
-        if "audio" in kinds and kinds & {"image", "video"}:
+        """One of `MODALITIES`; ``audio_video`` is a video heard with its sound, or pictures beside audio."""
+        kinds = {segment.type for segment in self.segments}
+        heard = "audio" in kinds or any(segment.type == "video" and segment.with_audio for segment in self.segments)
+        if heard and kinds & {"image", "video"}:
             return "audio_video"
-        for kind in ("video", "image", "audio"):
-            if kind in kinds:
-                return kind
-        return "text"
+        return next((kind for kind in ("video", "image", "audio") if kind in kinds), "text")
 
     @property
     def reference(self) -> str:
@@ -111,6 +112,4 @@ class Sample:
 
 def has_medium(segment: Segment) -> bool:
     """Whether there is a file behind the segment (the assistant's speech may be a transcript alone)."""
-    return segment.type in ("image", "audio", "video") or (
-        segment.type == "speech" and (segment.media is not None or segment.path is not None)
-    )
+    return segment.type in ("image", "audio", "video") or (segment.type == "speech" and segment.stored)

@@ -26,9 +26,11 @@ import math
 import re
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,33 +42,16 @@ import pyarrow.parquet as pq
 from omnitrain.data.sample import ROLES, SEGMENT_TYPES, BadSample, Message, Sample, Segment
 from omnitrain.files import atomic, place, printable, unfinished
 
-_SEGMENT = pa.struct(
-    [
-        ("type", pa.string()),
-        ("text", pa.string()),
-        ("media", pa.binary()),
-        ("path", pa.string()),
-        ("with_audio", pa.bool_()),
-    ]
-)
-_MESSAGE = pa.struct([("role", pa.string()), ("segments", pa.list_(_SEGMENT))])
+_TEXT = pa.string()
+_SEGMENT = pa.struct({"type": _TEXT, "text": _TEXT, "media": pa.binary(), "path": _TEXT, "with_audio": pa.bool_()})
+_MESSAGE = pa.struct({"role": _TEXT, "segments": pa.list_(_SEGMENT)})
 SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("split", pa.string()),
-        ("task", pa.string()),
-        ("licence", pa.string()),
-        ("languages", pa.list_(pa.string())),
-        ("concept", pa.string()),
-        ("modality", pa.string()),
-        ("meta", pa.string()),
-        ("messages", pa.list_(_MESSAGE)),
-    ]
+    {name: _TEXT for name in ("id", "source", "split", "task", "licence")}
+    | {"languages": pa.list_(_TEXT), "concept": _TEXT, "modality": _TEXT, "meta": _TEXT, "messages": pa.list_(_MESSAGE)}
 )
 """The Arrow schema of a shard."""
 
-MEDIA_TABLE_SCHEMA = pa.schema([("name", pa.string()), ("bytes", pa.binary())])
+MEDIA_TABLE_SCHEMA = pa.schema({"name": _TEXT, "bytes": pa.binary()})
 LIGHT_COLUMNS = ("id", "source", "split", "task", "languages", "concept", "modality")
 FILTERS = ("source", "split", "task", "languages", "concept", "concept_share", "modality")
 
@@ -74,6 +59,10 @@ _ROW_GROUP_BYTES, _ROW_GROUP_ROWS = 1 << 18, 256
 _CACHE_BYTES = 64 << 20  # decoded row groups kept per reader: a small data set lies in memory after the first epoch
 _OF = re.compile(r"^(?P<name>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.parquet$")
 _MEDIA_LEAF = "messages.list.element.segments.list.element.media"
+
+
+Location = str | Path | Sequence[str | Path]
+Where = Mapping[str, Any] | None
 
 
 @runtime_checkable
@@ -99,52 +88,18 @@ class Source(Protocol):
 def _columns(sample: Sample) -> dict[str, Any]:
     """One row. Raises ValueError that names the sample and the field when the sample does not fit the schema."""
     for message in sample.messages:
-        if message.role not in ROLES:
-            raise ValueError(f"sample {sample.id!r}: role {message.role!r} is unknown; use one of {', '.join(ROLES)}")
-        for segment in message.segments:
-            if segment.type not in SEGMENT_TYPES:
-                raise ValueError(
-                    f"sample {sample.id!r}: segment type {segment.type!r} is unknown; use one of {SEGMENT_TYPES}"
-                )
+        check_known(f"sample {sample.id!r}", "role", [message.role], ROLES)
+    check_known(f"sample {sample.id!r}", "segment type", [segment.type for segment in sample.segments], SEGMENT_TYPES)
     if not sample.id or not sample.messages:
         raise ValueError(f"sample {sample.id!r} of source {sample.source!r} needs an id and at least one message")
     if wrong := [key for key, value in sample.meta.items() if not isinstance(value, str)]:
         raise ValueError(f"sample {sample.id!r}: meta values must be strings; mend {wrong}")
-    return {
-        "id": sample.id,
-        "source": sample.source,
-        "split": sample.split,
-        "task": sample.task,
-        "licence": sample.licence,
-        "languages": list(sample.languages),
-        "concept": sample.concept,
-        "modality": sample.modality,
-        "meta": json.dumps(sample.meta, ensure_ascii=False, sort_keys=True),
-        "messages": [
-            {
-                "role": message.role,
-                "segments": [
-                    {
-                        "type": segment.type,
-                        "text": segment.text,
-                        "media": segment.media,
-                        "path": segment.path,
-                        "with_audio": segment.with_audio,
-                    }
-                    for segment in message.segments
-                ],
-            }
-            for message in sample.messages
-        ],
-    }
+    meta = json.dumps(sample.meta, ensure_ascii=False, sort_keys=True)
+    return asdict(sample) | {"modality": sample.modality, "meta": meta}
 
 
 def _payload(sample: Sample) -> int:
-    return 64 + sum(
-        len(segment.text or "") + len(segment.media or b"")
-        for message in sample.messages
-        for segment in message.segments
-    )
+    return 64 + sum(len(segment.text or "") + len(segment.media or b"") for segment in sample.segments)
 
 
 class _RowWriter:
@@ -210,9 +165,7 @@ def write_shards(
     earlier run under the same `name` are replaced. The same samples give the same bytes.
 
     Args:
-        folder: made when missing.
         rows_per_shard, shard_bytes: a shard ends at whichever comes first (bytes of text and media).
-        progress: show a progress bar.
 
     Returns:
         The shards' paths; one empty shard for no samples.
@@ -220,6 +173,8 @@ def write_shards(
     Raises:
         ValueError: a sample that does not fit the schema; the message names it.
     """
+    from rich.progress import track
+
     folder, partial = Path(folder), []
     with unfinished(folder / name) as beside, ExitStack() as current:
         beside.mkdir()
@@ -230,7 +185,7 @@ def write_shards(
             return current.enter_context(_RowWriter(partial[-1], SCHEMA, _ROW_GROUP_ROWS))
 
         writer = new_shard()
-        for sample in _tracked(samples, f"writing {printable(name)}", progress):
+        for sample in track(samples, f"writing {printable(name)}", disable=not progress):
             if writer.rows >= rows_per_shard or writer.bytes >= shard_bytes:
                 writer = new_shard()
             writer.add(_columns(sample), _payload(sample))
@@ -252,11 +207,8 @@ def write_shard(samples: Iterable[Sample], path: Path) -> None:
 
 
 def write_media_table(items: Iterable[tuple[str, bytes]], path: str | Path) -> Path:
-    """Write blobs under unique names to one Parquet file (columns `name`, `bytes`), for paths ``"FILE.parquet#NAME"``.
-
-    Raises:
-        ValueError: a name occurs twice, is empty, or has no bytes.
-    """
+    """Write blobs under unique names to one media table. Raises ValueError: a name occurs twice, is empty, or has no
+    bytes."""
     path = Path(path)
     names: set[str] = set()
     with atomic(path) as partial, _RowWriter(partial, MEDIA_TABLE_SCHEMA) as writer:
@@ -267,16 +219,6 @@ def write_media_table(items: Iterable[tuple[str, bytes]], path: str | Path) -> P
             names.add(name)
             writer.add({"name": name, "bytes": blob}, len(blob))
     return path
-
-
-def _tracked(samples: Iterable[Sample], title: str, progress: bool) -> Iterator[Sample]:
-    if not progress:
-        yield from samples
-        return
-    from rich.progress import track
-
-    total = len(samples) if isinstance(samples, Sequence) else None
-    yield from track(samples, description=title, total=total)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -387,7 +329,39 @@ class MediaReader:
         return {"folder": self.folder, "_tables": {}, "_groups": _RowGroups()}
 
 
-class SampleSource:
+class IndexedSource(ABC):
+    """What sources of any format share. Each sets `_kept`, the row behind every sample, and `_media`."""
+
+    name: str
+    _kept: np.ndarray
+    _media: MediaReader
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, media not decoded.
+
+        Raises:
+            BadSample: ``row_invalid``, ``text_not_utf8``, ``media_missing``.
+            IndexError: outside ``0 .. len - 1``.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
+        return self._read(index)
+
+    @abstractmethod
+    def _read(self, index: int) -> Sample: ...
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def media_bytes(self, segment: Segment) -> bytes:
+        """The encoded bytes of a segment's medium; see `MediaReader`."""
+        return self._media(segment)
+
+
+class SampleSource(IndexedSource):
     """The samples of one or more shards in one folder, by index.
 
     Opening reads the light columns alone. Reading a row decodes its row group (latest groups stay in memory). Pickled
@@ -410,13 +384,7 @@ class SampleSource:
             The message names file, field and fix.
     """
 
-    def __init__(
-        self,
-        path: str | Path | Sequence[str | Path],
-        split: str | None = None,
-        where: Mapping[str, Any] | None = None,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, path: Location, split: str | None = None, where: Where = None, name: str | None = None) -> None:
         self.files = shard_files(path)
         self.folder = self.files[0].parent
         if other := [file for file in self.files if file.parent != self.folder]:
@@ -429,45 +397,27 @@ class SampleSource:
             rows = _matching_rows(_open_shard(file), conditions)
             kept_files.append(np.full(len(rows), number, dtype=np.int32))
             kept_rows.append(rows)
-        self._file, self._row = np.concatenate(kept_files), np.concatenate(kept_rows)
-        if conditions and not len(self._row):
+        self._file, self._kept = np.concatenate(kept_files), np.concatenate(kept_rows)
+        if conditions and not len(self):
             raise ValueError(
                 f"{self.name}: no row of {self.folder} has {conditions}; it holds {self._values(conditions)}"
             )
         self._groups = _RowGroups()
         self._media = MediaReader(self.folder)
 
-    def __len__(self) -> int:
-        return len(self._row)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index`, media not decoded.
-
-        Raises:
-            BadSample: ``text_not_utf8``, ``row_invalid``.
-            IndexError: outside ``0 .. len - 1``.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
-        return row_to_sample(self._groups.row(self.files[self._file[index]], int(self._row[index])))
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[i] for i in range(len(self)))
+    def _read(self, index: int) -> Sample:
+        return row_to_sample(self._groups.row(self.files[self._file[index]], int(self._kept[index])))
 
     def locate(self, index: int) -> tuple[str, int]:
         """The shard's path and the row in it (from 0)."""
-        return str(self.files[self._file[index]]), int(self._row[index])
-
-    def media_bytes(self, segment: Segment) -> bytes:
-        """The encoded bytes of a segment's medium; see `MediaReader`."""
-        return self._media(segment)
+        return str(self.files[self._file[index]]), int(self._kept[index])
 
     def light(self) -> pa.Table:
         """The light columns (`LIGHT_COLUMNS`) of this source's rows, in order."""
         parts = []
         for number, file in enumerate(self.files):
             table = _open_parquet(file).read(columns=list(LIGHT_COLUMNS), use_threads=False)
-            parts.append(table.take(self._row[self._file == number]))
+            parts.append(table.take(self._kept[self._file == number]))
         return pa.concat_tables(parts)
 
     def _values(self, keys: Iterable[str]) -> str:
@@ -475,37 +425,30 @@ class SampleSource:
         for key in dict.fromkeys("concept" if key == "concept_share" else key for key in keys):
             columns = [_open_parquet(file).read(columns=[key])[key] for file in self.files]
             values = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
-            if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+            if _is_list(values.type):
                 values = pc.call_function("list_flatten", [values])
             seen = sorted(str(value) for value in values.unique().to_pylist())
             texts.append(f"{key} {', '.join(seen[:20])}{', ...' if len(seen) > 20 else ''}")
         return "; ".join(texts)
 
 
-def shard_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+def shard_files(path: Location) -> list[Path]:
     """The shards that `path` (folder, file, glob or list) names, sorted by name; media tables are left out.
 
     Raises:
         FileNotFoundError: none there, or one of a numbered series (``-00001-of-00003``) is missing.
     """
-    if isinstance(path, (str, Path)):
-        given = Path(path).expanduser()
-        if given.is_dir():
-            files = sorted(file for file in given.glob("*.parquet") if not _is_media_table(file))
-            if not files:
-                raise FileNotFoundError(
-                    f"{given} holds no Parquet shard; write one with `omnitrain data import` or data_prep"
-                )
-        elif "*" in given.name or "?" in given.name:
-            files = sorted(file for file in given.parent.glob(given.name) if not _is_media_table(file))
-            if not files:
-                raise FileNotFoundError(f"no file matches {given}")
-        else:
-            files = [given]
+    if not isinstance(path, (str, Path)):
+        files, nothing = [Path(file).expanduser() for file in path], "an empty list of shards"
+    elif (given := Path(path).expanduser()).is_dir():
+        files = _shards(given, "*.parquet")
+        nothing = f"{given} holds no Parquet shard; write one with `omnitrain data import` or data_prep"
+    elif "*" in given.name or "?" in given.name:
+        files, nothing = _shards(given.parent, given.name), f"no file matches {given}"
     else:
-        files = [Path(file).expanduser() for file in path]
-        if not files:
-            raise FileNotFoundError("an empty list of shards")
+        files, nothing = [given], ""
+    if not files:
+        raise FileNotFoundError(nothing)
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"shard {file} is missing; fetch or write it again, or mend the path")
@@ -519,8 +462,9 @@ def shard_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _is_media_table(path: Path) -> bool:
-    return set(_open_parquet(path).schema_arrow.names) == set(MEDIA_TABLE_SCHEMA.names)
+def _shards(folder: Path, pattern: str) -> list[Path]:
+    tables = set(MEDIA_TABLE_SCHEMA.names)
+    return sorted(file for file in folder.glob(pattern) if set(_open_parquet(file).schema_arrow.names) != tables)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -529,7 +473,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def read_conditions(where: Mapping[str, Any] | None, split: str | None = None) -> dict[str, list[Any]]:
+def read_conditions(where: Where, split: str | None = None) -> dict[str, list[Any]]:
     """What `where` and `split` ask for: filter -> allowed values.
 
     Raises:
@@ -541,9 +485,8 @@ def read_conditions(where: Mapping[str, Any] | None, split: str | None = None) -
     }
     if split is not None:
         conditions["split"] = [split]
+    check_known("where", "filter", conditions, FILTERS)
     for key, allowed in conditions.items():
-        if key not in FILTERS:
-            raise unknown("where", "filter", key, FILTERS)
         if key == "concept_share":
             try:
                 conditions[key] = [share] = [float(value) for value in allowed]
@@ -559,10 +502,12 @@ def concept_fraction(concept: str) -> float:
     return zlib.crc32(concept.encode()) / 2**32
 
 
-def unknown(where: str, what: str, word: object, words: Iterable[str]) -> ValueError:
-    """The error for a name that is none of `words`."""
-    words = list(words)
-    return ValueError(f"{where}: {what} {word!r} is unknown{nearest(str(word), words)}; use one of {', '.join(words)}")
+def check_known(where: str, what: str, given: Iterable[object], known: Sequence[str]) -> None:
+    """Raise ValueError for the first name that is none of the `known`, with the one that is meant."""
+    for word in given:
+        if word not in known:
+            hint = f"{nearest(str(word), known)}; use one of {', '.join(known)}"
+            raise ValueError(f"{where}: {what} {word!r} is unknown{hint}")
 
 
 def _open_shard(path: Path) -> pq.ParquetFile:
@@ -649,48 +594,44 @@ def row_to_sample(row: pa.Table) -> Sample:
     except UnicodeDecodeError as error:
         raise BadSample("text_not_utf8", f"column {_undecodable(row)!r} holds {error.object[:40]!r}") from error
     name = f"sample {values['id']!r}"
-    try:
-        meta = json.loads(values["meta"] or "{}")
-    except json.JSONDecodeError as error:
-        raise BadSample("row_invalid", f"{name}: column 'meta' is no JSON object ({error})") from error
-    if not isinstance(meta, dict):
-        raise BadSample("row_invalid", f"{name}: column 'meta' is no JSON object but {type(meta).__name__}")
+    meta = parse_json(values["meta"] or "{}", f"{name}: column 'meta'")
     messages = []
     for message in values["messages"] or ():
-        if message is None or message["role"] not in ROLES:
-            raise BadSample(
-                "row_invalid", f"{name}: role {message and message['role']!r} is none of {', '.join(ROLES)}"
-            )
+        role = message and message["role"]
+        if role not in ROLES:
+            raise BadSample("row_invalid", f"{name}: role {role!r} is none of {', '.join(ROLES)}")
+        segments = []
         for segment in message["segments"] or ():
-            if segment is None or segment["type"] not in SEGMENT_TYPES:
-                kind = segment and segment["type"]
+            kind = segment and segment["type"]
+            if kind not in SEGMENT_TYPES:
                 raise BadSample("row_invalid", f"{name}: segment type {kind!r} is none of {', '.join(SEGMENT_TYPES)}")
-            if segment["type"] == "text" and segment["text"] is None:
+            if kind == "text" and segment["text"] is None:
                 raise BadSample("row_invalid", f"{name}: a text segment has no text")
-        segments = tuple(
-            Segment(
-                type=segment["type"],
-                text=segment["text"],
-                media=segment["media"],
-                path=segment["path"],
-                with_audio=bool(segment["with_audio"]),
-            )
-            for segment in message["segments"] or ()
-        )
-        messages.append(Message(role=message["role"], segments=segments))
+            segments.append(Segment(**segment | {"with_audio": bool(segment["with_audio"])}))
+        messages.append(Message(role=role, segments=tuple(segments)))
     if not values["id"] or not messages:
         raise BadSample("row_invalid", f"{name}: id and messages may not be empty")
     return Sample(
         id=values["id"],
         source=values["source"] or "",
         messages=tuple(messages),
-        split=values["split"] or "train",
-        task=values["task"] or "text",
-        licence=values["licence"] or "",
         languages=tuple(values["languages"] or ()),
-        concept=values["concept"] or "",
         meta={key: str(value) for key, value in meta.items()},
+        **{key: values[key] for key in ("split", "task", "licence", "concept") if values[key]},
     )
+
+
+def parse_json(data: str | bytes, name: str, of: type = dict) -> Any:
+    """The JSON value in `data`, which `name` names. Raises BadSample: ``text_not_utf8``, ``row_invalid``."""
+    try:
+        value = json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadSample("text_not_utf8", f"{name} holds {error.object[error.start : error.start + 20]!r}") from error
+    except json.JSONDecodeError as error:
+        raise BadSample("row_invalid", f"{name} is no JSON: {error}") from error
+    if not isinstance(value, of):
+        raise BadSample("row_invalid", f"{name} is {type(value).__name__}, not a JSON object")
+    return value
 
 
 def _undecodable(row: pa.Table) -> str:

@@ -10,13 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from omnitrain.data.codec_frames import decode_codes, holds_codes
-from omnitrain.data.media import (
-    MediaLimits,
-    decode_audio,
-    decode_image,
-    decode_video,
-    probe,
-)
+from omnitrain.data.media import MediaLimits, decode_audio, decode_image, decode_video, probe
 from omnitrain.data.sample import BadSample, Sample, Segment, has_medium
 from omnitrain.data.shards import Source
 
@@ -44,19 +38,16 @@ def check_sample(sample: Sample, media_bytes: Callable[[Segment], bytes], limits
         BadSample: the first thing that is wrong with it.
     """
     codec_frames = 0
-    for message in sample.messages:
-        for segment in message.segments:
-            if not has_medium(segment):
-                continue
-            data = media_bytes(segment)
-            if segment.type == "image":
-                decode_image(data, limits)
-            elif segment.type == "video":
-                decode_video(data, fps, limits)
-            elif segment.type == "speech" and holds_codes(data):
-                codec_frames += len(decode_codes(data))
-            else:
-                decode_audio(data, limits=limits)
+    for segment in filter(has_medium, sample.segments):
+        data = media_bytes(segment)
+        if segment.type == "image":
+            decode_image(data, limits)
+        elif segment.type == "video":
+            decode_video(data, fps, limits)
+        elif segment.type == "speech" and holds_codes(data):
+            codec_frames += len(decode_codes(data))
+        else:
+            decode_audio(data, limits=limits)
     return codec_frames
 
 

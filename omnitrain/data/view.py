@@ -140,27 +140,24 @@ def sample_panel(sample: Sample, place: tuple[str, int], shown: Iterable[list[Sh
                 )
             if part.text:
                 lines.append(line("  " + (part.text if len(part.text) <= 2000 else part.text[:2000] + " ...")))
-    facts = [sample.task, sample.split, " > ".join(sample.languages), sample.concept, sample.licence]
-    place_and_facts = f"{place[0].rpartition('/')[2]} row {place[1]} · " + " · ".join(f for f in facts if f)
     return Panel(
         Group(*lines),
         title=Text(printable(sample.id), style="bold"),
-        subtitle=Text(printable(place_and_facts)),
+        subtitle=Text(printable(_facts(sample, place))),
         title_align="left",
         subtitle_align="left",
     )
 
 
-_MIME = {
-    "png": "image/png",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "gif": "image/gif",
-    "wav": "audio/wav",
-    "ogg": "audio/ogg",
-    "mp3": "audio/mpeg",
-    "flac": "audio/flac",
-}
+def _facts(sample: Sample, place: tuple[str, int], *more: str) -> str:
+    """Where a sample lies and what it is, on one line, with `more` before the rest."""
+    facts = [*more, sample.task, sample.split, " > ".join(sample.languages), sample.concept, sample.licence]
+    return " · ".join(fact for fact in (f"{place[0].rpartition('/')[2]} row {place[1]}", *facts) if fact)
+
+
+# Formats that browsers know, and their MIME types.
+_PICTURES = {name: f"image/{name}" for name in ("png", "jpeg", "webp", "gif")}
+_SOUNDS = {"wav": "audio/wav", "ogg": "audio/ogg", "mp3": "audio/mpeg", "flac": "audio/flac"}
 
 
 def _data_uri(data: bytes, mime: str) -> str:
@@ -174,8 +171,8 @@ def browser_media(part: Shown) -> dict[str, str]:
         return {}
     name = sniff(part.data)[0]
     if part.type == "image":
-        known = name in ("png", "jpeg", "webp", "gif")
-        return {"image": _data_uri(part.data if known else encode_image(part.picture), _MIME.get(name, "image/png"))}
+        data = part.data if name in _PICTURES else encode_image(part.picture)
+        return {"image": _data_uri(data, _PICTURES.get(name, "image/png"))}
     picture = _data_uri(encode_image(part.picture), "image/png")
     if part.type == "video":
         data = part.data
@@ -184,9 +181,8 @@ def browser_media(part: Shown) -> dict[str, str]:
             frames = video.frames[:, : video.frames.shape[1] // 2 * 2, : video.frames.shape[2] // 2 * 2]
             data = encode_video(frames, video.fps, video.audio)
         return {"video": _data_uri(data, "video/mp4"), "strip": picture}
-    known = name in ("wav", "ogg", "mp3", "flac")
-    data = part.data if known else encode_audio(decode_audio(part.data), 16_000, "wav")
-    return {"audio": _data_uri(data, _MIME[name] if known else "audio/wav"), "spectrogram": picture}
+    data = part.data if name in _SOUNDS else encode_audio(decode_audio(part.data), 16_000, "wav")
+    return {"audio": _data_uri(data, _SOUNDS.get(name, "audio/wav")), "spectrogram": picture}
 
 
 _PAGE = """<!doctype html>
@@ -237,17 +233,7 @@ def html_page(title: str, total: int, rows: Iterable[tuple[Sample, tuple[str, in
     import jinja2
 
     samples = []
-    for sample, (file, row), shown in rows:
-        facts = [
-            f"{file.rpartition('/')[2]} row {row}",
-            sample.source,
-            sample.modality,
-            sample.task,
-            sample.split,
-            " > ".join(sample.languages),
-            sample.concept,
-            sample.licence,
-        ]
+    for sample, place, shown in rows:
         messages = [
             (
                 message.role,
@@ -255,6 +241,7 @@ def html_page(title: str, total: int, rows: Iterable[tuple[Sample, tuple[str, in
             )
             for message, segments in zip(sample.messages, shown, strict=True)
         ]
-        samples.append({"id": sample.id, "facts": " · ".join(fact for fact in facts if fact), "messages": messages})
+        facts = _facts(sample, place, sample.source, sample.modality)
+        samples.append({"id": sample.id, "facts": facts, "messages": messages})
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
     return page.render(title=title, total=total, samples=samples)
