@@ -163,7 +163,7 @@ _MIME = {
 }
 
 
-def _data_uri(data: bytes, mime: str) -> str:
+def data_uri(data: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
@@ -175,18 +175,18 @@ def browser_media(part: Shown) -> dict[str, str]:
     name = sniff(part.data)[0]
     if part.type == "image":
         known = name in ("png", "jpeg", "webp", "gif")
-        return {"image": _data_uri(part.data if known else encode_image(part.picture), _MIME.get(name, "image/png"))}
-    picture = _data_uri(encode_image(part.picture), "image/png")
+        return {"image": data_uri(part.data if known else encode_image(part.picture), _MIME.get(name, "image/png"))}
+    picture = data_uri(encode_image(part.picture), "image/png")
     if part.type == "video":
         data = part.data
         if name != "mp4":
             video = decode_video(data, 8.0)
             frames = video.frames[:, : video.frames.shape[1] // 2 * 2, : video.frames.shape[2] // 2 * 2]
             data = encode_video(frames, video.fps, video.audio)
-        return {"video": _data_uri(data, "video/mp4"), "strip": picture}
+        return {"video": data_uri(data, "video/mp4"), "strip": picture}
     known = name in ("wav", "ogg", "mp3", "flac")
     data = part.data if known else encode_audio(decode_audio(part.data), 16_000, "wav")
-    return {"audio": _data_uri(data, _MIME[name] if known else "audio/wav"), "spectrogram": picture}
+    return {"audio": data_uri(data, _MIME[name] if known else "audio/wav"), "spectrogram": picture}
 
 
 _PAGE = """<!doctype html>
