@@ -65,7 +65,6 @@ def compare_runs(scores: Scores, names: Sequence[str], *, seed: int = 0) -> list
     Args:
         scores: of the runs, each with its name as `arm`.
         names: the runs in order; those without items are columns without values.
-        seed: of the bootstrap.
     """
     places = {arm: place for place, (_, arm, _) in enumerate(scores.runs)}
     lines = []

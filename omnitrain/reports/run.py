@@ -22,7 +22,7 @@ import yaml
 
 from omnitrain.data.media import MediaLimits, decode_video, encode_image
 from omnitrain.data.sample import MODALITIES, BadSample, Segment
-from omnitrain.data.view import browser_media, data_uri, show, spectrogram
+from omnitrain.data.view import Shown, browser_media, data_uri, show, spectrogram
 from omnitrain.files import (
     CONFIG,
     DATA,
@@ -56,12 +56,8 @@ class Missing:
 
 @dataclass
 class Run:
-    """What a run folder holds; anything may be absent.
-
-    Attributes:
-        metrics, throughput: column -> (steps [n], values [n]), rows without a value left out.
-        missing: what is absent.
-    """
+    """What a run folder holds; anything may be absent. Of `metrics` and `throughput`, rows without a value are left
+    out."""
 
     folder: Path
     config_text: str | None = None
@@ -172,17 +168,15 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _columns(path: Path) -> figures.Columns:
     """Steps and values of each column of a metrics file; empty and non-finite entries are left out."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            step = _number(row.get("step"))
+            step = _number(row.pop("step", None))
             for name, text in row.items():
                 value = _number(text)
-                if name and name != "step" and step is not None and value is not None:
-                    steps, values = found.setdefault(name, ([], []))
-                    steps.append(step)
-                    values.append(value)
-    return {name: (np.array(steps), np.array(values)) for name, (steps, values) in found.items()}
+                if name and step is not None and value is not None:
+                    found.setdefault(name, []).append((step, value))
+    return {name: (np.array(points)[:, 0], np.array(points)[:, 1]) for name, points in found.items()}
 
 
 def _number(text: Any) -> float | None:
@@ -227,14 +221,11 @@ def _curves(run: Run) -> dict[str, figures.Columns]:
 def _samples(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
     """For each modality the first samples in the order they were drawn, those with media and answers first."""
     groups = []
-    for modality in _by_modality(row["modality"] for row in run.predictions):
-        rows = [row for row in run.predictions if row["modality"] == modality]
-        if modality != "text":
-            rows = [row for row in rows if row["media"] is not None]
-        answered = [row for row in rows if row["prediction"] is not None]
-        chosen = _spread(answered or rows)
-        if chosen:
-            groups.append((modality, [{**row, **_media(row)} for row in chosen]))
+    shown = [row for row in run.predictions if row["modality"] == "text" or row["media"] is not None]
+    for modality in _by_modality(row["modality"] for row in shown):
+        rows = [row for row in shown if row["modality"] == modality]
+        chosen = _spread([row for row in rows if row["prediction"] is not None] or rows)
+        groups.append((modality, [{**row, **_media(row)} for row in chosen]))
     return groups
 
 
@@ -245,11 +236,15 @@ def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return chosen[:SAMPLES_PER_MODALITY]
 
 
+def _show(segment: Segment) -> Shown:
+    return show(segment, lambda s: s.media or b"", MediaLimits())
+
+
 def _media(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["media"] is None:
         return {}
     segment = Segment(type=row["media_type"], media=row["media"], with_audio=row["modality"] == "audio_video")
-    shown = show(segment, lambda s: s.media or b"", MediaLimits())
+    shown = _show(segment)
     media: dict[str, Any] = {"line": shown.line, "bad": shown.bad, **browser_media(shown)}
     if row["media_type"] == "video" and not shown.bad:
         try:
@@ -307,11 +302,10 @@ def _players(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         heard = json.loads(row["heard"] or "{}")
         signals = []
         for name, label in SIGNALS.items():
-            if row.get(name) is None:
-                continue
-            shown = show(Segment(type="audio", media=row[name]), lambda s: s.media or b"", MediaLimits())
-            words = {key.split("/")[0]: text for key, text in heard.items() if key.endswith(f"/{name}")}
-            signals.append({"label": label, "heard": words, **browser_media(shown)})
+            if row.get(name) is not None:
+                shown = _show(Segment(type="audio", media=row[name]))
+                words = {key.split("/")[0]: text for key, text in heard.items() if key.endswith(f"/{name}")}
+                signals.append({"label": label, "heard": words, **browser_media(shown)})
         if signals:
             players.append({**{k: row[k] for k in ("id", "text", "voice", "hit_limit")}, "signals": signals})
     return players
