@@ -59,7 +59,7 @@ def _run(run_dir: Path, out: Path | None) -> tuple[Path, list[str]]:
     if staged is not None:
         return stages.write_report(staged, run_dir, out)
     run = read_run(run_dir)
-    return write_report(run, out), [f"{part.part} ({part.file}): {part.fix}" for part in run.missing]
+    return write_report(run, out), [str(part) for part in run.missing]
 
 
 def _study(folder: Path, out: Path | None, collect: Path | None) -> tuple[Path, list[str]]:

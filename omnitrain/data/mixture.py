@@ -192,7 +192,7 @@ class _Fetch:
         try:
             sample = source[pick.index]
             sample_id = sample.id
-            with _one_thread():
+            with one_thread():
                 return Draw(pick=pick, sample=self.encode(sample, source.media_bytes))
         except BadSample as error:
             bad = self.row(pick, sample_id) | {"reason": error.reason, "detail": error.detail}
@@ -203,7 +203,7 @@ class _Fetch:
 
 
 @contextmanager
-def _one_thread() -> Generator[None]:
+def one_thread() -> Generator[None]:
     """Matrix products may round differently on another number of threads; samples must come out the same, bit for bit,
     from a worker and from the main process (which fetches waiting samples again on resume)."""
     threads = torch.get_num_threads()

@@ -160,7 +160,7 @@ _PICTURES = {name: f"image/{name}" for name in ("png", "jpeg", "webp", "gif")}
 _SOUNDS = {"wav": "audio/wav", "ogg": "audio/ogg", "mp3": "audio/mpeg", "flac": "audio/flac"}
 
 
-def _data_uri(data: bytes, mime: str) -> str:
+def data_uri(data: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
@@ -172,17 +172,17 @@ def browser_media(part: Shown) -> dict[str, str]:
     name = sniff(part.data)[0]
     if part.type == "image":
         data = part.data if name in _PICTURES else encode_image(part.picture)
-        return {"image": _data_uri(data, _PICTURES.get(name, "image/png"))}
-    picture = _data_uri(encode_image(part.picture), "image/png")
+        return {"image": data_uri(data, _PICTURES.get(name, "image/png"))}
+    picture = data_uri(encode_image(part.picture), "image/png")
     if part.type == "video":
         data = part.data
         if name != "mp4":
             video = decode_video(data, 8.0)
             frames = video.frames[:, : video.frames.shape[1] // 2 * 2, : video.frames.shape[2] // 2 * 2]
             data = encode_video(frames, video.fps, video.audio)
-        return {"video": _data_uri(data, "video/mp4"), "strip": picture}
+        return {"video": data_uri(data, "video/mp4"), "strip": picture}
     data = part.data if name in _SOUNDS else encode_audio(decode_audio(part.data), 16_000, "wav")
-    return {"audio": _data_uri(data, _SOUNDS.get(name, "audio/wav")), "spectrogram": picture}
+    return {"audio": data_uri(data, _SOUNDS.get(name, "audio/wav")), "spectrogram": picture}
 
 
 _PAGE = """<!doctype html>

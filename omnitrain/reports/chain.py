@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from omnitrain.data.sample import MODALITIES
 from omnitrain.files import CONFIG, REPORT, write_text
@@ -20,12 +19,7 @@ from omnitrain.reports.run import Run, read_run, templates
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """
-    Attributes:
-        command: its command line.
-        folder: of its run; None if it does not say.
-        finished: whether it has ended well.
-    """
+    """A stage's command line, the folder of its run (None if it does not say), and whether it has ended well."""
 
     name: str
     command: str
@@ -35,11 +29,11 @@ class StageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """A stage as the page shows it; `run` is None as long as it has no run folder (or makes none)."""
+    """A stage as the page shows it; `run` holds nothing as long as the stage has no run folder (or makes none)."""
 
     record: StageRecord
-    run: Run | None
-    state: str
+    run: Run
+    begun: bool
     report: str | None
     trained: list[str]
     length: int | None
@@ -48,17 +42,18 @@ class _Row:
     tokens: float | None
     seconds: float | None
     losses: dict[str, float]
+    """Of the last validation, nats per target token, by modality."""
     mixture: dict[str, Any] | None
+
+    @property
+    def state(self) -> str:
+        return "finished" if self.record.finished else "begun" if self.begun else "not begun"
 
 
 def write_stages_report(
     run_dir: Path, stages: Sequence[StageRecord], out: Path | None = None
 ) -> tuple[Path, list[str]]:
-    """Write the page.
-
-    Args:
-        run_dir: folder of the run of stages.
-        out: default ``run_dir/report.html``.
+    """Write the page, by default to ``run_dir/report.html``; `run_dir` is the folder of the run of stages.
 
     Returns:
         its path, and a line for everything that is missing in it.
@@ -69,48 +64,40 @@ def write_stages_report(
     path = out or run_dir / REPORT
     rows = [_row(stage, path.parent) for stage in stages]
     missing = [line for row in rows for line in _missing(row)]
-    trained = [row for row in rows if row.run is not None]
-    curves, borders = _curves(trained)
-    modalities = [m for m in MODALITIES if any(m in row.losses for row in rows)]
+    folder = run_dir.resolve().name
     text = templates().get_template("chain.html.j2").render(
-        name=_name(run_dir),
-        folder=run_dir.resolve().name,
+        name=read_run(run_dir, samples=False).config.get("name") or folder,
+        folder=folder,
         rows=rows,
-        trained=trained,
         finished=sum(row.record.finished for row in rows),
         tokens=sum(row.tokens or 0 for row in rows),
         seconds=sum(row.seconds or 0 for row in rows),
-        modalities=modalities,
-        curves=Markup(figures.stage_curves(curves, borders)) if curves else None,  # SVG of our own making
+        modalities=[m for m in MODALITIES if any(m in row.losses for row in rows)],
+        curves=figures.stage_curves(*_curves(rows)),
         missing=missing,
     )  # fmt: skip
     write_text(path, text)
     return path, missing
 
 
-def _name(run_dir: Path) -> str:
-    return read_run(run_dir, samples=False).config.get("name") or run_dir.resolve().name
-
-
 def _row(stage: StageRecord, beside: Path) -> _Row:
     folder = stage.folder
-    run = read_run(folder, samples=False) if folder is not None and (folder / CONFIG).is_file() else None
-    config = run.config if run is not None else {}
-    steps = run.metrics.get("seen/tokens") if run is not None else None
-    report = folder / REPORT if folder is not None else None
+    begun = folder is not None and (folder / CONFIG).is_file()
+    run = read_run(folder, samples=False) if folder and begun else Run(beside)
+    config, steps = run.config, run.metrics.get("seen/tokens")
     return _Row(
         record=stage,
         run=run,
-        state="finished" if stage.finished else "begun" if run is not None else "not begun",
-        report=os.path.relpath(report, beside) if report is not None and report.is_file() else None,
+        begun=begun,
+        report=os.path.relpath(folder / REPORT, beside) if folder and (folder / REPORT).is_file() else None,
         trained=list((config.get("module") or {}).get("train") or []),
         length=(config.get("data") or {}).get("max_tokens"),
         steps=int(steps[0][-1]) if steps else None,
         planned_steps=(config.get("trainer") or {}).get("max_steps"),
-        tokens=float(steps[1][-1]) if steps else None,
-        seconds=_training_seconds(run) if run is not None else None,
-        losses=_last_losses(run) if run is not None else {},
-        mixture=mixture(run.data, config.get("mix"), MODALITIES) if run is not None and run.data else None,
+        tokens=run.last("seen/tokens"),
+        seconds=_training_seconds(run),
+        losses={modality: float(losses[-1]) for modality, (_, losses) in run.below("validation/loss/").items()},
+        mixture=mixture(run.data, config.get("mix"), MODALITIES) if run.data else None,
     )
 
 
@@ -123,23 +110,12 @@ def _training_seconds(run: Run) -> float | None:
     return float(sum(np.diff(steps, prepend=0) * [latest[step] for step in steps]))
 
 
-def _last_losses(run: Run) -> dict[str, float]:
-    """Modality -> loss of the last validation, nats per target token."""
-    prefix = "validation/loss/"
-    return {
-        name.removeprefix(prefix): float(values[1][-1])
-        for name, values in run.metrics.items()
-        if name.startswith(prefix)
-    }
-
-
 def _curves(rows: Sequence[_Row]) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, float]]]:
     """Losses of each modality and stage over the tokens of the whole run, and where each stage begins."""
     curves: dict[str, list[dict[str, Any]]] = {}
     borders: list[tuple[str, float]] = []
     start = 0.0
     for row in rows:
-        assert row.run is not None
         metrics = row.run.metrics
         if "seen/tokens" not in metrics:
             continue
@@ -158,14 +134,9 @@ def _curves(rows: Sequence[_Row]) -> tuple[dict[str, list[dict[str, Any]]], list
 
 
 def _missing(row: _Row) -> list[str]:
-    name, folder = row.record.name, row.record.folder
-    if row.state == "not begun":
-        return [f"stage {name}: not begun; the same `fit` line goes on with it"]
-    lines = [] if row.state == "finished" else [f"stage {name}: not finished; the same `fit` line goes on with it"]
-    if row.run is None:
-        return lines
-    # Its own report says the same of itself.
-    lines += [f"stage {name}: {m.part} ({m.file}): {m.fix}" for m in row.run.missing]
-    if row.report is None and row.record.finished:
-        lines.append(f"stage {name}: its own report: run `python -m omnitrain report {folder}`")
-    return lines
+    stage, lines = row.record, [str(part) for part in row.run.missing]  # its own report says the same of itself
+    if not stage.finished:
+        lines.insert(0, f"not {'finished' if row.begun else 'begun'}; the same `fit` line goes on with it")
+    elif row.begun and row.report is None:
+        lines.append(f"its own report: run `python -m omnitrain report {stage.folder}`")
+    return [f"stage {stage.name}: {line}" for line in lines]

@@ -6,8 +6,9 @@ study (`nondegradation`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from omnitrain.evaluation.scores import (
 )
 from omnitrain.files import PREDICTIONS, SCORES, write_text
 from omnitrain.reports import figures
-from omnitrain.reports.run import Run, flat, read_run, templates
+from omnitrain.reports.run import Run, flat, formatted, read_run, templates
 
 FEW_CONCEPTS = 10
 """With fewer, a bootstrap interval is too narrow to call a difference one."""
@@ -64,7 +65,6 @@ def compare_runs(scores: Scores, names: Sequence[str], *, seed: int = 0) -> list
     Args:
         scores: of the runs, each with its name as `arm`.
         names: the runs in order; those without items are columns without values.
-        seed: of the bootstrap.
     """
     places = {arm: place for place, (_, arm, _) in enumerate(scores.runs)}
     lines = []
@@ -104,20 +104,14 @@ def _line(
         # A ratio estimator: these average to the sum of the values over the sum of the weights.
         return bootstrap_interval(values[common] * (n / weight[common].sum()), groups=groups, seed=seed)
 
-    first = places[0]
-    with_score = [p is not None and p in scored and n > 0 for p in places]
+    totals = [numerator[p] if p in scored and n > 0 else None for p in places]
+    first = totals[0]
     return Line(
         modality=modality,
         part=part,
         measure=measure,
-        values=tuple(interval(numerator[p]) if ok else None for p, ok in zip(places, with_score, strict=True)),
-        differences=(
-            None,
-            *(
-                interval(numerator[p] - numerator[first]) if ok and with_score[0] else None
-                for p, ok in zip(places[1:], with_score[1:], strict=True)
-            ),
-        ),
+        values=tuple(None if of is None else interval(of) for of in totals),
+        differences=(None, *(None if of is None or first is None else interval(of - first) for of in totals[1:])),
         items=n,
         dropped=int(finite.any(axis=0).sum()) - n,
     )
@@ -140,36 +134,27 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
     names = _names(paths)
     tables, missing = [], []
     for run, name in zip(runs, names, strict=True):
-        missing += [f"{name}: {m.part} ({m.file}): {m.fix}" for m in run.missing]
+        missing += [f"{name}: {part}" for part in run.missing]
         path = run.folder / PREDICTIONS
         if path.is_file():
             tables.append(_items(path, name))
         elif not any(m.file == SCORES for m in run.missing):
             missing.append(f"{name}: scores by item ({PREDICTIONS}): run `python -m omnitrain test {run.folder}`")
     lines = compare_runs(scores_of(pa.concat_tables(tables)), names) if tables else []
-    colours = _colours(names)
-    validation, training = _curves(runs, names)
-    page = (
-        templates()
-        .get_template("comparison.html.j2")
-        .render(
-            name=f"{len(runs)} runs side by side",
-            names=names,
-            colours=colours,
-            lines=[_shown(line) for line in lines],
-            few=FEW_CONCEPTS,
-            dropped=max((line.dropped for line in lines), default=0),
-            missing=missing,
-            validation=Markup(figures.arm_curves(validation, "step", "nats per target token", colours))
-            if validation
-            else None,
-            training=Markup(figures.arm_curves(training, "step", "nats per target token", colours))
-            if training
-            else None,
-            facts=_facts(runs),
-            settings=_settings(runs),
-        )
-    )
+    colours = dict(zip(names, cycle(figures.ARM_COLOURS.values()), strict=False))
+    page = templates().get_template("comparison.html.j2").render(
+        name=f"{len(runs)} runs side by side",
+        names=names,
+        colours=colours,
+        lines=[_shown(line) for line in lines],
+        few=FEW_CONCEPTS,
+        dropped=max((line.dropped for line in lines), default=0),
+        missing=missing,
+        validation=_curves("validation", runs, colours),
+        training=_curves("train", runs, colours),
+        facts=_facts(runs),
+        settings=_settings(runs),
+    )  # fmt: skip
     write_text(out, page)
     return Path(out), missing
 
@@ -186,30 +171,20 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _items(path: Path, name: str) -> pa.Table:
     table = read_table(path, SCORE_COLUMNS)
-    n = len(table)
-    for column, value in (("match", pa.array([""] * n)), ("arm", pa.array([name] * n)), ("seed", pa.array([0] * n))):
-        table = table.append_column(column, value)
+    for column, value in (("match", ""), ("arm", name), ("seed", 0)):
+        table = table.append_column(column, pa.array([value] * len(table)))
     return table
 
 
-def _colours(names: Sequence[str]) -> dict[str, str]:
-    palette = list(figures.ARM_COLOURS.values())
-    return {name: palette[k % len(palette)] for k, name in enumerate(names)}
-
-
-Panels = dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]
-
-
-def _curves(runs: Sequence[Run], names: Sequence[str]) -> tuple[Panels, Panels]:
-    """Validation and training losses by modality and run."""
-    panels: tuple[Panels, Panels] = {}, {}
-    for kind, found in zip(("validation", "train"), panels, strict=True):
-        for modality in MODALITIES:
-            column = f"{kind}/loss/{modality}"
-            lines = {n: [run.metrics[column]] for run, n in zip(runs, names, strict=True) if column in run.metrics}
-            if lines:
-                found[figures.title(modality)] = lines
-    return panels
+def _curves(kind: str, runs: Sequence[Run], colours: Mapping[str, str]) -> Markup | None:
+    """Losses by modality and run; `colours`: of each run, by its name."""
+    panels = {}
+    for modality in MODALITIES:
+        column = f"{kind}/loss/{modality}"
+        lines = {n: [run.metrics[column]] for run, n in zip(runs, colours, strict=True) if column in run.metrics}
+        if lines:
+            panels[figures.title(modality)] = lines
+    return figures.arm_curves(panels, "step", "nats per target token", colours)
 
 
 def _shown(line: Line) -> dict[str, Any]:
@@ -236,15 +211,12 @@ def _shown(line: Line) -> dict[str, Any]:
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    rows: list[tuple[str, list[str]]] = []
-    rows.append(("name", [str(run.config.get("name") or "–") for run in runs]))
-    steps = [max((s[-1] for s, _ in run.metrics.values()), default=None) for run in runs]
-    rows.append(("steps", ["–" if s is None else f"{s:,.0f}" for s in steps]))
-    for column, label in (("seen/tokens", "tokens"), ("seen/samples", "samples")):
-        values = [run.last(column) for run in runs]
-        rows.append((label, ["–" if v is None else f"{v:,.0f}" for v in values]))
-    rows.append(("device", [str(run.environment.get("device") or "–") for run in runs]))
-    return rows
+    amounts = [run.amounts for run in runs]
+    return [
+        ("name", [str(run.config.get("name") or "–") for run in runs]),
+        *((what, [formatted(of.get(what), ",.0f") for of in amounts]) for what in ("steps", "tokens", "samples")),
+        ("device", [str(run.environment.get("device") or "–") for run in runs]),
+    ]
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -14,11 +14,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Name -> (steps [n], values [n])."""
 _INK, _LINE = "#010203", "#010204"
 MODALITY_COLOURS = {
     "text": "#5b83d6",
@@ -56,6 +60,8 @@ _STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 1.2,
     "lines.solid_capstyle": "round",
 }
 
@@ -72,7 +78,7 @@ def title(name: str) -> str:
     return name.replace("heldout_", "held-out ").replace("_", " ")
 
 
-def _svg(figure: Figure, label: str) -> str:
+def _svg(figure: Figure, label: str) -> Markup:
     """`figure` as an SVG element that scales with the page."""
     buffer = io.StringIO()
     # Identifiers are hashed with the salt: figures on one page must not share them.
@@ -84,48 +90,54 @@ def _svg(figure: Figure, label: str) -> str:
     text = text.replace(_INK, "var(--ink)").replace(_LINE, "var(--line)")
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", text)
     # The width of the page decides; the drawing never grows much beyond its own size.
-    text = re.sub(
-        r'width="([\d.]+)pt" height="[\d.]+pt"',
-        r'style="width:100%;max-width:calc(1.3 * \1pt);height:auto"',
-        text,
-        count=1,
-    )
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    style = r'style="width:100%;max-width:calc(1.3 * \1pt);height:auto"'
+    text = re.sub(r'width="([\d.]+)pt" height="[\d.]+pt"', style, text, count=1)
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # of our own making
 
 
-def _axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(grid.ravel())
+def _axes(
+    count: int, columns: int, panel: tuple[float, float], margin: tuple[float, float] = (0, 0)
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in rows of at most `columns`, and empty places where the last row is not full.
+
+    Args:
+        panel, margin: width and height in inches, of a panel and of what the figure has besides.
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = (panel[0] * columns + margin[0], panel[1] * rows + margin[1])
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for empty in axes[count:]:
+        empty.set_axis_off()
+    return figure, axes
 
 
-def _styled(draw: Callable[..., str]) -> Callable[..., str]:
-    """Run a drawing function under the report's style."""
+def _styled(draw: Callable[..., Markup]) -> Callable[..., Markup | None]:
+    """Run a drawing function under the report's style; of nothing to draw there is no figure."""
 
     @wraps(draw)
-    def drawn(*args: Any, **kwargs: Any) -> str:
+    def drawn(data: Any, *args: Any, **kwargs: Any) -> Markup | None:
         with matplotlib.rc_context(_STYLE):
-            return draw(*args, **kwargs)
+            return draw(data, *args, **kwargs) if data else None
 
     return drawn
 
 
 @_styled
-def swap_intervals(records: Sequence[Mapping[str, Any]]) -> str:
+def swap_intervals(records: Sequence[Mapping[str, Any]]) -> Markup:
     """Media-swap gains with their intervals, one line per modality and, smaller, per split."""
-    shown = [r for r in records if r["gain"] and r["task"] == "all"]
-    figure, (axes,) = _axes(7.6, 0.7 + 0.27 * len(shown))
+    shown = [r for r in records if r["task"] == "all"]
+    figure, (axes,) = _axes(1, 1, (7.6, 0.7 + 0.27 * len(shown)))
     axes.axvline(0, color=_INK, linewidth=1)
-    for y, record in enumerate(shown):
-        whole = record["split"] == "all"
+    axes.set_yticks(range(len(shown)), [title(r["modality" if r["split"] == "all" else "split"]) for r in shown])
+    for y, (record, label) in enumerate(zip(shown, axes.get_yticklabels(), strict=True)):
         gain, c = record["gain"], colour(record["modality"])
+        whole = record["split"] == "all"
         size, alpha = (3.2, 1.0) if whole else (1.6, 0.65)
         axes.plot([gain["low"], gain["high"]], [y, y], color=c, linewidth=size, alpha=alpha)
         axes.plot(gain["mean"], y, "o", color=c, markersize=8 if whole else 4.5, alpha=alpha)
-    axes.set_yticks(range(len(shown)))
-    axes.set_yticklabels([title(r["modality"]) if r["split"] == "all" else title(r["split"]) for r in shown])
-    for label, record in zip(axes.get_yticklabels(), shown, strict=True):
-        label.set_fontweight("bold" if record["split"] == "all" else "normal")
+        label.set_fontweight("bold" if whole else "normal")
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("rise of the loss with another sample's medium (nats per target token)")
@@ -141,15 +153,9 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 @_styled
-def learning_curves(curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> str:
-    """Loss over steps: one panel per modality.
-
-    Args:
-        curves: modality -> {"train": (steps [n], losses [n]), NAME: ... of a validation}.
-    """
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    figure, panels = _axes(2.9 * columns + 0.4, 2.3 * rows, rows, columns)
+def learning_curves(curves: Mapping[str, Columns]) -> Markup:
+    """Loss over steps: one panel per modality, in it {"train": (steps [n], losses [n]), NAME: ... of a validation}."""
+    figure, panels = _axes(len(curves), 3, (2.9, 2.3), (0.4, 0))
     for axes, (modality, lines) in zip(panels, curves.items(), strict=False):
         c = colour(modality)
         for name, (steps, losses) in lines.items():
@@ -160,25 +166,20 @@ def learning_curves(curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarr
                 axes.plot(steps, losses, "o-", color=_INK, markersize=3.5, linewidth=1.1, label=name)
         axes.set_title(title(modality), color=c, fontweight="bold")
         axes.set_xlabel("step")
-    for axes in panels[len(curves) :]:
-        axes.set_axis_off()
     panels[0].set_ylabel("nats per target token")
-    panels[0].legend(fontsize=8.5, handlelength=1.2)
+    panels[0].legend()
     return _svg(figure, "learning curves")
 
 
 @_styled
-def stage_curves(
-    curves: Mapping[str, Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]],
-    borders: Sequence[tuple[str, float]],
-) -> str:
+def stage_curves(curves: Mapping[str, Sequence[Columns]], borders: Sequence[tuple[str, float]]) -> Markup:
     """Loss over all tokens of a run of stages, end to end: one panel per modality, a line where a stage begins.
 
     Args:
         curves: modality -> for each stage {"train": (tokens [n], losses [n]), "validation": ...}, either may be absent.
         borders: name of each stage, and tokens (of the whole run) at its start.
     """
-    figure, panels = _axes(9.2, 1.8 * len(curves) + 0.3, len(curves), 1)
+    figure, panels = _axes(len(curves), 1, (9.2, 1.8), (0, 0.3))
     end = max(float(line[0][-1]) for parts in curves.values() for part in parts for line in part.values())
     for number, (axes, (modality, parts)) in enumerate(zip(panels, curves.items(), strict=True)):
         c = colour(modality)
@@ -192,10 +193,8 @@ def stage_curves(
         for name, start in borders:
             axes.axvline(start, color=_INK, linewidth=0.7, linestyle=(0, (2, 3)))
             if number == 0:
-                axes.annotate(
-                    name, (start, 1.0), xycoords=("data", "axes fraction"), xytext=(2, 3), textcoords="offset points",
-                    fontsize=7.5, rotation=20,
-                )  # fmt: skip
+                places: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+                axes.annotate(name, (start, 1.0), xytext=(2, 3), fontsize=7.5, rotation=20, **places)
         axes.set_ylabel(title(modality), color=c, fontweight="bold")
         axes.set_xlim(0, 1.01 * end)
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -205,60 +204,50 @@ def stage_curves(
 
 
 @_styled
-def expert_load(load: Mapping[str, Sequence[Sequence[float]]]) -> str:
+def expert_load(load: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
     """Heat map of how often each expert of each layer was used, by modality; 1 is an even share."""
-    first = np.asarray(next(iter(load.values())))
-    columns = min(3 if first.shape[1] <= 32 else 1, len(load))
-    rows = -(-len(load) // columns)
-    height = max(1.2, 0.16 * first.shape[0] + 0.55)
-    figure, panels = _axes(7.8, height * rows + 0.4, rows, columns)
-    scaled = {m: np.asarray(c, dtype=float) / np.maximum(np.sum(c, axis=1, keepdims=True), 1) for m, c in load.items()}
-    scaled = {m: share * share.shape[1] for m, share in scaled.items()}
-    top = max(1.5, float(np.quantile(np.concatenate([s.ravel() for s in scaled.values()]), 0.99)))
-    image = None
-    for axes, (modality, share) in zip(panels, scaled.items(), strict=False):
-        image = axes.imshow(
-            share, aspect="auto", cmap="RdYlBu_r", norm=TwoSlopeNorm(1.0, 0.0, top), interpolation="nearest"
-        )
+    shares = {m: np.asarray(c, dtype=float) / np.maximum(np.sum(c, axis=1, keepdims=True), 1) for m, c in load.items()}
+    layers, experts = next(iter(shares.values())).shape
+    columns = min(3 if experts <= 32 else 1, len(load))
+    figure, panels = _axes(len(load), columns, (7.8 / columns, max(1.2, 0.16 * layers + 0.55)), (0, 0.4))
+    top = max(1.5, float(np.quantile(np.concatenate([(s * experts).ravel() for s in shares.values()]), 0.99)))
+    scale = TwoSlopeNorm(1.0, 0.0, top)
+    image = ScalarMappable(scale, "RdYlBu_r")
+    for axes, (modality, share) in zip(panels, shares.items(), strict=False):
+        axes.imshow(share * experts, aspect="auto", cmap=image.cmap, norm=scale, interpolation="nearest")
         axes.grid(visible=False)
         axes.set_title(title(modality), color=colour(modality), fontweight="bold")
-        axes.set_yticks(range(0, share.shape[0], max(1, share.shape[0] // 8)))
-        axes.set_xticks(range(0, share.shape[1], max(1, share.shape[1] // 8)))
+        axes.set_yticks(range(0, layers, max(1, layers // 8)))
+        axes.set_xticks(range(0, experts, max(1, experts // 8)))
         axes.set_xlabel("expert")
     panels[0].set_ylabel("layer")
-    for axes in panels[len(load) :]:
-        axes.set_axis_off()
-    if image is not None:
-        figure.colorbar(image, ax=panels, shrink=0.8, pad=0.015, label="times an even share").outline.set_visible(False)
+    figure.colorbar(image, ax=panels, shrink=0.8, pad=0.015, label="times an even share").outline.set_visible(False)
     return _svg(figure, "expert load")
 
 
 @_styled
-def lines(series: Mapping[str, tuple[np.ndarray, np.ndarray]], ylabel: str, *, share: bool = False) -> str:
+def lines(series: Columns, ylabel: str, *, share: bool = False) -> Markup:
     """A few named lines over steps; `share` fixes the axis to 0..1."""
-    figure, (axes,) = _axes(3.8, 2.1)
+    figure, (axes,) = _axes(1, 1, (3.8, 2.1))
     for (name, (steps, values)), c in zip(series.items(), [*MODALITY_COLOURS.values(), _OTHER], strict=False):
         axes.plot(steps, values, color=c, linewidth=1.6, label=name)
     axes.set_xlabel("step")
     axes.set_title(ylabel)
-    if share:
-        axes.set_ylim(0, 1.03)
-    else:
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.03 if share else None)
     if len(series) > 1:
-        axes.legend(fontsize=8.5, handlelength=1.2)
+        axes.legend()
     return _svg(figure, f"{ylabel} over steps")
 
 
 @_styled
-def forest(panels: Sequence[Mapping[str, Any]]) -> str:
+def forest(panels: Sequence[Mapping[str, Any]]) -> Markup:
     """Differences with their intervals against a margin, one panel per row of a table.
 
     Args:
         panels: each ``title``, ``unit``, ``margin``, and ``lines``: label, arm, value, low, high (None: no interval).
     """
     rows = max(len(panel["lines"]) for panel in panels)
-    figure, axes_of = _axes(3.2 * len(panels) + 0.4, 1.25 + 0.34 * rows, 1, len(panels))
+    figure, axes_of = _axes(len(panels), len(panels), (3.2, 1.25 + 0.34 * rows), (0.4, 0))
     for axes, panel in zip(axes_of, panels, strict=True):
         lines, margin = panel["lines"], panel["margin"]
         ends = [abs(v) for line in lines for v in (line["low"], line["high"], line["value"]) if v is not None]
@@ -272,8 +261,7 @@ def forest(panels: Sequence[Mapping[str, Any]]) -> str:
                 axes.plot([line["low"], line["high"]], [y, y], color=c, linewidth=3)
             inside = c if line["low"] is not None else "none"
             axes.plot(line["value"], y, "o", color=c, markerfacecolor=inside, markersize=7)
-        axes.set_yticks(range(len(lines)))
-        axes.set_yticklabels([line["label"] for line in lines])
+        axes.set_yticks(range(len(lines)), [line["label"] for line in lines])
         axes.set_ylim(rows - 0.4, -0.6)
         axes.set_xlim(-reach, reach)
         axes.locator_params(axis="x", nbins=4)
@@ -289,16 +277,14 @@ def arm_curves(
     xlabel: str,
     ylabel: str,
     colours: Mapping[str, str] = ARM_COLOURS,
-) -> str:
+) -> Markup:
     """Mean curve of each arm over its seeds, with a band from the lowest to the highest seed.
 
     Args:
         panels: title -> arm -> for each seed (x [n], losses [n]), x rising; lengths may differ.
         colours: by arm.
     """
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes_of = _axes(3.0 * columns + 0.6, 2.5 * rows, rows, columns)
+    figure, axes_of = _axes(len(panels), 3, (3.0, 2.5), (0.6, 0))
     named: dict[str, Any] = {}
     for axes, (name, arms) in zip(axes_of, panels.items(), strict=False):
         for arm, curves in arms.items():
@@ -307,15 +293,12 @@ def arm_curves(
             values = np.stack([np.interp(grid, x, y) for x, y in curves])
             c = colours.get(arm, _OTHER)
             axes.fill_between(grid, values.min(axis=0), values.max(axis=0), color=c, alpha=0.18, linewidth=0)
-            named[title(arm) if colours is ARM_COLOURS else arm] = axes.plot(
-                grid, values.mean(axis=0), color=c, linewidth=1.7
-            )[0]
+            [line] = axes.plot(grid, values.mean(axis=0), color=c, linewidth=1.7)
+            named[title(arm) if colours is ARM_COLOURS else arm] = line
         axes.set_title(name, fontweight="bold")
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 4T
-    for axes in axes_of[len(panels) :]:
-        axes.set_axis_off()
     axes_of[0].set_ylabel(ylabel)
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, fontsize=9, handlelength=1.4)
     return _svg(figure, f"learning curves by arm over {xlabel}")
@@ -331,7 +314,7 @@ def cell_maps(
     marks: Mapping[str, np.ndarray],
     lower_is_better: bool,
     reach: float,
-) -> str:
+) -> Markup:
     """Heat maps of kind of input x language of the answer: the first of values, the others of differences.
 
     Args:
@@ -340,7 +323,7 @@ def cell_maps(
         lower_is_better: colours improvements blue.
         reach: the difference at which colours end, unless there are larger ones: small ones shall look small.
     """
-    figure, axes_of = _axes(7.8, (0.36 + 0.25 * len(rows)) * len(maps) + 0.2, len(maps), 1)
+    figure, axes_of = _axes(len(maps), 1, (7.8, 0.36 + 0.25 * len(rows)), (0, 0.2))
     differences = [values for name, values in maps.items() if name in marks]
     reach = max([reach, *(float(np.nanmax(np.abs(d))) for d in differences if np.isfinite(d).any())])
     for axes, (name, values) in zip(axes_of, maps.items(), strict=True):
@@ -354,15 +337,10 @@ def cell_maps(
             light = 0.3 * red + 0.59 * green + 0.11 * blue > 0.55
             bold = name in marks and bool(marks[name][r, c])
             shown = f"{values[r, c]:{'+' if name in marks else ''}{form}}{'*' if bold else ''}".replace("-", "−")
-            axes.text(
-                c, r, shown, ha="center", va="center", fontsize=8.5, color="#14171a" if light else "#ffffff",
-                fontweight="bold" if bold else "normal",
-            )  # fmt: skip
+            ink, weight = "#14171a" if light else "#ffffff", "bold" if bold else "normal"
+            axes.text(c, r, shown, ha="center", va="center", fontsize=8.5, color=ink, fontweight=weight)
         axes.set_title(name, fontweight="bold")
-        axes.set_yticks(range(len(rows)))
-        axes.set_yticklabels([title(r) for r in rows])
-        axes.set_xticks(range(len(columns)))
-        axes.set_xticklabels(columns if axes is axes_of[-1] else [])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        axes.set_yticks(range(len(rows)), [title(r) for r in rows])
+        axes.set_xticks(range(len(columns)), columns if axes is axes_of[-1] else [""] * len(columns))
+        axes.spines[:].set_visible(False)
     return _svg(figure, "cells of input and language")

@@ -10,9 +10,14 @@ group: of one that is a part f of the plan, up to ``W max(f, 1 - f)`` more or le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+
+def largest_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: -item[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +53,12 @@ class Group:
 
 
 def planned_draws(data: Mapping[str, Any]) -> dict[str, float] | None:
-    """Samples planned from each source, of as many as were drawn in all.
-
-    None if that cannot be told: several data stages whose lengths are given in tokens have passed.
-
-    Args:
-        data: what ``data.json`` holds.
-    """
-    stages, current = data.get("planned", []), int(data.get("stage", 0))
-    left = sum(data.get("drawn", {}).values())
+    """Samples planned from each source, of as many as were drawn in all, from what ``data.json`` holds. None if that
+    cannot be told: several data stages whose lengths are given in tokens have passed."""
+    stages, current, drawn = data.get("planned", []), int(data.get("stage", 0)), data.get("drawn", {})
     if not stages:
         return None
-    planned = dict.fromkeys(data.get("drawn", {}), 0.0)
+    left, planned = sum(drawn.values()), dict.fromkeys(drawn, 0.0)
     for number, stage in enumerate(stages[: current + 1]):
         if number < current and "samples" not in stage:
             return None
@@ -77,19 +76,15 @@ def by_source(data: Mapping[str, Any], asked: Mapping[str, Any] | None = None) -
         asked: a recipe's `mix`: source -> ``{"tokens": relative share, ...}``.
     """
     seen, drawn = data.get("seen", {}).get("source", {}), data.get("drawn", {})
-    planned, total = planned_draws(data), sum((asked or {}).get(name, {}).get("tokens", 0) for name in drawn)
+    planned, asked = planned_draws(data) or {}, asked or {}
+    total = sum(asked.get(name, {}).get("tokens", 0) for name in drawn)
+    bound = _processes(data) * (int(data.get("stage", 0)) + 1)
     named = dict.fromkeys([*(n for stage in data.get("planned", []) for n in stage.get("shares", {})), *drawn])
-    return [
-        _group(
-            name,
-            seen,
-            planned[name] if planned is not None and name in planned else None,
-            _processes(data) * (int(data.get("stage", 0)) + 1),
-            drawn=int(drawn.get(name, 0)),
-            asked=asked[name]["tokens"] / total if asked and total and name in asked else None,
-        )
-        for name in named
-    ]
+    rows = []
+    for name in named:
+        share = asked[name]["tokens"] / total if total and name in asked else None
+        rows.append(_group(name, seen, planned.get(name), bound, drawn=int(drawn.get(name, 0)), asked=share))
+    return rows
 
 
 def by_modality(data: Mapping[str, Any]) -> list[Group]:
@@ -102,25 +97,24 @@ def by_language(data: Mapping[str, Any]) -> list[Group]:
     return sorted(_by_group(data, "languages", lambda key: key.rpartition(">")[2]), key=lambda row: -row.tokens)
 
 
-def _by_group(data: Mapping[str, Any], kind: str, group_of: Any) -> list[Group]:
+def _by_group(data: Mapping[str, Any], kind: str, group_of: Callable[[str], str]) -> list[Group]:
     tally = data.get("seen", {}).get(kind, {})
     seen = {what: _summed(tally.get(what, {}), group_of) for what in ("samples", "tokens")}
     parts = {name: part for name, part in (data.get("composition") or {}).items() if part is not None}
     sizes = {name: int(part["samples"]) for name, part in parts.items()}
     counts = {name: _summed(part[kind], group_of) for name, part in parts.items()}
     planned, drawn = planned_draws(data), data.get("drawn", {})
-    known = planned is not None and all(name in parts for name, n in planned.items() if n)
-    names = [*seen["samples"]]
-    if planned is not None and known:
-        names += [group for name, n in planned.items() if n for group in counts[name]]
+    weighted = {name: n for name, n in (planned or {}).items() if n}
+    known = planned is not None and weighted.keys() <= parts.keys()
+    groups = [*seen["samples"], *(group for name in weighted if known for group in counts[name])]
     stages = int(data.get("stage", 0)) + 1
     used, all_drawn = sum(seen["samples"].values()), sum(drawn.values())
     rows = []
-    for group in dict.fromkeys(names):
+    for group in dict.fromkeys(groups):
         plan = bound = None
-        if planned is not None and known:
-            here = [name for name, n in planned.items() if n and group in counts[name]]
-            part = sum(planned[name] * counts[name][group] / sizes[name] for name in here) / max(1, all_drawn)
+        if known:
+            here = [name for name in weighted if group in counts[name]]
+            part = sum(weighted[name] * counts[name][group] / sizes[name] for name in here) / max(1, all_drawn)
             plan = part * used
             if _processes(data) == 1:  # processes take their own places of an order, which is no part of an epoch
                 bound = (all_drawn - used) * max(part, 1 - part) + sum(
@@ -156,10 +150,10 @@ def _processes(data: Mapping[str, Any]) -> int:
     return int(data.get("processes", 1))
 
 
-def _summed(counts: Mapping[str, int], group_of: Any) -> dict[str, int]:
-    summed: dict[str, int] = {}
+def _summed(counts: Mapping[str, int], group_of: Callable[[str], str]) -> dict[str, int]:
+    summed: Counter[str] = Counter()
     for key, n in counts.items():
-        summed[group_of(key)] = summed.get(group_of(key), 0) + n
+        summed[group_of(key)] += n
     return summed
 
 
@@ -167,7 +161,7 @@ def mixture(data: Mapping[str, Any], asked: Mapping[str, Any] | None, modalities
     """What the report shows of ``data.json``; `modalities`: their usual order."""
     order = list(modalities)
     rows = by_modality(data)
-    skipped = sorted(data.get("skipped", {}).items(), key=lambda item: -item[1])
+    skipped = largest_first(data.get("skipped", {}))
     drawn, seen = sum(data.get("drawn", {}).values()), sum(row.samples for row in rows)
     return {
         "stages": data.get("planned", []),

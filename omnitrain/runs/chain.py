@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import difflib
-import json
 import os
 import re
 import shlex
@@ -38,7 +37,7 @@ from omnitrain.config.saved import portable, read_values
 from omnitrain.config.targets import ForbiddenTarget
 from omnitrain.config.typed import ConfigError
 from omnitrain.config.verbs import HYDRA_VERBS, VERBS
-from omnitrain.files import CONFIG, STAGES, printable, write_json
+from omnitrain.files import CONFIG, REPORT, STAGES, printable, read_json, write_json
 
 ALL = "all"
 """What `stage_overrides` has for every stage that is a ``fit``."""
@@ -93,25 +92,23 @@ def read_stages(stages: Any, overrides: Any) -> list[Stage]:
     overrides = overrides or {}
     found: dict[str, Stage] = {}
     for number, given in enumerate(stages):
+        place = f"stages[{number}]"
         if not isinstance(given, dict) or set(given) != {"name", "command"}:
-            raise ConfigError(f"stages[{number}]: write {{name: NAME, command: [VERB, ARGUMENT, ...]}}, not {given}")
+            raise ConfigError(f"{place}: write {{name: NAME, command: [VERB, ARGUMENT, ...]}}, not {given}")
         name, command = str(given["name"]), given["command"]
         if name == ALL:
-            raise ConfigError(
-                f"stages[{number}]: no stage can be called {ALL}, which stage_overrides takes for every one"
-            )
+            raise ConfigError(f"{place}: no stage can be called {ALL}, which stage_overrides takes for every one")
         if name in found:
-            raise ConfigError(f"stages[{number}]: two stages are called {name}")
+            raise ConfigError(f"{place}: two stages are called {name}")
         if not isinstance(command, list) or not command or not all(isinstance(w, str | int | float) for w in command):
-            raise ConfigError(f"stages[{number}].command ({name}): write a list of words, such as [fit, +recipe=codec]")
-        extra = _words(overrides, name)
-        if command[0] == "fit":
-            extra = [*_words(overrides, ALL), *extra]
-        stage = found[name] = Stage(name, tuple(str(word) for word in (*command, *extra)))
-        if stage.command[0] not in VERBS:
-            near = difflib.get_close_matches(stage.command[0], VERBS, n=1)
+            raise ConfigError(f"{place}.command ({name}): write a list of words, such as [fit, +recipe=codec]")
+        general = _words(overrides, ALL) if command[0] == "fit" else []
+        verb, *words = map(str, (*command, *general, *_words(overrides, name)))
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"verbs are: {', '.join(VERBS)}"
-            raise ConfigError(f"stages[{number}].command ({name}): there is no verb '{stage.command[0]}'; {hint}")
+            raise ConfigError(f"{place}.command ({name}): there is no verb '{verb}'; {hint}")
+        found[name] = Stage(name, (verb, *words))
     for name in overrides:
         if name not in found and name != ALL:
             near = difflib.get_close_matches(name, found, n=1)
@@ -144,19 +141,18 @@ def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
     record = run_dir / STAGES
     done = _read_record(record)
     for stage in stages:
-        if stage.name in done and done[stage.name]["command"] not in (
-            list(stage.command),  # of before folders could be moved
-            portable(list(stage.command), run_dir),
-        ):
+        command = list(stage.command)
+        before = done[stage.name]["command"] if stage.name in done else None
+        if before not in (None, portable(command, run_dir), command):  # `command`: of before folders could be moved
             raise ConfigError(
-                f"stage '{stage.name}' has been run with another command: {shlex.join(done[stage.name]['command'])}\n"
-                f"now it is: {shlex.join(stage.command)}\nchoose another paths.run_dir, or take '{stage.name}' out of "
+                f"stage '{stage.name}' has been run with another command: {shlex.join(before)}\n"
+                f"now it is: {shlex.join(command)}\nchoose another paths.run_dir, or take '{stage.name}' out of "
                 f"{record} to run it again (and the stages behind it, which have used what it made)"
             )
-        if stage.command[0] in HYDRA_VERBS and stage.name not in done:
-            check_stage(stage.name, stage.arguments(run_dir), run_dir)
-        elif stage.command[0] not in HYDRA_VERBS:
+        if command[0] not in HYDRA_VERBS:
             _check_places(stage, run_dir)
+        elif before is None:
+            check_stage(stage.name, stage.arguments(run_dir), run_dir)
     return done
 
 
@@ -179,10 +175,8 @@ def _check_places(stage: Stage, run_dir: Path) -> None:
 def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> int:
     """Run all but those that are `done`, each with a line above its own output, then name the folders.
 
-    SIGINT and SIGTERM go to the running stage, which ends in its own way; then nothing further is started.
-
-    Returns:
-        0, or the status of the stage that failed or was ended (128 + signal where that killed it).
+    SIGINT and SIGTERM go to the running stage, which ends in its own way; then nothing further is started. Returns 0,
+    or the status of the stage that failed or was ended (128 + signal where that killed it).
     """
     with _forwarded() as child:
         for number, stage in enumerate(stages, start=1):
@@ -195,15 +189,18 @@ def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> 
             status = child.run(stage.name, stage.arguments(run_dir))
             if status or child.signal:
                 status = status or 128 + child.signal  # it ended well, but may have been cut short
-                print(
-                    f"{header}: ended with status {status}; continue: {printable(_continue(run_dir))}", file=sys.stderr
-                )
+                again = f"python -m omnitrain fit {shlex.quote(str(run_dir))}"
+                print(f"{header}: ended with status {status}; continue: {printable(again)}", file=sys.stderr)
                 return status
             seconds = round(time.monotonic() - start, 1)
             done[stage.name] = {"command": portable(list(stage.command), run_dir), "seconds": seconds}
             write_json(run_dir / STAGES, done)
             print(f"{header}: {seconds:g} s", flush=True)
-    _print_folders(stages)
+    for stage in stages:
+        if stage.folder is not None:
+            print(printable(f"{stage.name}: {stage.folder}"))
+            if (stage.folder / REPORT).is_file():
+                print(printable(f"{stage.name}: report: {stage.folder / REPORT}"))
     print(f"report over all stages: {printable(write_report(stages, run_dir)[0])}")
     return 0
 
@@ -213,14 +210,11 @@ def write_report(stages: Sequence[Stage], run_dir: Path, out: Path | None = None
     from omnitrain.reports.chain import StageRecord, write_stages_report
 
     done = _read_record(run_dir / STAGES)
-    return write_stages_report(
-        run_dir,
-        [
-            StageRecord(name=stage.name, command=stage.line(run_dir), folder=stage.folder, finished=stage.name in done)
-            for stage in stages
-        ],
-        out,
-    )
+    records = [
+        StageRecord(name=stage.name, command=stage.line(run_dir), folder=stage.folder, finished=stage.name in done)
+        for stage in stages
+    ]
+    return write_stages_report(run_dir, records, out)
 
 
 def stages_of(run_dir: Path) -> list[Stage] | None:
@@ -233,10 +227,6 @@ def stages_of(run_dir: Path) -> list[Stage] | None:
         return None
     saved = read_values(run_dir)
     return None if saved.get("stages") is None else read_stages(saved["stages"], saved.get("stage_overrides"))
-
-
-def _continue(run_dir: Path) -> str:
-    return f"python -m omnitrain fit {shlex.quote(str(run_dir))}"
 
 
 def _ends_with_its_parent() -> Callable[[], None] | None:
@@ -299,12 +289,4 @@ def _forwarded() -> Generator[_Child]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _print_folders(stages: Sequence[Stage]) -> None:
-    for stage in stages:
-        if stage.folder is not None:
-            print(printable(f"{stage.name}: {stage.folder}"))
-            if (stage.folder / "report.html").is_file():
-                print(printable(f"{stage.name}: report: {stage.folder / 'report.html'}"))
+    return read_json(path) if path.is_file() else {}

@@ -33,11 +33,12 @@ from omnitrain.data.batch import PackedBatch
 from omnitrain.data.codec_frames import decode_codes, encode_codes, heard_rows, holds_codes
 from omnitrain.data.encode import SampleEncoder as ThinkerEncoder
 from omnitrain.data.media import decode_audio
+from omnitrain.data.mixture import one_thread
 from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_medium
 from omnitrain.data.shards import SampleSource, shard_files, write_shard
 from omnitrain.data.workers import WorkerDied, Workers
 from omnitrain.evaluation.judges import mel_distance
-from omnitrain.files import printable, sweep, write_json
+from omnitrain.files import printable, read_json, sweep, write_json
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
@@ -50,8 +51,8 @@ CHECKED = 4
 
 Thinker = tuple[OmniModel, ThinkerEncoder]
 """A model that listens, and the encoder of what it reads."""
-
-# -------------------------------------------------------------------------------------------------------- one sample
+Task = tuple[Path, int]
+"""The folder of a source, and a sample in it."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,8 @@ class Encoded:
 
 
 class SampleEncoder:
-    """`encoder((folder, index))` -> :class:`Encoded`: a sample of the source in that folder, with codec frames.
-
-    Args:
-        codec: what encodes.  sources: by folder.
-        thinker: whose hidden states are written too, and the encoder of what it reads; or None.
-        only_speech: leave out samples without a recording of speech.
-    """
+    """`encoder((folder, index))` -> :class:`Encoded`: a sample of the source in that folder, with codec frames, and
+    with hidden states of the `thinker` if there is one. `only_speech` leaves out samples without a recording."""
 
     def __init__(
         self,
@@ -142,12 +138,12 @@ class SampleEncoder:
 
     def _embedded(self, sample: Sample, source: SampleSource) -> Sample:
         """With the bytes of media that lie in files beside the shard: the paths would lead nowhere from another."""
-        return with_segments(
-            sample,
-            lambda s: (
-                s if s.path is None or s.media is not None else replace(s, media=source.media_bytes(s), path=None)
-            ),
-        )
+
+        def with_bytes(segment: Segment) -> Segment:
+            beside = segment.path is not None and segment.media is None
+            return replace(segment, media=source.media_bytes(segment), path=None) if beside else segment
+
+        return with_segments(sample, with_bytes)
 
 
 def recording(data: bytes) -> np.ndarray:
@@ -176,12 +172,6 @@ def is_recorded(segment: Segment) -> bool:
     return segment.type == "speech" and has_medium(segment)
 
 
-# ---------------------------------------------------------------------------------------------------------- workers
-
-Task = tuple[Path, int]
-"""The folder of a source, and a sample in it."""
-
-
 @contextmanager
 def _results(encoder: SampleEncoder, tasks: list[Task], workers: int) -> Generator[Iterator[Encoded]]:
     """The rows of all tasks, in order, from `workers` processes of one thread each; one worker is this process.
@@ -190,12 +180,8 @@ def _results(encoder: SampleEncoder, tasks: list[Task], workers: int) -> Generat
         ValueError: a worker process died.
     """
     if workers == 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield (encoder(task) for task in tasks)
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread():
+            yield map(encoder, tasks)
         return
     # The codec travels as bytes, not as a path: a run may be writing its next checkpoint.
     with closing(Workers(encoder, tasks, workers, ahead=16)) as results:
@@ -203,9 +189,6 @@ def _results(encoder: SampleEncoder, tasks: list[Task], workers: int) -> Generat
             yield results
         except WorkerDied as error:
             raise ValueError(f"{error}; the same line continues, with fewer --workers") from error
-
-
-# ----------------------------------------------------------------------------------------------------------- the folder
 
 
 @dataclass
@@ -218,12 +201,19 @@ class Counts:
     frames: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
-    def add(self, row: Encoded) -> None:
+    @classmethod
+    def of(cls, row: Encoded) -> Counts:
+        """Those of a single row."""
         if row.sample is None:
-            self.skipped[row.skipped] = self.skipped.get(row.skipped, 0) + 1
-        else:
-            self.samples, self.copied = self.samples + (row.frames > 0), self.copied + (row.frames == 0)
-            self.seconds, self.frames = self.seconds + row.seconds, self.frames + row.frames
+            return cls(skipped={row.skipped: 1})
+        return cls(row.frames > 0, row.frames == 0, row.seconds, row.frames)
+
+    def add(self, other: Counts) -> None:
+        self.samples += other.samples
+        self.copied += other.copied
+        self.seconds += other.seconds
+        self.frames += other.frames
+        self.skipped = dict(Counter(self.skipped) + Counter(other.skipped))
 
     @property
     def bad(self) -> int:
@@ -232,11 +222,8 @@ class Counts:
 
 
 class Folder:
-    """The output folder and its record.
-
-    Args:
-        path: made when missing.
-        made_with: codec and choice of rows; a folder keeps to those it was begun with.
+    """The output folder, made when missing, and its record. It keeps to the codec and choice of rows (`made_with`) that
+    it was begun with.
 
     Raises:
         ValueError: it was begun otherwise, or holds shards from elsewhere.
@@ -246,7 +233,7 @@ class Folder:
         self.path, self.made_with = path, json.loads(json.dumps(made_with))
         self.shards: dict[str, dict[str, Any]] = {}
         if (path / RECORD).is_file():
-            before = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            before = read_json(path / RECORD)
             self.shards = before.pop("shards")
             for key in {**before, **self.made_with}:
                 value = self.made_with.get(key)
@@ -295,9 +282,6 @@ def checksum(file: Path) -> str:
     return f"{crc:08x}"
 
 
-# ----------------------------------------------------------------------------------------------------------- the verb
-
-
 def encode(
     codec: Codec | MimiCodec,
     shards: Sequence[str],
@@ -310,14 +294,12 @@ def encode(
     workers: int = 1,
     progress: Callable[[str, int], Any],
 ) -> Counts:
-    """Encode `shards` into `out`, print a table and a check, and return the sums.
+    """Encode `shards` (folders, files or globs) into `out`, print a table and a check, and return the sums.
 
     Args:
-        shards: folders, files or globs.
         thinker: a model and its encoder, whose hidden states at media are written beside the codes.
         split, where: which rows, as of `SampleSource`.
         only_speech: leave out samples without a recording of speech; otherwise they are copied.
-        workers: processes.
         progress: (title, total) -> context manager of a function that is called after every row.
 
     Raises:
@@ -359,7 +341,7 @@ def encode(
 
             def samples(file: Path = file, counts: Counts = counts) -> Iterator[Sample]:
                 for row in islice(results, len(rows[file])):
-                    counts.add(row)
+                    counts.add(Counts.of(row))
                     advance()
                     if row.sample is not None:
                         yield row.sample
@@ -382,22 +364,18 @@ def _shards_of(path: str) -> list[Path]:
 
 def total(counts: Iterable[Counts]) -> Counts:
     """Sums over shards."""
-    sums, skipped = Counts(), Counter()
+    sums = Counts()
     for part in counts:
-        sums.samples, sums.copied = sums.samples + part.samples, sums.copied + part.copied
-        sums.seconds, sums.frames = sums.seconds + part.seconds, sums.frames + part.frames
-        skipped.update(part.skipped)
-    sums.skipped = dict(skipped)
+        sums.add(part)
     return sums
 
 
 def print_counts(by_file: Mapping[Path, Counts], bits: float, title: str) -> None:
     """One row per shard and their sum. `bits`: of a frame."""
-    table = Table("shard", title=Text(printable(title)), title_justify="left")
-    for column in ("samples", "copied", "skipped", "seconds", "frames", "kbit/s"):
-        table.add_column(column, justify="right")
+    table = _table("shard", title, "samples", "copied", "skipped", "seconds", "frames", "kbit/s")
+    sums = total(by_file.values())
     rows = [(file.name, counts) for file, counts in by_file.items()]
-    for name, counts in [*rows, *([("all", total(by_file.values()))] if len(rows) > 1 else [])]:
+    for name, counts in [*rows, ("all", sums)] if len(rows) > 1 else rows:
         if name == "all":
             table.add_section()
         rate = f"{counts.frames * bits / counts.seconds / 1000:.2f}" if counts.seconds else ""
@@ -405,10 +383,9 @@ def print_counts(by_file: Mapping[Path, Counts], bits: float, title: str) -> Non
         table.add_row(
             Text(printable(name)), *(f"{n:,}" for n in whole), f"{counts.seconds:,.1f}", f"{counts.frames:,}", rate
         )
-    console = _console()
-    console.print(table)
-    for reason, count in sorted(total(by_file.values()).skipped.items()):
-        console.print(printable(f"skipped: {count} {reason}"), highlight=False, markup=False)
+    _console().print(table)
+    for reason, count in sorted(sums.skipped.items()):
+        _console().print(printable(f"skipped: {count} {reason}"), highlight=False, markup=False)
 
 
 def check(encoder: SampleEncoder, out: Path, files: Sequence[Path]) -> None:
@@ -416,17 +393,16 @@ def check(encoder: SampleEncoder, out: Path, files: Sequence[Path]) -> None:
     made = SampleSource([out / file.name for file in files])
     folders = {file.name: file.parent for file in files}
     ids = {folder: source.light()["id"].to_pylist() for folder, source in encoder.sources.items()}
-    table = Table("decoded again", title="recording against its codec frames", title_justify="left")
-    for column in ("seconds", "mel distance dB", "SI-SDR dB"):
-        table.add_column(column, justify="right")
+    table = _table("decoded again", "recording against its codec frames", "seconds", "mel distance dB", "SI-SDR dB")
     for index in _spread(made):
         sample = made[index]
         folder = folders[Path(made.locate(index)[0]).name]
         source = encoder.sources[folder]
         original = source[ids[folder].index(sample.id)]
-        pair = next((a, b) for a, b in zip(segments(original), segments(sample), strict=True) if is_recorded(b))
-        wav = recording(source.media_bytes(pair[0]))
-        codes = decode_codes(made.media_bytes(pair[1]), encoder.fingerprint)
+        pairs = zip(segments(original), segments(sample), strict=True)
+        recorded, encoded = next(pair for pair in pairs if is_recorded(pair[1]))
+        wav = recording(source.media_bytes(recorded))
+        codes = decode_codes(made.media_bytes(encoded), encoder.fingerprint)
         with torch.inference_mode():
             decoded = encoder.codec.decode(torch.from_numpy(codes)[None])[0].numpy()
         length = min(len(wav), len(decoded))
@@ -447,6 +423,14 @@ def _spread(made: SampleSource) -> list[int]:
         spoken = (j for j in range(first, end) if any(map(is_recorded, segments(made[j]))))
         chosen += islice(spoken, 1)
     return chosen
+
+
+def _table(first: str, title: str, *numbers: str) -> Table:
+    """With a column of text, and columns of numbers."""
+    table = Table(first, title=Text(printable(title)), title_justify="left")
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _console() -> Console:

@@ -87,15 +87,14 @@ def build_model(model: Named) -> OmniModel | Codec:
 def build_trainer(config: RunConfig) -> L.Trainer:
     """Lightning's Trainer with callbacks and loggers, all of which write into the run folder alone."""
     run_dir = Path(config.paths.run_dir)
-    arguments: dict[str, Any] = {f.name: getattr(config.trainer, f.name) for f in fields(config.trainer)}
-    arguments["strategy"] = _part(config.trainer.strategy, config, "trainer.strategy")
-    arguments["profiler"] = _part(config.trainer.profiler, config, "trainer.profiler")
-    plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(config.trainer.plugins)]
+    trainer = config.trainer
+    arguments: dict[str, Any] = {f.name: getattr(trainer, f.name) for f in fields(trainer)}
+    for name in ("strategy", "profiler"):
+        arguments[name] = _part(arguments[name], config, f"trainer.{name}")
+    plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(trainer.plugins)]
     arguments["plugins"] = plugins or None
-    arguments["callbacks"] = [
-        _part(node, config, f"callbacks.{name}") for name, node in config.callbacks.items() if node
-    ]
-    arguments["logger"] = [_part(node, config, f"logger.{name}") for name, node in config.logger.items() if node]
+    for group, nodes in (("callbacks", config.callbacks), ("logger", config.logger)):
+        arguments[group] = [_part(node, config, f"{group}.{name}") for name, node in nodes.items() if node]
     try:
         return L.Trainer(**arguments, default_root_dir=run_dir)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:

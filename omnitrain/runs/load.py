@@ -177,16 +177,12 @@ def _load_public(
 ) -> tuple[OmniModel, SampleEncoder]:
     tokenizer = ChatTokenizer.from_dir(folder)
     model = load_pretrained(folder, dtype=dtype, device=device, speech=speech)
-    config = model.config
+    config, sizes = model.config, model.config.vision
+    bounds = _pixel_bounds(folder / "preprocessor_config.json")
     encoder = SampleEncoder(
         tokenizer=tokenizer,
         audio=AudioGeometry(n_mels=config.aut.n_mels, chunk_frames=config.aut.chunk_frames),
-        vision=VisionGeometry(
-            patch=config.vision.patch,
-            temporal_patch=config.vision.temporal_patch,
-            merge=config.vision.merge,
-            **_pixel_bounds(folder / "preprocessor_config.json"),
-        ),
+        vision=VisionGeometry(patch=sizes.patch, temporal_patch=sizes.temporal_patch, merge=sizes.merge, **bounds),
         limits=MediaLimits(),
         ids_per_second=config.position_id_per_seconds,
         vocab_size=config.thinker.vocab_size,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -50,7 +51,6 @@ class Owner:
         started: of the process, in clock ticks since the machine's boot; 0 where the system does not say.
         job, restart: of Slurm or torchrun, and how often Slurm has queued it again.
         since, command: for people.
-        token: of this lock.
     """
 
     host: str
@@ -83,9 +83,14 @@ class Owner:
         mine = Owner.this_process()
         if self.machine == mine.machine:
             return _started(self.pid) != self.started
-        if self.job.startswith("slurm") and self.job == mine.job and self.restart < mine.restart:
-            return True
-        return silent > STALE_AFTER
+        queued_again = self.job.startswith("slurm") and self.job == mine.job and self.restart < mine.restart
+        return queued_again or silent > STALE_AFTER
+
+    def write(self, path: Path) -> Path:
+        """Write this down beside the lock `path`, to be made the lock in one step."""
+        ours = path.with_name(f"{path.name}.{self.token}")
+        ours.write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
+        return ours
 
 
 @contextmanager
@@ -145,8 +150,7 @@ def _is_first_process() -> bool:
 
 def _acquire(path: Path, owner: Owner) -> None:
     """Make the lock, or raise `FolderInUse`."""
-    ours = path.with_name(f"{path.name}.{owner.token}")
-    ours.write_text(json.dumps(asdict(owner), ensure_ascii=False) + "\n", encoding="utf-8")
+    ours = owner.write(path)
     try:
         for _ in range(5):
             if _make(path, ours):
@@ -212,9 +216,7 @@ def _replace(path: Path, ours: Path, token: str) -> bool:
     try:
         if not path.exists() or (_token(path) or _UNREADABLE) != token:
             return False  # somebody was through before we began
-        whole = path.with_name(f"{ours.name}.new")
-        whole.write_text(ours.read_text(encoding="utf-8"), encoding="utf-8")
-        os.replace(whole, path)
+        os.replace(shutil.copyfile(ours, path.with_name(f"{ours.name}.new")), path)
         return True
     finally:
         claim.unlink(missing_ok=True)
@@ -228,26 +230,21 @@ def _keep_alive(path: Path, owner: Owner, ended: threading.Event) -> None:
             if found == owner.token:
                 os.utime(path)
             elif found is None and path.parent.is_dir() and not path.exists():  # somebody has deleted it
-                again = path.with_name(f"{path.name}.{owner.token}")
-                again.write_text(json.dumps(asdict(owner), ensure_ascii=False) + "\n", encoding="utf-8")
+                again = owner.write(path)
                 _make(path, again)
                 again.unlink(missing_ok=True)
             elif found is not None and not ended.is_set():
-                print(
-                    f"error: {printable(path.parent)}: another process has taken this folder while this one did not "
-                    f"answer for {STALE_AFTER:g} s; it ends, and writes nothing more",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                lost = f"another process has taken this folder while this one did not answer for {STALE_AFTER:g} s"
+                print(f"error: {printable(path.parent)}: {lost}; it ends, and writes nothing more", file=sys.stderr)
+                sys.stderr.flush()
                 os._exit(1)
 
 
 def _in_use(path: Path, held: Owner, silent: float) -> str:
     job = f" ({held.job})" if held.job else ""
-    here = held.machine == _machine()
-    cure = (
-        f"end it (kill {held.pid})" if here else f"end it there (a lock is free {STALE_AFTER:g} s after its last touch)"
-    )
+    cure = f"end it there (a lock is free {STALE_AFTER:g} s after its last touch)"
+    if held.machine == _machine():
+        cure = f"end it (kill {held.pid})"
     return (
         f"{path.parent} is in use by process {held.pid} on {held.host}{job} since {held.since}, last heard of "
         f"{max(silent, 0):.0f} s ago: {held.command}; wait for it, {cure}, or name another folder"
@@ -272,10 +269,9 @@ def _started(pid: int) -> int | None:
         pass
     if Path("/proc/self/stat").exists():
         return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
+    with suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
     return 0
