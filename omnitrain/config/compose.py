@@ -27,6 +27,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal import utils as hydra_utils
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -64,11 +65,8 @@ __all__ = ["ConfigError", "ForbiddenTarget", "RunConfig", "run_config", "run_ver
 
 def run_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> RunConfig:
     """The configuration that ``python -m omnitrain fit OVERRIDES`` would run, for Python and notebooks:
-    ``build_experiment(run_config(["+recipe=quickstart", "optim.lr=5e-4"]), "fit")`` is the same experiment.
-
-    Raises:
-        ConfigError: as on the command line.
-    """
+    ``build_experiment(run_config(["+recipe=quickstart", "optim.lr=5e-4"]), "fit")`` is the same experiment. Raises
+    ConfigError as on the command line."""
     overrides = readable(list(overrides), sweep=False)
     arguments = [*([] if config_dir is None else ["--config-dir", str(config_dir)]), *overrides]
     args = get_args_parser().parse_args(arguments)
@@ -91,34 +89,27 @@ def register_recipes(arguments: list[str]) -> None:
 
 
 def run_verb(verb: str, arguments: list[str]) -> int:
-    """Check the command line of a Hydra verb, then run it. Returns the exit status.
-
-    `arguments` are Hydra's; a first argument that is a run folder stands for the configuration saved in it, with
-    ``ckpt_path=last``.
-    """
+    """Check the command line of a Hydra verb, then run it. Returns the exit status. `arguments` are Hydra's; a first
+    argument that is a run folder stands for the configuration saved in it, with ``ckpt_path=last``."""
 
     def checked() -> tuple[list[str], str, Path | None]:
-        run_dir, hydra_arguments = _split_run_dir(arguments)
-        hydra_arguments = _readable_arguments(read_stage_overrides(hydra_arguments))
+        run_dir, overrides = _split_run_dir(arguments)
+        hydra_arguments = _readable_arguments(read_stage_overrides(overrides))
         register_recipes(hydra_arguments)
         config_name = "config" if run_dir is None else _register_run(run_dir)
         check_command_line(hydra_arguments, config_name, run_dir)
         return hydra_arguments, config_name, run_dir
 
     status, found = explained(checked)
-    if found is None:
-        return status
-    hydra_arguments, config_name, run_dir = found
-    return run_hydra(verb, hydra_arguments, config_name=config_name, run_dir=run_dir)
+    return status if found is None else run_hydra(verb, *found)
 
 
 def run_hydra(
     verb: str,
     arguments: list[str],
-    *,
     config_name: str = "config",
-    program: str | None = None,
     run_dir: Path | None = None,
+    program: str | None = None,
 ) -> int:
     """Hand `arguments` to Hydra, which calls :class:`Job`. Returns the exit status."""
     register_recipes(arguments)
@@ -177,14 +168,12 @@ class Job:
 
 def _run_dir(job: Any) -> Path:
     """The run folder: `paths.run_dir`, which is also Hydra's (`hydra.run.dir`), or the sweep's folder for this job."""
-    overrides = list(job.overrides.task)
-    explicit = any(text.lstrip("+").startswith("paths.run_dir=") for text in overrides)
-    if job.mode == RunMode.MULTIRUN:
-        if explicit:
-            raise ConfigError("paths.run_dir: the jobs of a sweep have a folder each; set hydra.sweep.dir instead")
-        return Path(job.runtime.output_dir).resolve()
+    explicit = any(text.lstrip("+").startswith("paths.run_dir=") for text in job.overrides.task)
+    sweep = job.mode == RunMode.MULTIRUN
+    if sweep and explicit:
+        raise ConfigError("paths.run_dir: the jobs of a sweep have a folder each; set hydra.sweep.dir instead")
     ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    if ranks > 1 and not explicit and "LOCAL_RANK" in os.environ:
+    if ranks > 1 and not explicit and not sweep and "LOCAL_RANK" in os.environ:
         raise ConfigError(
             f"paths.run_dir: {ranks} processes were started from outside, and each would make its own dated folder; "
             "name one folder for all of them with paths.run_dir=FOLDER"
@@ -277,10 +266,11 @@ def check_command_line(
                     del cfg.hydra
                 check_targets(OmegaConf.to_container(cfg, resolve=False))
         known = [*cfg, *GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)]
+        root_keys = set(compose("config", overrides=[]))
         for text in args.overrides:  # "+recpe=quickstart" would add a key that nobody reads
             key, _, value = text.lstrip("+").partition("=")
             near = difflib.get_close_matches(key, [str(name) for name in known if name != key], n=1, cutoff=0.75)
-            if text.startswith("+") and "." not in key and key in cfg and key not in _root_keys() and near:
+            if text.startswith("+") and "." not in key and key in cfg and key not in root_keys and near:
                 raise ConfigError(f"{text}: nothing reads a key '{key}'; did you mean +{near[0]}={value}?")
 
 
@@ -317,11 +307,8 @@ def _launcher_defaults(hydra_values: dict[str, Any]) -> DictConfig:
 
 def check_stage(name: str, command: Sequence[str], run_dir: Path) -> None:
     """Check the command of a stage (verb first) of the run in `run_dir`, before the stages in front of it take hours.
-    One that begins with a run folder is left alone: the folder may be still to be made.
-
-    Raises:
-        ConfigError, ForbiddenTarget: as `check_command_line`, with the stage's name.
-    """
+    One that begins with a run folder is left alone: the folder may be still to be made. Raises as `check_command_line`,
+    with the stage's name."""
     arguments = list(command[1:])
     if arguments and not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]:
         return
@@ -371,25 +358,16 @@ def _split_at_commas(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _root_keys() -> set[str]:
-    return {str(key) for key in compose("config", overrides=[])}
-
-
 @contextlib.contextmanager
 def _composer(args: Namespace) -> Generator[None]:
     """Hydra's compose API with the search path that the same arguments give `hydra.main`."""
     check_arguments(args)
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="check"):
         if args.config_dir is not None:
-            from hydra.core.config_search_path import SearchPathQuery
-
             loader: Any = GlobalHydra.instance().config_loader()
             path = loader.get_search_path()
-            path.prepend(
-                provider="command-line",
-                path=f"file://{Path(args.config_dir).resolve()}",
-                anchor=SearchPathQuery(provider="schema"),
-            )
+            own = f"file://{Path(args.config_dir).resolve()}"
+            path.prepend(provider="command-line", path=own, anchor=SearchPathQuery(provider="schema"))
             loader.repository.initialize_sources(path)
         yield
 
@@ -453,25 +431,21 @@ def _nearest(text: str, good: list[str], config_name: str) -> str | None:
         hint = f"did you mean {sign}{key}={near[0]}?" if near else f"there are: {', '.join(options)}"
         return f"there is no {key} '{value}'; {hint}"
     try:
-        keys = list(_keys(compose(config_name, overrides=good)))
+        cfg = compose(config_name, overrides=good)
     except (HydraException, OmegaConfBaseException):
         return None
+    keys = list(_keys(cfg))
     if key in keys:
         return None
-    if not sign and any(name == key.rpartition(".")[0] for name in _open_mappings(config_name, good)):
-        return f"did you mean +{text}? '{key.rpartition('.')[0]}' has no such key yet, and + adds it"
+    parent = key.rpartition(".")[0]
+    if not sign and parent in keys and OmegaConf.is_dict(node := OmegaConf.select(cfg, parent)) and not node:
+        return f"did you mean +{text}? '{parent}' has no such key yet, and + adds it"
     extra_groups = [group for group in loader.get_group_options("", ObjectType.GROUP) if group not in keys]
     near = difflib.get_close_matches(key, [*keys, *extra_groups], n=3, cutoff=0.5)
     if not near:
         return f"there is no key '{key}'; `python -m omnitrain fit --cfg job` prints all of them"
     near.sort(key=lambda name: value not in loader.get_group_options(name, ObjectType.CONFIG))  # an option says more
     return f"there is no key '{key}'; did you mean {'+' if near[0] in extra_groups else ''}{near[0]}={value}?"
-
-
-def _open_mappings(config_name: str, good: list[str]) -> list[str]:
-    """Names of the mappings that are empty by default and wait for keys, such as `model.thinker`."""
-    cfg = compose(config_name, overrides=good)
-    return [key for key in _keys(cfg) if OmegaConf.is_dict(node := OmegaConf.select(cfg, key)) and not node]
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

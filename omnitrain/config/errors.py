@@ -31,11 +31,8 @@ _CURES = {
 
 
 def explained(run: Callable[[], T]) -> tuple[int, T | None]:
-    """Call `run`. What the user can mend is one message on stderr, with a traceback only under HYDRA_FULL_ERROR=1.
-
-    Returns:
-        (exit status, what `run` returned): 0; 1 after an error; 130 after Ctrl-C.
-    """
+    """Call `run` and return (exit status, what it returned): 0; 1 after an error; 130 after Ctrl-C. What the user can
+    mend is one message on stderr, with a traceback only under HYDRA_FULL_ERROR=1."""
     try:
         return 0, run()
     except KeyboardInterrupt:

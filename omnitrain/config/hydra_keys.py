@@ -37,10 +37,9 @@ _OWN = ("config.yaml", "schema", "hydra/launcher", "hydra/sweeper", "hydra/job_l
 """What a folder given with ``--config-dir`` may not replace."""
 SHELL = ("setup", "python", "srun_args", "additional_parameters", "comment")
 """Keys of ``hydra.launcher`` that end up in a shell or choose a program."""
-
-
-_ONLY_THE_USER = {"sweeper": ("custom_search_space", "storage"), "launcher": ("temp_folder",)}
-"""Keys by which Optuna imports a function or opens a data base, and joblib writes elsewhere."""
+_FROM_USER = ("callbacks", "output_subdir", "sweeper.custom_search_space", "sweeper.storage", "launcher.temp_folder")
+"""Keys below ``hydra`` that only the command line may set: by some of them Optuna imports a function or opens a data
+base, and joblib writes elsewhere."""
 
 
 def check_arguments(args: Namespace) -> None:
@@ -85,7 +84,10 @@ def check_hydra(
     Raises:
         ForbiddenTarget: names the key.
     """
-    given = [text.lstrip("+~").partition("=")[0] for text in overrides]
+
+    def was_given(key: str) -> bool:
+        return any(text.lstrip("+~").partition("=")[0].startswith(key) for text in overrides)
+
     for where, key, value in walk(hydra, "hydra"):
         place = f"{where}.{key}"
         if key == TARGET and value not in CONSTRUCTORS:
@@ -102,27 +104,24 @@ def check_hydra(
             )
     if any("pkg:" in str(path) for path in hydra.get("searchpath") or []):
         raise ForbiddenTarget("hydra.searchpath: a search path may not name a Python package; name a folder")
-    if hydra.get("callbacks") and not any(key.startswith("hydra.callbacks") for key in given):
-        raise ForbiddenTarget("hydra.callbacks: only the command line may name them")
     launcher, usual = hydra.get("launcher") or {}, defaults.get("launcher") or {}
     for key in SHELL:
-        if launcher.get(key) != usual.get(key) and not any(name.startswith(f"hydra.launcher.{key}") for name in given):
+        if launcher.get(key) != usual.get(key) and not was_given(f"hydra.launcher.{key}"):
             raise ForbiddenTarget(
                 f"hydra.launcher.{key}: it is run by a shell, so only the command line may set it, with "
                 f"'hydra.launcher.{key}=...'"
             )
-    for where, keys in _ONLY_THE_USER.items():
-        for key in keys:
-            place = f"hydra.{where}.{key}"
-            if (hydra.get(where) or {}).get(key) is not None and not any(name.startswith(place) for name in given):
-                raise ForbiddenTarget(f"{place}: only the command line may set it")
+    for path in _FROM_USER:
+        value: Any = hydra
+        for key in path.split("."):
+            value = (value or {}).get(key)
+        if value not in (None, {}) and not was_given(f"hydra.{path}"):
+            raise ForbiddenTarget(f"hydra.{path}: only the command line may set it")
     for key in (hydra.get("sweeper") or {}).get("params") or {}:
         name = str(key).lstrip("+~")
-        adds = str(key).startswith("+") and not any(name.startswith("hydra.sweeper.params") for name in given)
+        adds = str(key).startswith("+") and not was_given("hydra.sweeper.params")
         if adds or name.startswith("hydra") or TARGET in name or "@" in name:
             raise ForbiddenTarget(f"hydra.sweeper.params.{key}: a search may vary values, not code or Hydra itself")
-    if hydra.get("output_subdir") is not None and "hydra.output_subdir" not in given:
-        raise ForbiddenTarget("hydra.output_subdir: only the command line may set it")
     subdir = str(hydra.get("sweep", {}).get("subdir") or "")
     if ".." in Path(subdir).parts or Path(subdir).is_absolute():
         raise ForbiddenTarget(f"hydra.sweep.subdir={subdir}: a job's folder lies in that of its sweep")

@@ -56,11 +56,8 @@ def write_config(config: RunConfig, run_dir: Path) -> None:
 
 
 def read_values(run_dir: Path) -> dict[str, Any]:
-    """The plain values of ``run_dir/config.yaml``, their own folder in place.
-
-    Raises:
-        ConfigError: there is none, or it is no configuration.
-    """
+    """The plain values of ``run_dir/config.yaml``, their own folder in place. Raises ConfigError if there is none, or
+    it is no configuration."""
     path = run_dir / CONFIG
     try:
         if path.stat().st_size > _LARGEST:
@@ -89,22 +86,16 @@ def read_values(run_dir: Path) -> dict[str, Any]:
 
 def check_folder(run_dir: Path) -> None:
     """Refuse a run folder in which a part that a run writes is a link to somewhere else: a run writes into its own
-    folder alone. Data that the user linked there are read through the link.
-
-    Raises:
-        ConfigError: names the link.
-    """
+    folder alone. Data that the user linked there are read through the link. Raises ConfigError, which names the
+    link."""
     for path in map(run_dir.joinpath, sorted(WRITTEN)):
         if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
             raise ConfigError(f"{path} is a link that leads out of the run folder; put the file itself there")
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """The configuration of the run in a folder, checked as any other is (`door.read`).
-
-    Raises:
-        ConfigError: there is none, or one that cannot be used; names the file.
-    """
+    """The configuration of the run in a folder, checked as any other is (`door.read`). Raises ConfigError, which names
+    the file, if there is none or it cannot be used."""
     from omnitrain.config.door import read
 
     values = read_values(Path(run_dir))

@@ -179,11 +179,8 @@ def check_targets(config: Any, place: str = "") -> None:
 
 def check_plain(config: Any, place: str = "") -> None:
     """Refuse what would mean more than it shows: names of code that are not allowed, Hydra's own marks, and text that
-    would be resolved again. Imports nothing, but what lies in the user's own packages.
-
-    Raises:
-        ForbiddenTarget, MissingTarget.
-    """
+    would be resolved again. Imports nothing, but what lies in the user's own packages. Raises ForbiddenTarget or
+    MissingTarget."""
     check_targets(config, place)
     for where, key, value in walk(config, place):
         if key in ("_partial_", "_args_", "_recursive_", "_convert_"):
@@ -208,10 +205,7 @@ def walk(node: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, str,
 
 def check_inside(node: Named, run_dir: Path, place: str) -> None:
     """Refuse texts among loose keywords (`dirpath`, `save_dir`, `filename`, ...) that lead out of the run folder.
-
-    Raises:
-        ForbiddenTarget: names the key.
-    """
+    Raises ForbiddenTarget, which names the key."""
     for where, key, value in walk(node.keywords, place):
         if not isinstance(value, str) or not ("/" in value or "\\" in value or ".." in value or "~" in value):
             continue

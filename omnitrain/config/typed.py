@@ -11,11 +11,11 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import PurePath
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from omegaconf import MISSING as OPEN
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
@@ -67,13 +67,9 @@ def schema(cls: Any, value: Any = None, *, target: str | None = None) -> DictCon
     """
     hints: dict[str, Any] = annotations(cls)
     content: dict[str, Any] = {} if target is None else {TARGET: target}
-    for f in _fields(cls):
+    for f in fields(cls):
         content[f.name] = _node(hints[f.name], _default(f) if value is None else getattr(value, f.name))
     return OmegaConf.create(content)
-
-
-def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
-    return fields(cls)
 
 
 def _default(f: dataclasses.Field) -> Any:
@@ -100,7 +96,7 @@ def _options(annotation: Any) -> list[Any]:
 # --- from plain data -------------------------------------------------------------------------------------------------
 
 
-def typed(cls: Callable[..., T], values: Any, place: str = "") -> T:
+def typed(cls: type[T], values: Any, place: str = "") -> T:
     """The dataclass `cls` that plain `values` describe; what they leave out has its default.
 
     Args:
@@ -109,14 +105,14 @@ def typed(cls: Callable[..., T], values: Any, place: str = "") -> T:
     Raises:
         ConfigError: an unknown or missing field, or a value that is none of its type; names the place and the cure.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{place or 'the configuration'}: write a mapping of {_names(cls)}, not {values!r}")
     hints = annotations(cls)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{place or 'the configuration'}: write a mapping of {', '.join(hints)}, not {values!r}")
     for name in values:
         if name not in hints:
             raise ConfigError(f"{_at(place, name)}: there is no such key{nearest(str(name), hints)}")
     found = {name: _value(hints[str(name)], value, _at(place, name)) for name, value in values.items()}
-    for f in _fields(cls):
+    for f in fields(cast(Any, cls)):
         if f.name not in found and _default(f) is OPEN:
             raise ConfigError(f"{_at(place, f.name)}: must be given")
     try:
@@ -157,10 +153,8 @@ def _value(annotation: Any, value: Any, place: str) -> Any:
 def _one(kind: Any, value: Any, place: str) -> Any:
     """`value` as the one type `kind`."""
     origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any or (isinstance(kind, type) and is_dataclass(kind) and isinstance(value, kind)):
-        return value
     if isinstance(kind, type) and is_dataclass(kind):
-        return typed(kind, value, place)
+        return value if isinstance(value, kind) else typed(kind, value, place)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{place}: write a mapping, not {value!r}")
@@ -215,10 +209,6 @@ def _nested(value: Any, place: str) -> Any:
 
 def _at(place: str, key: Any) -> str:
     return f"{place}.{key}" if place else str(key)
-
-
-def _names(cls: Any) -> str:
-    return ", ".join(annotations(cls))
 
 
 # --- to plain data ---------------------------------------------------------------------------------------------------

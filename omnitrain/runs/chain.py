@@ -37,7 +37,7 @@ from omnitrain.config.compose import check_stage, quoted, readable
 from omnitrain.config.saved import portable, read_values
 from omnitrain.config.targets import ForbiddenTarget
 from omnitrain.config.typed import ConfigError
-from omnitrain.config.verbs import HYDRA_VERBS, VERBS
+from omnitrain.config.verbs import HYDRA_VERBS, VERBS, no_such_verb
 from omnitrain.files import CONFIG, STAGES, printable, write_json
 
 ALL = "all"
@@ -109,9 +109,7 @@ def read_stages(stages: Any, overrides: Any) -> list[Stage]:
             extra = [*_words(overrides, ALL), *extra]
         stage = found[name] = Stage(name, tuple(str(word) for word in (*command, *extra)))
         if stage.command[0] not in VERBS:
-            near = difflib.get_close_matches(stage.command[0], VERBS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"verbs are: {', '.join(VERBS)}"
-            raise ConfigError(f"stages[{number}].command ({name}): there is no verb '{stage.command[0]}'; {hint}")
+            raise ConfigError(f"stages[{number}].command ({name}): {no_such_verb(stage.command[0])}")
     for name in overrides:
         if name not in found and name != ALL:
             near = difflib.get_close_matches(name, found, n=1)
