@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from omnitrain.config.errors import explains_errors
 
@@ -41,14 +42,8 @@ def main(arguments: list[str]) -> None:
     batch = PackedBatch.pack(_encoded_prompts(options, media, encoder))
     stop_ids = encoder.tokenizer.stop_ids
     output = _OrderedOutput(encoder.tokenizer, options.prompts, stop_ids, options.max_new_tokens, sys.stdout)
-    answers = generate(
-        model,
-        batch,
-        decoding,
-        stop_ids=stop_ids,
-        on_token=output if options.stream else None,
-        prefill_chunk=options.prefill_chunk,
-    )
+    on_token, prefill_chunk = output if options.stream else None, options.prefill_chunk
+    answers = generate(model, batch, decoding, stop_ids=stop_ids, on_token=on_token, prefill_chunk=prefill_chunk)
     if not options.stream:
         for document, tokens in enumerate(answers):
             for token in tokens:
@@ -153,25 +148,24 @@ def model_parser(verb: str, description: str, examples: str) -> argparse.Argumen
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # the name of a media option is its kind
+        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="DIR", type=Path, help="a run folder, or a folder in the public format")
     return parser
 
 
-class MediaOption(argparse.Action):
-    """Collects (kind, file) of all media options in one list, so that their order is kept."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        namespace.media = [*namespace.media, (option_string.removeprefix("--"), values)]
+def _medium(kind: str, file: str) -> tuple[str, Path]:
+    return kind, Path(file)
 
 
 def add_media_options(parser: argparse.ArgumentParser) -> None:
-    """``--image``, ``--audio``, ``--video`` and ``--mute``."""
+    """``--image``, ``--audio`` and ``--video``, whose (kind, file) all go into one list, since their order counts, and
+    ``--mute``."""
     group = parser.add_argument_group("media, which stand before the text in the order given; each can be repeated")
     add = group.add_argument
     for kind, what in (("image", "a picture"), ("audio", "a recording"), ("video", "a video, with its sound")):
-        add(f"--{kind}", metavar="FILE", type=Path, action=MediaOption, dest="media", default=[], help=what)
+        medium = partial(_medium, kind)
+        add(f"--{kind}", metavar="FILE", type=medium, action="append", dest="media", default=[], help=what)
     add("--mute", action="store_true", help="look at videos without hearing their sound")
 
 

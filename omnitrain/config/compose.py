@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from omnitrain.config.resolvers import register_resolvers
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.saved import check_folder, read_config
 from omnitrain.config.schemas import register_schemas
-from omnitrain.config.targets import ForbiddenTarget, check_targets
+from omnitrain.config.targets import check_targets, walk
 from omnitrain.config.typed import ConfigError, plain
 from omnitrain.files import CONFIG
 
@@ -57,10 +57,7 @@ vars(hydra_utils)["run_and_report"] = lambda function: function()
 # conf/hydra/launcher/submitit_slurm.yaml has the plugin's own name on purpose: its usual spelling gets our defaults.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
 
-SAVED_RUN = "saved_run"
-"""Name under which the configuration of an existing run folder is composed (`omnitrain test RUN_DIR`)."""
-
-__all__ = ["ConfigError", "ForbiddenTarget", "RunConfig", "run_config", "run_verb"]
+SAVED_RUN = "saved_run"  # the configuration of an existing run folder (`omnitrain test RUN_DIR`)
 
 
 def run_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> RunConfig:
@@ -70,20 +67,18 @@ def run_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None =
     overrides = readable(list(overrides), sweep=False)
     arguments = [*([] if config_dir is None else ["--config-dir", str(config_dir)]), *overrides]
     args = get_args_parser().parse_args(arguments)
-    register_recipes(arguments)
     with _composer(args):
-        return _read(_composed(list(args.overrides), "config"), list(args.overrides))
+        return _read(_composed(args.overrides, "config"), args.overrides)
 
 
-def register_recipes(arguments: list[str]) -> None:
-    """Make every YAML file below `recipes/` an option of the group `recipe`, except those that the folder named by
-    ``--config-dir`` in `arguments` replaces with a ``recipe/NAME.yaml`` of its own."""
-    own = get_args_parser().parse_args(arguments).config_dir
+def _register_recipes(config_dir: str | None) -> None:
+    """Make every YAML file below `recipes/` an option of the group `recipe`, except those that the user's folder
+    `config_dir` replaces with a ``recipe/NAME.yaml`` of its own."""
     store = ConfigStore.instance()
     store.repo.pop("recipe", None)
     for path in sorted(RECIPES.rglob("*.yaml")):
         name = path.relative_to(RECIPES)
-        if own is None or not (Path(own) / "recipe" / name).exists():
+        if config_dir is None or not (Path(config_dir) / "recipe" / name).exists():
             group = "/".join(["recipe", *name.parts[:-1]])
             store.store(group=group, name=name.stem, node=OmegaConf.load(path), package="_global_")
 
@@ -95,7 +90,6 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     def checked() -> tuple[list[str], str, Path | None]:
         run_dir, overrides = _split_run_dir(arguments)
         hydra_arguments = _readable_arguments(read_stage_overrides(overrides))
-        register_recipes(hydra_arguments)
         config_name = "config" if run_dir is None else _register_run(run_dir)
         check_command_line(hydra_arguments, config_name, run_dir)
         return hydra_arguments, config_name, run_dir
@@ -105,14 +99,10 @@ def run_verb(verb: str, arguments: list[str]) -> int:
 
 
 def run_hydra(
-    verb: str,
-    arguments: list[str],
-    config_name: str = "config",
-    run_dir: Path | None = None,
-    program: str | None = None,
+    verb: str, arguments: list[str], config_name: str = "config", run_dir: Path | None = None, program: str = ""
 ) -> int:
     """Hand `arguments` to Hydra, which calls :class:`Job`. Returns the exit status."""
-    register_recipes(arguments)
+    _register_recipes(get_args_parser().parse_args(arguments).config_dir)
     before = sys.argv
     sys.argv = [program or before[0], *arguments]
     start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(Job(verb, run_dir))
@@ -238,9 +228,6 @@ def readable(overrides: list[str], *, sweep: bool) -> list[str]:
     return found
 
 
-# --- checking a command line -----------------------------------------------------------------------------------------
-
-
 def check_command_line(
     arguments: list[str], config_name: str = "config", run_dir: Path | None = None, *, of_a_recipe: bool = False
 ) -> None:
@@ -315,7 +302,6 @@ def check_stage(name: str, command: Sequence[str], run_dir: Path) -> None:
     running, job = GlobalHydra.instance().hydra, HydraConfig.instance().cfg  # there is one of each in a process
     GlobalHydra.instance().clear()
     try:
-        register_recipes(arguments)
         check_command_line(arguments, run_dir=run_dir, of_a_recipe=True)
     except ConfigError as error:
         raise type(error)(f"stage '{name}': {error}") from error
@@ -326,35 +312,30 @@ def check_stage(name: str, command: Sequence[str], run_dir: Path) -> None:
 def read_stage_overrides(arguments: list[str]) -> list[str]:
     """``stage_overrides.NAME=[a=1,b=2]`` as Hydra takes it: its overrides in quotes, since in a list a bare word has no
     "=", and with ++, since a recipe need not name its stages there."""
-    quoted = []
+    found = []
     for text in arguments:
         key, _, value = text.partition("=")
         if key.lstrip("+").startswith("stage_") and value.startswith("[") and value.endswith("]"):
-            words = _split_at_commas(value[1:-1])
-            words = [w if w[0] in "'\"" else "'" + w.replace("'", "\\'") + "'" for w in words]
+            words = (word if word[0] in "'\"" else quoted(word) for word in _split_at_commas(value[1:-1]))
             text = f"{key}=[{','.join(words)}]"
         if key.lstrip("+").startswith("stage_overrides."):
             text = "++" + text.lstrip("+")
-        quoted.append(text)
-    return quoted
+        found.append(text)
+    return found
 
 
 def _split_at_commas(text: str) -> list[str]:
     """The parts between the commas that stand outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "[{(":
-            depth += 1
-        elif character in "]})":
-            depth -= 1
-        elif character == "," and not depth:
+        if quote or character in "'\"":
+            quote = "" if character == quote else quote or character
+        else:
+            depth += (character in "[{(") - (character in "]})")
+        if character == "," and not depth and not quote:
             parts.append("")
-            continue
-        parts[-1] += character
+        else:
+            parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -362,6 +343,7 @@ def _split_at_commas(text: str) -> list[str]:
 def _composer(args: Namespace) -> Generator[None]:
     """Hydra's compose API with the search path that the same arguments give `hydra.main`."""
     check_arguments(args)
+    _register_recipes(args.config_dir)
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="check"):
         if args.config_dir is not None:
             loader: Any = GlobalHydra.instance().config_loader()
@@ -407,8 +389,7 @@ def _explain(error: Exception, overrides: list[str], config_name: str) -> str:
         try:
             compose(config_name, overrides=[*good, text])
         except (HydraException, OmegaConfBaseException):
-            hint = _nearest(text, good, config_name)
-            if hint:
+            if hint := _nearest(text, good, config_name):
                 return f"{text}: {hint}"
         else:
             good.append(text)
@@ -434,11 +415,12 @@ def _nearest(text: str, good: list[str], config_name: str) -> str | None:
         cfg = compose(config_name, overrides=good)
     except (HydraException, OmegaConfBaseException):
         return None
-    keys = list(_keys(cfg))
+    tree = OmegaConf.to_container(cfg, resolve=False)
+    keys = {f"{where}.{name}".lstrip("."): node for where, name, node in walk(tree)}
     if key in keys:
         return None
     parent = key.rpartition(".")[0]
-    if not sign and parent in keys and OmegaConf.is_dict(node := OmegaConf.select(cfg, parent)) and not node:
+    if not sign and keys.get(parent) == {}:
         return f"did you mean +{text}? '{parent}' has no such key yet, and + adds it"
     extra_groups = [group for group in loader.get_group_options("", ObjectType.GROUP) if group not in keys]
     near = difflib.get_close_matches(key, [*keys, *extra_groups], n=3, cutoff=0.5)
@@ -446,12 +428,3 @@ def _nearest(text: str, good: list[str], config_name: str) -> str | None:
         return f"there is no key '{key}'; `python -m omnitrain fit --cfg job` prints all of them"
     near.sort(key=lambda name: value not in loader.get_group_options(name, ObjectType.CONFIG))  # an option says more
     return f"there is no key '{key}'; did you mean {'+' if near[0] in extra_groups else ''}{near[0]}={value}?"
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all keys below `node`."""
-    if isinstance(node, DictConfig):
-        for key, value in node.items_ex(resolve=False):
-            yield f"{prefix}{key}"
-            if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
-                yield from _keys(value, f"{prefix}{key}.")

@@ -22,12 +22,7 @@ CONSTRUCTORS = (
     "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
-    "optuna.samplers.CmaEsSampler",
-    "optuna.samplers.GridSampler",
-    "optuna.samplers.MOTPESampler",
-    "optuna.samplers.NSGAIISampler",
-    "optuna.samplers.RandomSampler",
-    "optuna.samplers.TPESampler",
+    *(f"optuna.samplers.{name}Sampler" for name in ("CmaEs", "Grid", "MOTPE", "NSGAII", "Random", "TPE")),
 )
 """Launchers, sweepers and their samplers, and a callback, that may be named below ``hydra``."""
 _LOGGING = {"class": ("logging.StreamHandler", "logging.NullHandler"), "()": ("colorlog.ColoredFormatter",)}
@@ -88,6 +83,12 @@ def check_hydra(
     def was_given(key: str) -> bool:
         return any(text.lstrip("+~").partition("=")[0].startswith(key) for text in overrides)
 
+    def found(path: str) -> Any:
+        node: Any = hydra
+        for key in path.split("."):
+            node = (node or {}).get(key)
+        return node
+
     for where, key, value in walk(hydra, "hydra"):
         place = f"{where}.{key}"
         if key == TARGET and value not in CONSTRUCTORS:
@@ -97,12 +98,12 @@ def check_hydra(
             raise ForbiddenTarget(f"{where}: {key} '{value}' is not allowed there; log to the terminal")
         if in_logging and isinstance(value, str) and "://" in value and value not in _STREAMS:
             raise ForbiddenTarget(f"{place}: '{value}' is not allowed there")
-    for name in hydra.get("job", {}).get("env_set", {}):
+    for name in found("job.env_set") or {}:
         if name not in _ENVIRONMENT:
             raise ForbiddenTarget(
                 f"hydra.job.env_set.{name}: a configuration may not change what code is run; set it in the shell"
             )
-    if any("pkg:" in str(path) for path in hydra.get("searchpath") or []):
+    if any("pkg:" in str(path) for path in found("searchpath") or []):
         raise ForbiddenTarget("hydra.searchpath: a search path may not name a Python package; name a folder")
     launcher, usual = hydra.get("launcher") or {}, defaults.get("launcher") or {}
     for key in SHELL:
@@ -112,26 +113,18 @@ def check_hydra(
                 f"'hydra.launcher.{key}=...'"
             )
     for path in _FROM_USER:
-        value: Any = hydra
-        for key in path.split("."):
-            value = (value or {}).get(key)
-        if value not in (None, {}) and not was_given(f"hydra.{path}"):
+        if found(path) not in (None, {}) and not was_given(f"hydra.{path}"):
             raise ForbiddenTarget(f"hydra.{path}: only the command line may set it")
-    for key in (hydra.get("sweeper") or {}).get("params") or {}:
+    for key in found("sweeper.params") or {}:
         name = str(key).lstrip("+~")
         adds = str(key).startswith("+") and not was_given("hydra.sweeper.params")
         if adds or name.startswith("hydra") or TARGET in name or "@" in name:
             raise ForbiddenTarget(f"hydra.sweeper.params.{key}: a search may vary values, not code or Hydra itself")
-    subdir = str(hydra.get("sweep", {}).get("subdir") or "")
+    subdir = str(found("sweep.subdir") or "")
     if ".." in Path(subdir).parts or Path(subdir).is_absolute():
         raise ForbiddenTarget(f"hydra.sweep.subdir={subdir}: a job's folder lies in that of its sweep")
-    folders = {
-        "paths.run_dir": run_dir,
-        "hydra.run.dir": hydra.get("run", {}).get("dir"),
-        "hydra.sweep.dir": hydra.get("sweep", {}).get("dir"),
-        "hydra.launcher.submitit_folder": launcher.get("submitit_folder"),
-    }
-    for key, folder in folders.items():
+    folders = {f"hydra.{key}": found(key) for key in ("run.dir", "sweep.dir", "launcher.submitit_folder")}
+    for key, folder in {"paths.run_dir": run_dir, **folders}.items():
         if folder is not None and not _was_asked_for(folder, overrides):
             raise ForbiddenTarget(
                 f"{key}={folder}: a recipe may only write below the current folder; name another with {key}=FOLDER"

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from omnitrain.config.door import read
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.typed import ConfigError, plain
 from omnitrain.files import CONFIG, WRITTEN, write_text
@@ -38,12 +39,6 @@ for _kind in (_Loader, _Dumper):  # numbers such as 1e-3, which YAML 1.1 takes f
     )
 
 
-def to_yaml(config: RunConfig, run_dir: Path) -> str:
-    """`config` as it is written into `run_dir`."""
-    values = portable(plain(config), run_dir)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
 def portable(values: Any, run_dir: Path) -> Any:
     """Plain `values` with `HERE` where a text names the folder `run_dir` or something in it."""
     inside = re.compile(r"(?<![\w./~-])" + re.escape(str(run_dir)) + r"(?![^/'\",\]\s])")
@@ -52,7 +47,9 @@ def portable(values: Any, run_dir: Path) -> Any:
 
 def write_config(config: RunConfig, run_dir: Path) -> None:
     """Write ``run_dir/config.yaml``, all or nothing."""
-    write_text(run_dir / CONFIG, to_yaml(config, run_dir))
+    values = portable(plain(config), run_dir)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    write_text(run_dir / CONFIG, text)
 
 
 def read_values(run_dir: Path) -> dict[str, Any]:
@@ -96,8 +93,6 @@ def check_folder(run_dir: Path) -> None:
 def read_config(run_dir: Path) -> RunConfig:
     """The configuration of the run in a folder, checked as any other is (`door.read`). Raises ConfigError, which names
     the file, if there is none or it cannot be used."""
-    from omnitrain.config.door import read
-
     values = read_values(Path(run_dir))
     try:
         return read(values)

@@ -96,7 +96,7 @@ def config_class(target: str, place: str) -> tuple[type | None, bool]:
     bases = [f"{base.__module__}.{base.__qualname__}" for base in getattr(_located(target, place), "__mro__", ())]
     for name, cls in OURS.items():
         module, _, attribute = name.rpartition(".")
-        if any(base == name or (base.startswith(f"{module}.") and base.endswith(f".{attribute}")) for base in bases):
+        if any(base.startswith(f"{module}.") and base.endswith(f".{attribute}") for base in bases):
             return cls, False
     return None, False
 

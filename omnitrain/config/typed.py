@@ -77,8 +77,7 @@ def _default(f: dataclasses.Field) -> Any:
 
 
 def _node(annotation: Any, value: Any) -> Any:
-    options = _options(annotation)
-    optional, options = type(None) in options, [x for x in options if x is not type(None)]
+    options, optional = _options(annotation)
     if len(options) == 1 and options[0] in _NODES:
         return _NODES[options[0]](value, is_optional=optional)
     if is_dataclass(value) and not isinstance(value, type):
@@ -88,9 +87,10 @@ def _node(annotation: Any, value: Any) -> Any:
     return [_node(Any, item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _options(annotation: Any) -> list[Any]:
-    """The members of a union; otherwise the annotation alone."""
-    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+def _options(annotation: Any) -> tuple[list[Any], bool]:
+    """The members of a union, or the annotation alone, and whether None is one of them, which is left out."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return [option for option in options if option is not type(None)], type(None) in options
 
 
 # --- from plain data -------------------------------------------------------------------------------------------------
@@ -131,12 +131,11 @@ def nearest(name: str, known: Any) -> str:
 def _value(annotation: Any, value: Any, place: str) -> Any:
     if annotation is Any:
         return value
-    options = _options(annotation)
+    options, optional = _options(annotation)
+    if value is None and optional:
+        return None
     if value is None:
-        if type(None) in options:
-            return None
         raise ConfigError(f"{place}: must not be null")
-    options = [option for option in options if option is not type(None)]
     if Named in options and isinstance(value, Mapping):
         return named(value, place)
     if isinstance(value, Mapping):
