@@ -50,20 +50,15 @@ def annotations(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-# --- to Hydra --------------------------------------------------------------------------------------------------------
-
 _NODES = {int: IntegerNode, float: FloatNode, bool: BooleanNode, str: StringNode}
 
 
 def schema(cls: Any, value: Any = None, *, target: str | None = None) -> DictConfig:
-    """A dataclass as Hydra composes it: a mapping of all its fields with their defaults and the types of their values.
+    """A dataclass as Hydra composes it: a mapping of all its fields with their defaults (or the values of the instance
+    `value`) and the types of their values; `target`, its constructor, stands in front.
 
     Further keys can be added to it (with ``+``): whether they mean anything, `typed` decides, which also knows classes
     that derive from ours.
-
-    Args:
-        value: an instance whose values stand for the defaults.
-        target: its constructor, which stands in front.
     """
     hints: dict[str, Any] = annotations(cls)
     content: dict[str, Any] = {} if target is None else {TARGET: target}
@@ -91,9 +86,6 @@ def _options(annotation: Any) -> tuple[list[Any], bool]:
     """The members of a union, or the annotation alone, and whether None is one of them, which is left out."""
     options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return [option for option in options if option is not type(None)], type(None) in options
-
-
-# --- from plain data -------------------------------------------------------------------------------------------------
 
 
 def typed(cls: type[T], values: Any, place: str = "") -> T:
@@ -208,9 +200,6 @@ def _nested(value: Any, place: str) -> Any:
 
 def _at(place: str, key: Any) -> str:
     return f"{place}.{key}" if place else str(key)
-
-
-# --- to plain data ---------------------------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:
