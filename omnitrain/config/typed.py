@@ -89,14 +89,9 @@ def _options(annotation: Any) -> tuple[list[Any], bool]:
 
 
 def typed(cls: type[T], values: Any, place: str = "") -> T:
-    """The dataclass `cls` that plain `values` describe; what they leave out has its default.
-
-    Args:
-        place: key of the configuration where the values stand.
-
-    Raises:
-        ConfigError: an unknown or missing field, or a value that is none of its type; names the place and the cure.
-    """
+    """The dataclass `cls` that plain `values`, which stand at the key `place`, describe; what they leave out has its
+    default. Raises ConfigError, which names the place and the cure, for an unknown or missing field, or a value that is
+    none of its type."""
     hints = annotations(cls)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place or 'the configuration'}: write a mapping of {', '.join(hints)}, not {values!r}")
