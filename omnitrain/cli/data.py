@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnitrain.config.errors import explains_errors
+from omnitrain.config.locations import PACK
 from omnitrain.files import printable, write_text
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from omnitrain.data.verify import Totals
 
 PATH_HELP = "folder of shards, one shard, or a mapping (.yaml); default: the embedded pack"
-PACK = Path(__file__).resolve().parents[1] / "pack"
 
 
 @explains_errors

@@ -138,9 +138,6 @@ class _OrderedOutput:
             print(f"[{self.current + 1}] {self.prompts[self.current]}", file=self.out, flush=True)
 
 
-# --- shared with `talk` ----------------------------------------------------------------------------------------------
-
-
 def model_parser(verb: str, description: str, examples: str) -> argparse.ArgumentParser:
     """The parser of a verb whose first argument is the folder of a model."""
     parser = argparse.ArgumentParser(

@@ -38,12 +38,9 @@ base, and joblib writes elsewhere."""
 
 
 def check_arguments(args: Namespace) -> None:
-    """What must be known of a command line before Hydra composes: where it will look.
-
-    Raises:
-        ForbiddenTarget: a search path in a Python package, which would be imported; a pickle that would be loaded.
-        ConfigError: a folder that would replace the root configuration.
-    """
+    """What must be known of a command line before Hydra composes: where it will look. Raises ForbiddenTarget for a
+    search path in a Python package, which would be imported, for a pickle that would be loaded, and for a folder that
+    would replace the root configuration; ConfigError for a folder that is missing."""
     config_dir = args.config_dir
     for name in ("config_path", "config_name", "experimental_rerun"):
         if getattr(args, name, None) is not None:
@@ -69,15 +66,13 @@ def check_arguments(args: Namespace) -> None:
 def check_hydra(
     hydra: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Sequence[str], run_dir: str | None
 ) -> None:
-    """Refuse a resolved ``hydra`` node that names code, shell lines or folders that only a user may name.
+    """Refuse a resolved ``hydra`` node that names code, shell lines or folders that only a user may name. Raises
+    ForbiddenTarget, which names the key.
 
     Args:
         defaults: the same node without the recipe: with the user's choice of launcher and sweeper alone.
         overrides: the user's command line.
         run_dir: `paths.run_dir`, resolved.
-
-    Raises:
-        ForbiddenTarget: names the key.
     """
 
     def was_given(key: str) -> bool:

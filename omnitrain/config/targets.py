@@ -80,13 +80,9 @@ class MissingTarget(ConfigError):
 
 def config_class(target: str, place: str) -> tuple[type | None, bool]:
     """The configuration that the constructor `target` takes (None: loose keywords), and whether it is one of ours.
-
-    Classes of the user's own package are imported here, since they may derive from ours; nothing else is.
-
-    Raises:
-        ForbiddenTarget: no constructor of the list, nor of a package named in the environment.
-        MissingTarget: there is no such class in the user's package.
-    """
+    Classes of the user's own package are imported here, since they may derive from ours; nothing else is. Raises
+    ForbiddenTarget for no constructor of the list, nor of a package named in the environment; MissingTarget if the
+    user's package has no such class."""
     if target in OURS:
         return OURS[target], True
     if target in LOOSE:
@@ -130,14 +126,9 @@ def _located(target: str, place: str) -> Any:
 
 
 def build(node: Named, *arguments: Any, place: str = "", **offered: Any) -> Any:
-    """The object that `node` describes: its constructor, with its configuration first, then `arguments`.
-
-    Args:
-        offered: keywords that are given to a constructor of ours (or one derived from it) if it has such a parameter.
-
-    Raises:
-        ConfigError: the constructor refuses; the message names the place.
-    """
+    """The object that `node` describes: its constructor, with its configuration first, then `arguments`. What is
+    `offered` is given to a constructor of ours (or one derived from it) that has such a parameter. Raises ConfigError,
+    which names the place, if the constructor refuses."""
     config_class(node.target, place)
     constructor = _located(node.target, place)
     keywords = {key: built(value) for key, value in node.keywords.items()}
@@ -161,9 +152,6 @@ def built(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: built(item) for key, item in value.items()}
     return [built(item) for item in value] if isinstance(value, list) else value
-
-
-# --- what holds for any plain data ----------------------------------------------------------------------------------
 
 
 def check_targets(config: Any, place: str = "") -> None:
