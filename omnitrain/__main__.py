@@ -6,12 +6,11 @@ This file knows only the names of the verbs; torch and Hydra are imported by the
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 
-from omnitrain.config.verbs import HYDRA_VERBS, TOOL_VERBS, VERBS, verb_help
+from omnitrain.config.verbs import HYDRA_VERBS, TOOL_VERBS, VERBS, no_such_verb, verb_help
 
 HELP = """\
 omnitrain: open training of omni-modal models.
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("-sc", "--shell-completion"):
         return _complete(arguments)
     if verb in HYDRA_VERBS and {"-h", "--help"} & set(rest):
-        print(verb_help(verb, HYDRA_VERBS[verb]))
+        print(verb_help(verb))
         return 0
     if verb in HYDRA_VERBS:
         from omnitrain.config.compose import run_verb
@@ -51,9 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_verb(verb, rest)
     if verb in TOOL_VERBS:
         return importlib.import_module(f"omnitrain.cli.{verb}").main(rest) or 0
-    near = difflib.get_close_matches(verb, VERBS, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"verbs are: {', '.join(VERBS)}"
-    print(f"error: there is no verb '{verb}'; {hint}", file=sys.stderr)
+    print(f"error: {no_such_verb(verb)}", file=sys.stderr)
     return 1
 
 

@@ -6,19 +6,22 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnitrain.config.errors import explains_errors
+from omnitrain.config.locations import PACK
 from omnitrain.files import printable, write_text
 
 if TYPE_CHECKING:
-    from omnitrain.data.sample import BadSample
+    from omnitrain.data.sample import BadSample, Sample
     from omnitrain.data.shards import Source
     from omnitrain.data.verify import Totals
 
 PATH_HELP = "folder of shards, one shard, or a mapping (.yaml); default: the embedded pack"
-PACK = Path(__file__).resolve().parents[1] / "pack"
 
 
 @explains_errors
@@ -35,61 +38,41 @@ def main(argv: list[str]) -> int:
     ):
         verb = verbs.add_parser(name, help=what, description=what)
         verb.set_defaults(run=run)
+        add = verb.add_argument
         if name == "import":
-            verb.add_argument("--mapping", type=Path, required=True, help="YAML: which column is what (docs/data.md)")
-            verb.add_argument("--out", type=Path, required=True, help="folder of the shards")
-            verb.add_argument("--name", help="first part of the shards' names; default: the mapping's source")
-            verb.add_argument("--limit", type=int, help="stop after so many samples")
-            verb.add_argument("--rows-per-shard", type=int, default=10_000)
-            _add_max_bad_fraction(verb)
-            continue
-        if name == "encode":
-            verb.add_argument("codec", type=Path, metavar="CODEC", help="run folder of a codec, or folder of a Mimi")
-            verb.add_argument("shards", nargs="+", metavar="SHARDS", help="folders of shards, or shards")
-            verb.add_argument(
-                "--out", type=Path, required=True, help="folder of the new shards, which keep their names"
-            )
-            verb.add_argument(
-                "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core"
-            )
-            verb.add_argument(
-                "--thinker",
-                type=Path,
-                metavar="DIR",
-                help="also write what this Thinker (a run folder, or one in the public format) hears, for "
-                "module.cached_thinker",
-            )
-            verb.add_argument("--only-speech", action="store_true", help="leave out samples without recorded speech")
-            _add_conditions(verb)
-            _add_max_bad_fraction(verb)
-            continue
-        verb.add_argument("path", nargs="?", default=str(PACK), help=PATH_HELP)
-        _add_conditions(verb)
-        if name == "inspect":
-            verb.add_argument("--rows", help="row numbers such as 0,7,20-25; default: --count rows, evenly spaced")
-            verb.add_argument("--count", type=int, default=5, help="how many samples (5)")
-            verb.add_argument("--html", type=Path, metavar="FILE", help="write a page instead, with players")
-        elif name == "verify":
-            verb.add_argument("--fps", type=float, default=2.0, help="frames per second of videos (2)")
-            verb.add_argument("--threads", type=int, help="decoders at work; default: one per core")
+            add("--mapping", type=Path, required=True, help="YAML: which column is what (docs/data.md)")
+            add("--out", type=Path, required=True, help="folder of the shards")
+            add("--name", help="first part of the shards' names; default: the mapping's source")
+            add("--limit", type=int, help="stop after so many samples")
+            add("--rows-per-shard", type=int, default=10_000)
+        elif name == "encode":
+            add("codec", type=Path, metavar="CODEC", help="run folder of a codec, or folder of a Mimi")
+            add("shards", nargs="+", metavar="SHARDS", help="folders of shards, or shards")
+            add("--out", type=Path, required=True, help="folder of the new shards, which keep their names")
+            add("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
+            hears = "what this Thinker (a run folder, or one in the public format) hears, for module.cached_thinker"
+            add("--thinker", type=Path, metavar="DIR", help=f"also write {hears}")
+            add("--only-speech", action="store_true", help="leave out samples without recorded speech")
         else:
-            verb.add_argument("--tokenizer", type=Path, help="count tokens; default: tokenizer.json beside the shards")
-            verb.add_argument("--json", action="store_true", help="print JSON")
+            add("path", nargs="?", default=str(PACK), help=PATH_HELP)
+        if name != "import":
+            add("--split", help="only this split")
+            only = "only rows such as task=asr"
+            add("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help=only)
+        if name in ("import", "encode"):
+            add("--max-bad-fraction", type=float, default=0.01, help="exit status 1 when more rows are bad (0.01)")
+        elif name == "inspect":
+            add("--rows", help="row numbers such as 0,7,20-25; default: --count rows, evenly spaced")
+            add("--count", type=int, default=5, help="how many samples (5)")
+            add("--html", type=Path, metavar="FILE", help="write a page instead, with players")
+        elif name == "verify":
+            add("--fps", type=float, default=2.0, help="frames per second of videos (2)")
+            add("--threads", type=int, help="decoders at work; default: one per core")
+        else:
+            add("--tokenizer", type=Path, help="count tokens; default: tokenizer.json beside the shards")
+            add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     return options.run(options)
-
-
-def _add_conditions(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--split", help="only this split")
-    verb.add_argument(
-        "--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="only rows such as task=asr"
-    )
-
-
-def _add_max_bad_fraction(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--max-bad-fraction", type=float, default=0.01, help="exit status 1 when more rows are bad (0.01)"
-    )
 
 
 def _open(options: argparse.Namespace) -> Source:
@@ -108,26 +91,20 @@ def _where(options: argparse.Namespace) -> dict[str, list[str]]:
     return where
 
 
-def _progress(title: str, total: int | None) -> Any:
-    """A progress bar on stderr: a context manager with `advance()`."""
-    from contextlib import contextmanager
-
+@contextmanager
+def _progress(title: str, total: int | None) -> Generator[Callable[[], None]]:
+    """A progress bar on stderr; what it gives is called after every row."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    @contextmanager
-    def bar() -> Any:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(title, total=total)
-            yield lambda: progress.advance(task)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
 
-    return bar()
+
+def _by_reason(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -174,31 +151,24 @@ def _chosen(rows: str | None, count: int, total: int) -> list[int]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from collections import Counter
-
     from omnitrain.data.verify import verify
 
     source = _open(options)
     reasons: Counter[str] = Counter()
-    frames = 0
-
-    def count(codec_frames: int) -> None:
-        nonlocal frames
-        frames += codec_frames
-
+    frames: Counter[str] = Counter()
+    checked = verify(source, fps=options.fps, threads=options.threads, codec_frames=lambda n: frames.update(codec=n))
     with _progress(f"checking {printable(source.name)}", len(source)) as advance:
-        for bad in verify(source, fps=options.fps, threads=options.threads, codec_frames=count):
+        for bad in checked:
             advance()
             if bad is not None:
                 reasons[bad.reason] += 1
                 line = f"{bad.file} row {bad.row} id {bad.id or '?'}: {bad.reason}: {bad.detail}"
                 print(printable(line), flush=True)
-    bad_rows = sum(reasons.values())
-    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    bad_rows = reasons.total()
     print(
         f"{printable(source.name)}: {len(source)} rows, {bad_rows} bad"
-        + (f" ({counts})" if bad_rows else "")
-        + (f", {frames} codec frames" if frames else "")
+        + (f" ({_by_reason(reasons)})" if bad_rows else "")
+        + (f", {frames.total()} codec frames" if frames.total() else "")
     )
     return 1 if bad_rows else 0
 
@@ -227,8 +197,6 @@ def _stats(options: argparse.Namespace) -> int:
 
 def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
     """One table of totals, and one of samples by language and modality; columns without any number are left out."""
-    from collections import Counter, defaultdict
-
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -269,7 +237,7 @@ def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
         named = (Text(printable(part)) for part in key)
         table.add_row(*named, *(text if number else "" for text, number in zip(shown, numbers, strict=True)))
     console.print(table)
-    most: Counter[str] = everything.languages
+    most = everything.languages
     table = Table("language", title="samples by language", title_justify="left")
     for modality in (*by_modality, "all"):
         table.add_column(Text(printable(modality)), justify="right")
@@ -282,7 +250,6 @@ def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from collections import Counter
     from itertools import chain, islice
 
     from omnitrain.data.adapters import load_mapping, stream_samples
@@ -297,7 +264,7 @@ def _import(options: argparse.Namespace) -> int:
         if reasons[error.reason] <= 5:
             print(printable(f"{mapping.path} row {row}: {error}"), file=sys.stderr)
 
-    def samples() -> Any:
+    def samples() -> Iterator[Sample]:
         nonlocal good
         with _progress(f"importing {printable(mapping.source)}", options.limit) as advance:
             for sample in islice(stream_samples(options.mapping, report), options.limit):
@@ -305,17 +272,14 @@ def _import(options: argparse.Namespace) -> int:
                 yield sample
                 advance()
 
-    name = options.name or _file_name(mapping.source)
+    name = options.name or "".join(c if c.isalnum() or c in "-_." else "-" for c in mapping.source) or "data"
     usable = samples()
     if (first := next(usable, None)) is None:  # shards of an earlier import stay
-        why = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "the data are empty"
-        raise ValueError(f"{options.mapping}: no usable row ({why})")
-    shards = write_shards(
-        chain([first], usable), options.out, name, rows_per_shard=options.rows_per_shard, progress=False
-    )
-    bad = sum(reasons.values())
-    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    left_out = f"; left out {bad} bad rows ({counts})" if bad else ""
+        raise ValueError(f"{options.mapping}: no usable row ({_by_reason(reasons) or 'the data are empty'})")
+    rows, per_shard = chain([first], usable), options.rows_per_shard
+    shards = write_shards(rows, options.out, name, rows_per_shard=per_shard, progress=False)
+    bad = reasons.total()
+    left_out = f"; left out {bad} bad rows ({_by_reason(reasons)})" if bad else ""
     print(f"wrote {good} samples to {len(shards)} shard(s) in {printable(options.out)}{left_out}")
     print(f"next: omnitrain data verify {printable(options.out)}")
     return 1 if bad > options.max_bad_fraction * (good + bad) else 0
@@ -346,7 +310,3 @@ def _encode(options: argparse.Namespace) -> int:
         return 130
     rows = counts.samples + counts.copied + counts.bad
     return 1 if counts.bad > options.max_bad_fraction * rows else 0
-
-
-def _file_name(source: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in source) or "data"

@@ -23,11 +23,7 @@ from omnitrain.runs.resume import check_resume, is_run, record_changes
 
 def run(config: RunConfig) -> float | None:
     """Train as `config` says, or run its stages, or the arm of its study. Returns the last validation loss, which
-    sweepers minimise.
-
-    Raises:
-        FolderInUse: another process writes into the run folder.
-    """
+    sweepers minimise. Raises FolderInUse while another process writes into the run folder."""
     with hold(config.paths.run_dir):
         return _run(config)
 
@@ -46,12 +42,9 @@ def _run(config: RunConfig) -> float | None:
 
 
 def train(config: RunConfig) -> Experiment:
-    """Train one model, then score it and write its report, if the configuration says so.
-
-    Raises:
-        ConfigError: the run folder holds a run already, and `config.ckpt_path` does not continue it, or continues it
-            with other settings than can be.
-    """
+    """Train one model, then score it and write its report, if the configuration says so. Raises ConfigError if the run
+    folder holds a run already that `config.ckpt_path` does not continue, or continues with other settings than can
+    be."""
     run_dir = Path(config.paths.run_dir)
     checkpoint = starting_checkpoint(config)
     if config.ckpt_path is None and (run_dir / LAST_CHECKPOINT).exists():

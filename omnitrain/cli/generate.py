@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from omnitrain.config.errors import explains_errors
 
@@ -28,51 +29,7 @@ examples:
 @explains_errors
 def main(arguments: list[str]) -> None:
     """Run the verb. Returns the exit status."""
-    _generate(_parser().parse_intermixed_args(arguments))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="omnitrain generate",
-        description="Answer prompts with a model. Every prompt is a conversation of its own.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # the name of a media option is its kind
-    )
-    parser.add_argument("model", metavar="DIR", type=Path, help="a run folder, or a folder in the public format")
-    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what is asked, after the media")
-    add_media_options(parser)
-    parser.add_argument("--system", metavar="TEXT", help="system prompt (persona)")
-    parser.add_argument("--plain", action="store_true", help="continue each prompt as plain text, without chat markup")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--temperature", metavar="T", type=float, default=0.0, help="0 (default): always the most probable token"
-    )
-    sampling.add_argument(
-        "--top-k", metavar="K", type=int, default=0, help="only the K most probable tokens; 0 (default): all"
-    )
-    sampling.add_argument(
-        "--top-p",
-        metavar="P",
-        type=float,
-        default=1.0,
-        help="only the most probable tokens that hold P; 1 (default): all",
-    )
-    sampling.add_argument(
-        "--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1: repeat less; 1 (default): nothing"
-    )
-    sampling.add_argument(
-        "--seed", metavar="S", type=int, default=0, help="prompt i (from 0) draws with S + i; default: 0"
-    )
-    sampling.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="default: 256")
-    running = parser.add_argument_group("running")
-    running.add_argument("--stream", action="store_true", help="print words as they come")
-    running.add_argument("--prefill-chunk", type=int, metavar="N", help="read prompts N tokens at a time (less memory)")
-    add_device_options(running)
-    return parser
-
-
-def _generate(options: argparse.Namespace) -> None:
+    options = _parser().parse_intermixed_args(arguments)
     media = media_segments(options.media, options.mute)
 
     from omnitrain.data.batch import PackedBatch
@@ -85,18 +42,35 @@ def _generate(options: argparse.Namespace) -> None:
     batch = PackedBatch.pack(_encoded_prompts(options, media, encoder))
     stop_ids = encoder.tokenizer.stop_ids
     output = _OrderedOutput(encoder.tokenizer, options.prompts, stop_ids, options.max_new_tokens, sys.stdout)
-    answers = generate(
-        model,
-        batch,
-        decoding,
-        stop_ids=stop_ids,
-        on_token=output if options.stream else None,
-        prefill_chunk=options.prefill_chunk,
-    )
+    on_token, prefill_chunk = output if options.stream else None, options.prefill_chunk
+    answers = generate(model, batch, decoding, stop_ids=stop_ids, on_token=on_token, prefill_chunk=prefill_chunk)
     if not options.stream:
         for document, tokens in enumerate(answers):
             for token in tokens:
                 output(document, token)
+
+
+def _parser() -> argparse.ArgumentParser:
+    what = "Answer prompts with a model. Every prompt is a conversation of its own."
+    parser = model_parser("generate", what, EXAMPLES)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what is asked, after the media")
+    add_media_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system prompt (persona)")
+    parser.add_argument("--plain", action="store_true", help="continue each prompt as plain text, without chat markup")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", metavar="T", type=float, default=0.0, help="0 (default): always the most probable token")
+    add("--top-k", metavar="K", type=int, default=0, help="only the K most probable tokens; 0 (default): all")
+    most_probable = "only the most probable tokens that hold P; 1 (default): all"
+    add("--top-p", metavar="P", type=float, default=1.0, help=most_probable)
+    repeat_less = "above 1: repeat less; 1 (default): nothing"
+    add("--repetition-penalty", metavar="R", type=float, default=1.0, help=repeat_less)
+    add("--seed", metavar="S", type=int, default=0, help="prompt i (from 0) draws with S + i; default: 0")
+    add("--max-new-tokens", metavar="N", type=int, default=256, help="default: 256")
+    running = parser.add_argument_group("running")
+    running.add_argument("--stream", action="store_true", help="print words as they come")
+    running.add_argument("--prefill-chunk", type=int, metavar="N", help="read prompts N tokens at a time (less memory)")
+    add_device_options(running)
+    return parser
 
 
 def _encoded_prompts(
@@ -164,48 +138,43 @@ class _OrderedOutput:
             print(f"[{self.current + 1}] {self.prompts[self.current]}", file=self.out, flush=True)
 
 
-# --- shared with `talk` ----------------------------------------------------------------------------------------------
+def model_parser(verb: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of a verb whose first argument is the folder of a model."""
+    parser = argparse.ArgumentParser(
+        prog=f"omnitrain {verb}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="DIR", type=Path, help="a run folder, or a folder in the public format")
+    return parser
 
 
-class MediaOption(argparse.Action):
-    """Collects (kind, file) of all media options in one list, so that their order is kept."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        namespace.media = [*namespace.media, ((option_string or "").removeprefix("--"), values)]
+def _medium(kind: str, file: str) -> tuple[str, Path]:
+    return kind, Path(file)
 
 
 def add_media_options(parser: argparse.ArgumentParser) -> None:
-    """``--image``, ``--audio``, ``--video`` and ``--mute``."""
-    media = parser.add_argument_group("media, which stand before the text in the order given; each can be repeated")
+    """``--image``, ``--audio`` and ``--video``, whose (kind, file) all go into one list, since their order counts, and
+    ``--mute``."""
+    group = parser.add_argument_group("media, which stand before the text in the order given; each can be repeated")
+    add = group.add_argument
     for kind, what in (("image", "a picture"), ("audio", "a recording"), ("video", "a video, with its sound")):
-        media.add_argument(
-            f"--{kind}", metavar="FILE", type=Path, action=MediaOption, dest="media", default=[], help=what
-        )
-    media.add_argument("--mute", action="store_true", help="look at videos without hearing their sound")
+        medium = partial(_medium, kind)
+        add(f"--{kind}", metavar="FILE", type=medium, action="append", dest="media", default=[], help=what)
+    add("--mute", action="store_true", help="look at videos without hearing their sound")
 
 
 def add_device_options(group: argparse._ArgumentGroup) -> None:
     """``--device`` and ``--dtype``."""
-    group.add_argument(
-        "--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one"
-    )
-    group.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32 on CPU, else bfloat16"
-    )
+    gpu, dtypes = "cpu, cuda, cuda:1, ...; default: a GPU if there is one", ("auto", "float32", "bfloat16")
+    group.add_argument("--device", metavar="D", default="auto", help=gpu)
+    group.add_argument("--dtype", choices=dtypes, default="auto", help="auto: float32 on CPU, else bfloat16")
 
 
 def media_segments(media: Sequence[tuple[str, Path]], mute: bool) -> tuple[Segment, ...]:
-    """The segments of the media options.
-
-    Raises:
-        ValueError: a file does not exist.
-    """
+    """The segments of the media options. Raises ValueError if a file does not exist."""
     from omnitrain.data.sample import Segment
 
     for kind, path in media:

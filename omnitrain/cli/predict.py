@@ -19,8 +19,7 @@ def run(config: RunConfig) -> None:
     trainer = experiment.trainer
     batches = trainer.predict(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
     rows = list(chain.from_iterable(batches or []))
-    path = experiment.run_dir / (
-        "predictions.parquet" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.parquet"
-    )
+    rank = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"
+    path = experiment.run_dir / f"predictions{rank}.parquet"
     write_parquet(path, pa.Table.from_pylist(rows))
     print(f"{len(rows)} answers: {path}")

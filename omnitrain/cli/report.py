@@ -37,7 +37,10 @@ def main(argv: list[str]) -> int:
         parser.error("several runs side by side need --out FILE")
 
     if options.study is not None:
-        path, missing = _study(options.study, options.out, options.collect)
+        from omnitrain.study.report import missing_runs, write_study_report
+
+        path, study = write_study_report(options.study, options.out, collect=options.collect)
+        missing = missing_runs(study)
     elif len(options.run_dir) > 1:
         from omnitrain.reports.comparison import write_comparison
 
@@ -60,10 +63,3 @@ def _run(run_dir: Path, out: Path | None) -> tuple[Path, list[str]]:
         return stages.write_report(staged, run_dir, out)
     run = read_run(run_dir)
     return write_report(run, out), [str(part) for part in run.missing]
-
-
-def _study(folder: Path, out: Path | None, collect: Path | None) -> tuple[Path, list[str]]:
-    from omnitrain.study.report import missing_runs, write_study_report
-
-    path, study = write_study_report(folder, out, collect=collect)
-    return path, missing_runs(study)

@@ -35,8 +35,7 @@ def main(argv: list[str]) -> int:
     for arm, rate in best.items():
         if len(rates) > 1 and rate in (rates[0], rates[-1]):
             print(f"{arm}: the best rate, {rate:g}, is at the edge of the grid; widen it for all arms", file=sys.stderr)
-    missing = [f"{arm} at {rate:g}" for arm, of_arm in losses.items() for rate in rates if rate not in of_arm]
-    if missing:
+    if missing := [f"{arm} at {rate:g}" for arm, of_arm in losses.items() for rate in rates if rate not in of_arm]:
         print(f"error: not every arm has had the same trials; not finished: {', '.join(missing)}", file=sys.stderr)
         return 1
     lines = [f"    {arm}: {rate:g}   # {losses[arm][rate]:.4f} nats per target token" for arm, rate in best.items()]

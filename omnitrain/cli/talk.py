@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import struct
 import sys
+import wave
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from omnitrain.cli.generate import add_device_options, add_media_options, media_segments
+from omnitrain.cli.generate import add_device_options, add_media_options, media_segments, model_parser
 from omnitrain.config.errors import explains_errors
 from omnitrain.files import printable
 
@@ -35,59 +34,7 @@ FRAMES_PER_SECOND = 12.5
 @explains_errors
 def main(arguments: list[str]) -> None:
     """Run the verb. Returns the exit status."""
-    _talk(_parser().parse_intermixed_args(arguments))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="omnitrain talk",
-        description="Answer one prompt aloud. The file is a playable WAV from the first frame on.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="DIR", type=Path, help="a run folder, or a folder in the public format")
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what is asked, after the media")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="WAV file to write, 16 bit")
-    parser.add_argument("--voice", metavar="NAME", help="default: the first of the model's voices by name")
-    parser.add_argument(
-        "--say",
-        metavar="TEXT",
-        help='speak TEXT itself; the Thinker does not write. PROMPT is then what TEXT answers, by default "Say: TEXT"',
-    )
-    add_media_options(parser)
-    parser.add_argument("--system", metavar="TEXT", help="system prompt (persona); the Talker does not read it")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--temperature", metavar="T", type=float, default=0.0, help="of the text; 0 (default): the most probable token"
-    )
-    sampling.add_argument(
-        "--speech-temperature",
-        metavar="T",
-        type=float,
-        default=0.9,
-        help="of the sound; default 0.9. 0 is reproducible on any machine, but may drone",
-    )
-    sampling.add_argument("--seed", metavar="S", type=int, default=0, help="default: 0")
-    sampling.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="longest text; default: 512")
-    sampling.add_argument("--max-seconds", metavar="S", type=float, default=60.0, help="longest sound; default: 60")
-    running = parser.add_argument_group("running")
-    running.add_argument(
-        "--json", action="store_true", help="print events, one JSON object per line, instead of the text"
-    )
-    running.add_argument("--prefill-chunk", type=int, metavar="N", help="read the prompt N tokens at a time")
-    running.add_argument(
-        "--frames-per-piece",
-        type=int,
-        metavar="N",
-        default=1,
-        help="after the first 80 ms, decode N frames together: cheaper, and heard N frames at a time; default: 1",
-    )
-    add_device_options(running)
-    return parser
-
-
-def _talk(options: argparse.Namespace) -> None:
+    options = _parser().parse_intermixed_args(arguments)
     media = media_segments(options.media, options.mute)
     if options.prompt is None and options.say is None and not media:
         raise ValueError('nothing is asked: give a PROMPT, media, or --say "text"')
@@ -129,6 +76,35 @@ def _talk(options: argparse.Namespace) -> None:
         raise ValueError(str(error)) from error
 
 
+def _parser() -> argparse.ArgumentParser:
+    what = "Answer one prompt aloud. The file is a playable WAV from the first frame on."
+    parser = model_parser("talk", what, EXAMPLES)
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", nargs="?", help="what is asked, after the media")
+    add("--out", metavar="FILE", type=Path, required=True, help="WAV file to write, 16 bit")
+    add("--voice", metavar="NAME", help="default: the first of the model's voices by name")
+    say = 'speak TEXT itself; the Thinker does not write. PROMPT is then what TEXT answers, by default "Say: TEXT"'
+    add("--say", metavar="TEXT", help=say)
+    add_media_options(parser)
+    add("--system", metavar="TEXT", help="system prompt (persona); the Talker does not read it")
+    add = parser.add_argument_group("sampling").add_argument
+    of_text = "of the text; 0 (default): the most probable token"
+    add("--temperature", metavar="T", type=float, default=0.0, help=of_text)
+    of_sound = "of the sound; default 0.9. 0 is reproducible on any machine, but may drone"
+    add("--speech-temperature", metavar="T", type=float, default=0.9, help=of_sound)
+    add("--seed", metavar="S", type=int, default=0, help="default: 0")
+    add("--max-new-tokens", metavar="N", type=int, default=512, help="longest text; default: 512")
+    add("--max-seconds", metavar="S", type=float, default=60.0, help="longest sound; default: 60")
+    running = parser.add_argument_group("running")
+    add = running.add_argument
+    add("--json", action="store_true", help="print events, one JSON object per line, instead of the text")
+    add("--prefill-chunk", type=int, metavar="N", help="read the prompt N tokens at a time")
+    piece = "after the first 80 ms, decode N frames together: cheaper, and heard N frames at a time; default: 1"
+    add("--frames-per-piece", type=int, metavar="N", default=1, help=piece)
+    add_device_options(running)
+    return parser
+
+
 def _report(options: argparse.Namespace, session: SpeechSession, events: Iterator[Event], wav: GrowingWav) -> None:
     """Write sound and print text, or events, as they come."""
     from omnitrain.generation.speech import AudioPiece, TextPiece
@@ -164,32 +140,32 @@ class GrowingWav:
     """A mono 16-bit WAV file whose header is true after every `write`, so that it can be played while it grows."""
 
     def __init__(self, path: Path, sample_rate: int) -> None:
-        self.sample_rate, self.samples = sample_rate, 0
         self._file = path.open("wb")
-        self._file.write(b"RIFF" + struct.pack("<I", 36) + b"WAVEfmt ")
-        self._file.write(struct.pack("<IHHIIHH", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16))
-        self._file.write(b"data" + struct.pack("<I", 0))
-        self._file.flush()
+        self._wav = wave.Wave_write(self._file)
+        self._wav.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
+        self._write_header()
+
+    @property
+    def samples(self) -> int:
+        return self._wav.getnframes()
 
     @property
     def seconds(self) -> float:
-        return self.samples / self.sample_rate
+        return self.samples / self._wav.getframerate()
 
     def write(self, wav: np.ndarray) -> None:
         """Append samples within [-1, 1]. They are on disk before the header tells of them."""
-        self._file.seek(0, 2)
-        self._file.write((wav * 32767).round().astype("<i2").tobytes())
+        self._wav.writeframesraw((wav * 32767).round().astype("i2").tobytes())
         self._file.flush()
-        self.samples += len(wav)
-        for place, size in ((40, 2 * self.samples), (4, 36 + 2 * self.samples)):
-            self._file.seek(place)
-            self._file.write(struct.pack("<I", size))
+        self._write_header()
+
+    def _write_header(self) -> None:
+        self._wav.writeframes(b"")  # brings the sizes in it up to date
         self._file.flush()
 
     def __enter__(self) -> GrowingWav:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._wav.close()
         self._file.close()

@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal import utils as hydra_utils
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -45,7 +46,7 @@ from omnitrain.config.resolvers import register_resolvers
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.saved import check_folder, read_config
 from omnitrain.config.schemas import register_schemas
-from omnitrain.config.targets import ForbiddenTarget, check_targets
+from omnitrain.config.targets import check_targets, walk
 from omnitrain.config.typed import ConfigError, plain
 from omnitrain.files import CONFIG
 
@@ -56,42 +57,32 @@ vars(hydra_utils)["run_and_report"] = lambda function: function()
 # conf/hydra/launcher/submitit_slurm.yaml has the plugin's own name on purpose: its usual spelling gets our defaults.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
 
-SAVED_RUN = "saved_run"
-"""Name under which the configuration of an existing run folder is composed (`omnitrain test RUN_DIR`)."""
-
-_MOST_VALUES = 100_000
-"""In one YAML file of the user's."""
-
-__all__ = ["ConfigError", "ForbiddenTarget", "RunConfig", "run_config", "run_verb"]
+SAVED_RUN = "saved_run"  # the configuration of an existing run folder (`omnitrain test RUN_DIR`)
+_MOST_VALUES = 100_000  # in one YAML file of the user's
 
 
 def run_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> RunConfig:
     """The configuration that ``python -m omnitrain fit OVERRIDES`` would run, for Python and notebooks:
-    ``build_experiment(run_config(["+recipe=quickstart", "optim.lr=5e-4"]), "fit")`` is the same experiment.
-
-    Raises:
-        ConfigError: as on the command line.
-    """
+    ``build_experiment(run_config(["+recipe=quickstart", "optim.lr=5e-4"]), "fit")`` is the same experiment. Raises
+    ConfigError as on the command line."""
     overrides = readable(list(overrides), sweep=False)
     arguments = [*([] if config_dir is None else ["--config-dir", str(config_dir)]), *overrides]
     args = get_args_parser().parse_args(arguments)
-    register_recipes(arguments)
     with _composer(args):
-        return _read(_composed(list(args.overrides), "config"), list(args.overrides))
+        return _read(_composed(args.overrides, "config"), args.overrides)
 
 
-def register_recipes(arguments: list[str]) -> None:
-    """Make every YAML file below `recipes/` an option of the group `recipe`, except those that the folder named by
-    ``--config-dir`` in `arguments` replaces with a ``recipe/NAME.yaml`` of its own."""
-    own = get_args_parser().parse_args(arguments).config_dir
+def _register_recipes(config_dir: str | None) -> None:
+    """Make every YAML file below `recipes/` an option of the group `recipe`, except those that the user's folder
+    `config_dir` replaces with a ``recipe/NAME.yaml`` of its own."""
     store = ConfigStore.instance()
     store.repo.pop("recipe", None)
     for path in sorted(RECIPES.rglob("*.yaml")):
         name = path.relative_to(RECIPES)
-        if own is None or not (Path(own) / "recipe" / name).exists():
+        if config_dir is None or not (Path(config_dir) / "recipe" / name).exists():
             group = "/".join(["recipe", *name.parts[:-1]])
             store.store(group=group, name=name.stem, node=OmegaConf.load(path), package="_global_")
-    for path in sorted(Path(own).rglob("*.yaml")) if own is not None else ():
+    for path in sorted(Path(config_dir).rglob("*.yaml")) if config_dir is not None else ():
         text = path.read_bytes()
         if b"&" in text and (count := _count_values(text)) > _MOST_VALUES:
             raise ConfigError(f"{path}: its anchors (&NAME) stand for {count:.0e} values; at most {_MOST_VALUES:.0e}")
@@ -117,37 +108,25 @@ def _count_values(text: bytes) -> int:
 
 
 def run_verb(verb: str, arguments: list[str]) -> int:
-    """Check the command line of a Hydra verb, then run it. Returns the exit status.
-
-    `arguments` are Hydra's; a first argument that is a run folder stands for the configuration saved in it, with
-    ``ckpt_path=last``.
-    """
+    """Check the command line of a Hydra verb, then run it. Returns the exit status. `arguments` are Hydra's; a first
+    argument that is a run folder stands for the configuration saved in it, with ``ckpt_path=last``."""
 
     def checked() -> tuple[list[str], str, Path | None]:
-        run_dir, hydra_arguments = _split_run_dir(arguments)
-        hydra_arguments = _readable_arguments(read_stage_overrides(hydra_arguments))
-        register_recipes(hydra_arguments)
+        run_dir, overrides = _split_run_dir(arguments)
+        hydra_arguments = _readable_arguments(read_stage_overrides(overrides))
         config_name = "config" if run_dir is None else _register_run(run_dir)
         check_command_line(hydra_arguments, config_name, run_dir)
         return hydra_arguments, config_name, run_dir
 
     status, found = explained(checked)
-    if found is None:
-        return status
-    hydra_arguments, config_name, run_dir = found
-    return run_hydra(verb, hydra_arguments, config_name=config_name, run_dir=run_dir)
+    return status if found is None else run_hydra(verb, *found)
 
 
 def run_hydra(
-    verb: str,
-    arguments: list[str],
-    *,
-    config_name: str = "config",
-    program: str | None = None,
-    run_dir: Path | None = None,
+    verb: str, arguments: list[str], config_name: str = "config", run_dir: Path | None = None, program: str = ""
 ) -> int:
     """Hand `arguments` to Hydra, which calls :class:`Job`. Returns the exit status."""
-    register_recipes(arguments)
+    _register_recipes(get_args_parser().parse_args(arguments).config_dir)
     before = sys.argv
     sys.argv = [program or before[0], *arguments]
     start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(Job(verb, run_dir))
@@ -203,14 +182,12 @@ class Job:
 
 def _run_dir(job: Any) -> Path:
     """The run folder: `paths.run_dir`, which is also Hydra's (`hydra.run.dir`), or the sweep's folder for this job."""
-    overrides = list(job.overrides.task)
-    explicit = any(text.lstrip("+").startswith("paths.run_dir=") for text in overrides)
-    if job.mode == RunMode.MULTIRUN:
-        if explicit:
-            raise ConfigError("paths.run_dir: the jobs of a sweep have a folder each; set hydra.sweep.dir instead")
-        return Path(job.runtime.output_dir).resolve()
+    explicit = any(text.lstrip("+").startswith("paths.run_dir=") for text in job.overrides.task)
+    sweep = job.mode == RunMode.MULTIRUN
+    if sweep and explicit:
+        raise ConfigError("paths.run_dir: the jobs of a sweep have a folder each; set hydra.sweep.dir instead")
     ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    if ranks > 1 and not explicit and "LOCAL_RANK" in os.environ:
+    if ranks > 1 and not explicit and not sweep and "LOCAL_RANK" in os.environ:
         raise ConfigError(
             f"paths.run_dir: {ranks} processes were started from outside, and each would make its own dated folder; "
             "name one folder for all of them with paths.run_dir=FOLDER"
@@ -275,9 +252,6 @@ def readable(overrides: list[str], *, sweep: bool) -> list[str]:
     return found
 
 
-# --- checking a command line -----------------------------------------------------------------------------------------
-
-
 def check_command_line(
     arguments: list[str], config_name: str = "config", run_dir: Path | None = None, *, of_a_recipe: bool = False
 ) -> None:
@@ -303,10 +277,11 @@ def check_command_line(
                     del cfg.hydra
                 check_targets(OmegaConf.to_container(cfg, resolve=False))
         known = [*cfg, *GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)]
+        root_keys = set(compose("config", overrides=[]))
         for text in args.overrides:  # "+recpe=quickstart" would add a key that nobody reads
             key, _, value = text.lstrip("+").partition("=")
             near = difflib.get_close_matches(key, [str(name) for name in known if name != key], n=1, cutoff=0.75)
-            if text.startswith("+") and "." not in key and key in cfg and key not in _root_keys() and near:
+            if text.startswith("+") and "." not in key and key in cfg and key not in root_keys and near:
                 raise ConfigError(f"{text}: nothing reads a key '{key}'; did you mean +{near[0]}={value}?")
 
 
@@ -343,18 +318,14 @@ def _launcher_defaults(hydra_values: dict[str, Any]) -> DictConfig:
 
 def check_stage(name: str, command: Sequence[str], run_dir: Path) -> None:
     """Check the command of a stage (verb first) of the run in `run_dir`, before the stages in front of it take hours.
-    One that begins with a run folder is left alone: the folder may be still to be made.
-
-    Raises:
-        ConfigError, ForbiddenTarget: as `check_command_line`, with the stage's name.
-    """
+    One that begins with a run folder is left alone: the folder may be still to be made. Raises as `check_command_line`,
+    with the stage's name."""
     arguments = list(command[1:])
     if arguments and not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]:
         return
     running, job = GlobalHydra.instance().hydra, HydraConfig.instance().cfg  # there is one of each in a process
     GlobalHydra.instance().clear()
     try:
-        register_recipes(arguments)
         check_command_line(arguments, run_dir=run_dir, of_a_recipe=True)
     except ConfigError as error:
         raise type(error)(f"stage '{name}': {error}") from error
@@ -365,57 +336,44 @@ def check_stage(name: str, command: Sequence[str], run_dir: Path) -> None:
 def read_stage_overrides(arguments: list[str]) -> list[str]:
     """``stage_overrides.NAME=[a=1,b=2]`` as Hydra takes it: its overrides in quotes, since in a list a bare word has no
     "=", and with ++, since a recipe need not name its stages there."""
-    quoted = []
+    found = []
     for text in arguments:
         key, _, value = text.partition("=")
         if key.lstrip("+").startswith("stage_") and value.startswith("[") and value.endswith("]"):
-            words = _split_at_commas(value[1:-1])
-            words = [w if w[0] in "'\"" else "'" + w.replace("'", "\\'") + "'" for w in words]
+            words = (word if word[0] in "'\"" else quoted(word) for word in _split_at_commas(value[1:-1]))
             text = f"{key}=[{','.join(words)}]"
         if key.lstrip("+").startswith("stage_overrides."):
             text = "++" + text.lstrip("+")
-        quoted.append(text)
-    return quoted
+        found.append(text)
+    return found
 
 
 def _split_at_commas(text: str) -> list[str]:
     """The parts between the commas that stand outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "[{(":
-            depth += 1
-        elif character in "]})":
-            depth -= 1
-        elif character == "," and not depth:
+        if quote or character in "'\"":
+            quote = "" if character == quote else quote or character
+        else:
+            depth += (character in "[{(") - (character in "]})")
+        if character == "," and not depth and not quote:
             parts.append("")
-            continue
-        parts[-1] += character
+        else:
+            parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
-
-
-def _root_keys() -> set[str]:
-    return {str(key) for key in compose("config", overrides=[])}
 
 
 @contextlib.contextmanager
 def _composer(args: Namespace) -> Generator[None]:
     """Hydra's compose API with the search path that the same arguments give `hydra.main`."""
     check_arguments(args)
+    _register_recipes(args.config_dir)
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="check"):
         if args.config_dir is not None:
-            from hydra.core.config_search_path import SearchPathQuery
-
             loader: Any = GlobalHydra.instance().config_loader()
             path = loader.get_search_path()
-            path.prepend(
-                provider="command-line",
-                path=f"file://{Path(args.config_dir).resolve()}",
-                anchor=SearchPathQuery(provider="schema"),
-            )
+            own = f"file://{Path(args.config_dir).resolve()}"
+            path.prepend(provider="command-line", path=own, anchor=SearchPathQuery(provider="schema"))
             loader.repository.initialize_sources(path)
         yield
 
@@ -455,8 +413,7 @@ def _explain(error: Exception, overrides: list[str], config_name: str) -> str:
         try:
             compose(config_name, overrides=[*good, text])
         except (HydraException, OmegaConfBaseException):
-            hint = _nearest(text, good, config_name)
-            if hint:
+            if hint := _nearest(text, good, config_name):
                 return f"{text}: {hint}"
         else:
             good.append(text)
@@ -479,31 +436,19 @@ def _nearest(text: str, good: list[str], config_name: str) -> str | None:
         hint = f"did you mean {sign}{key}={near[0]}?" if near else f"there are: {', '.join(options)}"
         return f"there is no {key} '{value}'; {hint}"
     try:
-        keys = list(_keys(compose(config_name, overrides=good)))
+        cfg = compose(config_name, overrides=good)
     except (HydraException, OmegaConfBaseException):
         return None
+    tree = OmegaConf.to_container(cfg, resolve=False)
+    keys = {f"{where}.{name}".lstrip("."): node for where, name, node in walk(tree)}
     if key in keys:
         return None
-    if not sign and any(name == key.rpartition(".")[0] for name in _open_mappings(config_name, good)):
-        return f"did you mean +{text}? '{key.rpartition('.')[0]}' has no such key yet, and + adds it"
+    parent = key.rpartition(".")[0]
+    if not sign and keys.get(parent) == {}:
+        return f"did you mean +{text}? '{parent}' has no such key yet, and + adds it"
     extra_groups = [group for group in loader.get_group_options("", ObjectType.GROUP) if group not in keys]
     near = difflib.get_close_matches(key, [*keys, *extra_groups], n=3, cutoff=0.5)
     if not near:
         return f"there is no key '{key}'; `python -m omnitrain fit --cfg job` prints all of them"
     near.sort(key=lambda name: value not in loader.get_group_options(name, ObjectType.CONFIG))  # an option says more
     return f"there is no key '{key}'; did you mean {'+' if near[0] in extra_groups else ''}{near[0]}={value}?"
-
-
-def _open_mappings(config_name: str, good: list[str]) -> list[str]:
-    """Names of the mappings that are empty by default and wait for keys, such as `model.thinker`."""
-    cfg = compose(config_name, overrides=good)
-    return [key for key in _keys(cfg) if OmegaConf.is_dict(node := OmegaConf.select(cfg, key)) and not node]
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all keys below `node`."""
-    if isinstance(node, DictConfig):
-        for key, value in node.items_ex(resolve=False):
-            yield f"{prefix}{key}"
-            if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
-                yield from _keys(value, f"{prefix}{key}.")

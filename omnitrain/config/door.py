@@ -16,12 +16,9 @@ _KEYS = tuple(f.name for f in fields(RunConfig))
 
 def read(values: Mapping[str, Any]) -> RunConfig:
     """The typed configuration that resolved, plain `values` describe. Builds nothing, and imports nothing but classes
-    of the user's own packages.
-
-    Raises:
-        ForbiddenTarget: it names code that it may not call, or holds text that would be resolved again.
-        ConfigError: an unknown key, or a value of another type; names the key and the nearest one.
-    """
+    of the user's own packages. Raises ForbiddenTarget if it names code that it may not call, or holds text that would
+    be resolved again; ConfigError, which names the key and the nearest one, for an unknown key or a value of another
+    type."""
     values = {str(key): value for key, value in values.items() if key not in ("hydra", "defaults")}
     check_plain(values)
     variables = {**(values.pop("variables", None) or {}), **{k: v for k, v in values.items() if k not in _KEYS}}

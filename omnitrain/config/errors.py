@@ -14,9 +14,6 @@ from omnitrain.files import printable
 
 T = TypeVar("T")
 
-FULL_ERROR = "HYDRA_FULL_ERROR"
-"""Environment variable: 1 shows where an error came from."""
-
 _CURES = {
     errno.ENOSPC: "the disk is full; make room and give the same line again",
     errno.EDQUOT: "the quota of this disk is used up; make room and give the same line again",
@@ -31,11 +28,8 @@ _CURES = {
 
 
 def explained(run: Callable[[], T]) -> tuple[int, T | None]:
-    """Call `run`. What the user can mend is one message on stderr, with a traceback only under HYDRA_FULL_ERROR=1.
-
-    Returns:
-        (exit status, what `run` returned): 0; 1 after an error; 130 after Ctrl-C.
-    """
+    """Call `run` and return (exit status, what it returned): 0; 1 after an error; 130 after Ctrl-C. What the user can
+    mend is one message on stderr, with a traceback only under HYDRA_FULL_ERROR=1."""
     try:
         return 0, run()
     except KeyboardInterrupt:
@@ -49,7 +43,7 @@ def explained(run: Callable[[], T]) -> tuple[int, T | None]:
         return 0, None
     except Exception as error:
         line = explanation(error)
-        if line is None or os.environ.get(FULL_ERROR) == "1":
+        if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print("error: " + printable(line, keep="\n\t"), file=sys.stderr)
         return 1, None
@@ -73,19 +67,17 @@ def explanation(error: BaseException) -> str | None:
     an installation; except where torch, Lightning or NumPy raise them from within.
     """
     home = type(error).__module__.partition(".")[0]
-    if home in ("omnitrain", "omegaconf", "hydra") or type(error).__name__ == "MisconfigurationException":
+    ours = home in ("omnitrain", "omegaconf", "hydra") or type(error).__name__ == "MisconfigurationException"
+    if ours or isinstance(error, ImportError):
         return str(error)
     if isinstance(error, OSError):
         cure = _CURES.get(error.errno or 0)
         file = error.filename2 or error.filename
         return str(error) if cure is None else cure if file is None else f"{os.fsdecode(file)}: {cure}"
-    if isinstance(error, ImportError):
-        return str(error)
     *_, (innermost, _line) = traceback.walk_tb(error.__traceback__)
     raised_in = innermost.f_globals.get("__name__", "").partition(".")[0]
-    if isinstance(error, ValueError) and raised_in not in ("torch", "lightning", "numpy"):
-        return str(error)
-    return str(error) if isinstance(error, RuntimeError) and raised_in == "omnitrain" else None
+    of_a_value = isinstance(error, ValueError) and raised_in not in ("torch", "lightning", "numpy")
+    return str(error) if of_a_value or (isinstance(error, RuntimeError) and raised_in == "omnitrain") else None
 
 
 def _interrupted() -> int:

@@ -22,12 +22,7 @@ CONSTRUCTORS = (
     "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
-    "optuna.samplers.CmaEsSampler",
-    "optuna.samplers.GridSampler",
-    "optuna.samplers.MOTPESampler",
-    "optuna.samplers.NSGAIISampler",
-    "optuna.samplers.RandomSampler",
-    "optuna.samplers.TPESampler",
+    *(f"optuna.samplers.{name}Sampler" for name in ("CmaEs", "Grid", "MOTPE", "NSGAII", "Random", "TPE")),
 )
 """Launchers, sweepers and their samplers, and a callback, that may be named below ``hydra``."""
 _LOGGING = {"class": ("logging.StreamHandler", "logging.NullHandler"), "()": ("colorlog.ColoredFormatter",)}
@@ -37,19 +32,15 @@ _OWN = ("config.yaml", "schema", "hydra/launcher", "hydra/sweeper", "hydra/job_l
 """What a folder given with ``--config-dir`` may not replace."""
 SHELL = ("setup", "python", "srun_args", "additional_parameters", "comment")
 """Keys of ``hydra.launcher`` that end up in a shell or choose a program."""
-
-
-_ONLY_THE_USER = {"sweeper": ("custom_search_space", "storage"), "launcher": ("temp_folder",)}
-"""Keys by which Optuna imports a function or opens a data base, and joblib writes elsewhere."""
+_FROM_USER = ("callbacks", "output_subdir", "sweeper.custom_search_space", "sweeper.storage", "launcher.temp_folder")
+"""Keys below ``hydra`` that only the command line may set: by some of them Optuna imports a function or opens a data
+base, and joblib writes elsewhere."""
 
 
 def check_arguments(args: Namespace) -> None:
-    """What must be known of a command line before Hydra composes: where it will look.
-
-    Raises:
-        ForbiddenTarget: a search path in a Python package, which would be imported; a pickle that would be loaded.
-        ConfigError: a folder that would replace the root configuration.
-    """
+    """What must be known of a command line before Hydra composes: where it will look. Raises ForbiddenTarget for a
+    search path in a Python package, which would be imported, for a pickle that would be loaded, and for a folder that
+    would replace the root configuration; ConfigError for a folder that is missing."""
     config_dir = args.config_dir
     for name in ("config_path", "config_name", "experimental_rerun"):
         if getattr(args, name, None) is not None:
@@ -75,17 +66,24 @@ def check_arguments(args: Namespace) -> None:
 def check_hydra(
     hydra: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Sequence[str], run_dir: str | None
 ) -> None:
-    """Refuse a resolved ``hydra`` node that names code, shell lines or folders that only a user may name.
+    """Refuse a resolved ``hydra`` node that names code, shell lines or folders that only a user may name. Raises
+    ForbiddenTarget, which names the key.
 
     Args:
         defaults: the same node without the recipe: with the user's choice of launcher and sweeper alone.
         overrides: the user's command line.
         run_dir: `paths.run_dir`, resolved.
-
-    Raises:
-        ForbiddenTarget: names the key.
     """
-    given = [text.lstrip("+~").partition("=")[0] for text in overrides]
+
+    def was_given(key: str) -> bool:
+        return any(text.lstrip("+~").partition("=")[0].startswith(key) for text in overrides)
+
+    def found(path: str) -> Any:
+        node: Any = hydra
+        for key in path.split("."):
+            node = (node or {}).get(key)
+        return node
+
     for where, key, value in walk(hydra, "hydra"):
         place = f"{where}.{key}"
         if key == TARGET and value not in CONSTRUCTORS:
@@ -95,44 +93,33 @@ def check_hydra(
             raise ForbiddenTarget(f"{where}: {key} '{value}' is not allowed there; log to the terminal")
         if in_logging and isinstance(value, str) and "://" in value and value not in _STREAMS:
             raise ForbiddenTarget(f"{place}: '{value}' is not allowed there")
-    for name in hydra.get("job", {}).get("env_set", {}):
+    for name in found("job.env_set") or {}:
         if name not in _ENVIRONMENT:
             raise ForbiddenTarget(
                 f"hydra.job.env_set.{name}: a configuration may not change what code is run; set it in the shell"
             )
-    if any("pkg:" in str(path) for path in hydra.get("searchpath") or []):
+    if any("pkg:" in str(path) for path in found("searchpath") or []):
         raise ForbiddenTarget("hydra.searchpath: a search path may not name a Python package; name a folder")
-    if hydra.get("callbacks") and not any(key.startswith("hydra.callbacks") for key in given):
-        raise ForbiddenTarget("hydra.callbacks: only the command line may name them")
     launcher, usual = hydra.get("launcher") or {}, defaults.get("launcher") or {}
     for key in SHELL:
-        if launcher.get(key) != usual.get(key) and not any(name.startswith(f"hydra.launcher.{key}") for name in given):
+        if launcher.get(key) != usual.get(key) and not was_given(f"hydra.launcher.{key}"):
             raise ForbiddenTarget(
                 f"hydra.launcher.{key}: it is run by a shell, so only the command line may set it, with "
                 f"'hydra.launcher.{key}=...'"
             )
-    for where, keys in _ONLY_THE_USER.items():
-        for key in keys:
-            place = f"hydra.{where}.{key}"
-            if (hydra.get(where) or {}).get(key) is not None and not any(name.startswith(place) for name in given):
-                raise ForbiddenTarget(f"{place}: only the command line may set it")
-    for key in (hydra.get("sweeper") or {}).get("params") or {}:
+    for path in _FROM_USER:
+        if found(path) not in (None, {}) and not was_given(f"hydra.{path}"):
+            raise ForbiddenTarget(f"hydra.{path}: only the command line may set it")
+    for key in found("sweeper.params") or {}:
         name = str(key).lstrip("+~")
-        adds = str(key).startswith("+") and not any(name.startswith("hydra.sweeper.params") for name in given)
+        adds = str(key).startswith("+") and not was_given("hydra.sweeper.params")
         if adds or name.startswith("hydra") or TARGET in name or "@" in name:
             raise ForbiddenTarget(f"hydra.sweeper.params.{key}: a search may vary values, not code or Hydra itself")
-    if hydra.get("output_subdir") is not None and "hydra.output_subdir" not in given:
-        raise ForbiddenTarget("hydra.output_subdir: only the command line may set it")
-    subdir = str(hydra.get("sweep", {}).get("subdir") or "")
+    subdir = str(found("sweep.subdir") or "")
     if ".." in Path(subdir).parts or Path(subdir).is_absolute():
         raise ForbiddenTarget(f"hydra.sweep.subdir={subdir}: a job's folder lies in that of its sweep")
-    folders = {
-        "paths.run_dir": run_dir,
-        "hydra.run.dir": hydra.get("run", {}).get("dir"),
-        "hydra.sweep.dir": hydra.get("sweep", {}).get("dir"),
-        "hydra.launcher.submitit_folder": launcher.get("submitit_folder"),
-    }
-    for key, folder in folders.items():
+    folders = {f"hydra.{key}": found(key) for key in ("run.dir", "sweep.dir", "launcher.submitit_folder")}
+    for key, folder in {"paths.run_dir": run_dir, **folders}.items():
         if folder is not None and not _was_asked_for(folder, overrides):
             raise ForbiddenTarget(
                 f"{key}={folder}: a recipe may only write below the current folder; name another with {key}=FOLDER"

@@ -12,16 +12,9 @@ from omnitrain.models.sizes import codec_vocabulary
 
 
 def sample_weight(tokens: float, per_sample: float) -> float:
-    """How a mix that is meant in tokens becomes the mixture's weights, which count samples (docs/mixing.md). Weights
-    are relative, so only the ratios between the sources of a mix matter.
-
-    Args:
-        tokens: a source's share of the tokens, relative to the other sources'.
-        per_sample: tokens of its average sample.
-
-    Raises:
-        ValueError: a share below zero, or samples of no length.
-    """
+    """How a mix that is meant in tokens becomes the mixture's weights, which count samples (docs/mixing.md): `tokens`
+    is a source's share of the tokens, `per_sample` those of its average sample. Shares and weights are relative to
+    those of the other sources. Raises ValueError for a share below zero, or samples of no length."""
     if tokens < 0 or per_sample <= 0:
         raise ValueError(f"mix: tokens ({tokens}) must not be negative, and per_sample ({per_sample}) must be positive")
     return round(1000 * tokens / per_sample, 4)

@@ -52,9 +52,6 @@ def _check_share(value: float, key: str) -> None:
         raise ValueError(f"{key}={value}: must lie in [0, 1)")
 
 
-# --- model -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class PretrainedConfig:
     """``model=pretrained``: a folder in the public Qwen3-Omni format.
@@ -66,9 +63,6 @@ class PretrainedConfig:
 
     folder: str
     speech: bool = False
-
-
-# --- what is trained -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,9 +261,6 @@ class OptimConfig:
         check_parts(self.lr_scale, "optim.lr_scale")
 
 
-# --- how it runs -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Lightning's Trainer; its documentation has more on each argument.
@@ -435,9 +426,6 @@ class PathsConfig:
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     data_dir: str = "data"
     study_dir: str = "runs/nondegradation"
-
-
-# --- all of it -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

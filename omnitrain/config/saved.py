@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from omnitrain.config.door import read
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.typed import ConfigError, plain
 from omnitrain.files import CONFIG, WRITTEN, write_text
@@ -38,12 +39,6 @@ for _kind in (_Loader, _Dumper):  # numbers such as 1e-3, which YAML 1.1 takes f
     )
 
 
-def to_yaml(config: RunConfig, run_dir: Path) -> str:
-    """`config` as it is written into `run_dir`."""
-    values = portable(plain(config), run_dir)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
 def portable(values: Any, run_dir: Path) -> Any:
     """Plain `values` with `HERE` where a text names the folder `run_dir` or something in it."""
     inside = re.compile(r"(?<![\w./~-])" + re.escape(str(run_dir)) + r"(?![^/'\",\]\s])")
@@ -52,15 +47,14 @@ def portable(values: Any, run_dir: Path) -> Any:
 
 def write_config(config: RunConfig, run_dir: Path) -> None:
     """Write ``run_dir/config.yaml``, all or nothing."""
-    write_text(run_dir / CONFIG, to_yaml(config, run_dir))
+    values = portable(plain(config), run_dir)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    write_text(run_dir / CONFIG, text)
 
 
 def read_values(run_dir: Path) -> dict[str, Any]:
-    """The plain values of ``run_dir/config.yaml``, their own folder in place.
-
-    Raises:
-        ConfigError: there is none, or it is no configuration.
-    """
+    """The plain values of ``run_dir/config.yaml``, their own folder in place. Raises ConfigError if there is none, or
+    it is no configuration."""
     path = run_dir / CONFIG
     try:
         if path.stat().st_size > _LARGEST:
@@ -89,24 +83,16 @@ def read_values(run_dir: Path) -> dict[str, Any]:
 
 def check_folder(run_dir: Path) -> None:
     """Refuse a run folder in which a part that a run writes is a link to somewhere else: a run writes into its own
-    folder alone. Data that the user linked there are read through the link.
-
-    Raises:
-        ConfigError: names the link.
-    """
+    folder alone. Data that the user linked there are read through the link. Raises ConfigError, which names the
+    link."""
     for path in map(run_dir.joinpath, sorted(WRITTEN)):
         if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
             raise ConfigError(f"{path} is a link that leads out of the run folder; put the file itself there")
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """The configuration of the run in a folder, checked as any other is (`door.read`).
-
-    Raises:
-        ConfigError: there is none, or one that cannot be used; names the file.
-    """
-    from omnitrain.config.door import read
-
+    """The configuration of the run in a folder, checked as any other is (`door.read`). Raises ConfigError, which names
+    the file, if there is none or it cannot be used."""
     values = read_values(Path(run_dir))
     try:
         return read(values)

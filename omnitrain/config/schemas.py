@@ -17,7 +17,7 @@ from omnitrain.config import run_config
 from omnitrain.config.targets import OURS
 from omnitrain.config.typed import schema
 from omnitrain.data.settings import DataConfig, WaveformsConfig
-from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation
+from omnitrain.evaluation.settings import SETTINGS
 from omnitrain.models.sizes import CODEC_PRESETS, PRESETS, SPEECH_PRESETS, OmniConfig, codec_vocabulary
 
 _TARGETS = {cls: target for target, cls in OURS.items()}
@@ -45,6 +45,14 @@ def _root() -> DictConfig:
 
 def _options() -> dict[str, dict[str, DictConfig]]:
     c = run_config
+    callbacks = {
+        "checkpoint": c.CheckpointConfig,
+        "spike_guard": c.SpikeGuardConfig,
+        "throughput": c.ThroughputConfig,
+        "record": c.RunRecordConfig,
+        "progress": c.ProgressConfig,
+        "media_panels": c.MediaPanelsConfig,
+    }
     return {
         "model": {
             **{name: omni(name, speech=False) for name in PRESETS},
@@ -60,27 +68,12 @@ def _options() -> dict[str, dict[str, DictConfig]]:
         },
         "optim": {"adamw": schema(c.OptimConfig)},
         "trainer": {"trainer": schema(c.TrainerConfig)},
-        "callbacks": {
-            "default": OmegaConf.create(
-                {
-                    "checkpoint": _named(c.CheckpointConfig),
-                    "spike_guard": _named(c.SpikeGuardConfig),
-                    "throughput": _named(c.ThroughputConfig),
-                    "record": _named(c.RunRecordConfig),
-                    "progress": _named(c.ProgressConfig),
-                    "media_panels": _named(c.MediaPanelsConfig),
-                }
-            )
-        },
+        "callbacks": {"default": OmegaConf.create({name: _named(cls) for name, cls in callbacks.items()})},
         "logger": {
             "csv": OmegaConf.create({"csv": _named(c.CsvLoggerConfig)}),
             "wandb": OmegaConf.create({"wandb": _named(c.WandbConfig)}),
         },
-        "evaluation": {
-            "heldout": schema(HeldoutEvaluation),
-            "codec": schema(CodecEvaluation),
-            "speech": schema(SpeechEvaluation),
-        },
+        "evaluation": {name: schema(cls) for name, cls in SETTINGS.items()},
         "paths": {"default": schema(c.PathsConfig)},
     }
 

@@ -80,13 +80,9 @@ class MissingTarget(ConfigError):
 
 def config_class(target: str, place: str) -> tuple[type | None, bool]:
     """The configuration that the constructor `target` takes (None: loose keywords), and whether it is one of ours.
-
-    Classes of the user's own package are imported here, since they may derive from ours; nothing else is.
-
-    Raises:
-        ForbiddenTarget: no constructor of the list, nor of a package named in the environment.
-        MissingTarget: there is no such class in the user's package.
-    """
+    Classes of the user's own package are imported here, since they may derive from ours; nothing else is. Raises
+    ForbiddenTarget for no constructor of the list, nor of a package named in the environment; MissingTarget if the
+    user's package has no such class."""
     if target in OURS:
         return OURS[target], True
     if target in LOOSE:
@@ -96,7 +92,7 @@ def config_class(target: str, place: str) -> tuple[type | None, bool]:
     bases = [f"{base.__module__}.{base.__qualname__}" for base in getattr(_located(target, place), "__mro__", ())]
     for name, cls in OURS.items():
         module, _, attribute = name.rpartition(".")
-        if any(base == name or (base.startswith(f"{module}.") and base.endswith(f".{attribute}")) for base in bases):
+        if any(base.startswith(f"{module}.") and base.endswith(f".{attribute}") for base in bases):
             return cls, False
     return None, False
 
@@ -130,14 +126,9 @@ def _located(target: str, place: str) -> Any:
 
 
 def build(node: Named, *arguments: Any, place: str = "", **offered: Any) -> Any:
-    """The object that `node` describes: its constructor, with its configuration first, then `arguments`.
-
-    Args:
-        offered: keywords that are given to a constructor of ours (or one derived from it) if it has such a parameter.
-
-    Raises:
-        ConfigError: the constructor refuses; the message names the place.
-    """
+    """The object that `node` describes: its constructor, with its configuration first, then `arguments`. What is
+    `offered` is given to a constructor of ours (or one derived from it) that has such a parameter. Raises ConfigError,
+    which names the place, if the constructor refuses."""
     config_class(node.target, place)
     constructor = _located(node.target, place)
     keywords = {key: built(value) for key, value in node.keywords.items()}
@@ -163,9 +154,6 @@ def built(value: Any) -> Any:
     return [built(item) for item in value] if isinstance(value, list) else value
 
 
-# --- what holds for any plain data ----------------------------------------------------------------------------------
-
-
 def check_targets(config: Any, place: str = "") -> None:
     """Refuse names of code that are not allowed; what is not resolved yet is left alone. Raises as `check_plain`."""
     for where, key, value in walk(config, place):
@@ -179,11 +167,8 @@ def check_targets(config: Any, place: str = "") -> None:
 
 def check_plain(config: Any, place: str = "") -> None:
     """Refuse what would mean more than it shows: names of code that are not allowed, Hydra's own marks, and text that
-    would be resolved again. Imports nothing, but what lies in the user's own packages.
-
-    Raises:
-        ForbiddenTarget, MissingTarget.
-    """
+    would be resolved again. Imports nothing, but what lies in the user's own packages. Raises ForbiddenTarget or
+    MissingTarget."""
     check_targets(config, place)
     for where, key, value in walk(config, place):
         if key in ("_partial_", "_args_", "_recursive_", "_convert_"):
@@ -208,10 +193,7 @@ def walk(node: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, str,
 
 def check_inside(node: Named, run_dir: Path, place: str) -> None:
     """Refuse texts among loose keywords (`dirpath`, `save_dir`, `filename`, ...) that lead out of the run folder.
-
-    Raises:
-        ForbiddenTarget: names the key.
-    """
+    Raises ForbiddenTarget, which names the key."""
     for where, key, value in walk(node.keywords, place):
         if not isinstance(value, str) or not ("/" in value or "\\" in value or ".." in value or "~" in value):
             continue

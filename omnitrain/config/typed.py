@@ -11,11 +11,11 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import PurePath
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from omegaconf import MISSING as OPEN
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
@@ -50,30 +50,21 @@ def annotations(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-# --- to Hydra --------------------------------------------------------------------------------------------------------
-
 _NODES = {int: IntegerNode, float: FloatNode, bool: BooleanNode, str: StringNode}
 
 
 def schema(cls: Any, value: Any = None, *, target: str | None = None) -> DictConfig:
-    """A dataclass as Hydra composes it: a mapping of all its fields with their defaults and the types of their values.
+    """A dataclass as Hydra composes it: a mapping of all its fields with their defaults (or the values of the instance
+    `value`) and the types of their values; `target`, its constructor, stands in front.
 
     Further keys can be added to it (with ``+``): whether they mean anything, `typed` decides, which also knows classes
     that derive from ours.
-
-    Args:
-        value: an instance whose values stand for the defaults.
-        target: its constructor, which stands in front.
     """
     hints: dict[str, Any] = annotations(cls)
     content: dict[str, Any] = {} if target is None else {TARGET: target}
-    for f in _fields(cls):
+    for f in fields(cls):
         content[f.name] = _node(hints[f.name], _default(f) if value is None else getattr(value, f.name))
     return OmegaConf.create(content)
-
-
-def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
-    return fields(cls)
 
 
 def _default(f: dataclasses.Field) -> Any:
@@ -81,8 +72,7 @@ def _default(f: dataclasses.Field) -> Any:
 
 
 def _node(annotation: Any, value: Any) -> Any:
-    options = _options(annotation)
-    optional, options = type(None) in options, [x for x in options if x is not type(None)]
+    options, optional = _options(annotation)
     if len(options) == 1 and options[0] in _NODES:
         return _NODES[options[0]](value, is_optional=optional)
     if is_dataclass(value) and not isinstance(value, type):
@@ -92,31 +82,24 @@ def _node(annotation: Any, value: Any) -> Any:
     return [_node(Any, item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _options(annotation: Any) -> list[Any]:
-    """The members of a union; otherwise the annotation alone."""
-    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+def _options(annotation: Any) -> tuple[list[Any], bool]:
+    """The members of a union, or the annotation alone, and whether None is one of them, which is left out."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return [option for option in options if option is not type(None)], type(None) in options
 
 
-# --- from plain data -------------------------------------------------------------------------------------------------
-
-
-def typed(cls: Callable[..., T], values: Any, place: str = "") -> T:
-    """The dataclass `cls` that plain `values` describe; what they leave out has its default.
-
-    Args:
-        place: key of the configuration where the values stand.
-
-    Raises:
-        ConfigError: an unknown or missing field, or a value that is none of its type; names the place and the cure.
-    """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{place or 'the configuration'}: write a mapping of {_names(cls)}, not {values!r}")
+def typed(cls: type[T], values: Any, place: str = "") -> T:
+    """The dataclass `cls` that plain `values`, which stand at the key `place`, describe; what they leave out has its
+    default. Raises ConfigError, which names the place and the cure, for an unknown or missing field, or a value that is
+    none of its type."""
     hints = annotations(cls)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{place or 'the configuration'}: write a mapping of {', '.join(hints)}, not {values!r}")
     for name in values:
         if name not in hints:
             raise ConfigError(f"{_at(place, name)}: there is no such key{nearest(str(name), hints)}")
     found = {name: _value(hints[str(name)], value, _at(place, name)) for name, value in values.items()}
-    for f in _fields(cls):
+    for f in fields(cast(Any, cls)):
         if f.name not in found and _default(f) is OPEN:
             raise ConfigError(f"{_at(place, f.name)}: must be given")
     try:
@@ -135,12 +118,11 @@ def nearest(name: str, known: Any) -> str:
 def _value(annotation: Any, value: Any, place: str) -> Any:
     if annotation is Any:
         return value
-    options = _options(annotation)
+    options, optional = _options(annotation)
+    if value is None and optional:
+        return None
     if value is None:
-        if type(None) in options:
-            return None
         raise ConfigError(f"{place}: must not be null")
-    options = [option for option in options if option is not type(None)]
     if Named in options and isinstance(value, Mapping):
         return named(value, place)
     if isinstance(value, Mapping):
@@ -157,10 +139,8 @@ def _value(annotation: Any, value: Any, place: str) -> Any:
 def _one(kind: Any, value: Any, place: str) -> Any:
     """`value` as the one type `kind`."""
     origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any or (isinstance(kind, type) and is_dataclass(kind) and isinstance(value, kind)):
-        return value
     if isinstance(kind, type) and is_dataclass(kind):
-        return typed(kind, value, place)
+        return value if isinstance(value, kind) else typed(kind, value, place)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{place}: write a mapping, not {value!r}")
@@ -215,13 +195,6 @@ def _nested(value: Any, place: str) -> Any:
 
 def _at(place: str, key: Any) -> str:
     return f"{place}.{key}" if place else str(key)
-
-
-def _names(cls: Any) -> str:
-    return ", ".join(annotations(cls))
-
-
-# --- to plain data ---------------------------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,8 @@ no torch)."""
 
 from __future__ import annotations
 
+import difflib
+
 from omnitrain.config.locations import CONF, RECIPES
 
 HYDRA_VERBS = {
@@ -19,6 +21,14 @@ TOOL_VERBS = {
     "search": "the best learning rate of each arm of a search",
 }
 VERBS = {**HYDRA_VERBS, **TOOL_VERBS}
+
+
+def no_such_verb(verb: str) -> str:
+    """What to tell one who has written `verb`, which is none."""
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"verbs are: {', '.join(VERBS)}"
+    return f"there is no verb '{verb}'; {hint}"
+
 
 TEXT = """\
 python -m omnitrain {verb}: {what}
@@ -45,8 +55,8 @@ Hydra's own flags:
 """
 
 
-def verb_help(verb: str, what: str) -> str:
-    """Help of the Hydra verb `verb`, which does `what`."""
+def verb_help(verb: str) -> str:
+    """Help of the Hydra verb `verb`."""
     recipes = []
     for path in sorted(RECIPES.rglob("*.yaml")):
         comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
@@ -57,4 +67,4 @@ def verb_help(verb: str, what: str) -> str:
         for folder in sorted(CONF.iterdir())
         if folder.is_dir() and folder.name != "hydra"
     ]
-    return TEXT.format(verb=verb, what=what, recipes="\n".join(recipes), groups="\n".join(groups))
+    return TEXT.format(verb=verb, what=HYDRA_VERBS[verb], recipes="\n".join(recipes), groups="\n".join(groups))

@@ -36,7 +36,7 @@ from omnitrain.config.compose import check_stage, quoted, readable
 from omnitrain.config.saved import portable, read_values
 from omnitrain.config.targets import ForbiddenTarget
 from omnitrain.config.typed import ConfigError
-from omnitrain.config.verbs import HYDRA_VERBS, VERBS
+from omnitrain.config.verbs import HYDRA_VERBS, VERBS, no_such_verb
 from omnitrain.files import CONFIG, REPORT, STAGES, printable, read_json, write_json
 
 ALL = "all"
@@ -105,9 +105,7 @@ def read_stages(stages: Any, overrides: Any) -> list[Stage]:
         general = _words(overrides, ALL) if command[0] == "fit" else []
         verb, *words = map(str, (*command, *general, *_words(overrides, name)))
         if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"verbs are: {', '.join(VERBS)}"
-            raise ConfigError(f"{place}.command ({name}): there is no verb '{verb}'; {hint}")
+            raise ConfigError(f"{place}.command ({name}): {no_such_verb(verb)}")
         found[name] = Stage(name, (verb, *words))
     for name in overrides:
         if name not in found and name != ALL:

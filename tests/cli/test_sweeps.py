@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from omnitrain.__main__ import main
-from omnitrain.config.compose import check_command_line, register_recipes
+from omnitrain.config.compose import check_command_line
 from omnitrain.config.locations import RECIPES
 from omnitrain.study.learning_rates import best_rates
 
@@ -55,7 +55,6 @@ def test_joblib_runs_jobs_side_by_side_with_their_share_of_the_cores(tmp_path: P
 
 @pytest.mark.parametrize("option", ["hydra/launcher=joblib", "hydra/launcher=submitit_slurm", "+launcher=slurm"])
 def test_launchers_compose(option: str, capfd: pytest.CaptureFixture[str]) -> None:
-    register_recipes([])
     check_command_line(["-m", "seed=0,1", option])
     if "slurm" in option:
         assert main(["fit", option, "hydra.launcher.partition=p", "--cfg", "hydra", "-p", "hydra.launcher"]) == 0

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from omnitrain.__main__ import main
-from omnitrain.config.compose import check_command_line, register_recipes, run_config
+from omnitrain.config.compose import check_command_line, run_config
 from omnitrain.config.locations import CONF, RECIPES
 from omnitrain.config.saved import write_config
 
@@ -19,7 +19,6 @@ OPTIONS = [
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
     sign = "+" if group in ("debug", "eval", "launcher") else ""
-    register_recipes([])
     check_command_line([f"{sign}{group}={option}"])
 
 
