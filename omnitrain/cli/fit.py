@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 
 from omnitrain.cli.test import evaluate_and_report
 from omnitrain.config.run_config import RunConfig
@@ -24,21 +24,17 @@ from omnitrain.runs.resume import check_resume, is_run, record_changes
 def run(config: RunConfig) -> float | None:
     """Train as `config` says, or run its stages, or the arm of its study. Returns the last validation loss, which
     sweepers minimise. Raises FolderInUse while another process writes into the run folder."""
-    with hold(config.paths.run_dir):
-        return _run(config)
-
-
-def _run(config: RunConfig) -> float | None:
     if config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
         config = replace(config, ckpt_path="last")  # a job that Slurm has queued again goes on where it was
-    if config.stages is not None:
-        return _run_stages(config)
-    if config.study is not None:
-        from omnitrain.study.run import run_arm
+    with hold(config.paths.run_dir):
+        if config.stages is not None:
+            return _run_stages(config)
+        if config.study is not None:
+            from omnitrain.study.run import run_arm
 
-        return run_arm(config, train)
-    loss = train(config).trainer.callback_metrics.get("validation/loss")
-    return None if loss is None else float(loss)
+            return run_arm(config, train)
+        loss = train(config).trainer.callback_metrics.get("validation/loss")
+        return None if loss is None else float(loss)
 
 
 def train(config: RunConfig) -> Experiment:
@@ -56,14 +52,16 @@ def train(config: RunConfig) -> Experiment:
     experiment = build_experiment(config, "fit")
     trainer = experiment.trainer
 
-    def begin(step: int) -> None:
-        write_config(config, run_dir)
-        experiment.datamodule.tokenizer.save(run_dir / TOKENIZER)
-        record_changes(changed, run_dir, step)
-        if begun_in is not None:
-            _bring_rows(begun_in, run_dir)
+    def begin(trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_config(config, run_dir)
+            experiment.datamodule.tokenizer.save(run_dir / TOKENIZER)
+            record_changes(changed, run_dir, trainer.global_step)
+            if begun_in is not None:
+                _bring_rows(begun_in, run_dir)
 
-    vars(trainer)["callbacks"].insert(0, _Begins(begin))
+    # Once the state of the run is restored, and not before: a refused resume leaves the folder as it was.
+    vars(trainer)["callbacks"].insert(0, LambdaCallback(on_train_start=begin))
     if trainer.is_global_zero:
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
         if config.evaluation.after_fit and config.evaluation.scores != "heldout":
@@ -75,17 +73,6 @@ def train(config: RunConfig) -> Experiment:
     if config.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
         evaluate_and_report(experiment, config)
     return experiment
-
-
-class _Begins(L.Callback):
-    """Writes into the run folder only once the state of the run is restored: a refused resume leaves it as it was."""
-
-    def __init__(self, begin: Callable[[int], None]) -> None:
-        self._begin = begin
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self._begin(trainer.global_step)
 
 
 def _bring_rows(begun_in: Path, run_dir: Path) -> None:

@@ -44,12 +44,8 @@ def run_benchmarks(config: RunConfig) -> None:
             task.check()
         folder = Path(model_config.folder) if isinstance(model_config, PretrainedConfig) else run_dir
         model, encoder = load(folder, device=asked.device, dtype=asked.dtype)
-        options = RunOptions(
-            limit=asked.limit,
-            batch=asked.batch,
-            restart=asked.restart,
-            fingerprint=model_fingerprint(model, encoder),
-        )
+        fingerprint = model_fingerprint(model, encoder)
+        options = RunOptions(limit=asked.limit, batch=asked.batch, restart=asked.restart, fingerprint=fingerprint)
         for task in tasks:
             print_result(task.run(model, encoder, run_dir / TASK_RESULTS, options))
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:

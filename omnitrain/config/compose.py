@@ -1,11 +1,8 @@
 """How a command line becomes one checked configuration and a job.
 
-1. `recipes/*.yaml` are registered as the Hydra group `recipe`.
-2. The command line is composed once, without side effects, to check it: a key or option that does not exist gets the
-   nearest one that does, and code that a configuration may not name is refused (`door.py`, `hydra_keys.py`).
-3. Hydra composes it again and starts one job, or the jobs of a sweep (`-m`).
-4. The job settles the run folder, resolves the configuration, passes it through the door again and hands it to the
-   verb's `run(config)`.
+It is composed once without side effects, to check it: a key or option that does not exist gets the nearest one that
+does, and code that a configuration may not name is refused (`door.py`, `hydra_keys.py`). Then Hydra composes it again
+and starts one job, or those of a sweep (`-m`), which settles its run folder and hands the verb's `run` its RunConfig.
 """
 
 from __future__ import annotations
@@ -213,14 +210,10 @@ def _register_run(run_dir: Path) -> str:
     before Hydra sees it, so nothing in it can be resolved. Which benchmarks are run is the user's word alone: task
     files of lm-evaluation-harness may call Python."""
     saved = OmegaConf.create(plain(replace(read_config(run_dir), eval=None)))
-    root = OmegaConf.load(CONF / "config.yaml")
-    assert isinstance(root, DictConfig)
-    saved.hydra = root.hydra
-    of_hydra = [
-        entry for entry in root.defaults if OmegaConf.is_dict(entry) and next(iter(entry)).startswith("override ")
-    ]
-    saved.defaults = ["_self_", *of_hydra]
-    saved.ckpt_path = "last"
+    root: Any = OmegaConf.load(CONF / "config.yaml")
+    chosen = [entry for entry in root.defaults if OmegaConf.is_dict(entry)]  # such as {override hydra/launcher: basic}
+    saved.defaults = ["_self_", *(entry for entry in chosen if next(iter(entry)).startswith("override "))]
+    saved.hydra, saved.ckpt_path = root.hydra, "last"
     ConfigStore.instance().store(name=SAVED_RUN, node=saved)
     return SAVED_RUN
 
