@@ -28,7 +28,7 @@ from omnitrain.data.positions import (
     audio_tokens,
     tm_rope_positions,
 )
-from omnitrain.data.sample import BadSample, Sample, Segment
+from omnitrain.data.sample import MEDIA, BadSample, Sample, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class SampleEncoder:
         left_out = for_generation and sample.messages and sample.messages[-1].role == "assistant"
         for message in sample.messages[:-1] if left_out else sample.messages:
             for segment in message.segments:
-                if segment.type in ("image", "audio", "video"):
+                if segment.type in MEDIA:
                     spans.append(self._medium(segment, media_bytes(segment), mel, patches, grids))
         chat = self.tokenizer.render(
             sample.messages,

@@ -16,6 +16,8 @@ Role = Literal["system", "user", "assistant", "tool", "document"]
 
 SEGMENT_TYPES: tuple[str, ...] = ("text", "image", "audio", "video", "speech")
 ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool", "document")
+MEDIA: tuple[str, ...] = ("image", "audio", "video")
+"""Segments that always have a file behind them."""
 SPLITS: tuple[str, ...] = ("train", "validation", "heldout_cell", "heldout_concept")
 
 
@@ -111,6 +113,6 @@ class Sample:
 
 def has_medium(segment: Segment) -> bool:
     """Whether there is a file behind the segment (the assistant's speech may be a transcript alone)."""
-    return segment.type in ("image", "audio", "video") or (
+    return segment.type in MEDIA or (
         segment.type == "speech" and (segment.media is not None or segment.path is not None)
     )
