@@ -19,7 +19,7 @@ from omnitrain.data.codec_frames import SpeechCodes, spoken_answers
 from omnitrain.data.features import AudioGeometry, VisionGeometry, image_patches, log_mel, video_patches
 from omnitrain.data.media import MediaLimits, decode_audio, decode_image, decode_video
 from omnitrain.data.positions import AudioSpan, AudioVideoSpan, ImageSpan, VideoSpan, audio_tokens, tm_rope_positions
-from omnitrain.data.sample import BadSample, Sample, Segment
+from omnitrain.data.sample import MEDIA, BadSample, Sample, Segment
 
 
 class _Medium(NamedTuple):
@@ -77,7 +77,7 @@ class SampleEncoder:
             self._medium(segment, media_bytes(segment))
             for message in (sample.messages[:-1] if left_out else sample.messages)
             for segment in message.segments
-            if segment.type in ("image", "audio", "video")
+            if segment.type in MEDIA
         ]
         spans = [medium.span for medium in media]
         geometry: Any = {"merge": self.vision.merge, "ids_per_second": self.ids_per_second}

@@ -16,6 +16,8 @@ Role = Literal["system", "user", "assistant", "tool", "document"]
 
 SEGMENT_TYPES: tuple[str, ...] = get_args(SegmentType)
 ROLES: tuple[str, ...] = get_args(Role)
+MEDIA: tuple[str, ...] = ("image", "audio", "video")
+"""Segments that always have a file behind them."""
 SPLITS: tuple[str, ...] = ("train", "validation", "heldout_cell", "heldout_concept")
 
 
@@ -112,4 +114,4 @@ class Sample:
 
 def has_medium(segment: Segment) -> bool:
     """Whether there is a file behind the segment (the assistant's speech may be a transcript alone)."""
-    return segment.type in ("image", "audio", "video") or (segment.type == "speech" and segment.stored)
+    return segment.type in MEDIA or (segment.type == "speech" and segment.stored)

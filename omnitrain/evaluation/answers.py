@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.chat import ChatTokenizer
-from omnitrain.data.packing import Budget
+from omnitrain.data.encode import SampleEncoder
+from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, evaluating, packs
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.text import generate
@@ -19,17 +20,37 @@ def answer_prompts(
     prompts: Sequence[EncodedSample],
     *,
     decoding: Decoding,
-    budget: Budget = DEFAULT_BUDGET,
     strip: bool = True,
 ) -> list[str]:
     """The answer to each prompt (`SampleEncoder.encode_prompt`), in their order. Prompts are answered together within
-    `budget`; one that is larger is answered alone. `strip`: without surrounding spaces."""
+    `DEFAULT_BUDGET`; one that is larger is answered alone. `strip`: without surrounding spaces."""
     answers = [""] * len(prompts)
     with evaluating(model):
-        for pack in packs(prompts, budget):
+        for pack in packs(prompts, DEFAULT_BUDGET):
             batch = PackedBatch.pack([prompt for _, prompt in pack])
             written = generate(model, batch, decoding=decoding, stop_ids=tokenizer.stop_ids)
             for (index, _), ids in zip(pack, written, strict=True):
                 text = tokenizer.decode(ids)
                 answers[index] = text.strip() if strip else text
     return answers
+
+
+def answer_samples(
+    model: OmniModel,
+    encoder: SampleEncoder,
+    asked: Sequence[tuple[Sample, Callable[[Segment], bytes]]],
+    *,
+    decoding: Decoding,
+    on_bad: Callable[[BadSample, str], None],
+) -> list[str | None]:
+    """The answer to each sample, which stands beside what reads its media; None for one that cannot be asked, whose
+    error and id `on_bad` is told."""
+    prompts: dict[int, EncodedSample] = {}
+    for index, (sample, media_bytes) in enumerate(asked):
+        try:
+            prompts[index] = encoder.encode_prompt(sample, media_bytes)
+        except BadSample as bad:
+            on_bad(bad, sample.id)
+    answers = answer_prompts(model, encoder.tokenizer, list(prompts.values()), decoding=decoding)
+    found = dict(zip(prompts, answers, strict=True))
+    return [found.get(index) for index in range(len(asked))]

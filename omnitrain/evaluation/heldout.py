@@ -1,12 +1,7 @@
-"""Everything a run is judged by, on samples it was never trained on.
+"""Everything a run is judged by, on samples it was never trained on (docs/evaluation.md): losses of given answers
+beside those of a unigram model, scores of generated answers, and the media-swap test.
 
     evaluate(...)  ->  eval/scores.json  eval/predictions.parquet  eval/media_swap.json
-
-1. Samples are drawn from the sources: the same ones for every run, evenly over the tasks of each split and modality.
-2. Their answers are scored teacher-forced: nats per target token, bits per byte, beside a unigram model of the training
-   answers of that modality.
-3. Answers are generated (greedily) and compared with the references: chrF, exact match, word and character error rate.
-4. The media-swap test says whether pictures, recordings and videos are used at all.
 """
 
 from __future__ import annotations
@@ -27,13 +22,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from omnitrain.data.batch import EncodedSample
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.media import decode_image
 from omnitrain.data.sample import MODALITIES, BadSample, Message, Sample
 from omnitrain.data.shards import Source
-from omnitrain.evaluation.answers import answer_prompts
+from omnitrain.evaluation.answers import answer_samples
 from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, drawn_losses, media_segments, media_swap, swap_gain
 from omnitrain.evaluation.metrics import (
@@ -57,6 +51,7 @@ ERROR_RATE_TASKS = ("asr",)
 """Tasks whose answer is what was said: they get word and character error rates."""
 
 _GENERATION_BATCH = 24  # prompts that are answered together
+_KEPT_MEDIA = 6  # per split and modality, samples whose medium is copied into predictions.parquet, for the report
 _EMBED_BYTES = 1 << 20  # larger recordings and videos are not copied into predictions.parquet
 _THUMBNAIL = 320  # longest side of a copied picture
 
@@ -188,7 +183,6 @@ def evaluate(
     out_dir: str | Path,
     *,
     train_sources: Mapping[str, Source] | None = None,
-    keep_media: int = 6,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score `model` on held-out sources, write `out_dir` and return the content of ``scores.json``.
@@ -198,11 +192,11 @@ def evaluate(
     Args:
         sources: held-out sources by name. Samples are grouped by their own split.
         train_sources: what the model was trained on, for the unigram baseline; without them there is none.
-        keep_media: per split and modality whose media are copied into the predictions, for the report.
 
     Raises ValueError where there is no sample to score; the message says why.
     """
     tokenizer, seed, max_generated = encoder.tokenizer, settings.seed, settings.max_generated
+    decoding = Decoding(max_new_tokens=settings.max_new_tokens)
     started = time.perf_counter()
     skipped: Counter[str] = Counter()
     groups = {
@@ -224,6 +218,9 @@ def evaluate(
         def advance(n: int = 1) -> None:
             bar.advance(task, n)
 
+        def count_bad(bad: BadSample, _: str) -> None:
+            skipped[bad.reason] += 1
+
         for (split, modality), rows in groups.items():
             name = f"{modality}, {split.replace('_', ' ')}"
             bar.update(task, description=f"loss: {name}")
@@ -244,9 +241,12 @@ def evaluate(
             chosen = [row for row in rows if _answers(row) and row.loss is not None][:max_generated]
             for start in range(0, len(chosen), _GENERATION_BATCH):
                 part = chosen[start : start + _GENERATION_BATCH]
-                _generate(model, encoder, part, Decoding(max_new_tokens=settings.max_new_tokens), skipped)
+                asked = [(row.sample, row.drawn.source.media_bytes) for row in part]
+                answers = answer_samples(model, encoder, asked, decoding=decoding, on_bad=count_bad)
+                for row, answer in zip(part, answers, strict=True):
+                    row.prediction = answer
                 advance(len(part))
-            for row in [row for row in [*chosen, *rows] if media_segments(row.sample)][:keep_media]:
+            for row in [row for row in [*chosen, *rows] if media_segments(row.sample)][:_KEPT_MEDIA]:
                 _keep_medium(row, encoder)
         bar.update(task, description="held-out samples scored", completed=n_rows + n_media + n_generated)
 
@@ -301,22 +301,6 @@ def _score_losses(
         if loss is not None and baseline is not None:
             row.unigram_nats = baseline.nats(targets(row.sample, encoder.tokenizer))
     return np.sum(counts, axis=0) if counts else None
-
-
-def _generate(
-    model: OmniModel, encoder: SampleEncoder, rows: Sequence[_Row], decoding: Decoding, skipped: Counter[str]
-) -> None:
-    prompts: list[EncodedSample] = []
-    asked: list[_Row] = []
-    for row in rows:
-        try:
-            prompts.append(encoder.encode_prompt(row.sample, row.drawn.source.media_bytes))
-        except BadSample as bad:
-            skipped[bad.reason] += 1
-        else:
-            asked.append(row)
-    for row, answer in zip(asked, answer_prompts(model, encoder.tokenizer, prompts, decoding=decoding), strict=True):
-        row.prediction = answer
 
 
 def _keep_medium(row: _Row, encoder: SampleEncoder) -> None:
@@ -381,23 +365,19 @@ def _loss_scores(rows: Sequence[_Row], seed: int) -> dict[str, Any]:
 
 def _score_rows(rows: Sequence[_Row], seed: int) -> list[dict[str, Any]]:
     """One row per modality (split and task "all"), per split, and per task within a split."""
-    modalities = sorted({r.sample.modality for r in rows}, key=_modality_order)
-    table = []
-    for modality in modalities:
-        mine = [r for r in rows if r.sample.modality == modality]
-        picked: list[tuple[str, str, list[_Row]]] = [("all", "all", mine)]
-        for split in sorted({r.sample.split for r in mine}):
-            here = [r for r in mine if r.sample.split == split]
-            picked.append((split, "all", here))
-            picked += [
-                (split, task, [r for r in here if r.sample.task == task])
-                for task in sorted({r.sample.task for r in here})
-            ]
-        table += [
-            {"modality": modality, "split": split, "task": task, **_loss_scores(part, seed), **_text_scores(part)}
-            for split, task, part in picked
-        ]
-    return table
+    parts: dict[tuple[str, str, str], list[_Row]] = defaultdict(list)
+    for row in rows:
+        split, task = row.sample.split, row.sample.task
+        for part in (("all", "all"), (split, "all"), (split, task)):
+            parts[row.sample.modality, *part].append(row)
+
+    def place(part: tuple[str, str, str]) -> tuple[Any, ...]:
+        return _modality_order(part[0]), *((name != "all", name) for name in part[1:])
+
+    return [
+        {**dict(zip(("modality", "split", "task"), part, strict=True)), **_loss_scores(of, seed), **_text_scores(of)}
+        for part, of in sorted(parts.items(), key=lambda item: place(item[0]))
+    ]
 
 
 def _language_rows(rows: Sequence[_Row], seed: int) -> list[dict[str, Any]]:
@@ -415,33 +395,37 @@ def _swap_records(
     """One record per modality ("all"), per split, and per task of a modality, each with its samples' losses."""
     records = []
     for modality in sorted({m for _, m in swaps}, key=_modality_order):
-        parts = {split: swaps[split, modality] for split in sorted({s for s, m in swaps if m == modality})}
-        everyone = tuple(swap for part in parts.values() for swap in part.swaps)
-        whole = MediaSwap(
-            gain=swap_gain(everyone, seed=seed),
-            swaps=everyone,
-            without_partner=sum(part.without_partner for part in parts.values()),
-            skipped=dict(sum((Counter(part.skipped) for part in parts.values()), Counter())),
-        )
+        parts = {split: part for (split, m), part in sorted(swaps.items()) if m == modality}
+        everyone = [swap for part in parts.values() for swap in part.swaps]
+        without = sum(part.without_partner for part in parts.values())
+        skipped = sum((Counter(part.skipped) for part in parts.values()), Counter())
+        whole = _swap_record(modality, "all", "all", everyone, seed, without, skipped)
+        records.append({**whole, "samples": [asdict(swap) for swap in everyone]})
+        for split, part in parts.items():
+            records.append(_swap_record(modality, split, "all", part.swaps, seed, part.without_partner, part.skipped))
         tasks = {r.sample.id: r.sample.task for (_, m), rows in groups.items() if m == modality for r in rows}
-        records.append({**_swap_record(modality, "all", "all", whole), "samples": [asdict(s) for s in everyone]})
-        records += [_swap_record(modality, split, "all", part) for split, part in parts.items()]
         names = sorted(set(tasks.values()))
         for task in names if len(names) > 1 else ():
-            own = tuple(swap for swap in everyone if tasks[swap.id] == task)
-            part = MediaSwap(gain=swap_gain(own, seed=seed), swaps=own, without_partner=0, skipped={})
-            records.append(_swap_record(modality, "all", task, part))
+            records.append(_swap_record(modality, "all", task, [s for s in everyone if tasks[s.id] == task], seed))
     return records
 
 
-def _swap_record(modality: str, split: str, task: str, found: MediaSwap) -> dict[str, Any]:
-    swaps = found.swaps
+def _swap_record(
+    modality: str,
+    split: str,
+    task: str,
+    swaps: Sequence[Swap],
+    seed: int,
+    without_partner: int = 0,
+    skipped: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    gain = swap_gain(swaps, seed=seed)
     return {
         "modality": modality, "split": split, "task": task, "pairs": len(swaps),
         "own": float(np.mean([s.own for s in swaps])) if swaps else None,
         "swapped": float(np.mean([s.swapped for s in swaps])) if swaps else None,
-        "gain": found.gain.to_dict() if found.gain else None,
-        "without_partner": found.without_partner, "skipped": found.skipped, "samples": [],
+        "gain": gain.to_dict() if gain else None,
+        "without_partner": without_partner, "skipped": dict(skipped or {}), "samples": [],
     }  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+LEVEL = 0.95  # of every interval
+
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
@@ -25,7 +27,7 @@ class Interval:
     high: float
     n: int
     groups: int
-    level: float = 0.95
+    level: float = LEVEL
 
     @property
     def above_zero(self) -> bool:
@@ -74,7 +76,7 @@ def _group_sums(columns: np.ndarray, groups: Iterable[str], unit: str) -> np.nda
 
 
 def bootstrap(
-    score: Callable[..., np.ndarray], *sizes: int, resamples: int = 2000, level: float = 0.95, seed: int = 0
+    score: Callable[..., np.ndarray], *sizes: int, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron 1979) of a score.
 
@@ -90,7 +92,7 @@ def bootstrap(
     scores = score(*(rng.multinomial(n, np.full(n, 1 / n), size=resamples) for n in sizes))
     if not np.isfinite(scores).any():
         return math.nan, math.nan
-    low, high = np.nanquantile(scores, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -100,7 +102,6 @@ def bootstrap_interval(
     groups: Iterable[str] | None = None,
     combine: Callable[[np.ndarray], float] | None = None,
     resamples: int = 2000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
     """A mean with its `bootstrap` interval, or a score that is made of sums over samples (word error rate, BLEU).
@@ -127,8 +128,8 @@ def bootstrap_interval(
         return np.array([combine(row) for row in drawn @ by_group])
 
     value = float(data.mean()) if combine is None else combine(data.sum(0))
-    low, high = bootstrap(score, n_groups, resamples=resamples, level=level, seed=seed)
-    return Interval(mean=value, low=low, high=high, n=len(data), groups=n_groups, level=level)
+    low, high = bootstrap(score, n_groups, resamples=resamples, seed=seed)
+    return Interval(mean=value, low=low, high=high, n=len(data), groups=n_groups)
 
 
 @cache
@@ -150,7 +151,6 @@ def crossed_interval(
     weight: np.ndarray,
     groups: Iterable[str],
     *,
-    level: float = 0.95,
     resamples: int = 0,
     seed: int = 0,
 ) -> Estimate:
@@ -200,14 +200,12 @@ def crossed_interval(
     shares = v_seeds**2 / (n_seeds - 1) + (variance - v_seeds) ** 2 / df_items
     # Above a thousand, t is the normal distribution.
     df = min(1000.0, max(1.0, variance**2 / shares)) if shares > 0 else float(n_seeds - 1)
-    half = t_quantile((1 + level) / 2, round(df, 2)) * math.sqrt(variance)
+    half = t_quantile((1 + LEVEL) / 2, round(df, 2)) * math.sqrt(variance)
 
     def redrawn(seeds: np.ndarray, groups: np.ndarray) -> np.ndarray:
         return ((seeds @ sums) * groups).sum(axis=1) / (n_seeds * (groups @ sizes))
 
-    by_bootstrap = (
-        bootstrap(redrawn, n_seeds, n_groups, resamples=resamples, level=level, seed=seed) if resamples else None
-    )
+    by_bootstrap = bootstrap(redrawn, n_seeds, n_groups, resamples=resamples, seed=seed) if resamples else None
     return Estimate(
         **base, low=value - half, high=value + half, df=df, bootstrap=by_bootstrap,
         se=math.sqrt(variance), se_seeds=math.sqrt(v_seeds), se_items=math.sqrt(v_items),

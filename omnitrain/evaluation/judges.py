@@ -23,7 +23,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -371,26 +371,19 @@ class SpeechScores:
     failures: dict[str, int]
     heard: tuple[dict[str, str], ...] = field(repr=False, default=())
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def failures(utterances: Sequence[Spoken], characters_per_second: float | None = None) -> dict[str, int]:
+def failures(utterances: Sequence[Spoken]) -> dict[str, int]:
     """How many never end (`Spoken.hit_limit`), are silent, or stop early: are spoken for less than `EARLY` of the
-    expected time.
-
-    Args:
-        characters_per_second: what the expected time of an utterance without a reference is made from; by default the
-            pace of the references there are, and without any nothing stops early.
-    """
+    expected time. An utterance without a reference is expected to last as long as at the pace of the references there
+    are; without any nothing stops early."""
     counts = Counter({"never_ends": 0, "stops_early": 0, "silent": 0})
     lengths = [len(spoken_form(u.text)) for u in utterances]
     durations = [None if u.reference is None else spoken_seconds(u.reference, u.sample_rate) for u in utterances]
-    if characters_per_second is None and (seconds := sum(d for d in durations if d is not None)):
-        characters_per_second = sum(n for n, d in zip(lengths, durations, strict=True) if d is not None) / seconds
+    seconds = sum(d for d in durations if d is not None)
+    pace = sum(n for n, d in zip(lengths, durations, strict=True) if d is not None) / seconds if seconds else 0.0
     for u, length, expected in zip(utterances, lengths, durations, strict=True):
         if expected is None:
-            expected = length / characters_per_second if characters_per_second else 0.0
+            expected = length / pace if pace else 0.0
         counts["never_ends"] += u.hit_limit
         if is_silent(u.wav):
             counts["silent"] += 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -174,7 +174,7 @@ def _judge(
         "recogniser": "pocketsphinx" if english and "pocketsphinx" not in missing else None,
         "not_judged": missing_judges_notice(missing) if missing else None,
         "words": len(words) if words else None,
-        **{name: value for name, value in scores.to_dict().items() if name != "heard"},
+        **{name: value for name, value in asdict(scores).items() if name != "heard"},
     }
     write_json(out_dir / "speech.json", summary)
     heard = {row["id"]: row for row in scores.heard}

@@ -1,14 +1,9 @@
 """The media-swap test: does a model look and listen, or does it only guess well?
 
-Every held-out answer is scored with its own picture, recording or video, and with those of several other samples.
-Prompt and answer stay the same. The difference
+Every held-out answer is scored with its own picture, recording or video, and with those of several other samples
+(docs/evaluation.md says of which, and why):
 
     gain = mean of loss(answer | prompt, another's medium) - loss(answer | prompt, its own medium)    [nats per token]
-
-is zero on average for a model that ignores the medium, however low its loss. Partners are of the same task, a
-similar answer length and, where enough samples allow it, the same input language, but of another concept and another
-answer. So neither the language that is spoken nor the length of a recording gives the answer away. Several partners,
-because which medium a sample happens to get is noise that the interval would otherwise have to carry.
 """
 
 from __future__ import annotations
@@ -20,13 +15,12 @@ from typing import Any
 
 from omnitrain.data.batch import EncodedSample
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.sample import BadSample, Sample, Segment
+from omnitrain.data.sample import MEDIA, BadSample, Sample, Segment
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.teacher_forced import SampleLoss, sample_losses
 from omnitrain.models.omni import OmniModel
 
-MEDIA = ("image", "audio", "video")
 PARTNERS = 8
 """Others' media that each sample is scored with."""
 _LENGTH_CLASS = 24  # samples of similar answer length among which partners are chosen
@@ -151,7 +145,6 @@ def media_swap(
     drawn: Sequence[Drawn],
     *,
     own_losses: Sequence[SampleLoss | None] | None = None,
-    partners: int = PARTNERS,
     seed: int = 0,
     on_sample: Callable[[], None] | None = None,
 ) -> MediaSwap:
@@ -159,7 +152,6 @@ def media_swap(
 
     Args:
         own_losses: losses with the own media where they are known already (None: not scorable).
-        partners: others' media that each sample is scored with.
         seed: of the bootstrap; partners do not depend on it.
         on_sample: called for every encoded sample (progress).
     """
@@ -167,7 +159,7 @@ def media_swap(
     if own_losses is None:
         own_losses = drawn_losses(model, encoder, drawn, skipped, on_sample=on_sample)
     usable = [i for i, loss in enumerate(own_losses) if loss is not None]
-    partners_of = swap_partners([drawn[i].sample for i in usable], partners)
+    partners_of = swap_partners([drawn[i].sample for i in usable])
     pairs = [(i, usable[p]) for i, ps in zip(usable, partners_of, strict=True) for p in ps]
 
     exchanged: list[Drawn | None] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,11 @@ def hashed_configuration(config: RunConfig) -> dict[str, Any]:
 def data_fingerprint(data: OmniDataModule) -> dict[str, Any]:
     """Hashes of all that is read: tokenizer, and for each source the files of its samples, the media tables beside them
     and which rows are used. (Media that lie beside a shard as files of their own are not read for this.)"""
-    hashes: dict[Path, str] = {}
 
+    @cache
     def of_file(path: Path) -> str:
-        if path not in hashes:
-            with path.open("rb") as file:
-                hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashes[path]
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def of_source(source: Source) -> dict[str, Any]:
         rows: dict[Path, list[int]] = {}

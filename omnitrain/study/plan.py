@@ -1,15 +1,13 @@
 """What a run of a study will do, known before it trains: its samples, steps, tokens and operations.
 
-1. The sizes of all samples are measured once per study (`sample_sizes`).
-2. An arm and a matching give the number of samples of each source (`Planner`).
-3. The real order, mixing and packing run over samples of these sizes that hold nothing. This gives every batch, and
-   `training.flops` its operations (`Plan`). docs/nondegradation_matching.md has the reasons.
+The real order, mixing and packing run over samples that have sizes and hold nothing (docs/nondegradation_matching.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +73,7 @@ class Planner:
         self._spec, self._data, self._model = spec, data, model
         self._sizes = {name: sizes[name] for name in data.opened("sources")}
         self._mixture = Mixture(self._sizes, as_it_is, seed=data.seed)
-        self._cost: dict[BatchSizes, float] = {}
+        self._cost = cache(partial(training_flops, model))
         self._running: dict[str, list[float]] = {}
 
     def plan(self, arm: str, match: str, max_steps: int | None = None) -> Plan:
@@ -152,9 +150,7 @@ class Planner:
             cost = 0.0
             if draw.sample is not None:
                 for sizes in self._packed_sizes(draw.sample):
-                    if sizes not in self._cost:
-                        self._cost[sizes] = training_flops(self._model, sizes)
-                    cost += self._cost[sizes]
+                    cost += self._cost(sizes)
             running.append(running[-1] + cost)
         return running[count]
 

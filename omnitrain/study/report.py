@@ -199,13 +199,14 @@ def _curves(study: Study, x: str, label: str) -> dict[str, Markup]:
     for match in study.matches:
         panels: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
         for modality in MODALITIES:
-            arms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-            for (m, mod, arm, _), points in sorted(by_curve.items()):
-                if (m, mod) == (match, modality) and arm in _SEEN.get(modality, ()) and len(points) > 1:
-                    xs, losses = zip(*sorted(points), strict=True)
-                    arms.setdefault(arm, []).append((np.array(xs, dtype=float), np.array(losses)))
+            arms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+            for arm in _SEEN.get(modality, ()):
+                for key, points in sorted(by_curve.items()):
+                    if key[:3] == (match, modality, arm) and len(points) > 1:
+                        xs, losses = zip(*sorted(points), strict=True)
+                        arms[arm].append((np.array(xs, dtype=float), np.array(losses)))
             if arms:
-                panels[figures.title(modality)] = {arm: arms[arm] for arm in ARMS if arm in arms}
+                panels[figures.title(modality)] = arms
         if panels:
             found[match] = Markup(figures.arm_curves(panels, label, "nats per target token"))
     return found

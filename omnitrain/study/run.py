@@ -7,7 +7,7 @@ to ``items.parquet``, written last: the file exists if and only if the run is fi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,12 @@ def run_arm(config: RunConfig, train: Callable[[RunConfig], Experiment]) -> floa
     experiment = train(configured)
     if experiment.trainer.interrupted:
         return None
-    _check_as_planned(plan, experiment.trainer.global_step, experiment.datamodule.seen_mixture()["drawn"])
+    steps, drawn = experiment.trainer.global_step, dict(experiment.datamodule.seen_mixture()["drawn"])
+    if steps != plan.steps or drawn != plan.samples:
+        raise RuntimeError(
+            f"the run was planned with {plan.steps} steps of {plan.samples}, and made {steps} of {drawn}; "
+            "were the data changed while it ran?"
+        )
     items = read_table(run_dir / PREDICTIONS, SCORE_COLUMNS).to_pylist()
     write_parquet(run_dir / CURVE, _of_run(run, _curve(run_dir, plan), CURVE_SCHEMA))
     write_json(run_dir / RUN, asdict(replace(run, seconds=_seconds(run_dir), finished=True)))
@@ -147,14 +152,6 @@ def run_configuration(config: RunConfig, spec: StudySpec, plan: Plan) -> RunConf
         ckpt_path="last",
         study=None,
     )
-
-
-def _check_as_planned(plan: Plan, steps: int, drawn: Mapping[str, int]) -> None:
-    if steps != plan.steps or dict(drawn) != plan.samples:
-        raise RuntimeError(
-            f"the run was planned with {plan.steps} steps of {plan.samples}, and made {steps} of {dict(drawn)}; "
-            "were the data changed while it ran?"
-        )
 
 
 # --- what is left of it ----------------------------------------------------------------------------------------------

@@ -1,8 +1,5 @@
 """The questions of the non-degradation study and their answers: does mixing modalities cost any of them?
 
-A study is runs of arms (text, text + vision, text + audio, all of them early or late) with several seeds, all scored on
-the same held-out items. `compare` answers one row of its table: the score of the unimodal arm and of both omni arms,
-and the differences, paired by seed and by item, with intervals that hold for new seeds *and* new items.
 docs/nondegradation.md gives the equations and says how well the intervals cover.
 """
 
@@ -62,7 +59,6 @@ class Difference:
         direction: "better" or "worse" where the interval excludes zero, else "".
     """
 
-    arm: str
     baseline: str
     estimate: Estimate
     margin: float | None
@@ -82,7 +78,6 @@ class Comparison:
     """
 
     row: Row
-    match: str
     arms: Mapping[str, Estimate]
     differences: Mapping[str, Difference]
     items: int
@@ -113,14 +108,13 @@ def compare(
 ) -> Comparison | None:
     """Answer one question under one matching from the runs that are there; None if no run has scored such an item.
 
-    Only items are used that every run of the arms concerned has scored, so that all numbers of a row are of the same
-    items; differences use the seeds that both arms have.
+    All numbers of a row are of the items that every run of the arms concerned has scored; differences, which are paired
+    by seed and by item, use the seeds that both arms have.
     """
-    arms = [arm for arm in ((row.baseline,) if row.baseline else UNIMODAL) + OMNI]
-    places = {
-        arm: {seed: place for place, (m, a, seed) in enumerate(scores.runs) if (m, a) == (match, arm)} for arm in arms
-    }
-    places = {arm: dict(sorted(found.items())) for arm, found in places.items() if found}
+    places: dict[str, dict[int, int]] = {}
+    for arm in ((row.baseline,) if row.baseline else UNIMODAL) + OMNI:
+        if of_arm := sorted((seed, place) for place, (m, a, seed) in enumerate(scores.runs) if (m, a) == (match, arm)):
+            places[arm] = dict(of_arm)
     used = [place for found in places.values() for place in found.values()]
     numerator, weight = scores.parts(row.measure)
     scored = np.isfinite(numerator[used]) & scores.where(**row.select) & (weight > 0) if used else np.zeros((0, 0))
@@ -128,11 +122,10 @@ def compare(
         return None
     common = scored.all(axis=0)
     n_items, dropped = int(common.sum()), int((scored.any(axis=0) & ~common).sum())
-    notes = []
-    if dropped:
-        notes.append(f"{dropped} of {dropped + n_items} items were not scored in every run and are left out")
+    left_out = f"{dropped} of {dropped + n_items} items were not scored in every run and are left out"
+    notes = [left_out] if dropped else []
     if not n_items:
-        return Comparison(row=row, match=match, arms={}, differences={}, items=0, dropped=dropped, notes=tuple(notes))
+        return Comparison(row=row, arms={}, differences={}, items=0, dropped=dropped, notes=tuple(notes))
     weights, groups = weight[common], scores.concept[common]
 
     def estimate(values: np.ndarray) -> Estimate:
@@ -157,13 +150,11 @@ def compare(
             hint = "no interval" if len(both) < 2 else "the interval is wide and rests on few"
             notes.append(f"{arm.replace('_', ' ')} − {base}: {len(both)} seed{'s' if len(both) > 1 else ''}, {hint}")
         differences[arm] = Difference(
-            arm=arm, baseline=base, estimate=found, margin=margin,
+            baseline=base, estimate=found, margin=margin,
             verdict=None if margin is None else verdict(found, margin),
             direction=direction(found, lower_is_better=row.measure.lower_is_better),
         )  # fmt: skip
-    return Comparison(
-        row=row, match=match, arms=means, differences=differences, items=n_items, dropped=dropped, notes=tuple(notes)
-    )
+    return Comparison(row=row, arms=means, differences=differences, items=n_items, dropped=dropped, notes=tuple(notes))
 
 
 def main_table(study: Study, scores: Scores, match: str, *, resamples: int = 4000) -> list[Comparison]:

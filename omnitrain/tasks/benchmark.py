@@ -163,22 +163,21 @@ def question(
     reference: str,
     *,
     source: str,
+    truth: dict[str, Any] | None = None,
     languages: tuple[str, ...] = (),
-    **of_item: Any,
+    category: str = "",
+    group: str = "",
+    options: tuple[str, ...] = (),
 ) -> Item:
-    """An item whose sample is one user turn and its reference; `of_item`: the other fields of `Item`."""
+    """An item whose sample is one user turn and its reference."""
     sample = Sample(
-        id=id,
-        source=source,
-        task=source,
-        split="heldout_concept",
-        languages=languages,
+        id=id, source=source, task=source, split="heldout_concept", languages=languages,
         messages=(
             Message(role="user", segments=tuple(segments)),
             Message(role="assistant", segments=(text(reference),)),
         ),
-    )
-    return Item(sample=sample, **of_item)
+    )  # fmt: skip
+    return Item(sample=sample, truth=truth or {}, category=category, group=group, options=options)
 
 
 def lettered(options: Sequence[str]) -> str:

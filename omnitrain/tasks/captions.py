@@ -84,14 +84,12 @@ class AudioCaptionRule(Rule):
     ``truth``: ``captions``, ``events``.
     """
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return (
-            Metric(name="cider_d", higher_is_better=True, percent=False),
-            CHRF_METRIC,
-            Metric(name="hallucinated_events", higher_is_better=False),
-            Metric(name="hallucinating_captions", higher_is_better=False),
-        )
+    metrics = (
+        Metric(name="cider_d", higher_is_better=True, percent=False),
+        CHRF_METRIC,
+        Metric(name="hallucinated_events", higher_is_better=False),
+        Metric(name="hallucinating_captions", higher_is_better=False),
+    )
 
     def score(self, answered: Sequence[Answered]) -> list[Scored]:
         vocabulary = sorted({event for item in answered for event in item.truth["events"]})

@@ -19,9 +19,7 @@ ACCURACY = Metric(name="accuracy", higher_is_better=True)
 class Accuracy(Rule):
     """Share of right answers."""
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return (ACCURACY,)
+    metrics = (ACCURACY,)
 
     def score_one(self, item: Answered) -> Scored:
         answer, right = self.mark(item)

@@ -22,7 +22,6 @@ import torch
 
 from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.packing import Budget
 from omnitrain.data.shards import nearest
 from omnitrain.evaluation.answers import answer_prompts
 from omnitrain.evaluation.progress import progress_bar
@@ -45,6 +44,7 @@ except ModuleNotFoundError as error:
         f"this task runs through lm-evaluation-harness ({error}): pip install 'omnitrain[lm_eval]'"
     ) from error
 
+_ANSWER_TOKENS = 256  # of an answer for which a task names no length
 _MARK = "\0"
 """Stands around special tokens in the string that `OmniLM.apply_chat_template` makes. Text of the benchmark loses it,
 so that a question can never spell a special token."""
@@ -57,9 +57,7 @@ class OmniLM(TemplateLM):
 
     Args:
         model, encoder: as for generation; the encoder's tokenizer is used.
-        budget: of prompts that are read together.
         max_length: tokens that the model is shown at once, context and continuation; longer contexts lose their start.
-        max_gen_toks: of an answer for which a task names no length.
         batch: answers generated between two entries in the harness's cache.
     """
 
@@ -68,15 +66,13 @@ class OmniLM(TemplateLM):
         model: OmniModel,
         encoder: SampleEncoder,
         *,
-        budget: Budget = DEFAULT_BUDGET,
         max_length: int = 4096,
-        max_gen_toks: int = 256,
         batch: int = 16,
         progress: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.encoder, self.budget = model, encoder, budget
-        self.max_length, self.max_gen_toks, self.batch, self.progress = max_length, max_gen_toks, batch, progress
+        self.model, self.encoder = model, encoder
+        self.max_length, self.batch, self.progress = max_length, batch, progress
 
     @property
     def eot_token_id(self) -> int:
@@ -120,7 +116,7 @@ class OmniLM(TemplateLM):
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         samples = (self._scored_sample(*pairs[index]) for index in order)
         with evaluating(self.model) as device, self._bar("log-likelihoods", len(pairs)) as advance:
-            for pack in packs(samples, self.budget):
+            for pack in packs(samples, DEFAULT_BUDGET):
                 batch = PackedBatch.pack([sample for _, sample in pack]).to(device)
                 hidden = self.model(**batch.model_inputs()).hidden
                 borders = batch.cu_seqlens.tolist()
@@ -176,7 +172,7 @@ class OmniLM(TemplateLM):
                     part = indices[start : start + self.batch]
                     prompts = [self._prompt(self.tok_encode(requests[i].args[0])[-room:]) for i in part]
                     answers = answer_prompts(
-                        self.model, self.encoder.tokenizer, prompts, decoding=decoding, budget=self.budget, strip=False
+                        self.model, self.encoder.tokenizer, prompts, decoding=decoding, strip=False
                     )
                     for index, answer in zip(part, answers, strict=True):
                         until = requests[index].args[1].get("until") or []
@@ -194,7 +190,7 @@ class OmniLM(TemplateLM):
     def _decoding(self, asked: dict[str, Any]) -> Decoding:
         sampled = asked.get("do_sample", False) and asked.get("temperature", 1.0) > 0
         return Decoding(
-            max_new_tokens=int(asked.get("max_gen_toks") or asked.get("max_new_tokens") or self.max_gen_toks),
+            max_new_tokens=int(asked.get("max_gen_toks") or asked.get("max_new_tokens") or _ANSWER_TOKENS),
             temperature=float(asked.get("temperature", 1.0)) if sampled else 0.0,
             top_p=float(asked.get("top_p", 1.0)) if sampled else 1.0,
             top_k=int(asked.get("top_k", 0)) if sampled else 0,

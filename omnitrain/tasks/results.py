@@ -29,7 +29,7 @@ from rich.table import Table
 
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.evaluation.intervals import bootstrap_interval
-from omnitrain.files import write_json, write_parquet
+from omnitrain.files import read_json, write_json, write_parquet
 from omnitrain.models.omni import OmniModel, sampled_weights
 from omnitrain.tasks.benchmark import Metric
 from omnitrain.tasks.settings import RunOptions
@@ -120,7 +120,7 @@ class RunnableTask(ABC):
         decides = [options.fingerprint or model_fingerprint(model, encoder), *self.decides(options)]
         fingerprint = hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest()
         files = TaskFiles(Path(out_dir), self.name, fingerprint, restart=options.restart)
-        summary: dict[str, Any] | None = files.stored_summary()
+        summary: dict[str, Any] | None = files.done
         if summary is None or not self.is_done(summary):
             found = self.find_out(model, encoder, files, options)
             summary = {
@@ -149,13 +149,19 @@ def model_fingerprint(model: OmniModel, encoder: SampleEncoder) -> str:
 
 class TaskFiles:
     """The files of one task. `fingerprint` is that of what decides the answers; files of another one are deleted by
-    `restart`, and StaleAnswers is raised without it."""
+    `restart`, and StaleAnswers is raised without it. `done` is the ``NAME.json`` of this one, if there is one."""
 
     def __init__(self, out: Path, name: str, fingerprint: str, *, restart: bool) -> None:
         self.items, self.summary, self.parts = (out / f"{name}.{kind}" for kind in ("parquet", "json", "parts"))
         self.fingerprint = fingerprint
+        noted = read_json(self.summary) if self.summary.is_file() else {}
+        stored: str | None = noted.get("fingerprint")
+        if self.items.is_file():
+            metadata = pq.read_schema(self.items).metadata or {}
+            stored = metadata.get(b"fingerprint", b"").decode() or stored or ""
+        self.done: dict[str, Any] | None = noted if noted.get("fingerprint") == stored == fingerprint else None
         stale = [file for file in self.parts.glob("*") if not file.name.startswith(fingerprint)]
-        if self._stored_fingerprint() not in (None, fingerprint):
+        if stored not in (None, fingerprint):
             stale += [self.items, self.summary]
         if stale and not restart:
             raise StaleAnswers(
@@ -164,18 +170,6 @@ class TaskFiles:
             )
         for file in stale:
             file.unlink(missing_ok=True)
-
-    def _stored_fingerprint(self) -> str | None:
-        if self.items.is_file() and (stored := (pq.read_schema(self.items).metadata or {}).get(b"fingerprint")):
-            return stored.decode()
-        if self.summary.is_file():
-            return json.loads(self.summary.read_text(encoding="utf-8"))["fingerprint"]
-        return "" if self.items.is_file() else None
-
-    def stored_summary(self) -> dict[str, Any] | None:
-        """``NAME.json`` of this fingerprint; None without one."""
-        found = json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.is_file() else {}
-        return found if found.get("fingerprint") == self.fingerprint else None
 
     def answers(self) -> dict[str, dict[str, str]]:
         """The answers there are, by item id, as `ANSWERS_SCHEMA` says."""

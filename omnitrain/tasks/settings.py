@@ -42,6 +42,8 @@ class RunOptions:
         fingerprint: of the model (`results.model_fingerprint`), if it is known already.
         seed: of the bootstrap.
         progress: show a progress bar.
+
+    Raises ValueError for a limit that leaves nothing.
     """
 
     limit: int | None = None
@@ -50,3 +52,7 @@ class RunOptions:
     fingerprint: str | None = None
     seed: int = 0
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"eval.limit={self.limit} leaves no item to ask; give at least 1, or null for all")

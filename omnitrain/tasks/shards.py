@@ -54,13 +54,11 @@ def _asking(sample: Sample, prompt: str) -> Sample:
 class ReferenceMatch(Rule):
     """Exact match after normalisation (`metrics.normalise`), chrF of the corpus, word error rate of what is spoken."""
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return (
-            Metric(name="exact_match", higher_is_better=True),
-            CHRF_METRIC,
-            Metric(name="wer", higher_is_better=False),
-        )
+    metrics = (
+        Metric(name="exact_match", higher_is_better=True),
+        CHRF_METRIC,
+        Metric(name="wer", higher_is_better=False),
+    )
 
     def score_one(self, item: Answered) -> Scored:
         said, truth = normalise(item.prediction), normalise(str(item.truth["text"]))

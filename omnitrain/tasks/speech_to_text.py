@@ -96,9 +96,7 @@ class Translation(Rule):
 
     tokenize: str = "13a"
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return (Metric(name="bleu", higher_is_better=True, percent=False, combine=bleu_from), CHRF_METRIC)
+    metrics = (Metric(name="bleu", higher_is_better=True, percent=False, combine=bleu_from), CHRF_METRIC)
 
     def score_one(self, item: Answered) -> Scored:
         references = [str(reference) for reference in item.truth["texts"]]

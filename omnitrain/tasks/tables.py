@@ -19,8 +19,6 @@ class ArrowRows(Sequence):
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
         return self.dataset[index].to_pylist()[0]
 
 
@@ -28,7 +26,7 @@ def file_in(path: str, name: str) -> Path:
     """`path` itself if it is a file, else the file `name` in it."""
     file = Path(path) / name if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; name the list, or the folder that holds {name}")
+        raise FileNotFoundError(f"{file} does not exist; name a list such as {name}, or the folder that holds it")
     return file
 
 
@@ -89,12 +87,10 @@ def _read_file(file: Path, columns: Sequence[str] | None) -> Sequence[dict[str, 
     try:
         rows: Any = json.loads(content) if kind == ".json" else _lines(content)
     except json.JSONDecodeError as error:
-        if kind == ".jsonl":
-            raise ValueError(f"{file} is no JSON lines: {error}") from error
         try:  # lists of objects one per line are often called .json
             rows = _lines(content)
         except json.JSONDecodeError:
-            raise ValueError(f"{file} is no JSON: {error}") from error
+            raise ValueError(f"{file} is no {'JSON lines' if kind == '.jsonl' else 'JSON'}: {error}") from error
     if isinstance(rows, dict):  # rows by their ids, or one line of JSON lines
         by_id = all(isinstance(row, dict) for row in rows.values())
         rows = [{"id": key, **row} for key, row in rows.items()] if by_id else [rows]

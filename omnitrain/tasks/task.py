@@ -16,7 +16,7 @@ from omnitrain.data.batch import EncodedSample
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import BadSample, Message, Segment
 from omnitrain.data.shards import MediaReader
-from omnitrain.evaluation.answers import answer_prompts
+from omnitrain.evaluation.answers import answer_samples
 from omnitrain.evaluation.heldout import prompt_text
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.teacher_forced import sample_losses
@@ -177,19 +177,16 @@ def _predictions(
     bad: Callable[[BadSample, str], None],
 ) -> list[str | None]:
     """The answer to each item; None for those that cannot be asked, which `bad` is told about."""
-    found: list[str | None] = [None] * len(items)
-    prompts: list[tuple[int, EncodedSample]] = []
-    for index, item in enumerate(items):
+    if task.scoring == "generate":
+        asked = [(item.sample, media) for item in items]
+        return answer_samples(model, encoder, asked, decoding=task.decoding, on_bad=bad)
+    found: list[str | None] = []
+    for item in items:
         try:
-            if task.scoring == "likelihood":
-                found[index] = _likeliest(model, encoder, item, media)
-            else:
-                prompts.append((index, encoder.encode_prompt(item.sample, media)))
+            found.append(_likeliest(model, encoder, item, media))
         except BadSample as error:
             bad(error, item.sample.id)
-    answers = answer_prompts(model, encoder.tokenizer, [prompt for _, prompt in prompts], decoding=task.decoding)
-    for (index, _), answer in zip(prompts, answers, strict=True):
-        found[index] = answer
+            found.append(None)
     return found
 
 

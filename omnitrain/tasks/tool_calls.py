@@ -64,13 +64,12 @@ def _well_typed(value: Any, allowed: Sequence[Any], kind: type, inner: type | No
 
 
 def _dict_matches(value: Mapping[str, Any], allowed: Sequence[Any]) -> bool:
-    for one in allowed:
-        if not isinstance(one, Mapping):
-            continue
-        given = all(key in one and _plain(entry) in map(_plain, one[key]) for key, entry in value.items())
-        if given and all(key in value or "" in options for key, options in one.items()):
-            return True
-    return False
+    return any(
+        all(key in one and _plain(entry) in map(_plain, one[key]) for key, entry in value.items())
+        and all(key in value or "" in options for key, options in one.items())
+        for one in allowed
+        if isinstance(one, Mapping)
+    )
 
 
 def value_matches(value: Any, allowed: Sequence[Any], schema: Mapping[str, Any]) -> bool:

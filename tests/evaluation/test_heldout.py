@@ -17,6 +17,7 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import BadSample, Sample
 from omnitrain.data.shards import SampleSource, write_shards
 from omnitrain.evaluation import answers as evaluation_answers
+from omnitrain.evaluation import heldout
 from omnitrain.evaluation.heldout import draw, evaluate, print_table, prompt_text, targets, unigram_baselines
 from omnitrain.evaluation.settings import HeldoutEvaluation
 
@@ -39,6 +40,7 @@ def scored(
     tokenizer: ChatTokenizer, encoder: SampleEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, Any], Path]:
     monkeypatch.setattr(evaluation_answers, "generate", answers)
+    monkeypatch.setattr(heldout, "_KEPT_MEDIA", 3)
     train = Samples([text_sample(i, split="train") for i in range(50)])
     scores = evaluate(
         Reader(tokenizer, reads=True),
@@ -47,7 +49,6 @@ def scored(
         HeldoutEvaluation(max_samples=16, max_generated=8),
         tmp_path / "eval",
         train_sources={"train": train},
-        keep_media=3,
         progress=False,
     )
     return scores, tmp_path / "eval"
@@ -110,7 +111,6 @@ def test_evaluation_repeats_itself(
         HeldoutEvaluation(max_samples=16, max_generated=8),
         tmp_path / "again",
         train_sources={"train": Samples([text_sample(i, split="train") for i in range(50)])},
-        keep_media=3,
         progress=False,
     )
     first = scored[0]

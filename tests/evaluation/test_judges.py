@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +204,6 @@ def test_failures_are_counted(slt: list[tuple[str, np.ndarray]]) -> None:
     alone = Spoken(text=text, wav=cut.wav, sample_rate=RATE)
     assert failures([good, alone])["stops_early"] == 1
     assert failures([alone])["stops_early"] == 0
-    assert failures([alone], characters_per_second=15)["stops_early"] == 1
     assert spoken_seconds(np.concatenate([silence, wave, silence]), RATE) == pytest.approx(
         spoken_seconds(wave, RATE), abs=0.011
     )
@@ -247,7 +247,7 @@ def test_all_scores(slt: list[tuple[str, np.ndarray]], words: list[str]) -> None
     assert good.stoi is not None
     assert good.mel_db is not None
     assert good.heard[0]["word_loop/generated"] == good.heard[0]["word_loop/reference"]
-    assert good.to_dict()["wer"]["word_loop"]["reference"]["n"] > 4
+    assert asdict(good)["wer"]["word_loop"]["reference"]["n"] > 4
     with pytest.raises(ValueError, match="no utterances"):
         score_speech([])
 

@@ -9,7 +9,7 @@ import pytest
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import Message, Sample, Segment
-from omnitrain.evaluation.media_swap import Drawn, media_segments, media_swap, swap_partners, with_media_of
+from omnitrain.evaluation.media_swap import PARTNERS, Drawn, media_segments, media_swap, swap_partners, with_media_of
 from omnitrain.evaluation.teacher_forced import sample_losses
 
 from .conftest import Reader, Samples, grey_sample
@@ -103,11 +103,11 @@ def test_a_broken_picture_is_counted_by_reason(tokenizer: ChatTokenizer, encoder
 def test_the_swapped_loss_is_the_mean_over_partners(tokenizer: ChatTokenizer, encoder: SampleEncoder) -> None:
     model, samples = Reader(tokenizer, reads=True), drawn(SAMPLES[:20])
     by_id = {d.sample.id: d for d in samples}
-    swap = media_swap(model, encoder, samples, partners=3).swaps[0]
-    assert len(swap.partners) == 3
+    swap = media_swap(model, encoder, samples).swaps[0]
+    assert len(swap.partners) == PARTNERS
     exchanged = [with_media_of(by_id[swap.id], by_id[partner]) for partner in swap.partners]
     losses = sample_losses(model, [encoder(sample, samples[0].source.media_bytes) for sample in exchanged])
-    assert swap.swapped == pytest.approx(sum(loss.per_token for loss in losses) / 3, rel=1e-6)
+    assert swap.swapped == pytest.approx(sum(loss.per_token for loss in losses) / PARTNERS, rel=1e-6)
 
 
 def test_all_media_are_exchanged_and_nothing_else() -> None:

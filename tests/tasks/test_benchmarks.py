@@ -470,6 +470,12 @@ def test_tasks_that_contradict_themselves_are_refused(tmp_path):
         bench.benchmark.item({"index": 0, "question": "?", "image": picture(), "answer": "A"}, bench.prompt)
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_nothing_is_refused(limit, model, encoder, tmp_path):
+    with pytest.raises(ValueError, match=rf"eval\.limit={limit} leaves no item"):
+        run_task(task("mmstar", mmstar(tmp_path)), model, encoder, tmp_path / "out", limit=limit)
+
+
 def test_a_smaller_limit_does_not_lose_answers(model, encoder, tmp_path, monkeypatch):
     path = librispeech(tmp_path)
     whole = run_task(task("librispeech", path), model, encoder, tmp_path / "out")

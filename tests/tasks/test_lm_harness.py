@@ -101,9 +101,12 @@ def direct(model, ids: list[int], first: int) -> tuple[float, bool]:
     return sum(chosen), all(int(log_p[i - 1].argmax()) == ids[i] for i in range(first, len(ids)))
 
 
-def test_log_likelihoods_equal_a_direct_computation(model, encoder):
+def test_log_likelihoods_equal_a_direct_computation(model, encoder, monkeypatch):
+    from omnitrain.tasks import lm_harness
+
+    monkeypatch.setattr(lm_harness, "DEFAULT_BUDGET", Budget(tokens=24))
     encode = encoder.tokenizer.encode
-    lm = OmniLM(model, encoder, budget=Budget(tokens=24))
+    lm = OmniLM(model, encoder)
     pairs = [("the quick", " brown fox"), ("Which of these is it? A", " B"), ("", "fox"), ("ends in space ", "x")]
     found = lm.loglikelihood(requests(*pairs))
     for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
