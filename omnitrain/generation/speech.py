@@ -102,7 +102,8 @@ class SpeechOptions:
         voice: a name in `model.config.talker.speakers`, upper case or lower.
         text, codes, residuals: sampling of the text, of codebook 0 and of the other codebooks. The repetition penalty
             of `codes` is over the codes of codebook 0 of this answer, that of `residuals` is ignored.
-        max_new_tokens: longest text, the token that ends it included. What was written up to there is spoken.
+        max_new_tokens: longest text, the token that ends it included. That one is not spoken, be it the end of the text
+            or where it was cut off: the public model does not read it any more.
         max_frames: longest sound; 12.5 frames are a second.
         prefill_chunk: prompts are read so many positions at a time (less memory, the same result). None: at once.
         frames_per_piece: frames that are decoded together, after the first, which is decoded at once. More cost less
@@ -200,11 +201,12 @@ class _Answer:
         """One token of the Thinker."""
         edit = self.options.edit_text
         ended = token in stop_ids
+        self.text_done = ended or len(self.written) + 1 >= self.options.max_new_tokens
         if not ended:
             self.written.append(token)
             self.pending.append(token)
+        if not self.text_done:
             self.words += [token] if edit is None else edit([token], False)
-        self.text_done = ended or len(self.written) >= self.options.max_new_tokens
         if self.text_done and edit is not None:
             self.words += edit([], True)
 
