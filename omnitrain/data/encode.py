@@ -133,7 +133,7 @@ def _tools(sample: Sample) -> list[dict[str, Any]]:
         return []
     try:
         tools = json.loads(sample.meta["tools"])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample("tools_invalid", f"meta 'tools' is no JSON: {error}") from error
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadSample("tools_invalid", "meta 'tools' must be a JSON list of objects")

@@ -627,7 +627,7 @@ def parse_json(data: str | bytes, name: str, of: type = dict) -> Any:
         value = json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadSample("text_not_utf8", f"{name} holds {error.object[error.start : error.start + 20]!r}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample("row_invalid", f"{name} is no JSON: {error}") from error
     if not isinstance(value, of):
         raise BadSample("row_invalid", f"{name} is {type(value).__name__}, not a JSON object")

@@ -86,10 +86,10 @@ def _read_file(file: Path, columns: Sequence[str] | None) -> Sequence[dict[str, 
         raise ValueError(f"{file}: its ending is none of .json, .jsonl, .parquet, .csv, .tsv")
     try:
         rows: Any = json.loads(content) if kind == ".json" else _lines(content)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         try:  # lists of objects one per line are often called .json
             rows = _lines(content)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{file} is no {'JSON lines' if kind == '.jsonl' else 'JSON'}: {error}") from error
     if isinstance(rows, dict):  # rows by their ids, or one line of JSON lines
         by_id = all(isinstance(row, dict) for row in rows.values())

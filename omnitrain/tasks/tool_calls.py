@@ -33,7 +33,7 @@ def parse_calls(response: str) -> list[dict[str, Any]] | None:
     for body in re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", response, flags=re.DOTALL):
         try:
             call = json.loads(body)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
         arguments = call.get("arguments", {}) if isinstance(call, dict) else None
         if not isinstance(arguments, dict) or not isinstance(call.get("name"), str):

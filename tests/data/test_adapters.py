@@ -89,9 +89,10 @@ def test_jsonl(tmp_path: Path) -> None:
 
 def test_jsonl_bad_lines(tmp_path: Path) -> None:
     lines = [*LINES[:1], {k: v for k, v in LINES[1].items() if k != "sentence"}, {**LINES[2], "sentence": ["a"]}]
-    jsonl(tmp_path, lines, extra=b'{"n": 1, "sentence": "caf\xe9"}\n{"n": \n[1]\n\n')
+    deep, long = b"[" * 100_000 + b"\n", b'{"n": ' + b"9" * 10_000 + b"}\n"
+    jsonl(tmp_path, lines, extra=b'{"n": 1, "sentence": "caf\xe9"}\n{"n": \n[1]\n\n' + deep + long)
     source = MappedSource(mapping(tmp_path, ASR))
-    assert len(source) == 6  # the blank line is none
+    assert len(source) == 8  # the blank line is none
     assert source[0].id == "utterance-0"
     for row, reason, detail in [
         (1, "row_invalid", "sentence"),
@@ -99,13 +100,15 @@ def test_jsonl_bad_lines(tmp_path: Path) -> None:
         (3, "text_not_utf8", "xe9"),
         (4, "row_invalid", "JSON"),
         (5, "row_invalid", "list"),
+        (6, "row_invalid", "JSON"),
+        (7, "row_invalid", "JSON"),
     ]:
         with pytest.raises(BadSample, match=detail) as error:
             source[row]
         assert error.value.reason == reason
     bad: list[tuple[int, str]] = []
     assert len(list(stream_samples(tmp_path / "map.yaml", lambda row, error: bad.append((row, error.reason))))) == 1
-    assert [row for row, _ in bad] == [1, 2, 3, 4, 5]
+    assert [row for row, _ in bad] == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(

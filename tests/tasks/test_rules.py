@@ -332,4 +332,6 @@ def test_calls_are_parsed_from_the_chat_format():
     assert parse_calls(text) == [call, call]
     assert parse_calls("no call") == []
     assert parse_calls("<tool_call>{broken}</tool_call>") is None
+    assert parse_calls("<tool_call>" + "[" * 100_000) is None
+    assert parse_calls('<tool_call>{"name": ' + "9" * 10_000 + "}</tool_call>") is None
     assert parse_calls('<tool_call>["f"]</tool_call>') is None
