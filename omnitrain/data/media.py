@@ -12,7 +12,7 @@ these reasons:
 | audio_empty, video_no_frames | nothing in it |
 | audio_too_long, video_too_long | more seconds (or frames) than allowed |
 
-Pictures are read by Pillow, WAV, FLAC, Ogg and MP3 by libsndfile, all else by FFmpeg (PyAV). FFmpeg is told the format
+Pictures are read by Pillow, WAV, FLAC and Ogg by libsndfile, all else by FFmpeg (PyAV). FFmpeg is told the format
 that the first bytes show, so that a playlist in disguise can make it open nothing else.
 """
 
@@ -22,11 +22,11 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import av
@@ -124,7 +124,7 @@ def _require(data: bytes, kind: Kind) -> str:
 
 # What decoders raise about a damaged file.
 _DAMAGE = (av.error.FFmpegError, soundfile.SoundFileError, OSError, EOFError, ValueError, SyntaxError, struct.error)
-_DAMAGE += (IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError)
+_DAMAGE += (IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError, AttributeError, RuntimeError)
 
 
 @contextmanager
@@ -186,13 +186,25 @@ def _open_image(data: bytes) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits per pixel
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits, or of floats (of the range that its largest value shows: 1, 255 or 65535)."""
+    x = np.asarray(image)
+    if not np.isfinite(x).all():
+        raise BadSample("image_corrupt", "pixels are not finite numbers")
+    largest = next((n for n in (1, 255) if image.mode == "F" and x.max(initial=0) <= n), 65535)
+    grey = (x.clip(0, largest) * (255 / largest)).round().astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[x == transparent] = 255  # the value that stands for nothing: white
+    return Image.fromarray(grey)
 
 
 def encode_image(image: np.ndarray, format: Literal["png", "jpeg", "webp"] = "png", quality: int = 90) -> bytes:
@@ -224,9 +236,29 @@ def _mono(samples: np.ndarray, channels: list[str]) -> np.ndarray:
 
 
 def _resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
+    wave = np.ascontiguousarray(wave, dtype=np.float32)
     if rate == target or not len(wave):
-        return np.ascontiguousarray(wave, dtype=np.float32)
-    return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(wave)), rate, target).numpy()
+        return wave
+    common = math.gcd(rate, target)
+    if (rate // common) * (target // common) <= _LARGEST_KERNEL:
+        return torchaudio.functional.resample(torch.from_numpy(wave), rate, target).numpy()
+    # Of rates such as 44,101 Hz, torchaudio's filter has a row for every sample of the output's period: gigabytes.
+    converter = av.AudioResampler(format="fltp", layout="mono", rate=target)
+    converted = chain(converter.resample(_audio_frame(wave, rate)), converter.resample(None))
+    return np.concatenate([frame.to_ndarray()[0] for frame in converted])
+
+
+_LARGEST_KERNEL = 2**23
+"""Elements of a resampling filter; 44,100 to 16,000 Hz is 441 * 160."""
+_LOUDEST = 100.0
+"""Largest amplitude of a recording; sound lies within -1 and 1, floats may go somewhat beyond."""
+
+
+def _check_wave(wave: np.ndarray, reason: str) -> None:
+    if not np.isfinite(wave).all():
+        raise BadSample(reason, "samples are not finite numbers")
+    if (peak := float(np.abs(wave).max(initial=0))) > _LOUDEST:
+        raise BadSample(reason, f"samples reach {peak:.3g}; sound lies within -1 and 1")
 
 
 def decode_audio(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = MediaLimits()) -> np.ndarray:
@@ -241,8 +273,7 @@ def decode_audio(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = M
         wave, rate = _libsndfile(data, name, limits) or _ffmpeg_audio(data, name, limits)
         if not len(wave):
             raise BadSample("audio_empty", "the recording has no samples")
-        if not np.isfinite(wave).all():
-            raise BadSample("audio_corrupt", "samples are not finite numbers")
+        _check_wave(wave, "audio_corrupt")
         return _resample(wave, rate, sample_rate)
 
 
@@ -261,31 +292,50 @@ def _check_whole(data: bytes, name: str) -> None:
             at += 8 + size + size % 2
         raise BadSample("audio_corrupt", "cut off before the sound begins")
     if name == "ogg":
-        at = 0
-        while at < len(data):
-            if data[at : at + 4] != b"OggS":
-                raise BadSample("audio_corrupt", f"no Ogg page at byte {at}")
-            segments = data[at + 26] if at + 27 <= len(data) else 0
-            end = at + 27 + segments + sum(data[at + 27 : at + 27 + segments])
-            if at + 27 > len(data) or end > len(data):
-                raise BadSample("audio_corrupt", f"cut off: the Ogg page at byte {at} is incomplete")
-            at = end
+        for _ in _ogg_pages(data):
+            pass
+
+
+def _ogg_pages(data: bytes) -> Iterator[bool]:
+    """Of every page, whether a stream begins with it."""
+    at = 0
+    while at < len(data):
+        if data[at : at + 4] != b"OggS":
+            raise BadSample("audio_corrupt", f"no Ogg page at byte {at}")
+        segments = data[at + 26] if at + 27 <= len(data) else 0
+        end = at + 27 + segments + sum(data[at + 27 : at + 27 + segments])
+        if at + 27 > len(data) or end > len(data):
+            raise BadSample("audio_corrupt", f"cut off: the Ogg page at byte {at} is incomplete")
+        yield bool(data[at + 5] & 2)
+        at = end
+
+
+def _needs_ffmpeg(data: bytes, name: str) -> bool:
+    """Whether libsndfile would misread it: it guesses the length of an MP3, and of Ogg files joined end to end (radio
+    recordings are) it reads the first."""
+    if name == "ogg":
+        return any(next_begins and not begins for begins, next_begins in pairwise(_ogg_pages(data)))
+    return name not in ("wav", "flac", "aiff", "au")
+
+
+_UNKNOWN = 2**48
+"""Samples that libsndfile says a FLAC stream of unknown length has, and more."""
 
 
 def _libsndfile(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, int] | None:
     """Mono samples and their rate, or None where libsndfile does not know the codec or surround layout."""
-    if name not in ("wav", "flac", "ogg", "mp3", "aiff", "au"):
+    if _needs_ffmpeg(data, name):
         return None
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
     except soundfile.SoundFileError:
         return None
     with file:
-        if file.channels > 2:
+        if file.channels > 2 or file.frames >= _UNKNOWN:
             return None
         _check_seconds("audio", file.frames / file.samplerate, limits)
         samples = file.read(dtype="float32", always_2d=True)
-        if len(samples) < file.frames and name != "mp3":  # an MP3's length is an estimate
+        if len(samples) < file.frames:
             raise BadSample("audio_corrupt", f"{len(samples)} samples, the header says {file.frames}")
         return _mono(samples.T, []), file.samplerate
 
@@ -312,12 +362,24 @@ class _Track:
                 raise BadSample("audio_corrupt", f"{frame.layout.nb_channels} channels; at most 64 are mixed")
             self.start = float(frame.time) if frame.time is not None else 0.0
             self.rate = frame.sample_rate
+        if frame.time is not None:
+            missing = round((float(frame.time) - self.start) * self.rate) - self.samples
+            if missing > self.rate // 10:  # a gap in the track is silence
+                _check_seconds("audio", (self.samples + missing) / self.rate, self.limits)  # before it takes memory
+                self.pieces.append(np.zeros(missing, np.float32))
+                self.samples += missing
         for plain in self.resampler.resample(frame):
             names = [channel.name for channel in plain.layout.channels]
             piece = _mono(rearrange(plain.to_ndarray(), "1 (t c) -> c t", c=plain.layout.nb_channels), names)
             self.pieces.append(piece)
             self.samples += len(piece)
         _check_seconds("audio", self.samples / self.rate, self.limits)
+
+    def wave_from(self, start: float) -> np.ndarray:
+        """What is heard from `start` on, in seconds of the time stamps."""
+        late = round(((self.start or 0.0) - start) * self.rate)
+        _check_seconds("audio", (self.samples + late) / self.rate, self.limits)
+        return np.concatenate([np.zeros(late, np.float32), self.wave()]) if late > 0 else self.wave()[-late:]
 
     def wave(self) -> np.ndarray:
         return np.concatenate(self.pieces) if self.pieces else np.zeros(0, np.float32)
@@ -333,10 +395,13 @@ def _ffmpeg_audio(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarr
         expected = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         _check_seconds("audio", expected, limits)
         track = _Track(limits)
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise BadSample("audio_corrupt", f"a damaged frame at {frame.time} s")
-            track.add(frame)
+        for packet in container.demux(stream):
+            if name == "mp3" and bytes(packet).startswith(b"ID3"):  # the tag of a second file, joined to the first
+                continue
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise BadSample("audio_corrupt", f"a damaged frame at {frame.time} s")
+                track.add(frame)
         if track.rate and track.samples / track.rate < expected - max(0.2, 0.02 * expected):
             raise BadSample("audio_corrupt", f"{track.samples / track.rate:.2f} s, the header says {expected:.2f} s")
         return track.wave(), track.rate or 1
@@ -400,14 +465,15 @@ def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimit
         streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition)]
         if not streams:
             raise BadSample("video_no_frames", f"the {name} file has no picture track with frames in it")
-        return _decode_video(container, streams[0], fps, limits)
+        seconds = _seconds(data, name, container, streams[0])
+        return _decode_video(container, streams[0], seconds, fps, limits)
 
 
-def _decode_video(container: Any, stream: Any, fps: float, limits: MediaLimits) -> Video:
+def _decode_video(container: Any, stream: Any, declared: float, fps: float, limits: MediaLimits) -> Video:
     codec = stream.codec_context
     codec.thread_count = 1
     _check_pixels("video", codec.width, codec.height, limits)
-    pixels, declared = codec.width * codec.height, _declared_seconds(container, stream)
+    pixels = codec.width * codec.height
     _check_seconds("video", declared, limits)
     if declared * fps > limits.max_video_frames:
         fps = limits.max_video_frames / declared
@@ -435,15 +501,20 @@ def _decode_video(container: Any, stream: Any, fps: float, limits: MediaLimits) 
         raise BadSample("video_no_frames", "the video has no frame")
     audio = None
     if sound is not None and track.samples:
-        wave = track.wave()
-        late = round(((track.start or 0.0) - sampler.start) * track.rate)  # samples after the first frame
-        wave = np.concatenate([np.zeros(late, np.float32), wave]) if late > 0 else wave[-late:]
+        wave = track.wave_from(sampler.start)
+        _check_wave(wave, "video_corrupt")
         audio = _resample(wave, track.rate, SOUND_TRACK_RATE) if len(wave) else None
     return Video(frames=frames, fps=fps, audio=audio)
 
 
-def _declared_seconds(container: Any, stream: Any) -> float:
-    return float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+def _seconds(data: bytes, name: str, container: Any, stream: Any) -> float:
+    """The length that the header declares; where it declares none, as in a live recording, that of the packets."""
+    if stream.duration or container.duration:
+        return float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+    with _open(data, name) as again:
+        packets = [p for p in again.demux(again.streams[stream.index]) if p.pts is not None]
+        ends = [p.pts + (p.duration or 0) for p in packets]
+        return float((max(ends) - min(p.pts for p in packets)) * stream.time_base) if ends else 0.0
 
 
 class _FrameSampler:
@@ -486,6 +557,12 @@ class _FrameSampler:
                     picture = np.rot90(picture, k=round(self.current.rotation / 90) % 4)
                 if self.kept and picture.shape != self.kept[0].shape:
                     raise BadSample("video_corrupt", f"frames change size to {picture.shape[1]} x {picture.shape[0]}")
+            if (len(self.kept) + 1) * picture.shape[0] * picture.shape[1] > self.limits.max_video_pixels:
+                raise BadSample(
+                    "video_too_large",
+                    f"{len(self.kept) + 1} frames of {picture.shape[1]} x {picture.shape[0]} pixels; at most "
+                    f"{self.limits.max_video_pixels} pixels are allowed in all (max_video_pixels)",
+                )
             self.kept.append(picture)
 
 
@@ -550,18 +627,17 @@ def probe(data: bytes, kind: Kind) -> MediaFacts:
         if kind == "image":
             width, height = _open_image(data).size
             return MediaFacts(format=name, width=width, height=height)
-        if kind == "audio" and name in ("wav", "flac", "ogg", "mp3"):
-            try:
+        if kind == "audio" and not _needs_ffmpeg(data, name):
+            with suppress(soundfile.SoundFileError):  # a codec that FFmpeg may know
                 facts = soundfile.info(io.BytesIO(data))
-                return MediaFacts(format=name, seconds=facts.frames / facts.samplerate)
-            except soundfile.SoundFileError:
-                pass  # a codec that FFmpeg may know
+                if facts.frames < _UNKNOWN:
+                    return MediaFacts(format=name, seconds=facts.frames / facts.samplerate)
         with _open(data, name) as container:
             streams = container.streams.video if kind == "video" else container.streams.audio
             if not streams:
                 return MediaFacts(format=name)
             stream = streams[0]
-            codec, seconds = stream.codec_context, _declared_seconds(container, stream)
+            codec, seconds = stream.codec_context, _seconds(data, name, container, stream)
             if kind == "audio":
                 return MediaFacts(format=name, seconds=seconds)
             return MediaFacts(format=name, width=codec.width, height=codec.height, seconds=seconds)

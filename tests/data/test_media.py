@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import resource
 import time
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -21,6 +23,7 @@ from omnitrain.data.media import (
     encode_audio,
     encode_image,
     encode_video,
+    probe,
     sniff,
 )
 from omnitrain.data.sample import BadSample
@@ -141,6 +144,126 @@ def test_channels_without_number(format: str, channels: int) -> None:
         np.testing.assert_allclose(decode_audio(data), samples.mean(axis=1), atol=1e-4)
     else:
         assert len(decode_audio(data)) == 4_000
+
+
+def test_sound_is_read_to_its_true_end() -> None:
+    """MP3s without a length, or joined; Ogg streams joined; a FLAC stream that does not say how long it is."""
+    tones = [(0.3 * np.sin(np.arange(round(16_000 * s)) * 0.2)).astype(np.float32) for s in (2.5, 1.5)]
+    first, second = (encode_audio(wave, 16_000, "mp3") for wave in tones)
+    with av.open(io.BytesIO(first)) as container:
+        bare = b"".join(bytes(packet) for packet in container.demux() if packet.size)  # without its header
+    assert len(decode_audio(first)) == 40_000
+    assert len(decode_audio(bare)) / 16_000 == pytest.approx(2.5, abs=0.1)
+    assert len(decode_audio(first + second)) / 16_000 == pytest.approx(4.0, abs=0.15)
+    for fraction in (0.3, 0.6, 0.9):
+        with pytest.raises(BadSample, match="audio_corrupt"):
+            decode_audio(first[: int(len(first) * fraction)])
+    for format in ("opus", "vorbis"):
+        joined = b"".join(encode_audio(wave, 16_000, format) for wave in tones)
+        assert len(decode_audio(joined)) / 16_000 == pytest.approx(4.0, abs=0.06), format  # a link may keep its padding
+    flac = bytearray(encode_audio(tones[0], 16_000, "flac"))
+    flac[21] &= 0xF0  # the number of samples: 36 bits
+    flac[22:26] = bytes(4)
+    assert len(decode_audio(bytes(flac))) == 40_000
+    assert probe(bytes(flac), "audio").seconds < 10
+
+
+@pytest.mark.parametrize("rate", [7_999, 15_999, 44_101, 655_350, 999_983])
+def test_any_rate_is_resampled_in_little_memory(rate: int) -> None:
+    tone = [0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * r) / r) for r in (rate, 16_000)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wave = decode_audio(wav(tone[0], rate, subtype="FLOAT"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    assert abs(len(wave) - 32_000) <= 1
+    np.testing.assert_allclose(wave[500:31_000], tone[1][500:31_000], atol=2e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e20, 3e38, 32_768.0])
+def test_absurd_amplitudes_are_refused(value: float) -> None:
+    wave = np.full(4_000, 0.1, np.float32)
+    wave[1_000] = value
+    with pytest.raises(BadSample, match="audio_corrupt: samples"):
+        decode_audio(wav(wave, 16_000, subtype="FLOAT"))
+
+
+def video_file(format: str, pictures: list[float], sounds: list[tuple[float, float]], **options: Any) -> bytes:
+    """Pictures shown at these seconds; tones as (first second, seconds). In a stream that nobody can seek in."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=format, options=options) as container:
+        stream = container.add_stream("libvpx" if format == "webm" else "libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream("libopus", rate=48_000, layout="mono") if sounds else None
+        for number, second in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 + 2 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * second), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        for begin, seconds in sounds:
+            tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(round(48_000 * seconds)) / 48_000)
+            for i in range(0, len(tone) - 959, 960):
+                frame = av.AudioFrame.from_ndarray(tone[None, i : i + 960].astype(np.float32), "fltp", "mono")
+                frame.sample_rate, frame.time_base = 48_000, Fraction(1, 48_000)
+                frame.pts = round(48_000 * begin) + i
+                container.mux(sound.encode(frame))
+        if sound is not None:
+            container.mux(sound.encode(None))
+    return file.getvalue()
+
+
+def test_a_gap_in_the_sound_is_silence() -> None:
+    data = video_file("webm", [i / 5 for i in range(25)], [(0.0, 0.5), (3.0, 0.5)])
+    sound = decode_video(data).audio
+    assert sound is not None
+    loud = np.abs(sound[:56_000]).reshape(-1, 160).max(1) > 0.1  # every 10 ms
+    assert loud[5:45].all()
+    assert not loud[60:295].any()
+    assert loud[305:340].all()
+
+
+def test_sound_that_begins_hours_late_takes_no_memory() -> None:
+    data = video_file("webm", [0.0, 0.2], [(40_000.0, 0.2)])
+    with pytest.raises(BadSample, match="too_long"):
+        decode_video(data)
+
+
+def test_a_clip_that_does_not_say_how_long_it_is() -> None:
+    data = video_file("webm", [i / 5 for i in range(40)], [], live="1")
+    with av.open(io.BytesIO(data)) as container:
+        assert not container.duration
+    assert probe(data, "video").seconds == pytest.approx(8.0, abs=0.3)
+    video = decode_video(data, fps=2.0, limits=MediaLimits(max_video_frames=4))
+    shown = [(frame.mean() - 10) / 2 / 5 for frame in video.frames]  # the second that each frame is from
+    assert np.allclose(np.diff(shown), 2.0, atol=0.5)
+
+
+def test_frames_far_apart_take_no_memory() -> None:
+    data = video_file("webm", [0.0, 380.0], [], live="1")
+    with pytest.raises(BadSample, match="video_too_large"):
+        decode_video(data, limits=MediaLimits(max_video_pixels=100_000))
+
+
+def test_grey_pictures_of_many_bits() -> None:
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+
+    def file(array: np.ndarray, format: str, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, format, **options)
+        return buffer.getvalue()
+
+    expected = (ramp * 255).round().astype(np.uint8)
+    for array in (ramp, ramp * 255, ramp * 65_535):
+        assert np.abs(decode_image(file(array, "TIFF"))[..., 0].astype(int) - expected).max() <= 1
+    for bad in (np.nan, np.inf):
+        broken = ramp.copy()
+        broken[3, 3] = bad
+        with pytest.raises(BadSample, match="image_corrupt: pixels"):
+            decode_image(file(broken, "TIFF"))
+    sixteen = (ramp * 65_535).astype(np.uint16)
+    picture = decode_image(file(sixteen, "PNG", transparency=int(sixteen[2, 2])))[..., 0].copy()
+    assert picture[2, 2] == 255
+    picture[2, 2] = expected[2, 2]
+    assert np.abs(picture.astype(int) - expected).max() <= 1
 
 
 def test_limits_of_sound() -> None:
