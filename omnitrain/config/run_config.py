@@ -32,7 +32,7 @@ PARTS: dict[str, str] = {
     "code2wav": r"^code2wav\.",
 }
 """Part -> pattern of the `OmniModel` parameter names in it; the first match wins. The adapters are what stands between
-an encoder and the Thinker (report, section 3: stage S1 trains them before the encoders). `module.train` and
+an encoder and the Thinker (report section 3: stage S1 trains them before the encoders). `module.train` and
 `optim.lr_scale` use these names."""
 
 THINKER_PARTS = tuple(PARTS)[:8]
@@ -156,7 +156,7 @@ class ThinkerModuleConfig:
             part, as in {thinker: DIR, aut: DIR}; DIR of `thinker` may hold a text model (Qwen3ForCausalLM,
             Qwen3MoeForCausalLM).
         aut_window_seconds: attention window of the audio encoder, drawn anew for each optimizer step from these bounds
-            (whole seconds, inclusive; report, section 3: 1 to 8 s). null: the encoder's own. Evaluation uses its own.
+            (whole seconds, inclusive; report section 3: 1 to 8 s). null: the encoder's own. Evaluation uses its own.
         word_dropout: share of the words of an answer about a picture or a sound that are hidden from the words after
             them in training (word dropout: Bowman et al. 2016, arXiv 1511.06349, section 3.1), so that the model looks
             and listens.
@@ -180,7 +180,7 @@ class ThinkerModuleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TalkerModuleConfig(ThinkerModuleConfig):
-    """``module=talker``: the Talker with MTP learns to say the answers' text (report, section 4).
+    """``module=talker``: the Talker with MTP learns to say the answers' text (report section 4).
 
     Attributes:
         train: with a part of the Thinker among them the two are trained jointly, and gradients of speech reach the word

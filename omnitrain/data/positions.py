@@ -1,4 +1,4 @@
-"""TM-RoPE ids: where every token of a sample stands in time, height and width (Qwen3-Omni report, section 2.4).
+"""TM-RoPE ids: where every token of a sample stands in time, height and width (Qwen3-Omni report section 2.4).
 
 A sample is a list of *spans*. Inside a text or audio span the three ids are equal and count up; inside a picture t is
 constant and h, w are row and column; inside a video t follows the clock at `ids_per_second` ids a second. A video heard

@@ -65,7 +65,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioGeometry:
-    """How a waveform becomes mel frames (Qwen3-Omni report, section 2.2: 128 mels, 25 ms window, 10 ms hop at 16 kHz).
+    """How a waveform becomes mel frames (Qwen3-Omni report section 2.2: 128 mels, 25 ms window, 10 ms hop at 16 kHz).
 
     `chunk_frames` is the length of the encoder's convolution chunks, which decides how many tokens an audio takes.
 

@@ -1,4 +1,4 @@
-"""AuT, the audio encoder: 10-ms mel frames -> 12.5 features a second (Qwen3-Omni report, section 2.2).
+"""AuT, the audio encoder: 10-ms mel frames -> 12.5 features a second (Qwen3-Omni report section 2.2).
 
 Parameter names equal those of the public checkpoint below `thinker.audio_tower.`, so weights load without a mapping.
 """

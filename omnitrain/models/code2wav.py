@@ -1,4 +1,4 @@
-"""Code2Wav: frames of codebook indices -> waveform, causally, frame by frame (Qwen3-Omni report, section 2.4).
+"""Code2Wav: frames of codebook indices -> waveform, causally, frame by frame (Qwen3-Omni report section 2.4).
 
 Parameter names equal those of the public checkpoint below `code2wav.`, so weights load without a mapping.
 """

@@ -1,4 +1,4 @@
-"""Vision encoder: patches of pictures and videos -> features, and deepstack features (Qwen3-Omni report, section 2.1;
+"""Vision encoder: patches of pictures and videos -> features, and deepstack features (Qwen3-Omni report section 2.1;
 Qwen3-VL; DeepStack, arXiv 2406.04334).
 
 Parameter names equal those of the public checkpoint below `thinker.visual.`, so weights load without a mapping.

@@ -44,7 +44,7 @@ def balance_loss(share: Tensor, probability: Tensor, *, pool_layers: bool = Fals
 
 
 def mtp_loss(hidden: Tensor, heads: Tensor, codes: Tensor, *, chunk: int = 1024) -> Tensor:
-    """What MTP minimises: the codes of a frame after the first, each from those before it (report, section 2.4).
+    """What MTP minimises: the codes of a frame after the first, each from those before it (report section 2.4).
 
         nll_q = - sum_f log softmax(heads[q - 1] hidden[f, q - 1])[codes[f, q]],   q = 1 .. Q - 1
 
@@ -66,7 +66,7 @@ def mtp_loss(hidden: Tensor, heads: Tensor, codes: Tensor, *, chunk: int = 1024)
 def talker_loss(
     talker: Talker, hidden: Tensor, inputs: TalkerInputs, *, residual: float = 1.0, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """What Talker and MTP minimise together (report, section 2.4).
+    """What Talker and MTP minimise together (report section 2.4).
 
         L = nll_0 + residual / (Q - 1) * sum_{q >= 1} nll_q
 

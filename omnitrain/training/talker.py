@@ -21,7 +21,7 @@ from omnitrain.training.thinker import ThinkerModule
 
 
 class TalkerModule(ThinkerModule):
-    """Trains the Talker of an `OmniModel` (report, section 4: `talker_pretrain`, `talker_continue`,
+    """Trains the Talker of an `OmniModel` (report section 4: `talker_pretrain`, `talker_continue`,
     `speaker_finetune`).
 
     Args:

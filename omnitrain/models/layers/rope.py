@@ -21,7 +21,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def tm_rope_angles(position_ids: Tensor, sections: tuple[int, int, int], theta: float) -> Tensor:
-    """Rotation angles of TM-RoPE (report, section 2.3; RoPE: Su et al. 2021, arXiv 2104.09864, section 3.2).
+    """Rotation angles of TM-RoPE (report section 2.3; RoPE: Su et al. 2021, arXiv 2104.09864, section 3.2).
 
         angle[n, i] = position_ids[a(i), n] * theta^(-2 i / D),   i = 0 .. D/2 - 1,   a = `axis_of_frequency`
 
