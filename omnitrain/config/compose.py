@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import os
 import sys
@@ -78,11 +79,17 @@ def _register_recipes(config_dir: str | None) -> None:
         name = path.relative_to(RECIPES)
         if config_dir is None or not (Path(config_dir) / "recipe" / name).exists():
             group = "/".join(["recipe", *name.parts[:-1]])
-            store.store(group=group, name=name.stem, node=OmegaConf.load(path), package="_global_")
+            store.store(group=group, name=name.stem, node=_recipe(path, path.stat().st_mtime_ns), package="_global_")
     for path in sorted(Path(config_dir).rglob("*.yaml")) if config_dir is not None else ():
         text = path.read_bytes()
         if b"&" in text and (count := _count_values(text)) > _MOST_VALUES:
             raise ConfigError(f"{path}: its anchors (&NAME) stand for {count:.0e} values; at most {_MOST_VALUES:.0e}")
+
+
+@functools.cache
+def _recipe(path: Path, changed: int) -> Any:
+    """A recipe of ours, read again only if its file has `changed` since."""
+    return OmegaConf.load(path)
 
 
 def _count_values(text: bytes) -> int:
