@@ -192,14 +192,17 @@ def test_who_has_lost_the_folder_writes_nothing_more(tmp_path: Path, capfd: pyte
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
+RACERS = 12
+
+
 def race(folder: Path, won: Path, at: float) -> None:
     time.sleep(max(0, at - time.monotonic()))
     try:
         with hold(folder):
             (won / str(os.getpid())).touch()
-            time.sleep(1)
+            wait_for(lambda: len(list(won.parent.glob("lost.*"))) == RACERS - 1)
     except FolderInUse:
-        pass
+        (won.parent / f"lost.{os.getpid()}").touch()
 
 
 @pytest.mark.parametrize("state", ["free", "left over", "left over twice", "garbage"])
@@ -218,7 +221,7 @@ def test_of_many_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links here")))
     at = time.monotonic() + 0.2
-    processes = [start(race, folder, won, at) for _ in range(12)]
+    processes = [start(race, folder, won, at) for _ in range(RACERS)]
     for process in processes:
         process.join()
         assert process.exitcode == 0
