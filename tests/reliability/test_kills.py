@@ -102,7 +102,7 @@ def test_kills_of_the_command_line(runs: Runs, toy: list[str], tmp_path: Path, w
     runs.start(whole, argv=line(whole, 1 - workers)).finish()  # the number of workers must not matter either
     kills = [
         Kill(STEP, 2), Kill(WRITE, 2), Kill(STEP, 5, SIGTERM), Kill(VALIDATION, 1), Kill(SYNC, 8),
-        Kill(STEP, 6, SIGINT), Kill("omnitrain.evaluation.heldout:_generate"),
+        Kill(STEP, 6, SIGINT), Kill("omnitrain.evaluation.heldout:answer_samples"),
         Kill("omnitrain.reports.run:write_report"),
     ]  # fmt: skip
     for kill in kills:
