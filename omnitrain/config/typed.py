@@ -8,7 +8,6 @@ YAML and the command line say only what differs and a value of the wrong type is
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from omegaconf import MISSING as OPEN
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
+
+from omnitrain.files import did_you_mean
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ def typed(cls: type[T], values: Any, place: str = "") -> T:
         raise ConfigError(f"{place or 'the configuration'}: write a mapping of {', '.join(hints)}, not {values!r}")
     for name in values:
         if name not in hints:
-            raise ConfigError(f"{_at(place, name)}: there is no such key{nearest(str(name), hints)}")
+            raise ConfigError(f"{_at(place, name)}: there is no such key; {did_you_mean(name, hints)}")
     found = {name: _value(hints[str(name)], value, _at(place, name)) for name, value in values.items()}
     for f in fields(cast(Any, cls)):
         if f.name not in found and _default(f) is OPEN:
@@ -107,12 +108,6 @@ def typed(cls: type[T], values: Any, place: str = "") -> T:
     except ValueError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(place.split(".")[0]) else f"{place}: {message}") from error
-
-
-def nearest(name: str, known: Any) -> str:
-    """``; did you mean X?``, or what there is."""
-    near = difflib.get_close_matches(name, [str(key) for key in known], n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(map(str, known))}"
 
 
 def _value(annotation: Any, value: Any, place: str) -> Any:

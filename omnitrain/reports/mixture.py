@@ -16,10 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def largest_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: -item[1])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """
@@ -161,7 +157,7 @@ def mixture(data: Mapping[str, Any], asked: Mapping[str, Any] | None, modalities
     """What the report shows of ``data.json``; `modalities`: their usual order."""
     order = list(modalities)
     rows = by_modality(data)
-    skipped = largest_first(data.get("skipped", {}))
+    skipped = Counter(data.get("skipped", {})).most_common()
     drawn, seen = sum(data.get("drawn", {}).values()), sum(row.samples for row in rows)
     return {
         "stages": data.get("planned", []),

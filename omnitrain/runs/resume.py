@@ -20,7 +20,7 @@ from typing import Any
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.saved import read_values
 from omnitrain.config.typed import ConfigError, changes, plain
-from omnitrain.files import CONFIG, HISTORY, append_line
+from omnitrain.files import HISTORY, append_line
 
 SAFE = (
     "name", "ckpt_path", "paths.*", "logger.*", "variables*", "stages*", "stage_overrides*", "eval*",
@@ -53,11 +53,8 @@ def rule(key: str) -> str:
 
 
 def check_resume(config: RunConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
-    """Key -> (before, now) of the recorded keys that change when `config` continues the run in `folder`.
-
-    Raises:
-        ConfigError: an exact key changes; the message names it, and how to start anew.
-    """
+    """Key -> (before, now) of the recorded keys that change when `config` continues the run in `folder`. Raises
+    ConfigError if an exact key changes, which names it, and how to start anew."""
     differing = changes(read_values(folder), plain(config))
     found = {key: values for key, values in differing.items() if rule(key) != "safe"}
     exact = {key: values for key, values in found.items() if rule(key) == "exact"}
@@ -83,8 +80,3 @@ def record_changes(found: Mapping[str, tuple[Any, Any]], run_dir: Path, step: in
 
 def _text(value: Any) -> str:
     return "(none)" if value is None else str(value)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder has a run's configuration."""
-    return (folder / CONFIG).is_file()
