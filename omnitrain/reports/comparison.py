@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,9 @@ def compare_runs(scores: Scores, names: Sequence[str]) -> list[Line]:
             values = scores.values_of(cut, {"modality": [modality]})
             if len(values) > 1:
                 parts += [(f"{cut} {figures.title(v)}", mine & scores.where(**{cut: [v]})) for v in values]
-        for part, chosen in parts:
-            for measure in MEASURES:
-                line = _line(scores, [places.get(name) for name in names], (modality, part), chosen, measure)
-                if line is not None:
-                    lines.append(line)
-    return lines
+        for (part, chosen), measure in product(parts, MEASURES):
+            lines.append(_line(scores, [places.get(name) for name in names], (modality, part), chosen, measure))
+    return [line for line in lines if line is not None]
 
 
 def _line(

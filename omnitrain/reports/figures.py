@@ -211,11 +211,8 @@ def lines(series: Columns, ylabel: str, *, share: bool = False) -> Markup:
 
 @_styled
 def forest(panels: Sequence[Mapping[str, Any]]) -> Markup:
-    """Differences with their intervals against a margin, one panel per row of a table.
-
-    Args:
-        panels: each ``title``, ``unit``, ``margin``, and ``lines``: label, arm, value, low, high (None: no interval).
-    """
+    """Differences with their intervals against a margin, one panel per row of a table: each has ``title``, ``unit``,
+    ``margin``, and ``lines``: label, arm, value, low, high (None: no interval)."""
     rows = max(len(panel["lines"]) for panel in panels)
     figure, axes_of = _axes(len(panels), len(panels), (3.2, 1.25 + 0.34 * rows), (0.4, 0))
     for axes, panel in zip(axes_of, panels, strict=True):
@@ -248,12 +245,8 @@ def arm_curves(
     ylabel: str,
     colours: Mapping[str, str] = ARM_COLOURS,
 ) -> Markup:
-    """Mean curve of each arm over its seeds, with a band from the lowest to the highest seed.
-
-    Args:
-        panels: title -> arm -> for each seed (x [n], losses [n]), x rising; lengths may differ.
-        colours: by arm.
-    """
+    """Mean curve of each arm over its seeds, with a band from the lowest to the highest seed. `panels`: title -> arm ->
+    for each seed (x [n], losses [n]), x rising; lengths may differ. `colours`: by arm."""
     figure, axes_of = _axes(len(panels), 3, (3.0, 2.5), (0.6, 0))
     named: dict[str, Any] = {}
     for axes, (name, arms) in zip(axes_of, panels.items(), strict=False):

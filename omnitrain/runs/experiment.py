@@ -3,7 +3,7 @@ else takes the part that it needs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,10 @@ def has_fresh_weights(config: RunConfig) -> bool:
 def build_trainer(config: RunConfig) -> L.Trainer:
     """Lightning's Trainer with callbacks and loggers, all of which write into the run folder alone."""
     run_dir = Path(config.paths.run_dir)
-    trainer = config.trainer
-    arguments: dict[str, Any] = {f.name: getattr(trainer, f.name) for f in fields(trainer)}
+    arguments: dict[str, Any] = dict(vars(config.trainer))
     for name in ("strategy", "profiler"):
         arguments[name] = _part(arguments[name], config, f"trainer.{name}")
-    plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(trainer.plugins)]
+    plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(config.trainer.plugins)]
     arguments["plugins"] = plugins or None
     for group, nodes in (("callbacks", config.callbacks), ("logger", config.logger)):
         arguments[group] = [_part(node, config, f"{group}.{name}") for name, node in nodes.items() if node]
@@ -91,16 +90,14 @@ def build_trainer(config: RunConfig) -> L.Trainer:
         raise ConfigError(f"trainer: {error}") from error
 
 
-_FOLDERS = ("save_dir", "dirpath")
-
-
 def _part(node: Any, config: RunConfig, place: str) -> Any:
     if not isinstance(node, Named):
         return node
     run_dir = Path(config.paths.run_dir)
     if node.target in LOOSE:
         check_inside(node, run_dir, place)
-        given = {name: str(run_dir / node.keywords[name]) for name in _FOLDERS if node.keywords.get(name) is not None}
+        folders = {name: node.keywords.get(name) for name in ("save_dir", "dirpath")}
+        given = {name: str(run_dir / folder) for name, folder in folders.items() if folder is not None}
         default = {"save_dir": str(run_dir)} if place.startswith("logger.") else {}
         node = replace(node, keywords={**default, **node.keywords, **given})
     return build(node, run_dir=run_dir, run_name=config.name, place=place)

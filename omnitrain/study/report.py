@@ -17,16 +17,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from omnitrain.evaluation.scores import (
-    BITS_PER_BYTE,
-    CHRF,
-    EXACT_MATCH,
-    NATS_PER_TOKEN,
-    SWAP_GAIN,
-    Measure,
-    Scores,
-    scores_of,
-)
+from omnitrain.evaluation.scores import CHRF, EXACT_MATCH, NATS_PER_TOKEN, Measure, Scores, scores_of
 from omnitrain.files import REPORT, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.run import templates
@@ -238,14 +229,14 @@ def _cell_figure(found: Sequence[Detail], measure: Measure) -> Markup:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-_KINDS = {BITS_PER_BYTE: "Losses", NATS_PER_TOKEN: "Losses", SWAP_GAIN: "Media swap"}
+_KINDS = {"bits_per_byte": "Losses", "nats_per_token": "Losses", "swap_gain": "Media swap"}
 
 
 def _details(found: Sequence[Detail]) -> list[dict[str, Any]]:
     """Tables by measure: losses by all cuts, then answers, then swaps."""
     groups: dict[str, list[dict[str, Any]]] = {"Losses": [], "Answers": [], "Media swap": []}
     for detail in found:
-        kind = _KINDS.get(detail.comparison.row.measure, "Answers")
+        kind = _KINDS.get(detail.comparison.row.measure.name, "Answers")
         value = figures.title(detail.value) if detail.cut == "split" else detail.value
         groups[kind].append({**_row(detail.comparison), "cut": f"{detail.cut}: {value}" if detail.value else "all"})
     return [{"title": title, "rows": rows} for title, rows in groups.items() if rows]

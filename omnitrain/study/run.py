@@ -134,25 +134,13 @@ def planning_model(config: RunConfig) -> OmniModel:
 def run_configuration(config: RunConfig, spec: StudySpec, plan: Plan) -> RunConfig:
     """`config` as an ordinary run, without `study`, of what `plan` says: sources, stages, steps, and what is a fraction
     of these."""
-    data = replace(
-        config.data.config,
-        sources={name: config.data.config.sources[name] for name in plan.samples},
-        stages=[Stage(samples=dict(stage.samples or {})) for stage in plan.stages],
-    )
-    return replace(
-        config,
-        data=replace(config.data, config=data),
-        trainer=replace(
-            config.trainer, max_steps=plan.steps, val_check_interval=max(1, plan.steps // spec.validations)
-        ),
-        optim=replace(
-            config.optim,
-            warmup_steps=max(1, round(spec.warmup_fraction * plan.steps)),
-            lr=spec.lr.get(config.arm or "", config.optim.lr),
-        ),
-        ckpt_path="last",
-        study=None,
-    )
+    sources = {name: config.data.config.sources[name] for name in plan.samples}
+    stages = [Stage(samples=dict(stage.samples or {})) for stage in plan.stages]
+    data = replace(config.data, config=replace(config.data.config, sources=sources, stages=stages))
+    trainer = replace(config.trainer, max_steps=plan.steps, val_check_interval=max(1, plan.steps // spec.validations))
+    warmup, lr = max(1, round(spec.warmup_fraction * plan.steps)), spec.lr.get(config.arm or "", config.optim.lr)
+    optim = replace(config.optim, warmup_steps=warmup, lr=lr)
+    return replace(config, data=data, trainer=trainer, optim=optim, ckpt_path="last", study=None)
 
 
 # --- what is left of it ----------------------------------------------------------------------------------------------
