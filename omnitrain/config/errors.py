@@ -61,11 +61,9 @@ def explains_errors(main: Callable[[list[str]], int | None]) -> Callable[[list[s
 
 
 def explanation(error: BaseException) -> str | None:
-    """What to tell the user, or None if only a traceback helps: the error is a mistake of the program.
-
-    Errors of our own classes were raised for the user, and so were plain ones for what is wrong with a value, a file or
-    an installation; except where torch, Lightning or NumPy raise them from within.
-    """
+    """What to tell the user, or None if only a traceback helps: the error is a mistake of the program. Errors of our
+    own classes were raised for the user, and so were plain ones for what is wrong with a value, a file or an
+    installation; except where torch, Lightning or NumPy raise them from within."""
     home = type(error).__module__.partition(".")[0]
     ours = home in ("omnitrain", "omegaconf", "hydra") or type(error).__name__ == "MisconfigurationException"
     if ours or isinstance(error, ImportError):

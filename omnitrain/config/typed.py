@@ -56,11 +56,8 @@ _NODES = {int: IntegerNode, float: FloatNode, bool: BooleanNode, str: StringNode
 
 def schema(cls: Any, value: Any = None, *, target: str | None = None) -> DictConfig:
     """A dataclass as Hydra composes it: a mapping of all its fields with their defaults (or the values of the instance
-    `value`) and the types of their values; `target`, its constructor, stands in front.
-
-    Further keys can be added to it (with ``+``): whether they mean anything, `typed` decides, which also knows classes
-    that derive from ours.
-    """
+    `value`) and the types of their values; `target`, its constructor, stands in front. Further keys can be added to it
+    (with ``+``): whether they mean anything, `typed` decides, which also knows classes that derive from ours."""
     hints: dict[str, Any] = annotations(cls)
     content: dict[str, Any] = {} if target is None else {TARGET: target}
     for f in fields(cls):
@@ -218,3 +215,8 @@ def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value before, value after) of all that differs; None where there is no such key."""
     a, b = dict(leaves(before)), dict(leaves(after))
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]}
+
+
+def shown_change(values: tuple[Any, Any]) -> str:
+    """One of `changes` in words, such as ``0.1 -> (none)``."""
+    return " -> ".join("(none)" if value is None else str(value) for value in values)

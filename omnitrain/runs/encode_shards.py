@@ -118,30 +118,24 @@ class SampleEncoder:
         file, row = source.locate(index)
         return Encoded(None, Counts(skipped={reason: 1}), f"{file} row {row} id {name}: {reason}: {detail}")
 
+    @torch.inference_mode()
     def _encode(self, sample: Sample, source: SampleSource) -> Encoded:
-        seconds, frames = 0.0, 0
-        heard = self.heard(sample, source)
+        counts, heard = Counts(), self._heard(sample, source)
 
         def with_codes(segment: Segment) -> Segment:
-            nonlocal seconds, frames
             if not is_recorded(segment):
                 return segment
             wav = recording(source.media_bytes(segment))
-            codes = self.codes(wav)
-            seconds, frames = seconds + len(wav) / SAMPLE_RATE, frames + len(codes)
+            codes = self.codec.encode(torch.from_numpy(wav)[None])[0].numpy()  # int64 [F, Q]
+            counts.add(Counts(seconds=len(wav) / SAMPLE_RATE, frames=len(codes)))
             data = encode_codes(codes, self.fingerprint, heard.get(id(segment)), self.thinker_fingerprint)
             return replace(segment, media=data, path=None)
 
         encoded = self._embedded(with_segments(sample, with_codes), source)
-        return Encoded(encoded, Counts(int(frames > 0), int(frames == 0), seconds, frames))
+        counts.add(Counts(samples=1) if counts.frames else Counts(copied=1))
+        return Encoded(encoded, counts)
 
-    @torch.inference_mode()
-    def codes(self, wav: np.ndarray) -> np.ndarray:
-        """float32 [S] -> int64 [F, Q]"""
-        return self.codec.encode(torch.from_numpy(wav)[None])[0].numpy()
-
-    @torch.inference_mode()
-    def heard(self, sample: Sample, source: SampleSource) -> dict[int, Tensor]:
+    def _heard(self, sample: Sample, source: SampleSource) -> dict[int, Tensor]:
         """The Thinker's hidden states [H, D] at the media before a recorded answer, by the `id` of its segment."""
         if self.thinker is None or sample.modality == "text":
             return {}
