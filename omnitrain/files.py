@@ -7,12 +7,13 @@ kills the process or the machine: the content is forced to disk before it gets i
 from __future__ import annotations
 
 import ctypes
+import difflib
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,14 +52,9 @@ _UNFINISHED = ".partial"
 
 @contextmanager
 def atomic(path: str | os.PathLike[str], *, replace: bool = True) -> Generator[Path]:
-    """A place beside `path` to write a file or a folder to; at the end of the block it is on disk as `path`.
-
-    Args:
-        replace: False keeps what stands at `path`, if it came to stand there in the meantime (files only).
-
-    Raises:
-        OSError: the file system refuses; `path` is as it was. So it is after any error in the block.
-    """
+    """A place beside `path` to write a file or a folder to; at the end of the block it is on disk as `path`. Without
+    `replace`, what came to stand there in the meantime stays (files only). After any error in the block, or an OSError
+    of the file system, `path` is as it was."""
     with unfinished(path) as partial:
         yield partial
         place(partial, path, replace=replace)
@@ -182,10 +178,19 @@ def printable(text: object, keep: str = "") -> str:
     >>> printable("photo\\x1b[2J.png")
     'photo\\\\x1b[2J.png'
 
-    Args:
-        keep: characters that stay, such as the line breaks of a message of several lines.
+    The characters of `keep` stay, such as the line breaks of a message of several lines.
     """
     return _UNPRINTABLE.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), str(text))
+
+
+def did_you_mean(
+    word: object, known: Iterable[object], *, form: str = "{}", otherwise: str = "there are {}", cutoff: float = 0.6
+) -> str:
+    """What a message says of an unknown `word`: ``did you mean X?``, X being the nearest one that is `known` (as in
+    `form`), or else what there is (`otherwise`)."""
+    names = [str(name) for name in known]
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=cutoff)
+    return f"did you mean {form.format(near[0])}?" if near else otherwise.format(", ".join(names))
 
 
 def _to_disk(path: Path) -> None:

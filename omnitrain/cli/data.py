@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omnitrain.config.errors import explains_errors
 from omnitrain.config.locations import PACK
@@ -197,56 +197,47 @@ def _stats(options: argparse.Namespace) -> int:
 
 def _print_stats(name: str, groups: dict[tuple[str, str, str], Totals]) -> None:
     """One table of totals, and one of samples by language and modality; columns without any number are left out."""
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column
     from rich.text import Text
 
     from omnitrain.data.verify import Totals
+    from omnitrain.evaluation.progress import number_table, wide_console
 
     everything = Totals()
     by_modality: dict[str, Totals] = defaultdict(Totals)
     for (modality, _, _), total in groups.items():
         everything.merge(total)
         by_modality[modality].merge(total)
-    columns: dict[str, Any] = {
-        "samples": lambda t: t.samples,
-        "tokens": lambda t: t.tokens,
-        "characters": lambda t: t.characters if t.tokens is None else 0,
-        "pictures": lambda t: t.images,
-        "Mpixel": lambda t: t.image_pixels / 1e6,
-        "sound s": lambda t: t.audio_seconds,
-        "codec frames": lambda t: t.codec_frames,
-        "video s": lambda t: t.video_seconds,
-        "MB": lambda t: t.stored_bytes / 1e6,
-        "bad": lambda t: t.bad,
-    }
-    columns = {column: value for column, value in columns.items() if value(everything)}
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 140)
-    table = Table(title=Text(printable(name)), title_justify="left")
-    for column in ("modality", "task", "split"):
-        table.add_column(column, no_wrap=True, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
+    columns = [column for column, number in _numbers(everything).items() if number]
+    console = wide_console()
+    texts = [Column(text, no_wrap=True, overflow="fold") for text in ("modality", "task", "split")]
+    table = number_table(name, *texts, numbers=columns)
     for key, total in [*groups.items(), (("all", "", ""), everything)]:
-        numbers = [value(total) or 0 for value in columns.values()]
-        shown = [f"{n:,}" if isinstance(n, int) else f"{n:,.1f}" for n in numbers]
         if key[0] == "all":
             table.add_section()
-        named = (Text(printable(part)) for part in key)
-        table.add_row(*named, *(text if number else "" for text, number in zip(shown, numbers, strict=True)))
+        numbers = map(_numbers(total).get, columns)
+        shown = ((f"{n:,}" if isinstance(n, int) else f"{n:,.1f}") if n else "" for n in numbers)
+        table.add_row(*(Text(printable(part)) for part in key), *shown)
     console.print(table)
     most = everything.languages
-    table = Table("language", title="samples by language", title_justify="left")
-    for modality in (*by_modality, "all"):
-        table.add_column(Text(printable(modality)), justify="right")
+    modalities = [Text(printable(modality)) for modality in (*by_modality, "all")]
+    table = number_table("samples by language", "language", numbers=modalities)
     for language, _ in most.most_common(20):
         counts = [total.languages[language] for total in (*by_modality.values(), everything)]
         table.add_row(Text(printable(language or "(none)")), *(f"{n:,}" if n else "" for n in counts))
     console.print(table)
     if len(most) > 20:
         print(f"and {len(most) - 20} more languages; --json lists all")
+
+
+def _numbers(total: Totals) -> dict[str, float]:
+    """The columns of the table of totals."""
+    return {
+        "samples": total.samples, "tokens": total.tokens or 0,
+        "characters": total.characters if total.tokens is None else 0, "pictures": total.images,
+        "Mpixel": total.image_pixels / 1e6, "sound s": total.audio_seconds, "codec frames": total.codec_frames,
+        "video s": total.video_seconds, "MB": total.stored_bytes / 1e6, "bad": total.bad,
+    }  # fmt: skip
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -14,11 +14,11 @@ from omnitrain.cli.test import evaluate_and_report
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.saved import write_config
 from omnitrain.config.typed import ConfigError
-from omnitrain.files import LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
+from omnitrain.files import CONFIG, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
 from omnitrain.runs.lock import hold
-from omnitrain.runs.resume import check_resume, is_run, record_changes
+from omnitrain.runs.resume import check_resume, record_changes
 
 
 def run(config: RunConfig) -> float | None:
@@ -48,7 +48,7 @@ def train(config: RunConfig) -> Experiment:
             f"{run_dir} already holds a run; continue it with ckpt_path=last, or choose another paths.run_dir"
         )
     begun_in = None if checkpoint is None else checkpoint.parent.parent
-    changed = check_resume(config, begun_in) if begun_in is not None and is_run(begun_in) else {}
+    changed = check_resume(config, begun_in) if begun_in is not None and (begun_in / CONFIG).is_file() else {}
     experiment = build_experiment(config, "fit")
     trainer = experiment.trainer
 

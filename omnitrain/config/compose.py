@@ -46,7 +46,7 @@ from omnitrain.config.saved import check_folder, read_config
 from omnitrain.config.schemas import register_schemas
 from omnitrain.config.targets import check_targets, walk
 from omnitrain.config.typed import ConfigError, plain
-from omnitrain.files import CONFIG
+from omnitrain.files import CONFIG, did_you_mean
 
 register_resolvers()
 register_schemas()
@@ -117,7 +117,10 @@ def run_verb(verb: str, arguments: list[str]) -> int:
 
     def checked() -> tuple[list[str], str, Path | None]:
         run_dir, overrides = _split_run_dir(arguments)
-        hydra_arguments = _readable_arguments(read_stage_overrides(overrides))
+        hydra_arguments = read_stage_overrides(overrides)
+        args = get_args_parser().parse_args(hydra_arguments)
+        better = dict(zip(args.overrides, readable(args.overrides, sweep=args.multirun), strict=True))
+        hydra_arguments = [better.get(argument, argument) for argument in hydra_arguments]
         config_name = "config" if run_dir is None else _register_run(run_dir)
         check_command_line(hydra_arguments, config_name, run_dir)
         return hydra_arguments, config_name, run_dir
@@ -231,12 +234,6 @@ def quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _readable_arguments(arguments: list[str]) -> list[str]:
-    args = get_args_parser().parse_args(arguments)
-    better = dict(zip(args.overrides, readable(args.overrides, sweep=args.multirun), strict=True))
-    return [better.get(argument, argument) for argument in arguments]
-
-
 def readable(overrides: list[str], *, sweep: bool) -> list[str]:
     """Overrides whose values Hydra's grammar cannot read, such as ``paths.run_dir=a = b``, with these in quotes; a
     comma parts values in a sweep alone."""
@@ -257,12 +254,8 @@ def check_command_line(
 ) -> None:
     """Compose what `arguments` ask for and pass it through the door, without importing anything that it names. Who
     names a run folder, `run_dir`, asks for what is written there, wherever it lies. The words of a stage are those
-    `of_a_recipe`, not of the user.
-
-    Raises:
-        ConfigError: it does not compose; the message has the nearest valid key or option.
-        ForbiddenTarget: it names code that a configuration may not name.
-    """
+    `of_a_recipe`, not of the user. Raises ConfigError, with the nearest valid key or option, if it does not compose;
+    ForbiddenTarget if it names code that a configuration may not name."""
     args = get_args_parser().parse_args(arguments)
     if args.hydra_help or args.shell_completion or args.info:
         return
@@ -432,8 +425,7 @@ def _nearest(text: str, good: list[str], config_name: str) -> str | None:
     if value in options:
         return None if sign else f"did you mean +{text}? '{key}' has no default option that could be replaced"
     if options:
-        near = difflib.get_close_matches(value, options, n=1)
-        hint = f"did you mean {sign}{key}={near[0]}?" if near else f"there are: {', '.join(options)}"
+        hint = did_you_mean(value, options, form=f"{sign}{key}={{}}", otherwise="there are: {}")
         return f"there is no {key} '{value}'; {hint}"
     try:
         cfg = compose(config_name, overrides=good)

@@ -8,8 +8,9 @@ from typing import Any
 
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.targets import check_plain
-from omnitrain.config.typed import ConfigError, nearest, typed
+from omnitrain.config.typed import ConfigError, typed
 from omnitrain.evaluation.settings import SETTINGS
+from omnitrain.files import did_you_mean
 
 _KEYS = tuple(f.name for f in fields(RunConfig))
 
@@ -26,6 +27,6 @@ def read(values: Mapping[str, Any]) -> RunConfig:
     evaluation = known.pop("evaluation", None) or {}
     kind = evaluation.get("scores", "heldout")
     if kind not in SETTINGS:
-        raise ConfigError(f"evaluation.scores={kind}{nearest(str(kind), SETTINGS)}")
+        raise ConfigError(f"evaluation.scores={kind}; {did_you_mean(kind, SETTINGS)}")
     scores = typed(SETTINGS[kind], evaluation, "evaluation")
     return typed(RunConfig, {**known, "evaluation": scores, "variables": variables})

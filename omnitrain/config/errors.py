@@ -32,12 +32,12 @@ def explained(run: Callable[[], T]) -> tuple[int, T | None]:
     mend is one message on stderr, with a traceback only under HYDRA_FULL_ERROR=1."""
     try:
         return 0, run()
-    except KeyboardInterrupt:
-        return _interrupted(), None
-    except SystemExit as stop:
-        if not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way of ending
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Ctrl-C itself, or how Lightning ends after it
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        return _interrupted(), None
+        print("interrupted", file=sys.stderr)
+        return 130, None
     except BrokenPipeError:  # the reader, such as head, has gone
         sys.stderr.close()
         return 0, None
@@ -61,11 +61,9 @@ def explains_errors(main: Callable[[list[str]], int | None]) -> Callable[[list[s
 
 
 def explanation(error: BaseException) -> str | None:
-    """What to tell the user, or None if only a traceback helps: the error is a mistake of the program.
-
-    Errors of our own classes were raised for the user, and so were plain ones for what is wrong with a value, a file or
-    an installation; except where torch, Lightning or NumPy raise them from within.
-    """
+    """What to tell the user, or None if only a traceback helps: the error is a mistake of the program. Errors of our
+    own classes were raised for the user, and so were plain ones for what is wrong with a value, a file or an
+    installation; except where torch, Lightning or NumPy raise them from within."""
     home = type(error).__module__.partition(".")[0]
     ours = home in ("omnitrain", "omegaconf", "hydra") or type(error).__name__ == "MisconfigurationException"
     if ours or isinstance(error, ImportError):
@@ -78,8 +76,3 @@ def explanation(error: BaseException) -> str | None:
     raised_in = innermost.f_globals.get("__name__", "").partition(".")[0]
     of_a_value = isinstance(error, ValueError) and raised_in not in ("torch", "lightning", "numpy")
     return str(error) if of_a_value or (isinstance(error, RuntimeError) and raised_in == "omnitrain") else None
-
-
-def _interrupted() -> int:
-    print("interrupted", file=sys.stderr)
-    return 130

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from omnitrain.config.door import read
 from omnitrain.config.run_config import RunConfig
@@ -42,7 +42,7 @@ for _kind in (_Loader, _Dumper):  # numbers such as 1e-3, which YAML 1.1 takes f
 def portable(values: Any, run_dir: Path) -> Any:
     """Plain `values` with `HERE` where a text names the folder `run_dir` or something in it."""
     inside = re.compile(r"(?<![\w./~-])" + re.escape(str(run_dir)) + r"(?![^/'\",\]\s])")
-    return _each_text(values, lambda text: inside.sub(HERE, text))
+    return apply_to_collection(values, str, lambda text: inside.sub(HERE, text))
 
 
 def write_config(config: RunConfig, run_dir: Path) -> None:
@@ -74,9 +74,9 @@ def read_values(run_dir: Path) -> dict[str, Any]:
         )
     own = str(run_dir.resolve())
     before = (values.get("paths") or {}).get("run_dir")
-    values = _each_text(values, lambda text: text.replace(HERE, own))
+    values = apply_to_collection(values, str, lambda text: text.replace(HERE, own))
     if isinstance(before, str) and before.startswith("/") and before != own:  # of before folders could be moved
-        values = _each_text(values, lambda text: text.replace(before, own))
+        values = apply_to_collection(values, str, lambda text: text.replace(before, own))
     values["paths"] = {**(values.get("paths") or {}), "run_dir": own}
     return values
 
@@ -98,11 +98,3 @@ def read_config(run_dir: Path) -> RunConfig:
         return read(values)
     except ConfigError as error:
         raise type(error)(f"{Path(run_dir) / CONFIG}: {error}") from error
-
-
-def _each_text(node: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(node, dict):
-        return {key: _each_text(value, change) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_each_text(value, change) for value in node]
-    return change(node) if isinstance(node, str) else node

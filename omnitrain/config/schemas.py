@@ -46,13 +46,10 @@ def _root() -> DictConfig:
 def _options() -> dict[str, dict[str, DictConfig]]:
     c = run_config
     callbacks = {
-        "checkpoint": c.CheckpointConfig,
-        "spike_guard": c.SpikeGuardConfig,
-        "throughput": c.ThroughputConfig,
-        "record": c.RunRecordConfig,
-        "progress": c.ProgressConfig,
-        "media_panels": c.MediaPanelsConfig,
-    }
+        "checkpoint": c.CheckpointConfig, "spike_guard": c.SpikeGuardConfig, "throughput": c.ThroughputConfig,
+        "record": c.RunRecordConfig, "progress": c.ProgressConfig, "media_panels": c.MediaPanelsConfig,
+    }  # fmt: skip
+    modules = {"thinker": c.ThinkerModuleConfig, "talker": c.TalkerModuleConfig, "codec": c.CodecModuleConfig}
     return {
         "model": {
             **{name: omni(name, speech=False) for name in PRESETS},
@@ -61,11 +58,7 @@ def _options() -> dict[str, dict[str, DictConfig]]:
             "pretrained": _named(c.PretrainedConfig),
         },
         "data": {"shards": _named(DataConfig), "waveforms": _named(WaveformsConfig)},
-        "module": {
-            "thinker": _named(c.ThinkerModuleConfig),
-            "talker": _named(c.TalkerModuleConfig),
-            "codec": _named(c.CodecModuleConfig),
-        },
+        "module": {name: _named(cls) for name, cls in modules.items()},
         "optim": {"adamw": schema(c.OptimConfig)},
         "trainer": {"trainer": schema(c.TrainerConfig)},
         "callbacks": {"default": OmegaConf.create({name: _named(cls) for name, cls in callbacks.items()})},

@@ -8,7 +8,6 @@ very data that were checked; nothing in them is resolved again.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -16,9 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.apply_func import apply_to_collection
+
 from omnitrain.config import run_config
 from omnitrain.config.typed import TARGET, ConfigError, Named
 from omnitrain.data.settings import DataConfig, WaveformsConfig
+from omnitrain.files import did_you_mean
 from omnitrain.models.sizes import CodecConfig, OmniConfig
 
 EXTRA_VARIABLE = "OMNITRAIN_TARGETS"
@@ -105,8 +107,8 @@ def is_own(target: str) -> bool:
 
 
 def _refusal(target: str, place: str) -> str:
-    near = difflib.get_close_matches(target, CONSTRUCTORS, n=1, cutoff=0.8)
-    hint = f"did you mean {near[0]}?" if near else "it may name the constructors listed in docs/keys.md."
+    otherwise = "it may name the constructors listed in docs/keys.md."
+    hint = did_you_mean(target, CONSTRUCTORS, otherwise=otherwise, cutoff=0.8)
     return (
         f"{place or 'the configuration'}: {TARGET} {target!r} is not allowed in a configuration; {hint} A class of "
         f"your own package is allowed by the environment variable {EXTRA_VARIABLE}=PACKAGE"
@@ -131,7 +133,7 @@ def build(node: Named, *arguments: Any, place: str = "", **offered: Any) -> Any:
     which names the place, if the constructor refuses."""
     config_class(node.target, place)
     constructor = _located(node.target, place)
-    keywords = {key: built(value) for key, value in node.keywords.items()}
+    keywords = built(node.keywords)
     if node.config is not None:
         if inspect.isclass(constructor):
             arguments = (*arguments, node.config)
@@ -147,30 +149,24 @@ def build(node: Named, *arguments: Any, place: str = "", **offered: Any) -> Any:
 
 def built(value: Any) -> Any:
     """`value` with every :class:`Named` in it built."""
-    if isinstance(value, Named):
-        return build(value)
-    if isinstance(value, Mapping):
-        return {key: built(item) for key, item in value.items()}
-    return [built(item) for item in value] if isinstance(value, list) else value
+    return apply_to_collection(value, Named, build)
 
 
-def check_targets(config: Any, place: str = "") -> None:
+def check_targets(config: Any) -> None:
     """Refuse names of code that are not allowed; what is not resolved yet is left alone. Raises as `check_plain`."""
-    for where, key, value in walk(config, place):
-        if key != TARGET or (isinstance(value, str) and "${" in value):
-            continue
-        if not isinstance(value, str):
+    for where, key, value in walk(config):
+        if key == TARGET and not isinstance(value, str):
             raise ForbiddenTarget(f"{where}: {TARGET} must be the name of a constructor, not {value!r}")
-        if value not in CONSTRUCTORS and not is_own(value):
+        if key == TARGET and "${" not in value and value not in CONSTRUCTORS and not is_own(value):
             raise ForbiddenTarget(_refusal(value, where))
 
 
-def check_plain(config: Any, place: str = "") -> None:
+def check_plain(config: Any) -> None:
     """Refuse what would mean more than it shows: names of code that are not allowed, Hydra's own marks, and text that
     would be resolved again. Imports nothing, but what lies in the user's own packages. Raises ForbiddenTarget or
     MissingTarget."""
-    check_targets(config, place)
-    for where, key, value in walk(config, place):
+    check_targets(config)
+    for where, key, value in walk(config):
         if key in ("_partial_", "_args_", "_recursive_", "_convert_"):
             raise ForbiddenTarget(f"{where}: {key} is not allowed in a configuration; leave it out")
         if isinstance(value, str) and "${" in value:

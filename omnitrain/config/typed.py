@@ -8,7 +8,6 @@ YAML and the command line say only what differs and a value of the wrong type is
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from omegaconf import MISSING as OPEN
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
+
+from omnitrain.files import did_you_mean
 
 T = TypeVar("T")
 
@@ -55,11 +56,8 @@ _NODES = {int: IntegerNode, float: FloatNode, bool: BooleanNode, str: StringNode
 
 def schema(cls: Any, value: Any = None, *, target: str | None = None) -> DictConfig:
     """A dataclass as Hydra composes it: a mapping of all its fields with their defaults (or the values of the instance
-    `value`) and the types of their values; `target`, its constructor, stands in front.
-
-    Further keys can be added to it (with ``+``): whether they mean anything, `typed` decides, which also knows classes
-    that derive from ours.
-    """
+    `value`) and the types of their values; `target`, its constructor, stands in front. Further keys can be added to it
+    (with ``+``): whether they mean anything, `typed` decides, which also knows classes that derive from ours."""
     hints: dict[str, Any] = annotations(cls)
     content: dict[str, Any] = {} if target is None else {TARGET: target}
     for f in fields(cls):
@@ -97,7 +95,7 @@ def typed(cls: type[T], values: Any, place: str = "") -> T:
         raise ConfigError(f"{place or 'the configuration'}: write a mapping of {', '.join(hints)}, not {values!r}")
     for name in values:
         if name not in hints:
-            raise ConfigError(f"{_at(place, name)}: there is no such key{nearest(str(name), hints)}")
+            raise ConfigError(f"{_at(place, name)}: there is no such key; {did_you_mean(name, hints)}")
     found = {name: _value(hints[str(name)], value, _at(place, name)) for name, value in values.items()}
     for f in fields(cast(Any, cls)):
         if f.name not in found and _default(f) is OPEN:
@@ -107,12 +105,6 @@ def typed(cls: type[T], values: Any, place: str = "") -> T:
     except ValueError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(place.split(".")[0]) else f"{place}: {message}") from error
-
-
-def nearest(name: str, known: Any) -> str:
-    """``; did you mean X?``, or what there is."""
-    near = difflib.get_close_matches(name, [str(key) for key in known], n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(map(str, known))}"
 
 
 def _value(annotation: Any, value: Any, place: str) -> Any:
@@ -223,3 +215,8 @@ def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value before, value after) of all that differs; None where there is no such key."""
     a, b = dict(leaves(before)), dict(leaves(after))
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]}
+
+
+def shown_change(values: tuple[Any, Any]) -> str:
+    """One of `changes` in words, such as ``0.1 -> (none)``."""
+    return " -> ".join("(none)" if value is None else str(value) for value in values)

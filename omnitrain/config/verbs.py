@@ -3,9 +3,8 @@ no torch)."""
 
 from __future__ import annotations
 
-import difflib
-
 from omnitrain.config.locations import CONF, RECIPES
+from omnitrain.files import did_you_mean
 
 HYDRA_VERBS = {
     "fit": "train; continues the run in its folder with ckpt_path=last",
@@ -25,8 +24,7 @@ VERBS = {**HYDRA_VERBS, **TOOL_VERBS}
 
 def no_such_verb(verb: str) -> str:
     """What to tell one who has written `verb`, which is none."""
-    near = difflib.get_close_matches(verb, VERBS, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"verbs are: {', '.join(VERBS)}"
+    hint = did_you_mean(verb, VERBS, form="'{}'", otherwise="verbs are: {}")
     return f"there is no verb '{verb}'; {hint}"
 
 

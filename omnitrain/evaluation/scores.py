@@ -59,6 +59,7 @@ EXACT_MATCH = Measure(name="exact_match", unit="exact match", lower_is_better=Fa
 CHRF = Measure(name="chrf", unit="chrF", lower_is_better=False, form=".1f")
 WER = Measure(name="wer", unit="word error rate", lower_is_better=True)
 SWAP_GAIN = Measure(name="swap_gain", unit="media swap, nats", lower_is_better=False)
+MEASURES = (NATS_PER_TOKEN, BITS_PER_BYTE, CHRF, EXACT_MATCH, WER, SWAP_GAIN)
 
 
 @dataclass(frozen=True, kw_only=True)

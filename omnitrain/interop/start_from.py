@@ -5,7 +5,6 @@ A training starts from a run, a folder in the public format or, for its Thinker,
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnitrain.files import LAST_CHECKPOINT
+from omnitrain.files import LAST_CHECKPOINT, did_you_mean
 from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.interop.public_format import SPEECH_PARTS, load_pretrained
@@ -106,8 +105,7 @@ def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path
     notices = []
     for part, folder in init_from.items():
         if part not in INIT_PARTS:
-            near = difflib.get_close_matches(str(part), INIT_PARTS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"parts are {', '.join(INIT_PARTS)}"
+            hint = did_you_mean(part, INIT_PARTS, otherwise="parts are {}")
             raise ValueError(f"module.init_from.{part}: there is no such part; {hint}")
         notices += _start_parts(model, Path(folder), part)
     return notices

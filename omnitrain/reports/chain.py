@@ -53,14 +53,9 @@ class _Row:
 def write_stages_report(
     run_dir: Path, stages: Sequence[StageRecord], out: Path | None = None
 ) -> tuple[Path, list[str]]:
-    """Write the page, by default to ``run_dir/report.html``; `run_dir` is the folder of the run of stages.
-
-    Returns:
-        its path, and a line for everything that is missing in it.
-
-    Raises:
-        ValueError: a file of a stage cannot be read; the message names it.
-    """
+    """Write the page, by default to ``run_dir/report.html``; `run_dir` is the folder of the run of stages. Returns its
+    path, and a line for everything that is missing in it. Raises ValueError, naming it, for a file of a stage that
+    cannot be read."""
     path = out or run_dir / REPORT
     rows = [_row(stage, path.parent) for stage in stages]
     missing = [line for row in rows for line in _missing(row)]
@@ -95,19 +90,10 @@ def _row(stage: StageRecord, beside: Path) -> _Row:
         steps=int(steps[0][-1]) if steps else None,
         planned_steps=(config.get("trainer") or {}).get("max_steps"),
         tokens=run.last("seen/tokens"),
-        seconds=_training_seconds(run),
+        seconds=run.training_seconds,
         losses={modality: float(losses[-1]) for modality, (_, losses) in run.below("validation/loss/").items()},
         mixture=mixture(run.data, config.get("mix"), MODALITIES) if run.data else None,
     )
-
-
-def _training_seconds(run: Run) -> float | None:
-    """Time of all steps, from the throughput file; steps that a resumed run took again count once."""
-    if "seconds_per_step" not in run.throughput:
-        return None
-    latest = dict(zip(*run.throughput["seconds_per_step"], strict=True))
-    steps = np.array(sorted(latest))
-    return float(sum(np.diff(steps, prepend=0) * [latest[step] for step in steps]))
 
 
 def _curves(rows: Sequence[_Row]) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, float]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,7 @@ from markupsafe import Markup
 
 from omnitrain.data.sample import MODALITIES
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
-from omnitrain.evaluation.scores import (
-    BITS_PER_BYTE,
-    CHRF,
-    EXACT_MATCH,
-    NATS_PER_TOKEN,
-    SCORE_COLUMNS,
-    SWAP_GAIN,
-    WER,
-    Measure,
-    Scores,
-    read_table,
-    scores_of,
-)
+from omnitrain.evaluation.scores import MEASURES, SCORE_COLUMNS, Measure, Scores, read_table, scores_of
 from omnitrain.files import PREDICTIONS, SCORES, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.run import Run, flat, formatted, read_run, templates
@@ -59,13 +47,9 @@ class Line:
     dropped: int
 
 
-def compare_runs(scores: Scores, names: Sequence[str], *, seed: int = 0) -> list[Line]:
-    """All lines, by modality: everything together, then by split and by task.
-
-    Args:
-        scores: of the runs, each with its name as `arm`.
-        names: the runs in order; those without items are columns without values.
-    """
+def compare_runs(scores: Scores, names: Sequence[str]) -> list[Line]:
+    """All lines, by modality: everything together, then by split and by task. In `scores` each run has its name as
+    `arm`; those of `names`, which are in order, without items are columns without values."""
     places = {arm: place for place, (_, arm, _) in enumerate(scores.runs)}
     lines = []
     for modality in MODALITIES:
@@ -75,23 +59,15 @@ def compare_runs(scores: Scores, names: Sequence[str], *, seed: int = 0) -> list
             values = scores.values_of(cut, {"modality": [modality]})
             if len(values) > 1:
                 parts += [(f"{cut} {figures.title(v)}", mine & scores.where(**{cut: [v]})) for v in values]
-        for part, chosen in parts:
-            for measure in (NATS_PER_TOKEN, BITS_PER_BYTE, CHRF, EXACT_MATCH, WER, SWAP_GAIN):
-                line = _line(scores, [places.get(name) for name in names], modality, part, chosen, measure, seed)
-                if line is not None:
-                    lines.append(line)
-    return lines
+        for (part, chosen), measure in product(parts, MEASURES):
+            lines.append(_line(scores, [places.get(name) for name in names], (modality, part), chosen, measure))
+    return [line for line in lines if line is not None]
 
 
 def _line(
-    scores: Scores,
-    places: Sequence[int | None],
-    modality: str,
-    part: str,
-    chosen: np.ndarray,
-    measure: Measure,
-    seed: int,
+    scores: Scores, places: Sequence[int | None], of: tuple[str, str], chosen: np.ndarray, measure: Measure
 ) -> Line | None:
+    """The line `of` a modality and a part, which holds the `chosen` items."""
     numerator, weight = scores.parts(measure)
     scored = [p for p in places if p is not None and (np.isfinite(numerator[p]) & chosen & (weight > 0)).any()]
     if not scored:
@@ -102,31 +78,21 @@ def _line(
 
     def interval(values: np.ndarray) -> Interval:
         # A ratio estimator: these average to the sum of the values over the sum of the weights.
-        return bootstrap_interval(values[common] * (n / weight[common].sum()), groups=groups, seed=seed)
+        return bootstrap_interval(values[common] * (n / weight[common].sum()), groups=groups)
 
     totals = [numerator[p] if p in scored and n > 0 else None for p in places]
-    first = totals[0]
+    first, *others = totals
     return Line(
-        modality=modality,
-        part=part,
-        measure=measure,
-        values=tuple(None if of is None else interval(of) for of in totals),
-        differences=(None, *(None if of is None or first is None else interval(of - first) for of in totals[1:])),
-        items=n,
-        dropped=int(finite.any(axis=0).sum()) - n,
-    )
+        modality=of[0], part=of[1], measure=measure, items=n, dropped=int(finite.any(axis=0).sum()) - n,
+        values=tuple(None if x is None else interval(x) for x in totals),
+        differences=(None, *(None if x is None or first is None else interval(x - first) for x in others)),
+    )  # fmt: skip
 
 
 def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, list[str]]:
-    """Write the page; differences are to the first run.
-
-    Returns:
-        its path, and a line for everything that is missing in it.
-
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        ValueError: fewer than two runs, one given twice, or a file that cannot be used.
-    """
+    """Write the page; differences are to the first run. Returns its path, and a line for everything that is missing in
+    it. Raises FileNotFoundError for no such folder; ValueError for fewer than two runs, one given twice, or a file that
+    cannot be used."""
     paths = [Path(folder) for folder in folders]
     if len(paths) < 2 or len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a comparison needs at least two different runs")
@@ -200,14 +166,10 @@ def _shown(line: Line) -> dict[str, Any]:
         return {"value": value, "range": shown, "mark": ("good" if better else "warn") if outside else ""}
 
     return {
-        "modality": line.modality,
-        "part": line.part,
-        "measure": line.measure.unit,
+        "modality": line.modality, "part": line.part, "measure": line.measure.unit, "items": line.items,
         "arrow": "↓" if line.measure.lower_is_better else "↑",
-        "values": [text(v) for v in line.values],
-        "differences": [text(d, "+") for d in line.differences[1:]],
-        "items": line.items,
-    }
+        "values": [text(v) for v in line.values], "differences": [text(d, "+") for d in line.differences[1:]],
+    }  # fmt: skip
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

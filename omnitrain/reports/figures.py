@@ -24,46 +24,19 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Name -> (steps [n], values [n])."""
 _INK, _LINE = "#010203", "#010204"
-MODALITY_COLOURS = {
-    "text": "#5b83d6",
-    "image": "#d98a3d",
-    "audio": "#36a185",
-    "video": "#a86cc4",
-    "audio_video": "#d1607f",
-}
-_OTHER = "#8a8f98"
-ARM_COLOURS = {
-    "text": "#5b83d6",
-    "vision": "#d98a3d",
-    "audio": "#36a185",
-    "omni_early": "#d1607f",
-    "omni_late": "#a86cc4",
-}
+_BLUE, _ORANGE, _GREEN, _VIOLET, _RED, _OTHER = "#5b83d6", "#d98a3d", "#36a185", "#a86cc4", "#d1607f", "#8a8f98"
+MODALITY_COLOURS = {"text": _BLUE, "image": _ORANGE, "audio": _GREEN, "video": _VIOLET, "audio_video": _RED}
+ARM_COLOURS = {"text": _BLUE, "vision": _ORANGE, "audio": _GREEN, "omni_early": _RED, "omni_late": _VIOLET}
 
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _LINE,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.handlelength": 1.2,
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": _INK,
+    "axes.labelcolor": _INK, "axes.edgecolor": _LINE, "axes.titlesize": 10.5, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": _LINE, "grid.linewidth": 0.6,
+    "xtick.color": _INK, "ytick.color": _INK, "xtick.major.size": 0, "ytick.major.size": 0,
+    "legend.frameon": False, "legend.fontsize": 8.5, "legend.handlelength": 1.2,
     "lines.solid_capstyle": "round",
-}
+}  # fmt: skip
 
 
 def colour(modality: str) -> str:
@@ -99,10 +72,7 @@ def _axes(
     count: int, columns: int, panel: tuple[float, float], margin: tuple[float, float] = (0, 0)
 ) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels in rows of at most `columns`, and empty places where the last row is not full.
-
-    Args:
-        panel, margin: width and height in inches, of a panel and of what the figure has besides.
-    """
+    `panel`, `margin`: width and height in inches, of a panel and of what the figure has besides."""
     columns = min(columns, count)
     rows = -(-count // columns)
     size = (panel[0] * columns + margin[0], panel[1] * rows + margin[1])
@@ -241,11 +211,8 @@ def lines(series: Columns, ylabel: str, *, share: bool = False) -> Markup:
 
 @_styled
 def forest(panels: Sequence[Mapping[str, Any]]) -> Markup:
-    """Differences with their intervals against a margin, one panel per row of a table.
-
-    Args:
-        panels: each ``title``, ``unit``, ``margin``, and ``lines``: label, arm, value, low, high (None: no interval).
-    """
+    """Differences with their intervals against a margin, one panel per row of a table: each has ``title``, ``unit``,
+    ``margin``, and ``lines``: label, arm, value, low, high (None: no interval)."""
     rows = max(len(panel["lines"]) for panel in panels)
     figure, axes_of = _axes(len(panels), len(panels), (3.2, 1.25 + 0.34 * rows), (0.4, 0))
     for axes, panel in zip(axes_of, panels, strict=True):
@@ -278,12 +245,8 @@ def arm_curves(
     ylabel: str,
     colours: Mapping[str, str] = ARM_COLOURS,
 ) -> Markup:
-    """Mean curve of each arm over its seeds, with a band from the lowest to the highest seed.
-
-    Args:
-        panels: title -> arm -> for each seed (x [n], losses [n]), x rising; lengths may differ.
-        colours: by arm.
-    """
+    """Mean curve of each arm over its seeds, with a band from the lowest to the highest seed. `panels`: title -> arm ->
+    for each seed (x [n], losses [n]), x rising; lengths may differ. `colours`: by arm."""
     figure, axes_of = _axes(len(panels), 3, (3.0, 2.5), (0.6, 0))
     named: dict[str, Any] = {}
     for axes, (name, arms) in zip(axes_of, panels.items(), strict=False):

@@ -16,10 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def largest_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: -item[1])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """
@@ -70,15 +66,12 @@ def planned_draws(data: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def by_source(data: Mapping[str, Any], asked: Mapping[str, Any] | None = None) -> list[Group]:
-    """One row per source, in the order of the configuration.
-
-    Args:
-        asked: a recipe's `mix`: source -> ``{"tokens": relative share, ...}``.
-    """
+    """One row per source, in the order of the configuration. `asked`: a recipe's `mix`, source -> ``{"tokens": relative
+    share, ...}``."""
     seen, drawn = data.get("seen", {}).get("source", {}), data.get("drawn", {})
     planned, asked = planned_draws(data) or {}, asked or {}
     total = sum(asked.get(name, {}).get("tokens", 0) for name in drawn)
-    bound = _processes(data) * (int(data.get("stage", 0)) + 1)
+    bound = data.get("processes", 1) * (int(data.get("stage", 0)) + 1)
     named = dict.fromkeys([*(n for stage in data.get("planned", []) for n in stage.get("shares", {})), *drawn])
     rows = []
     for name in named:
@@ -116,7 +109,8 @@ def _by_group(data: Mapping[str, Any], kind: str, group_of: Callable[[str], str]
             here = [name for name in weighted if group in counts[name]]
             part = sum(weighted[name] * counts[name][group] / sizes[name] for name in here) / max(1, all_drawn)
             plan = part * used
-            if _processes(data) == 1:  # processes take their own places of an order, which is no part of an epoch
+            # Several processes take their own places of an order, which is no part of an epoch.
+            if data.get("processes", 1) == 1:
                 bound = (all_drawn - used) * max(part, 1 - part) + sum(
                     stages + _partial(int(drawn[name]), sizes[name], counts[name][group]) for name in here
                 )
@@ -127,16 +121,12 @@ def _by_group(data: Mapping[str, Any], kind: str, group_of: Callable[[str], str]
 
 def _group(name: str, seen: Mapping[str, Any], planned: float | None, bound: float | None, **more: Any) -> Group:
     samples, tokens = (int(seen.get(what, {}).get(name, 0)) for what in ("samples", "tokens"))
+    planned_tokens = planned * tokens / samples if planned is not None and samples else None
+    share = tokens / max(1, sum(seen.get("tokens", {}).values()))
     return Group(
-        name=name,
-        planned=planned,
-        bound=bound,
-        samples=samples,
-        tokens=tokens,
-        share=tokens / max(1, sum(seen.get("tokens", {}).values())),
-        planned_tokens=planned * tokens / samples if planned is not None and samples else None,
-        **more,
-    )
+        name=name, planned=planned, bound=bound, samples=samples, tokens=tokens, share=share,
+        planned_tokens=planned_tokens, **more,
+    )  # fmt: skip
 
 
 def _partial(drawn: int, size: int, count: int) -> float:
@@ -144,10 +134,6 @@ def _partial(drawn: int, size: int, count: int) -> float:
     q = drawn % size
     mean = q * count / size
     return max(min(q, count) - mean, mean - max(0, q - (size - count)))
-
-
-def _processes(data: Mapping[str, Any]) -> int:
-    return int(data.get("processes", 1))
 
 
 def _summed(counts: Mapping[str, int], group_of: Callable[[str], str]) -> dict[str, int]:
@@ -161,7 +147,7 @@ def mixture(data: Mapping[str, Any], asked: Mapping[str, Any] | None, modalities
     """What the report shows of ``data.json``; `modalities`: their usual order."""
     order = list(modalities)
     rows = by_modality(data)
-    skipped = largest_first(data.get("skipped", {}))
+    skipped = Counter(data.get("skipped", {})).most_common()
     drawn, seen = sum(data.get("drawn", {}).values()), sum(row.samples for row in rows)
     return {
         "stages": data.get("planned", []),
@@ -171,7 +157,7 @@ def mixture(data: Mapping[str, Any], asked: Mapping[str, Any] | None, modalities
         "languages": by_language(data)[:24],
         "skipped": skipped,
         "waiting": max(0, drawn - seen - sum(n for _, n in skipped)),
-        "processes": _processes(data),
+        "processes": data.get("processes", 1),
         "packing_efficiency": data.get("packing_efficiency"),
         "tokens": data.get("tokens"),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,24 +21,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
+from omnitrain import files
 from omnitrain.data.media import MediaLimits, decode_video, encode_image
 from omnitrain.data.sample import MODALITIES, BadSample, Segment
 from omnitrain.data.view import Shown, browser_media, data_uri, show, spectrogram
-from omnitrain.files import (
-    CONFIG,
-    DATA,
-    ENVIRONMENT,
-    METRICS,
-    PREDICTIONS,
-    REPORT,
-    SCORES,
-    SKIPPED_STEPS,
-    THROUGHPUT,
-    read_json,
-    write_text,
-)
+from omnitrain.files import read_json, write_text
 from omnitrain.reports import figures
-from omnitrain.reports.mixture import largest_first, mixture
+from omnitrain.reports.mixture import mixture
 
 SAMPLES_PER_MODALITY = 8
 
@@ -83,6 +73,15 @@ class Run:
         return {name.removeprefix(prefix): v for name, v in self.metrics.items() if name.startswith(prefix)}
 
     @property
+    def training_seconds(self) -> float | None:
+        """Time of all steps, from the throughput file; steps that a resumed run took again count once."""
+        if "seconds_per_step" not in self.throughput:
+            return None
+        latest = dict(zip(*self.throughput["seconds_per_step"], strict=True))
+        steps = np.array(sorted(latest))
+        return float(sum(np.diff(steps, prepend=0) * [latest[step] for step in steps]))
+
+    @property
     def amounts(self) -> dict[str, float]:
         """Steps, tokens and samples trained on, as far as they are known."""
         steps = max((steps[-1] for steps, _ in self.metrics.values()), default=None)
@@ -97,12 +96,8 @@ def _scores(run: Run) -> str:
 
 
 def read_run(folder: str | Path, *, samples: bool = True) -> Run:
-    """Read a run folder; without `samples`, leave out predictions and speech, which are large.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a file is there but cannot be read; the message names it.
-    """
+    """Read a run folder; without `samples`, leave out predictions and speech, which are large. Raises FileNotFoundError
+    for no such folder; ValueError, naming it, for a file that cannot be read."""
     run = Run(Path(folder))
     if not run.folder.is_dir():
         raise FileNotFoundError(f"{run.folder} is no folder; give the folder of a run (paths.run_dir)")
@@ -116,22 +111,22 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
         run.missing.append(Missing(part, name, fix))
         return empty
 
-    run.config_text, run.config = read(CONFIG, _config, (None, {}), "configuration", train)
-    run.metrics = read(METRICS, _columns, {}, "learning curves", train)
-    run.throughput = read(THROUGHPUT, _columns, {}, "throughput", train)
-    run.data = read(DATA, _record, {}, "data mixture", "written with each checkpoint (callbacks.record)")
-    run.environment = read(ENVIRONMENT, _record, {}, "environment", train)
+    run.config_text, run.config = read(files.CONFIG, _config, (None, {}), "configuration", train)
+    run.metrics = read(files.METRICS, _columns, {}, "learning curves", train)
+    run.throughput = read(files.THROUGHPUT, _columns, {}, "throughput", train)
+    run.data = read(files.DATA, _record, {}, "data mixture", "written with each checkpoint (callbacks.record)")
+    run.environment = read(files.ENVIRONMENT, _record, {}, "environment", train)
     if _scores(run) == "heldout":
-        run.scores = read(SCORES, _record, {}, "held-out scores, media swap, expert load", test)
+        run.scores = read(files.SCORES, _record, {}, "held-out scores, media swap, expert load", test)
         if samples:
-            run.predictions = read(PREDICTIONS, _rows, [], "samples and predictions", test)
+            run.predictions = read(files.PREDICTIONS, _rows, [], "samples and predictions", test)
     else:
         run.speech = read("eval/speech.json", _record, {}, "scores of the speech", test)
         if samples:
             run.spoken = read("eval/speech.parquet", _rows, [], "speech to listen to", test)
     # These exist only when there is something to tell.
     run.bad_samples = [row for path in sorted(run.folder.glob("bad_samples*.jsonl")) for row in _json_lines(path)]
-    if (path := run.folder / SKIPPED_STEPS).is_file():
+    if (path := run.folder / files.SKIPPED_STEPS).is_file():
         run.skipped_steps = _json_lines(path)
     return run
 
@@ -415,20 +410,15 @@ def _render(run: Run) -> str:
         use_figure=lines(run.below("codebook/perplexity/"), "perplexity of the codebooks"),
         mixture=mixture(run.data, run.config.get("mix"), MODALITIES) if run.data else None,
         speed=_speed(run),
-        evaluation_skipped=largest_first(run.scores.get("skipped", {})),
+        evaluation_skipped=Counter(run.scores.get("skipped", {})).most_common(),
         environment_rows=list(flat(run.environment).items()),
     )  # fmt: skip
 
 
 def write_report(run: str | Path | Run, out: str | Path | None = None) -> Path:
     """Write the report of a run (its folder, or what `read_run` returned) and return its path, by default
-    ``RUN_DIR/report.html``.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a file in it is broken; the message names it.
-    """
+    ``RUN_DIR/report.html``. Raises as `read_run` does."""
     run = run if isinstance(run, Run) else read_run(run)
-    path = Path(out) if out is not None else run.folder / REPORT
+    path = Path(out) if out is not None else run.folder / files.REPORT
     write_text(path, _render(run))
     return path

@@ -14,7 +14,6 @@ an interrupted run, and a stage that can continue (`ckpt_path=last`, `data encod
 from __future__ import annotations
 
 import ctypes
-import difflib
 import os
 import re
 import shlex
@@ -37,7 +36,7 @@ from omnitrain.config.saved import portable, read_values
 from omnitrain.config.targets import ForbiddenTarget
 from omnitrain.config.typed import ConfigError
 from omnitrain.config.verbs import HYDRA_VERBS, VERBS, no_such_verb
-from omnitrain.files import CONFIG, REPORT, STAGES, printable, read_json, write_json
+from omnitrain.files import CONFIG, REPORT, STAGES, did_you_mean, printable, read_json, write_json
 
 ALL = "all"
 """What `stage_overrides` has for every stage that is a ``fit``."""
@@ -78,15 +77,9 @@ class Stage:
 
 
 def read_stages(stages: Any, overrides: Any) -> list[Stage]:
-    """The stages of a resolved configuration, what `overrides` adds to each at its end.
-
-    Args:
-        stages: list of ``{name, command}``.
-        overrides: stage -> list of further words, or None to leave it out; `ALL` -> words for every ``fit`` among them.
-
-    Raises:
-        ConfigError: one that cannot be run; the message names it and what to write.
-    """
+    """The stages of a resolved configuration, a list of ``{name, command}``, what `overrides` adds to each at its end:
+    stage -> list of further words, or None to leave it out; `ALL` -> words for every ``fit`` among them. Raises
+    ConfigError, which names it and what to write, for one that cannot be run."""
     if not isinstance(stages, list) or not stages:
         raise ConfigError("stages: write a list of {name: NAME, command: [VERB, ARGUMENT, ...]}")
     overrides = overrides or {}
@@ -109,8 +102,7 @@ def read_stages(stages: Any, overrides: Any) -> list[Stage]:
         found[name] = Stage(name, (verb, *words))
     for name in overrides:
         if name not in found and name != ALL:
-            near = difflib.get_close_matches(name, found, n=1)
-            hint = f"did you mean stage_overrides.{near[0]}?" if near else f"there are {', '.join(found)}"
+            hint = did_you_mean(name, found, form="stage_overrides.{}")
             raise ConfigError(f"stage_overrides.{name}: there is no such stage; {hint}")
     kept = [stage for name, stage in found.items() if overrides.get(name, ...) is not None]
     if not kept:
@@ -126,18 +118,14 @@ def _words(overrides: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
-    """What ``stages.json`` says of the stages that have been run, once all others have been checked.
-
-    Raises:
-        ConfigError: a command is another than the one that was run, or does not compose.
-        ForbiddenTarget: a command names code outside the allowed packages.
-    """
+    """What ``stages.json`` says of the stages that have been run, once all others have been checked. Raises ConfigError
+    for a command that is another than the one that was run, or does not compose; ForbiddenTarget for one that names
+    code outside the allowed packages."""
     if os.environ.get(_INSIDE):
         raise ConfigError(f"stages: the stage '{os.environ[_INSIDE]}' has stages itself; name theirs in one recipe")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ConfigError("stages: every process would run them; start one, and give each stage trainer=ddp")
-    record = run_dir / STAGES
-    done = _read_record(record)
+    done = _read_record(run_dir)
     for stage in stages:
         command = list(stage.command)
         before = done[stage.name]["command"] if stage.name in done else None
@@ -145,7 +133,7 @@ def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"stage '{stage.name}' has been run with another command: {shlex.join(before)}\n"
                 f"now it is: {shlex.join(command)}\nchoose another paths.run_dir, or take '{stage.name}' out of "
-                f"{record} to run it again (and the stages behind it, which have used what it made)"
+                f"{run_dir / STAGES} to run it again (and the stages behind it, which have used what it made)"
             )
         if command[0] not in HYDRA_VERBS:
             _check_places(stage, run_dir)
@@ -155,11 +143,7 @@ def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
 
 
 def _check_places(stage: Stage, run_dir: Path) -> None:
-    """Refuse a stage that would write somewhere else than below the current folder and `run_dir`.
-
-    Raises:
-        ForbiddenTarget: names the stage and the place.
-    """
+    """Refuse a stage that would write somewhere else than below the current folder and `run_dir`."""
     words = stage.command
     written = [b for a, b in pairwise(words) if a in ("--out", "--html", "--collect")]
     written += [word.partition("=")[2] for word in words if word.startswith(("--out=", "--html=", "--collect="))]
@@ -171,11 +155,9 @@ def _check_places(stage: Stage, run_dir: Path) -> None:
 
 
 def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> int:
-    """Run all but those that are `done`, each with a line above its own output, then name the folders.
-
-    SIGINT and SIGTERM go to the running stage, which ends in its own way; then nothing further is started. Returns 0,
-    or the status of the stage that failed or was ended (128 + signal where that killed it).
-    """
+    """Run all but those that are `done`, each with a line above its own output, then name the folders. SIGINT and
+    SIGTERM go to the running stage, which ends in its own way; then nothing further is started. Returns 0, or the
+    status of the stage that failed or was ended (128 + signal where that killed it)."""
     with _forwarded() as child:
         for number, stage in enumerate(stages, start=1):
             header = f"stage {number}/{len(stages)} {printable(stage.name)}"
@@ -194,11 +176,11 @@ def run_stages(stages: Sequence[Stage], run_dir: Path, done: dict[str, Any]) -> 
             done[stage.name] = {"command": portable(list(stage.command), run_dir), "seconds": seconds}
             write_json(run_dir / STAGES, done)
             print(f"{header}: {seconds:g} s", flush=True)
-    for stage in stages:
-        if stage.folder is not None:
-            print(printable(f"{stage.name}: {stage.folder}"))
-            if (stage.folder / REPORT).is_file():
-                print(printable(f"{stage.name}: report: {stage.folder / REPORT}"))
+    for name, folder in ((stage.name, stage.folder) for stage in stages):
+        if folder is not None:
+            print(printable(f"{name}: {folder}"))
+            if (folder / REPORT).is_file():
+                print(printable(f"{name}: report: {folder / REPORT}"))
     print(f"report over all stages: {printable(write_report(stages, run_dir)[0])}")
     return 0
 
@@ -207,7 +189,7 @@ def write_report(stages: Sequence[Stage], run_dir: Path, out: Path | None = None
     """One page over all stages, of what there is so far. Returns its path, and what is missing in it."""
     from omnitrain.reports.chain import StageRecord, write_stages_report
 
-    done = _read_record(run_dir / STAGES)
+    done = _read_record(run_dir)
     records = [
         StageRecord(name=stage.name, command=stage.line(run_dir), folder=stage.folder, finished=stage.name in done)
         for stage in stages
@@ -216,11 +198,8 @@ def write_report(stages: Sequence[Stage], run_dir: Path, out: Path | None = None
 
 
 def stages_of(run_dir: Path) -> list[Stage] | None:
-    """The stages of a run folder, from its ``config.yaml``; None if it is not a run of stages.
-
-    Raises:
-        ConfigError: they cannot be read.
-    """
+    """The stages of a run folder, from its ``config.yaml``; None if it is not a run of stages. Raises ConfigError if
+    they cannot be read."""
     if not (run_dir / CONFIG).is_file():
         return None
     saved = read_values(run_dir)
@@ -286,5 +265,5 @@ def _forwarded() -> Generator[_Child]:
             signal.signal(number, handler)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _read_record(run_dir: Path) -> dict[str, Any]:
+    return read_json(run_dir / STAGES) if (run_dir / STAGES).is_file() else {}

@@ -12,6 +12,7 @@ so that an interrupted run continues behind the last one, and a folder never hol
 from __future__ import annotations
 
 import json
+import mmap
 import sys
 import zlib
 from collections import Counter
@@ -24,8 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -34,10 +33,11 @@ from omnitrain.data.codec_frames import decode_codes, encode_codes, heard_rows, 
 from omnitrain.data.encode import SampleEncoder as ThinkerEncoder
 from omnitrain.data.media import decode_audio
 from omnitrain.data.mixture import one_thread
-from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_medium
+from omnitrain.data.sample import BadSample, Sample, Segment, has_medium
 from omnitrain.data.shards import SampleSource, shard_files, write_shard
 from omnitrain.data.workers import WorkerDied, Workers
 from omnitrain.evaluation.judges import mel_distance
+from omnitrain.evaluation.progress import number_table, wide_console
 from omnitrain.files import printable, read_json, sweep, write_json
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
@@ -55,14 +55,36 @@ Task = tuple[Path, int]
 """The folder of a source, and a sample in it."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A row of the output, or why there is none. `seconds` and `frames`: of its recordings."""
+@dataclass
+class Counts:
+    """`samples` with codec frames, `copied` without; `seconds`, `frames` of their recordings; rows `skipped`, by
+    reason."""
 
-    sample: Sample | None = None
+    samples: int = 0
+    copied: int = 0
     seconds: float = 0.0
     frames: int = 0
-    skipped: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Counts) -> None:
+        self.samples += other.samples
+        self.copied += other.copied
+        self.seconds += other.seconds
+        self.frames += other.frames
+        self.skipped = dict(Counter(self.skipped) + Counter(other.skipped))
+
+    @property
+    def bad(self) -> int:
+        """Rows that could not be used; those without speech were not wanted."""
+        return sum(count for reason, count in self.skipped.items() if reason != "no_recording")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row of the output, or None and what is wrong with it; its `counts` are of this row alone."""
+
+    sample: Sample | None
+    counts: Counts
     complaint: str = ""
 
 
@@ -71,11 +93,7 @@ class SampleEncoder:
     with hidden states of the `thinker` if there is one. `only_speech` leaves out samples without a recording."""
 
     def __init__(
-        self,
-        codec: Codec | MimiCodec,
-        sources: Mapping[Path, SampleSource],
-        only_speech: bool,
-        thinker: Thinker | None = None,
+        self, codec: Codec | MimiCodec, sources: Mapping[Path, SampleSource], only_speech: bool, thinker: Thinker | None
     ) -> None:
         self.codec, self.sources, self.only_speech, self.thinker = codec, sources, only_speech, thinker
         self.fingerprint = codec_fingerprint(codec)
@@ -88,40 +106,36 @@ class SampleEncoder:
         try:
             sample = source[index]
             name = sample.id
-            if not any(map(is_recorded, segments(sample))):
-                return Encoded(skipped="no_recording") if self.only_speech else Encoded(self._embedded(sample, source))
-            return self._encode(sample, source)
+            if any(map(is_recorded, sample.segments)):
+                return self._encode(sample, source)
+            if self.only_speech:
+                return Encoded(None, Counts(skipped={"no_recording": 1}))
+            return Encoded(self._embedded(sample, source), Counts(copied=1))
         except BadSample as error:
             reason, detail = error.reason, error.detail
         except (ValueError, OSError) as error:  # a damaged row group or media table
             reason, detail = "shard_damaged", str(error)
         file, row = source.locate(index)
-        return Encoded(skipped=reason, complaint=f"{file} row {row} id {name}: {reason}: {detail}")
+        return Encoded(None, Counts(skipped={reason: 1}), f"{file} row {row} id {name}: {reason}: {detail}")
 
+    @torch.inference_mode()
     def _encode(self, sample: Sample, source: SampleSource) -> Encoded:
-        seconds, frames = 0.0, 0
-        heard = self.heard(sample, source)
+        counts, heard = Counts(), self._heard(sample, source)
 
         def with_codes(segment: Segment) -> Segment:
-            nonlocal seconds, frames
             if not is_recorded(segment):
                 return segment
             wav = recording(source.media_bytes(segment))
-            codes = self.codes(wav)
-            seconds, frames = seconds + len(wav) / SAMPLE_RATE, frames + len(codes)
+            codes = self.codec.encode(torch.from_numpy(wav)[None])[0].numpy()  # int64 [F, Q]
+            counts.add(Counts(seconds=len(wav) / SAMPLE_RATE, frames=len(codes)))
             data = encode_codes(codes, self.fingerprint, heard.get(id(segment)), self.thinker_fingerprint)
             return replace(segment, media=data, path=None)
 
         encoded = self._embedded(with_segments(sample, with_codes), source)
-        return Encoded(encoded, seconds, frames)
+        counts.add(Counts(samples=1) if counts.frames else Counts(copied=1))
+        return Encoded(encoded, counts)
 
-    @torch.inference_mode()
-    def codes(self, wav: np.ndarray) -> np.ndarray:
-        """float32 [S] -> int64 [F, Q]"""
-        return self.codec.encode(torch.from_numpy(wav)[None])[0].numpy()
-
-    @torch.inference_mode()
-    def heard(self, sample: Sample, source: SampleSource) -> dict[int, Tensor]:
+    def _heard(self, sample: Sample, source: SampleSource) -> dict[int, Tensor]:
         """The Thinker's hidden states [H, D] at the media before a recorded answer, by the `id` of its segment."""
         if self.thinker is None or sample.modality == "text":
             return {}
@@ -147,23 +161,16 @@ class SampleEncoder:
 
 
 def recording(data: bytes) -> np.ndarray:
-    """float32 [S] in [-1, 1] at the codec's rate, as a codec is trained on.
-
-    Raises:
-        BadSample: ``already_codes``, or what `decode_audio` says.
-    """
+    """float32 [S] in [-1, 1] at the codec's rate, as a codec is trained on. Raises BadSample with ``already_codes``, or
+    what `decode_audio` says."""
     if holds_codes(data):
         raise BadSample("already_codes", "the speech segment holds codec frames; encode the shards with the recordings")
     return np.clip(decode_audio(data, SAMPLE_RATE), -1, 1)
 
 
-def segments(sample: Sample) -> list[Segment]:
-    return [segment for message in sample.messages for segment in message.segments]
-
-
 def with_segments(sample: Sample, change: Callable[[Segment], Segment]) -> Sample:
     """The sample with every segment changed."""
-    messages = (Message(role=m.role, segments=tuple(map(change, m.segments))) for m in sample.messages)
+    messages = (replace(message, segments=tuple(map(change, message.segments))) for message in sample.messages)
     return replace(sample, messages=tuple(messages))
 
 
@@ -174,11 +181,8 @@ def is_recorded(segment: Segment) -> bool:
 
 @contextmanager
 def _results(encoder: SampleEncoder, tasks: list[Task], workers: int) -> Generator[Iterator[Encoded]]:
-    """The rows of all tasks, in order, from `workers` processes of one thread each; one worker is this process.
-
-    Raises:
-        ValueError: a worker process died.
-    """
+    """The rows of all tasks, in order, from `workers` processes of one thread each; one worker is this process. Raises
+    ValueError if a worker process died."""
     if workers == 1:
         with one_thread():
             yield map(encoder, tasks)
@@ -191,43 +195,9 @@ def _results(encoder: SampleEncoder, tasks: list[Task], workers: int) -> Generat
             raise ValueError(f"{error}; the same line continues, with fewer --workers") from error
 
 
-@dataclass
-class Counts:
-    """Of a shard: `samples` with codec frames, `copied` without, rows left out by reason."""
-
-    samples: int = 0
-    copied: int = 0
-    seconds: float = 0.0
-    frames: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, row: Encoded) -> Counts:
-        """Those of a single row."""
-        if row.sample is None:
-            return cls(skipped={row.skipped: 1})
-        return cls(row.frames > 0, row.frames == 0, row.seconds, row.frames)
-
-    def add(self, other: Counts) -> None:
-        self.samples += other.samples
-        self.copied += other.copied
-        self.seconds += other.seconds
-        self.frames += other.frames
-        self.skipped = dict(Counter(self.skipped) + Counter(other.skipped))
-
-    @property
-    def bad(self) -> int:
-        """Rows that could not be used; those without speech were not wanted."""
-        return sum(count for reason, count in self.skipped.items() if reason != "no_recording")
-
-
 class Folder:
     """The output folder, made when missing, and its record. It keeps to the codec and choice of rows (`made_with`) that
-    it was begun with.
-
-    Raises:
-        ValueError: it was begun otherwise, or holds shards from elsewhere.
-    """
+    it was begun with: a ValueError refuses others, and a folder with shards from elsewhere."""
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
         self.path, self.made_with = path, json.loads(json.dumps(made_with))
@@ -248,11 +218,7 @@ class Folder:
         sweep(path)
 
     def is_complete(self, file: Path, source: str) -> bool:
-        """Whether the shard was made already.
-
-        Raises:
-            ValueError: from another file of this name.
-        """
+        """Whether the shard was made already. Raises ValueError if it was from another file of this name."""
         known = self.shards.get(file.name)
         if known is None or not (self.path / file.name).is_file():
             return False
@@ -275,11 +241,8 @@ class Folder:
 
 def checksum(file: Path) -> str:
     """CRC-32 of a file, 8 hex digits."""
-    crc = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return f"{zlib.crc32(content):08x}"
 
 
 def encode(
@@ -297,16 +260,18 @@ def encode(
     """Encode `shards` (folders, files or globs) into `out`, print a table and a check, and return the sums.
 
     Args:
-        thinker: a model and its encoder, whose hidden states at media are written beside the codes.
+        thinker: whose hidden states at media are written beside the codes.
         split, where: which rows, as of `SampleSource`.
         only_speech: leave out samples without a recording of speech; otherwise they are copied.
         progress: (title, total) -> context manager of a function that is called after every row.
 
-    Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: two shards of one name, or `out` holds something else.
+    Raises FileNotFoundError for a shard that is missing; ValueError for two of one name, or if `out` holds something
+    else.
     """
-    files = list(dict.fromkeys(file.resolve() for path in shards for file in _shards_of(path)))
+    for path in shards:
+        if Path(path).suffix in (".yaml", ".yml"):
+            raise ValueError(f"{path}: a mapping is no shard; write it to shards with `omnitrain data import` first")
+    files = list(dict.fromkeys(file.resolve() for path in shards for file in shard_files(path)))
     if twice := [name for name, count in Counter(file.name for file in files).items() if count > 1]:
         raise ValueError(f"two shards are called {twice[0]}; encode them into folders of their own")
     if out.resolve() in {file.parent for file in files}:
@@ -341,12 +306,12 @@ def encode(
 
             def samples(file: Path = file, counts: Counts = counts) -> Iterator[Sample]:
                 for row in islice(results, len(rows[file])):
-                    counts.add(Counts.of(row))
+                    counts.add(row.counts)
                     advance()
+                    told.update(row.counts.skipped)
                     if row.sample is not None:
                         yield row.sample
-                    elif row.complaint and told[row.skipped] < 5:
-                        told[row.skipped] += 1
+                    elif row.complaint and max(told[reason] for reason in row.counts.skipped) <= 5:
                         print(printable(row.complaint), file=sys.stderr)
 
             folder.write(file, checksums[file], samples(), counts)
@@ -354,12 +319,6 @@ def encode(
     print_counts(by_file, bits_per_frame(codec), f"{out}: codec {encoder.fingerprint}")
     check(encoder, out, files)
     return total(by_file.values())
-
-
-def _shards_of(path: str) -> list[Path]:
-    if Path(path).suffix in (".yaml", ".yml"):
-        raise ValueError(f"{path}: a mapping is no shard; write it to shards with `omnitrain data import` first")
-    return shard_files(path)
 
 
 def total(counts: Iterable[Counts]) -> Counts:
@@ -372,7 +331,8 @@ def total(counts: Iterable[Counts]) -> Counts:
 
 def print_counts(by_file: Mapping[Path, Counts], bits: float, title: str) -> None:
     """One row per shard and their sum. `bits`: of a frame."""
-    table = _table("shard", title, "samples", "copied", "skipped", "seconds", "frames", "kbit/s")
+    columns = ("samples", "copied", "skipped", "seconds", "frames", "kbit/s")
+    table, console = number_table(title, "shard", numbers=columns), wide_console()
     sums = total(by_file.values())
     rows = [(file.name, counts) for file, counts in by_file.items()]
     for name, counts in [*rows, ("all", sums)] if len(rows) > 1 else rows:
@@ -383,9 +343,9 @@ def print_counts(by_file: Mapping[Path, Counts], bits: float, title: str) -> Non
         table.add_row(
             Text(printable(name)), *(f"{n:,}" for n in whole), f"{counts.seconds:,.1f}", f"{counts.frames:,}", rate
         )
-    _console().print(table)
+    console.print(table)
     for reason, count in sorted(sums.skipped.items()):
-        _console().print(printable(f"skipped: {count} {reason}"), highlight=False, markup=False)
+        console.print(printable(f"skipped: {count} {reason}"), highlight=False, markup=False)
 
 
 def check(encoder: SampleEncoder, out: Path, files: Sequence[Path]) -> None:
@@ -393,13 +353,14 @@ def check(encoder: SampleEncoder, out: Path, files: Sequence[Path]) -> None:
     made = SampleSource([out / file.name for file in files])
     folders = {file.name: file.parent for file in files}
     ids = {folder: source.light()["id"].to_pylist() for folder, source in encoder.sources.items()}
-    table = _table("decoded again", "recording against its codec frames", "seconds", "mel distance dB", "SI-SDR dB")
+    columns = ("seconds", "mel distance dB", "SI-SDR dB")
+    table = number_table("recording against its codec frames", "decoded again", numbers=columns)
     for index in _spread(made):
         sample = made[index]
         folder = folders[Path(made.locate(index)[0]).name]
         source = encoder.sources[folder]
         original = source[ids[folder].index(sample.id)]
-        pairs = zip(segments(original), segments(sample), strict=True)
+        pairs = zip(original.segments, sample.segments, strict=True)
         recorded, encoded = next(pair for pair in pairs if is_recorded(pair[1]))
         wav = recording(source.media_bytes(recorded))
         codes = decode_codes(made.media_bytes(encoded), encoder.fingerprint)
@@ -412,7 +373,7 @@ def check(encoder: SampleEncoder, out: Path, files: Sequence[Path]) -> None:
         distance = mel_distance(wav, decoded, SAMPLE_RATE)
         table.add_row(Text(printable(sample.id)), f"{len(wav) / SAMPLE_RATE:.2f}", f"{distance:.1f}", f"{ratio:.1f}")
     if table.row_count:
-        _console().print(table)
+        wide_console().print(table)
 
 
 def _spread(made: SampleSource) -> list[int]:
@@ -420,21 +381,6 @@ def _spread(made: SampleSource) -> list[int]:
     chosen: list[int] = []
     for i in range(CHECKED):
         first, end = (len(made) * i // CHECKED, len(made) * (i + 1) // CHECKED)
-        spoken = (j for j in range(first, end) if any(map(is_recorded, segments(made[j]))))
+        spoken = (j for j in range(first, end) if any(map(is_recorded, made[j].segments)))
         chosen += islice(spoken, 1)
     return chosen
-
-
-def _table(first: str, title: str, *numbers: str) -> Table:
-    """With a column of text, and columns of numbers."""
-    table = Table(first, title=Text(printable(title)), title_justify="left")
-    for column in numbers:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _console() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 140)
-    return console

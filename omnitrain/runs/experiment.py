@@ -3,7 +3,7 @@ else takes the part that it needs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,9 @@ class Experiment:
 
 
 def build_experiment(config: RunConfig, stage: str) -> Experiment:
-    """Seed everything, then build data, model, module, callbacks, loggers and trainer, in this order.
-
-    Args:
-        stage: ``fit``, ``validate``, ``test`` or ``predict``: which data are opened.
-
-    Raises:
-        ConfigError: a constructor refuses what the configuration gives it, or data or tokenizer are not where it says.
-    """
+    """Seed everything, then build data (those opened that `stage`, ``fit``, ``validate``, ``test`` or ``predict``,
+    reads), model, module, callbacks, loggers and trainer, in this order. Raises ConfigError if a constructor refuses
+    what the configuration gives it, or data or tokenizer are not where it says."""
     quiet_libraries()
     L.seed_everything(config.seed, workers=True, verbose=False)
     run_dir = Path(config.paths.run_dir)
@@ -51,7 +46,7 @@ def build_experiment(config: RunConfig, stage: str) -> Experiment:
         datamodule.setup(stage)  # a missing shard stops the run here, before anything large is built
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
-    model = build_model(config.model)
+    model = build(config.model, place="model")
     if isinstance(model, Codec):
         init_codec_weights(model, config.seed)
     elif has_fresh_weights(config):
@@ -79,19 +74,13 @@ def has_fresh_weights(config: RunConfig) -> bool:
     return isinstance(config.model.config, OmniConfig | CodecConfig)
 
 
-def build_model(model: Named) -> OmniModel | Codec:
-    """The model that ``config.model`` describes. The weights of one described by its sizes are not drawn yet."""
-    return build(model, place="model")
-
-
 def build_trainer(config: RunConfig) -> L.Trainer:
     """Lightning's Trainer with callbacks and loggers, all of which write into the run folder alone."""
     run_dir = Path(config.paths.run_dir)
-    trainer = config.trainer
-    arguments: dict[str, Any] = {f.name: getattr(trainer, f.name) for f in fields(trainer)}
+    arguments: dict[str, Any] = dict(vars(config.trainer))
     for name in ("strategy", "profiler"):
         arguments[name] = _part(arguments[name], config, f"trainer.{name}")
-    plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(trainer.plugins)]
+    plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(config.trainer.plugins)]
     arguments["plugins"] = plugins or None
     for group, nodes in (("callbacks", config.callbacks), ("logger", config.logger)):
         arguments[group] = [_part(node, config, f"{group}.{name}") for name, node in nodes.items() if node]
@@ -101,30 +90,23 @@ def build_trainer(config: RunConfig) -> L.Trainer:
         raise ConfigError(f"trainer: {error}") from error
 
 
-_FOLDERS = ("save_dir", "dirpath")
-
-
 def _part(node: Any, config: RunConfig, place: str) -> Any:
     if not isinstance(node, Named):
         return node
     run_dir = Path(config.paths.run_dir)
     if node.target in LOOSE:
         check_inside(node, run_dir, place)
-        given = {name: str(run_dir / node.keywords[name]) for name in _FOLDERS if node.keywords.get(name) is not None}
+        folders = {name: node.keywords.get(name) for name in ("save_dir", "dirpath")}
+        given = {name: str(run_dir / folder) for name, folder in folders.items() if folder is not None}
         default = {"save_dir": str(run_dir)} if place.startswith("logger.") else {}
         node = replace(node, keywords={**default, **node.keywords, **given})
     return build(node, run_dir=run_dir, run_name=config.name, place=place)
 
 
 def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
-    """Put the decoder of a trained codec into `model` as its Code2Wav, and say how its Talker numbers codes.
-
-    Args:
-        codec_run: folder of the codec's run; None leaves Code2Wav as it is and takes codes of any codec.
-
-    Raises:
-        ConfigError: no such codec, or one with other codebooks than the Talker.
-    """
+    """Put the decoder of the codec in the run folder `codec_run` into `model` as its Code2Wav (None: it stays as it is,
+    and takes codes of any codec), and say how its Talker numbers codes. Raises ConfigError for no such codec, or one
+    with other codebooks than the Talker."""
     assert model.talker is not None
     talker, fingerprint = model.talker.config, None
     if codec_run is not None:
@@ -154,11 +136,8 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
 
 
 def starting_checkpoint(config: RunConfig) -> Path | None:
-    """The file that `ckpt_path` names: ``last`` is that of the run folder, or None while there is none.
-
-    Raises:
-        ConfigError: the file does not exist.
-    """
+    """The file that `ckpt_path` names: ``last`` is that of the run folder, or None while there is none. Raises
+    ConfigError if the file does not exist."""
     if config.ckpt_path is None:
         return None
     if config.ckpt_path == "last":
@@ -172,11 +151,8 @@ def starting_checkpoint(config: RunConfig) -> Path | None:
 
 
 def trained_checkpoint(config: RunConfig, verb: str) -> Path | None:
-    """The checkpoint of a verb that needs trained weights. None for a model that brings its own (model=pretrained).
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The checkpoint of a verb that needs trained weights; None for a model that brings its own (model=pretrained).
+    Raises ConfigError if there is none."""
     path = starting_checkpoint(config)
     if path is None and has_fresh_weights(config) and config.module.config.init_from is None:
         raise ConfigError(

@@ -66,15 +66,9 @@ def load(
 
 
 def load_codec(folder: str | Path) -> Codec | MimiCodec:
-    """The codec in a folder, on the CPU, in eval mode and frozen; its decoder can speak codes by itself.
-
-    Args:
-        folder: of a run of `fit +recipe=codec`, or of a Mimi in the layout of `transformers`.
-
-    Raises:
-        FileNotFoundError, ValueError, ForbiddenTarget, MissingTarget: as `load`; or its codebooks are still empty.
-        ImportError: a Mimi without transformers.
-    """
+    """The codec in a folder, that of a run of `fit +recipe=codec` or of a Mimi in the layout of `transformers`: on the
+    CPU, in eval mode and frozen. Its decoder can speak codes by itself. Raises as `load`; ValueError also if its
+    codebooks are still empty, ImportError for a Mimi without transformers."""
     folder = Path(folder)
     if _is_run(folder, "a Mimi", "; name the run folder of `omnitrain fit +recipe=codec`"):
         codec = _load_codec_run(folder)
@@ -84,11 +78,7 @@ def load_codec(folder: str | Path) -> Codec | MimiCodec:
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: there is none of that name in this machine.
-    """
+    """The device of that name; "auto" is a GPU if there is one. Raises ValueError if this machine has none such."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -136,7 +126,7 @@ def _is_run(folder: Path, public: str, hint: str = "") -> bool:
 
 
 def _load_run(folder: Path) -> tuple[OmniModel, SampleEncoder]:
-    from omnitrain.runs.experiment import build_data, build_model
+    from omnitrain.runs.experiment import build_data
 
     tokenizer = folder / TOKENIZER
     if not tokenizer.is_file():
@@ -144,7 +134,7 @@ def _load_run(folder: Path) -> tuple[OmniModel, SampleEncoder]:
     config = read_config(folder)
     data = replace(config.data, config=replace(config.data.config, tokenizer=str(tokenizer)))
     encoder: SampleEncoder = build_data(replace(config, data=data)).encoder
-    model = build_model(config.model)
+    model = build(config.model, place="model")
     if not isinstance(model, OmniModel):
         raise ValueError(f"{folder} is the run of a codec, which has no language model to ask")
     load_weights(model, model_weights(folder / LAST_CHECKPOINT), folder / LAST_CHECKPOINT)

@@ -95,13 +95,9 @@ class Owner:
 
 @contextmanager
 def hold(folder: str | os.PathLike[str]) -> Generator[None]:
-    """Hold the run folder, made if missing, for the block; SIGTERM ends the block by `SystemExit`.
-
-    The first process of a distributed job holds it for all. To hold again what this process holds does nothing.
-
-    Raises:
-        FolderInUse: another process holds it.
-    """
+    """Hold the run folder, made if missing, for the block; SIGTERM ends the block by `SystemExit`. The first process of
+    a distributed job holds it for all. To hold again what this process holds does nothing. Raises FolderInUse if
+    another process holds it."""
     path = Path(os.path.realpath(folder)) / LOCK
     if path in _held or not _is_first_process():
         yield

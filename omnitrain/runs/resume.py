@@ -19,8 +19,8 @@ from typing import Any
 
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.saved import read_values
-from omnitrain.config.typed import ConfigError, changes, plain
-from omnitrain.files import CONFIG, HISTORY, append_line
+from omnitrain.config.typed import ConfigError, changes, plain, shown_change
+from omnitrain.files import HISTORY, append_line
 
 SAFE = (
     "name", "ckpt_path", "paths.*", "logger.*", "variables*", "stages*", "stage_overrides*", "eval*",
@@ -53,16 +53,13 @@ def rule(key: str) -> str:
 
 
 def check_resume(config: RunConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
-    """Key -> (before, now) of the recorded keys that change when `config` continues the run in `folder`.
-
-    Raises:
-        ConfigError: an exact key changes; the message names it, and how to start anew.
-    """
+    """Key -> (before, now) of the recorded keys that change when `config` continues the run in `folder`. Raises
+    ConfigError if an exact key changes, which names it, and how to start anew."""
     differing = changes(read_values(folder), plain(config))
     found = {key: values for key, values in differing.items() if rule(key) != "safe"}
     exact = {key: values for key, values in found.items() if rule(key) == "exact"}
     if exact:
-        rows = [f"  {key}: {_text(before)} -> {_text(after)}" for key, (before, after) in exact.items()]
+        rows = [f"  {key}: {shown_change(values)}" for key, values in exact.items()]
         more = [f"  and {len(rows) - 8} more"] if len(rows) > 8 else []
         raise ConfigError(
             f"the run in {folder} cannot be continued exactly with other settings than it was begun with:\n"
@@ -74,17 +71,8 @@ def check_resume(config: RunConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
 
 def record_changes(found: Mapping[str, tuple[Any, Any]], run_dir: Path, step: int) -> None:
     """Say what changes from `step` on, and note it in ``history.jsonl``."""
-    for key, (before, after) in found.items():
-        print(f"from step {step + 1} on: {key} {_text(before)} -> {_text(after)}", flush=True)
+    for key, values in found.items():
+        print(f"from step {step + 1} on: {key} {shown_change(values)}", flush=True)
     if found:
         line = {"step": step, "changed": {key: list(values) for key, values in found.items()}}
         append_line(run_dir / HISTORY, json.dumps(line, ensure_ascii=False))
-
-
-def _text(value: Any) -> str:
-    return "(none)" if value is None else str(value)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder has a run's configuration."""
-    return (folder / CONFIG).is_file()

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from omnitrain.config.run_config import RunConfig
-from omnitrain.config.typed import ConfigError, changes, plain
+from omnitrain.config.typed import ConfigError, changes, plain, shown_change
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.shards import Source
 from omnitrain.files import read_json, write_json
@@ -83,11 +83,9 @@ def digest(value: Any) -> str:
 
 
 def check_same_study(study_dir: Path, configuration: dict[str, Any], data: dict[str, Any]) -> tuple[str, str]:
-    """Note configuration and data in ``study.json`` of an empty study folder, or compare with those noted there.
-
-    Returns config_hash and data_hash. Raises ConfigError where they are others, naming every key that changed, the
-    first dozen with their values.
-    """
+    """Note configuration and data in ``study.json`` of an empty study folder, or compare with those noted there, and
+    return config_hash and data_hash. Raises ConfigError where they are others, naming every key that changed, the first
+    dozen with their values."""
     path, hashes = study_dir / FINGERPRINT, (digest(configuration), digest(data))
     now = {"config_hash": hashes[0], "data_hash": hashes[1], "configuration": configuration, "data": data}
     write_json(path, now, replace=False)
@@ -95,7 +93,7 @@ def check_same_study(study_dir: Path, configuration: dict[str, Any], data: dict[
     if (noted["config_hash"], noted["data_hash"]) == hashes:
         return hashes
     changed = {
-        f"{place}{key}": " -> ".join("(none)" if value is None else str(value) for value in values)
+        f"{place}{key}": shown_change(values)
         for place, section in (("", "configuration"), ("data: ", "data"))
         for key, values in changes(noted[section], now[section]).items()
     }

@@ -58,14 +58,8 @@ class Plan:
 
 
 class Planner:
-    """Plans the runs of a study for one seed.
-
-    Args:
-        spec: the arms.
-        data: the data module with all sources; gives seed, budgets and window.
-        sizes: of all samples, by source.
-        model: whose operations are counted; on any device. What `requires_grad` counts as learning.
-    """
+    """Plans the runs of a study for one seed: that of `data`, which has all sources, budgets and window. `sizes`: of
+    all samples, by source. Operations are those of `model`, on any device; what `requires_grad` counts as learning."""
 
     def __init__(
         self, spec: StudySpec, data: OmniDataModule, sizes: Mapping[str, SizedSource], model: OmniModel
@@ -146,12 +140,9 @@ class Planner:
         running = self._running.setdefault(name, [0.0])
         number = self._mixture.names.index(name)
         while len(running) <= count:
-            draw = self._mixture.fetch(number, len(running) - 1)
-            cost = 0.0
-            if draw.sample is not None:
-                for sizes in self._packed_sizes(draw.sample):
-                    cost += self._cost(sizes)
-            running.append(running[-1] + cost)
+            sample = self._mixture.fetch(number, len(running) - 1).sample
+            packed = () if sample is None else self._packed_sizes(sample)
+            running.append(running[-1] + sum(map(self._cost, packed)))
         return running[count]
 
     def _packed_sizes(self, sample: EncodedSample) -> Iterable[BatchSizes]:

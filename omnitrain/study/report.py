@@ -11,22 +11,13 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from omnitrain.data.sample import MODALITIES
-from omnitrain.evaluation.scores import (
-    BITS_PER_BYTE,
-    CHRF,
-    EXACT_MATCH,
-    NATS_PER_TOKEN,
-    SWAP_GAIN,
-    Measure,
-    Scores,
-    scores_of,
-)
+from omnitrain.evaluation.scores import CHRF, EXACT_MATCH, NATS_PER_TOKEN, Measure, Scores, scores_of
 from omnitrain.files import REPORT, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.run import templates
@@ -47,15 +38,9 @@ _SEEN = {"text": ARMS, "image": ("vision", *OMNI), "audio": ("audio", *OMNI)}
 def write_study_report(
     folder: str | Path, out: str | Path | None = None, *, collect: str | Path | None = None
 ) -> tuple[Path, Study]:
-    """Write the page, and ``table.md`` beside it; returns the path of the page, and the study.
-
-    Args:
-        folder: of the study, or of a collected one.
-        out: of the page; default ``report.html`` in `collect`, or else in `folder`.
-        collect: also write the collected study into this folder.
-
-    Raises FileNotFoundError where no study is; ValueError, naming it, for a file that cannot be used.
-    """
+    """Write the page (`out`, by default ``report.html`` in `collect`, or else in `folder`, which is that of a study or
+    of a collected one), and ``table.md`` beside it; with `collect`, also the collected study into that folder. Returns
+    the path of the page, and the study. Raises as `read_study` does."""
     study = read_study(folder)
     if collect is not None:
         collect_study(study, collect)
@@ -197,16 +182,12 @@ def _curves(study: Study, x: str, label: str) -> dict[str, Markup]:
         by_curve[row["match"], row["modality"], row["arm"], row["seed"]].append((row[x], row["loss"]))
     found = {}
     for match in study.matches:
-        panels: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
-        for modality in MODALITIES:
-            arms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
-            for arm in _SEEN.get(modality, ()):
+        panels: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+        for modality, arms in _SEEN.items():
+            for arm in arms:
                 for key, points in sorted(by_curve.items()):
                     if key[:3] == (match, modality, arm) and len(points) > 1:
-                        xs, losses = zip(*sorted(points), strict=True)
-                        arms[arm].append((np.array(xs, dtype=float), np.array(losses)))
-            if arms:
-                panels[figures.title(modality)] = arms
+                        panels[figures.title(modality)][arm].append(np.array(sorted(points), dtype=float).T)
         if panels:
             found[match] = Markup(figures.arm_curves(panels, label, "nats per target token"))
     return found
@@ -248,14 +229,14 @@ def _cell_figure(found: Sequence[Detail], measure: Measure) -> Markup:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-_KINDS = {BITS_PER_BYTE: "Losses", NATS_PER_TOKEN: "Losses", SWAP_GAIN: "Media swap"}
+_KINDS = {"bits_per_byte": "Losses", "nats_per_token": "Losses", "swap_gain": "Media swap"}
 
 
 def _details(found: Sequence[Detail]) -> list[dict[str, Any]]:
     """Tables by measure: losses by all cuts, then answers, then swaps."""
     groups: dict[str, list[dict[str, Any]]] = {"Losses": [], "Answers": [], "Media swap": []}
     for detail in found:
-        kind = _KINDS.get(detail.comparison.row.measure, "Answers")
+        kind = _KINDS.get(detail.comparison.row.measure.name, "Answers")
         value = figures.title(detail.value) if detail.cut == "split" else detail.value
         groups[kind].append({**_row(detail.comparison), "cut": f"{detail.cut}: {value}" if detail.value else "all"})
     return [{"title": title, "rows": rows} for title, rows in groups.items() if rows]
@@ -273,32 +254,27 @@ def _costs(study: Study) -> list[dict[str, Any]]:
     rows = []
     for (match, arm), runs in _runs_by_arm(study).items():
         seconds = [run.seconds for run in runs if run.seconds is not None]
-        steps, tokens, flops = (
-            float(np.mean([run.planned[name] for run in runs])) for name in ("steps", "tokens", "flops")
-        )
-        rows.append(
-            {
-                "match": match, "arm": arm, "finished": sum(run.finished for run in runs), "steps": steps,
-                "tokens": tokens, "tflop": flops / 1e12, "seconds": float(np.mean(seconds)) if seconds else None,
-                "lr": ", ".join(f"{lr:g}" for lr in sorted({run.lr for run in runs})),
-            }
-        )  # fmt: skip
+        steps, tokens, flops = (fmean(run.planned[name] for run in runs) for name in ("steps", "tokens", "flops"))
+        rows.append({
+            "match": match, "arm": arm, "finished": sum(run.finished for run in runs), "steps": steps,
+            "tokens": tokens, "tflop": flops / 1e12, "seconds": fmean(seconds) if seconds else None,
+            "lr": ", ".join(f"{lr:g}" for lr in sorted({run.lr for run in runs})),
+        })  # fmt: skip
     return rows
 
 
 def _sources(study: Study) -> dict[str, Any]:
     """Samples of each source that an arm is trained on, and what share of its samples under match=data that is."""
-    runs = _runs_by_arm(study)
     names = list(dict.fromkeys(name for run in study.runs for name in run.planned["samples"]))
+    counts = {
+        key: {name: fmean(run.planned["samples"].get(name, 0) for run in runs) for name in names}
+        for key, runs in _runs_by_arm(study).items()
+    }
     rows = []
-    for (match, arm), mine in runs.items():
-        cells_of = []
-        for name in names:
-            count = float(np.mean([run.planned["samples"].get(name, 0) for run in mine]))
-            full = [run.planned["samples"].get(name, 0) for run in runs.get(("data", arm), [])]
-            share = count / np.mean(full) if match != "data" and full and np.mean(full) else None
-            cells_of.append({"count": count or None, "share": share})
-        rows.append({"match": match, "arm": arm, "cells": cells_of})
+    for (match, arm), mine in counts.items():
+        full = {} if match == "data" else counts.get(("data", arm), {})
+        shown = [{"count": n or None, "share": n / full[name] if full.get(name) else None} for name, n in mine.items()]
+        rows.append({"match": match, "arm": arm, "cells": shown})
     return {"names": names, "rows": rows}
 
 

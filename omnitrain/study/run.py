@@ -20,10 +20,11 @@ from omnitrain.config.targets import build
 from omnitrain.config.typed import ConfigError, typed
 from omnitrain.data.stream import Stage
 from omnitrain.evaluation.scores import SCORE_COLUMNS, read_table
-from omnitrain.files import METRICS, PREDICTIONS, SCORES, THROUGHPUT, read_json, write_json, write_parquet
+from omnitrain.files import METRICS, PREDICTIONS, write_json, write_parquet
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import OmniConfig
-from omnitrain.runs.experiment import Experiment, build_data, build_model
+from omnitrain.reports.run import read_run
+from omnitrain.runs.experiment import Experiment, build_data
 from omnitrain.study.fingerprint import check_same_study, data_fingerprint, digest, hashed_configuration
 from omnitrain.study.plan import Plan, Planner, sample_sizes
 from omnitrain.study.results import CURVE, CURVE_SCHEMA, ITEMS, ITEMS_SCHEMA, RUN, StudyRun, csv_rows, validation_loss
@@ -123,7 +124,7 @@ def _chosen(spec: StudySpec, config: RunConfig) -> tuple[str, str]:
 def planning_model(config: RunConfig) -> OmniModel:
     """The shapes of the model's weights, on `meta`, and which of them learn."""
     with torch.device("meta"):
-        model = build_model(config.model)
+        model = build(config.model, place="model")
         # The module freezes what does not learn. (Weights to start from have the same shapes.)
         build(replace(config.module, config=replace(config.module.config, init_from=None)), model, place="module")
     assert isinstance(model, OmniModel)
@@ -133,25 +134,13 @@ def planning_model(config: RunConfig) -> OmniModel:
 def run_configuration(config: RunConfig, spec: StudySpec, plan: Plan) -> RunConfig:
     """`config` as an ordinary run, without `study`, of what `plan` says: sources, stages, steps, and what is a fraction
     of these."""
-    data = replace(
-        config.data.config,
-        sources={name: config.data.config.sources[name] for name in plan.samples},
-        stages=[Stage(samples=dict(stage.samples or {})) for stage in plan.stages],
-    )
-    return replace(
-        config,
-        data=replace(config.data, config=data),
-        trainer=replace(
-            config.trainer, max_steps=plan.steps, val_check_interval=max(1, plan.steps // spec.validations)
-        ),
-        optim=replace(
-            config.optim,
-            warmup_steps=max(1, round(spec.warmup_fraction * plan.steps)),
-            lr=spec.lr.get(config.arm or "", config.optim.lr),
-        ),
-        ckpt_path="last",
-        study=None,
-    )
+    sources = {name: config.data.config.sources[name] for name in plan.samples}
+    stages = [Stage(samples=dict(stage.samples or {})) for stage in plan.stages]
+    data = replace(config.data, config=replace(config.data.config, sources=sources, stages=stages))
+    trainer = replace(config.trainer, max_steps=plan.steps, val_check_interval=max(1, plan.steps // spec.validations))
+    warmup, lr = max(1, round(spec.warmup_fraction * plan.steps)), spec.lr.get(config.arm or "", config.optim.lr)
+    optim = replace(config.optim, warmup_steps=warmup, lr=lr)
+    return replace(config, data=data, trainer=trainer, optim=optim, ckpt_path="last", study=None)
 
 
 # --- what is left of it ----------------------------------------------------------------------------------------------
@@ -159,13 +148,9 @@ def run_configuration(config: RunConfig, spec: StudySpec, plan: Plan) -> RunConf
 
 def _seconds(run_dir: Path) -> float | None:
     """Time in training steps, whatever process took them, and in the evaluation; None if nobody timed the steps."""
-    if not (run_dir / THROUGHPUT).exists():
-        return None
-    seconds, before = 0.0, 0
-    for row in csv_rows(run_dir / THROUGHPUT):
-        seconds += float(row["seconds_per_step"]) * (int(row["step"]) - before)
-        before = int(row["step"])
-    return round(seconds + read_json(run_dir / SCORES)["seconds"], 1)
+    run = read_run(run_dir, samples=False)
+    training = run.training_seconds
+    return None if training is None else round(training + run.scores["seconds"], 1)
 
 
 def _curve(run_dir: Path, plan: Plan) -> list[dict[str, Any]]:

@@ -104,13 +104,11 @@ def direction(estimate: Estimate, *, lower_is_better: bool) -> str:
 
 
 def compare(
-    scores: Scores, row: Row, match: str, *, margin: float | None = None, resamples: int = 0, seed: int = 0
+    scores: Scores, row: Row, match: str, *, margin: float | None = None, resamples: int = 0
 ) -> Comparison | None:
-    """Answer one question under one matching from the runs that are there; None if no run has scored such an item.
-
-    All numbers of a row are of the items that every run of the arms concerned has scored; differences, which are paired
-    by seed and by item, use the seeds that both arms have.
-    """
+    """Answer one question under one matching from the runs that are there; None if no run has scored such an item. All
+    numbers of a row are of the items that every run of the arms concerned has scored; differences, which are paired by
+    seed and by item, use the seeds that both arms have."""
     places: dict[str, dict[int, int]] = {}
     for arm in ((row.baseline,) if row.baseline else UNIMODAL) + OMNI:
         if of_arm := sorted((seed, place) for place, (m, a, seed) in enumerate(scores.runs) if (m, a) == (match, arm)):
@@ -129,7 +127,7 @@ def compare(
     weights, groups = weight[common], scores.concept[common]
 
     def estimate(values: np.ndarray) -> Estimate:
-        return crossed_interval(values, weights, groups, resamples=resamples, seed=seed)
+        return crossed_interval(values, weights, groups, resamples=resamples)
 
     values = {arm: numerator[list(found.values())][:, common] for arm, found in places.items()}
     means = {arm: estimate(v) for arm, v in values.items()}
@@ -157,17 +155,15 @@ def compare(
     return Comparison(row=row, arms=means, differences=differences, items=n_items, dropped=dropped, notes=tuple(notes))
 
 
-def main_table(study: Study, scores: Scores, match: str, *, resamples: int = 4000) -> list[Comparison]:
+def main_table(study: Study, scores: Scores, match: str) -> list[Comparison]:
     """The rows text, vision and audio under one matching, as far as they can be answered. Raises ValueError where the
     study gives no margin for a row."""
     found = []
     for row in MAIN_ROWS:
         if row.name not in study.margins:
             raise ValueError(f"{study.folder}: no margin for '{row.name}' in the runs; set study.margins.{row.name}")
-        compared = compare(scores, row, match, margin=float(study.margins[row.name]), resamples=resamples)
-        if compared is not None:
-            found.append(compared)
-    return found
+        found.append(compare(scores, row, match, margin=float(study.margins[row.name]), resamples=4000))
+    return [compared for compared in found if compared is not None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,9 @@ from omnitrain.config.door import read
 from omnitrain.config.locations import RECIPES
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.saved import read_config, read_values, write_config
-from omnitrain.config.targets import ForbiddenTarget
+from omnitrain.config.targets import ForbiddenTarget, build
 from omnitrain.config.typed import ConfigError, leaves, plain
 from omnitrain.files import CONFIG
-from omnitrain.runs.experiment import build_model
 
 GIVEN = {
     "talker_pretrain": ["codec=c", "codes=d"],
@@ -46,7 +45,7 @@ def test_it_stands_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert again == config
     assert {key for key, _ in leaves(yaml.safe_load(text))} == {key for key, _ in leaves(plain(config))}
     with torch.device("meta"):
-        before, after = build_model(config.model), build_model(again.model)
+        before, after = build(config.model), build(again.model)
     assert [(n, p.shape) for n, p in before.state_dict().items()] == [
         (n, p.shape) for n, p in after.state_dict().items()
     ]
