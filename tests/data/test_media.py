@@ -44,6 +44,79 @@ def test_corrupt_media_have_a_reason(case) -> None:
     assert (again.reason, again.detail) == (error.value.reason, error.value.detail)
 
 
+SIZE = {
+    "image": lambda data: decode_image(data).shape,
+    "audio": lambda data: len(decode_audio(data)),
+    "video": lambda data: _frames_and_samples(decode_video(data)),
+}
+
+
+def _frames_and_samples(video: Any) -> tuple[int, int]:
+    return len(video.frames), 0 if video.audio is None else len(video.audio)
+
+
+@pytest.mark.filterwarnings("ignore")  # of decoders
+@pytest.mark.parametrize("name", corrupt.FORMATS)
+def test_every_format_cut_and_damaged(name) -> None:
+    """Refused with a reason, or decoded to as much as the whole file gives where nothing in the format could show the
+    damage; in bounded time and memory."""
+    format = corrupt.FORMATS[name]
+    whole = SIZE[format.type](format.make())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for case in corrupt.broken_files(name):
+        begin = time.perf_counter()
+        try:
+            size = SIZE[case.type](case.make())
+        except BadSample as error:
+            reasons = (f"{case.type}_corrupt", "video_no_frames", "wrong_type")
+            if error.reason not in reasons or "NoneType" in error.detail:
+                pytest.fail(f"{case.name}: {error}")
+        else:
+            assert (case.whole and size == whole) or (case.shorter and size <= whole), (case.name, size, whole)
+        assert time.perf_counter() - begin < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+@pytest.mark.parametrize("name", corrupt.LYING_HEADERS)
+def test_headers_that_lie_are_found_out(name) -> None:
+    kind, make = corrupt.LYING_HEADERS[name]
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(BadSample, match=f"{kind}_(corrupt|too_large|too_long|aspect_ratio)"):
+        DECODE[kind](make())
+    assert time.perf_counter() - begin < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
+
+
+def test_no_file_is_taken_for_another_kind() -> None:
+    for name, format in corrupt.FORMATS.items():
+        data = format.make()
+        for kind in {"image", "audio", "video"} - {format.type} - sniff(data)[1]:
+            with pytest.raises(BadSample, match="wrong_type"):
+                DECODE[kind](data)
+        assert name  # shown where it fails
+
+
+def test_a_clip_cut_without_loss_is_whole() -> None:
+    """Of 40 frames the edit list hides the first six, as tools do that cut between key frames."""
+    buffer = io.BytesIO()
+    options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}  # what stands before 0 s is hidden
+    with av.open(buffer, "w", format="mp4", options=options) as container:
+        stream: Any = container.add_stream("libx264", rate=10, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(np.full((32, 32, 3), 6 * k, np.uint8), format="rgb24") for k in range(40)]
+        for index, frame in enumerate([*frames, None]):
+            if frame is not None:
+                frame.pts, frame.time_base = index, Fraction(1, 10)
+            for packet in stream.encode(frame):
+                packet.pts, packet.dts = packet.pts - 6, packet.dts - 6
+                container.mux(packet)
+    with av.open(io.BytesIO(buffer.getvalue())) as container:
+        assert container.streams.video[0].frames == 40
+    video = decode_video(buffer.getvalue(), fps=10)
+    assert len(video.frames) == 34
+    assert abs(float(video.frames[0].mean()) - 36) < 6
+
+
 def test_good_media_decode() -> None:
     assert decode_image(corrupt.good_image()).shape == (48, 64, 3)
     for format in ("wav", "flac", "opus", "vorbis", "mp3"):
