@@ -36,7 +36,7 @@ import soundfile
 import torch
 import torchaudio
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from omnitrain.data.containers import check_whole, ogg_pages
 from omnitrain.data.sample import BadSample
@@ -44,6 +44,7 @@ from omnitrain.data.settings import MediaLimits
 
 # Pillow warns of large pictures and odd metadata; `MediaLimits` decides instead. Set once: decoders run in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # ty: ignore[invalid-assignment]  # profiles are large
 
 SOUND_TRACK_RATE = 16_000
 """Sample rate of a decoded video's sound track in Hz."""
@@ -105,6 +106,9 @@ def sniff(data: bytes) -> tuple[str, frozenset[Kind]]:
     >>> sniff(b"\\x89PNG\\r\\n\\x1a\\n")[0]
     'png'
     """
+    if data[:3] == b"ID3" and len(data) >= 10:  # a tag before the sound; its length is in digits of seven bits
+        end = 10 + sum(digit << 21 - 7 * place for place, digit in enumerate(data[6:10]))
+        return sniff(data[end : end + 16]) if data[end : end + 1] == b"\xff" else ("mp3", _AUDIO)
     if data[:4] in (b"RIFF", b"RF64"):
         return _RIFF.get(data[8:12], ("unknown", _NONE))
     for at, magics, name, kinds in _MAGIC:
@@ -123,6 +127,8 @@ def sniff(data: bytes) -> tuple[str, frozenset[Kind]]:
 def _require(data: bytes, kind: Kind) -> str:
     name, kinds = sniff(data)
     if kind not in kinds:
+        if name == "heic":
+            raise BadSample("wrong_type", "HEIC pictures cannot be read here; convert them to JPEG, PNG or AVIF")
         what = f"a {name} file" if kinds else ("an empty file" if not data else f"no known format ({name})")
         raise BadSample("wrong_type", f"the {kind} is {what}; it begins with {bytes(data[:12])!r}")
     return name
@@ -173,11 +179,18 @@ def _check_pixels(kind: Kind, width: int, height: int, limits: MediaLimits) -> N
         raise BadSample(f"{kind}_too_large", shown)
 
 
-def _check_seconds(kind: Kind, seconds: float, limits: MediaLimits) -> None:
+def _check_seconds(kind: Kind, seconds: float, limits: MediaLimits, rate: int = 0) -> None:
+    """`seconds` at `rate` Hz, before they take memory."""
     name = f"max_{kind}_seconds"
     if seconds > getattr(limits, name):
         shown = f"{seconds:.1f} s; at most {getattr(limits, name):g} s are allowed ({name})"
         raise BadSample(f"{kind}_too_long", shown)
+    if seconds * rate > _MOST_SAMPLES:
+        raise BadSample(f"{kind}_too_long", f"{seconds:.1f} s at {rate} Hz; resample it to at most 48,000 Hz")
+
+
+_MOST_SAMPLES = 2**27
+"""Half a gigabyte; 40 minutes of 48,000 Hz are 115 million."""
 
 
 def _open_image(data: bytes) -> Image.Image:
@@ -307,11 +320,12 @@ def _libsndfile(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray
     with file:
         if file.channels > 2 or file.frames >= _UNKNOWN:
             return None
-        _check_seconds("audio", file.frames / file.samplerate, limits)
-        samples = file.read(file.frames, dtype="float32", always_2d=True)
+        _check_seconds("audio", file.frames / file.samplerate, limits, file.samplerate)
+        blocks = file.blocks(2**20, frames=file.frames, dtype="float32", always_2d=True)
+        samples = np.concatenate([np.zeros(0, np.float32), *(_mono(block.T, []) for block in blocks)])
         if len(samples) < file.frames:
             raise BadSample("audio_corrupt", f"{len(samples)} samples, the header says {file.frames}")
-        return _mono(samples.T, []), file.samplerate
+        return samples, file.samplerate
 
 
 def _open(data: bytes, name: str) -> Any:
@@ -362,7 +376,7 @@ class _Track:
         if frame.time is not None:
             missing = round((float(frame.time) - self.start) * self.rate) - self.samples
             if missing > self.rate // 10:  # a gap in the track is silence
-                _check_seconds("audio", (self.samples + missing) / self.rate, self.limits)  # before it takes memory
+                _check_seconds("audio", (self.samples + missing) / self.rate, self.limits, self.rate)
                 self.pieces.append(np.zeros(missing, np.float32))
                 self.samples += missing
         for plain in self.resampler.resample(frame):
@@ -370,12 +384,12 @@ class _Track:
             piece = _mono(rearrange(plain.to_ndarray(), "1 (t c) -> c t", c=plain.layout.nb_channels), names)
             self.pieces.append(piece)
             self.samples += len(piece)
-        _check_seconds("audio", self.samples / self.rate, self.limits)
+        _check_seconds("audio", self.samples / self.rate, self.limits, self.rate)
 
     def wave_from(self, start: float) -> np.ndarray:
         """What is heard from `start` on, in seconds of the time stamps."""
         late = round(((self.start or 0.0) - start) * self.rate)
-        _check_seconds("audio", (self.samples + late) / self.rate, self.limits)
+        _check_seconds("audio", (self.samples + late) / self.rate, self.limits, self.rate)
         return np.concatenate([np.zeros(late, np.float32), self.wave()]) if late > 0 else self.wave()[-late:]
 
     def wave(self) -> np.ndarray:
@@ -518,6 +532,17 @@ def _seconds(data: bytes, name: str, container: Any, stream: Any) -> float:
         return float((max(ends) - min(p.pts for p in packets)) * stream.time_base) if ends else 0.0
 
 
+def _as_displayed(frame: Any) -> np.ndarray:
+    """uint8 [H, W, 3], turned and mirrored as the track's display matrix says (ISO 14496-12, section 6.2.2)."""
+    picture = frame.to_ndarray(format="rgb24")
+    if (matrix := frame.side_data.get("DISPLAYMATRIX")) is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = a x + c y, y' = b x + d y
+    if abs(b) > abs(a):
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
 class _FrameSampler:
     """Keeps, for each time k / fps, the frame that is on screen then."""
 
@@ -554,9 +579,7 @@ class _FrameSampler:
             if len(self.kept) >= self.limits.max_video_frames:
                 return
             if picture is None:
-                picture = self.current.to_ndarray(format="rgb24")
-                if self.current.rotation:
-                    picture = np.rot90(picture, k=round(self.current.rotation / 90) % 4)
+                picture = _as_displayed(self.current)
                 if self.kept and picture.shape != self.kept[0].shape:
                     raise BadSample("video_corrupt", f"frames change size to {picture.shape[1]} x {picture.shape[0]}")
             if (len(self.kept) + 1) * picture.shape[0] * picture.shape[1] > self.limits.max_video_pixels:

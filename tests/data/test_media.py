@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import resource
+import struct
 import time
 from fractions import Fraction
 from typing import Any
@@ -13,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from omnitrain.data.media import (
     MediaLimits,
@@ -94,6 +95,49 @@ def test_no_file_is_taken_for_another_kind() -> None:
             with pytest.raises(BadSample, match="wrong_type"):
                 DECODE[kind](data)
         assert name  # shown where it fails
+
+
+MATRICES = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_clips_are_turned_and_mirrored_as_their_matrix_says(matrix) -> None:
+    data = bytearray(corrupt.good_video(with_audio=False))
+    plain = decode_video(bytes(data)).frames[0]
+    a, b, c, d = matrix
+    at = data.index(b"tkhd") + 44
+    data[at : at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    height, width = plain.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    to_x, to_y = a * x + c * y, b * x + d * y  # the standard's mapping, pixel by pixel
+    to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
+    expected = np.zeros((to_y.max() + 1, to_x.max() + 1, 3), np.uint8)
+    expected[to_y, to_x] = plain
+    np.testing.assert_array_equal(decode_video(bytes(data)).frames[0], expected)
+
+
+def test_tags_before_sound_and_large_profiles_of_pictures() -> None:
+    tag = b"ID3\4\0\0\0\0\1\x48" + bytes(200)
+    for name in ("aac", "mp3"):
+        data = corrupt.FORMATS[name].make()
+        assert sniff(tag + data)[0] == name
+        np.testing.assert_allclose(decode_audio(tag + data), decode_audio(data), atol=1e-6)
+    picture, buffer = Image.open(io.BytesIO(corrupt.good_image())), io.BytesIO()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile", "x" * 3_000_000, zip=True)
+    picture.save(buffer, "PNG", pnginfo=info, icc_profile=bytes(2_000_000))
+    np.testing.assert_array_equal(decode_image(buffer.getvalue()), decode_image(corrupt.good_image()))
+    with pytest.raises(BadSample, match="HEIC pictures cannot be read here"):
+        decode_image(b"\0\0\0\x18ftypheic" + bytes(100))
+
+
+def test_a_long_recording_of_a_huge_rate_is_refused() -> None:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", 655_350, 1, "PCM_16", format="FLAC") as file:
+        for _ in range(300):
+            file.write(np.zeros(655_350, np.int16))
+    with pytest.raises(BadSample, match=r"audio_too_long.*655350 Hz"):
+        decode_audio(buffer.getvalue())
 
 
 def test_a_clip_cut_without_loss_is_whole() -> None:
