@@ -39,6 +39,14 @@ def sample(i: int, **changes) -> Sample:
     return Sample(**{**values, **changes})
 
 
+@pytest.mark.parametrize("rows", [1, 30, 31, 60, 61])
+def test_shards_of_thirty_rows(tmp_path: Path, rows: int) -> None:
+    samples = [sample(i) for i in range(rows)]
+    files = write_shards(samples, tmp_path, "demo", rows_per_shard=30, progress=False)
+    assert [pq.read_metadata(file).num_rows for file in files] == [30] * (rows // 30) + [rows % 30] * (rows % 30 > 0)
+    assert list(SampleSource(tmp_path)) == samples
+
+
 def test_round_trip_over_several_shards(tmp_path: Path) -> None:
     samples = [sample(i) for i in range(700)]
     files = write_shards(iter(samples), tmp_path, "demo", rows_per_shard=300, progress=False)
