@@ -217,6 +217,8 @@ def test_adversarial_losses() -> None:
     assert float(gan_discriminator_loss(fake, real)) == 6.0  # relu(1 + 2) twice
     assert float(gan_generator_loss(fake)) == 2.0
     assert float(feature_matching_loss(real, fake)) == pytest.approx(0.5)
+    loud = [[(verdict, [10 * layer for layer in layers]) for verdict, layers in opinions] for opinions in (real, fake)]
+    assert float(feature_matching_loss(*loud)) == pytest.approx(0.5)  # of the layer's own size
     ours, theirs = torch.ones(2, 4, requires_grad=True), torch.zeros(2, 4, requires_grad=True)
     feature_matching_loss([(real[0][0], [theirs])], [(fake[0][0], [ours])]).backward()
     assert ours.grad is not None
