@@ -22,7 +22,7 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,13 +36,15 @@ import soundfile
 import torch
 import torchaudio
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from omnitrain.data.containers import check_whole, ogg_pages
 from omnitrain.data.sample import BadSample
 from omnitrain.data.settings import MediaLimits
 
 # Pillow warns of large pictures and odd metadata; `MediaLimits` decides instead. Set once: decoders run in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # ty: ignore[invalid-assignment]  # profiles are large
 
 SOUND_TRACK_RATE = 16_000
 """Sample rate of a decoded video's sound track in Hz."""
@@ -66,7 +68,7 @@ class Video:
 # --------------------------------------------------------------------------------------------- what kind of file it is
 
 Kind = Literal["image", "audio", "video"]
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 _IMAGE: frozenset[Kind] = frozenset({"image"})
 _AUDIO: frozenset[Kind] = frozenset({"audio"})
 _BOTH: frozenset[Kind] = frozenset({"audio", "video"})
@@ -77,6 +79,7 @@ _MAGIC: tuple[tuple[int, tuple[bytes, ...], str, frozenset[Kind]], ...] = (  # w
     (4, (b"ftyp", b"moov", b"mdat", b"wide", b"free"), "mp4", _BOTH),
     (0, (b"\x89PNG\r\n\x1a\n",), "png", _IMAGE),
     (0, (b"\xff\xd8\xff",), "jpeg", _IMAGE),
+    (0, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"), "jpeg2000", _IMAGE),
     (0, (b"GIF8",), "gif", frozenset({"image", "video"})),
     (0, (b"BM",), "bmp", _IMAGE),
     (0, (b"II*\0", b"MM\0*"), "tiff", _IMAGE),
@@ -85,6 +88,10 @@ _MAGIC: tuple[tuple[int, tuple[bytes, ...], str, frozenset[Kind]], ...] = (  # w
     (0, (b"ID3",), "mp3", _AUDIO),
     (0, (b"FORM",), "aiff", _AUDIO),
     (0, (b".snd",), "au", _AUDIO),
+    (0, (b"caff",), "caf", _AUDIO),
+    (0, (b"riff\x2e\x91\xcf\x11",), "w64", _AUDIO),
+    (0, (b"\x0b\x77",), "ac3", _AUDIO),
+    (0, (b"0&\xb2u\x8ef\xcf\x11",), "asf", _BOTH),
     (0, (b"\x1aE\xdf\xa3",), "matroska", _BOTH),
     (0, (b"FLV",), "flv", _BOTH),
     (0, (b"\0\0\x01\xba",), "mpeg", _BOTH),
@@ -99,7 +106,10 @@ def sniff(data: bytes) -> tuple[str, frozenset[Kind]]:
     >>> sniff(b"\\x89PNG\\r\\n\\x1a\\n")[0]
     'png'
     """
-    if data[:4] == b"RIFF":
+    if data[:3] == b"ID3" and len(data) >= 10:  # a tag before the sound; its length is in digits of seven bits
+        end = 10 + sum(digit << 21 - 7 * place for place, digit in enumerate(data[6:10]))
+        return sniff(data[end : end + 16]) if data[end : end + 1] == b"\xff" else ("mp3", _AUDIO)
+    if data[:4] in (b"RIFF", b"RF64"):
         return _RIFF.get(data[8:12], ("unknown", _NONE))
     for at, magics, name, kinds in _MAGIC:
         if any(data[at : at + len(magic)] == magic for magic in magics):
@@ -117,6 +127,8 @@ def sniff(data: bytes) -> tuple[str, frozenset[Kind]]:
 def _require(data: bytes, kind: Kind) -> str:
     name, kinds = sniff(data)
     if kind not in kinds:
+        if name == "heic":
+            raise BadSample("wrong_type", "HEIC pictures cannot be read here; convert them to JPEG, PNG or AVIF")
         what = f"a {name} file" if kinds else ("an empty file" if not data else f"no known format ({name})")
         raise BadSample("wrong_type", f"the {kind} is {what}; it begins with {bytes(data[:12])!r}")
     return name
@@ -167,11 +179,18 @@ def _check_pixels(kind: Kind, width: int, height: int, limits: MediaLimits) -> N
         raise BadSample(f"{kind}_too_large", shown)
 
 
-def _check_seconds(kind: Kind, seconds: float, limits: MediaLimits) -> None:
+def _check_seconds(kind: Kind, seconds: float, limits: MediaLimits, rate: int = 0) -> None:
+    """`seconds` at `rate` Hz, before they take memory."""
     name = f"max_{kind}_seconds"
     if seconds > getattr(limits, name):
         shown = f"{seconds:.1f} s; at most {getattr(limits, name):g} s are allowed ({name})"
         raise BadSample(f"{kind}_too_long", shown)
+    if seconds * rate > _MOST_SAMPLES:
+        raise BadSample(f"{kind}_too_long", f"{seconds:.1f} s at {rate} Hz; resample it to at most 48,000 Hz")
+
+
+_MOST_SAMPLES = 2**27
+"""Half a gigabyte; 40 minutes of 48,000 Hz are 115 million."""
 
 
 def _open_image(data: bytes) -> Image.Image:
@@ -226,7 +245,8 @@ _USUAL_LAYOUT = {3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  #
 def _mono(samples: np.ndarray, channels: list[str]) -> np.ndarray:
     """float32 [C, T] -> [T]; two channels are averaged, surround sound is mixed by `_TO_MONO`."""
     if len(samples) <= 2:
-        return samples.mean(axis=0, dtype=np.float32)
+        with np.errstate(invalid="ignore"):  # infinite and opposite: refused below
+            return samples.mean(axis=0, dtype=np.float32)
     if "NONE" in channels and len(channels) in _USUAL_LAYOUT:
         channels = [channel.name for channel in av.AudioLayout(_USUAL_LAYOUT[len(channels)]).channels]
     weights = np.array([_TO_MONO.get(channel, _SURROUND) for channel in channels], dtype=np.float32)
@@ -269,7 +289,7 @@ def decode_audio(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = M
     """
     name = _require(data, "audio")
     with _damage_is("audio_corrupt"):
-        _check_whole(data, name)
+        check_whole(data, name, "audio")
         wave, rate = _libsndfile(data, name, limits) or _ffmpeg_audio(data, name, limits)
         if not len(wave):
             raise BadSample("audio_empty", "the recording has no samples")
@@ -277,45 +297,12 @@ def decode_audio(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = M
         return _resample(wave, rate, sample_rate)
 
 
-def _check_whole(data: bytes, name: str) -> None:
-    """A WAV or Ogg file that is cut off: decoders read what is left and say nothing."""
-    if name == "wav":
-        at = 12
-        while at + 8 <= len(data):
-            chunk, size = struct.unpack_from("<4sI", data, at)
-            if chunk == b"data":  # 0 and the largest number mark a stream of unknown length
-                if 0 < size < 0xFFFFFF00 and at + 8 + size > len(data):
-                    raise BadSample(
-                        "audio_corrupt", f"cut off: {len(data) - at - 8} bytes of sound, the header says {size}"
-                    )
-                return
-            at += 8 + size + size % 2
-        raise BadSample("audio_corrupt", "cut off before the sound begins")
-    if name == "ogg":
-        for _ in _ogg_pages(data):
-            pass
-
-
-def _ogg_pages(data: bytes) -> Iterator[bool]:
-    """Of every page, whether a stream begins with it."""
-    at = 0
-    while at < len(data):
-        if data[at : at + 4] != b"OggS":
-            raise BadSample("audio_corrupt", f"no Ogg page at byte {at}")
-        segments = data[at + 26] if at + 27 <= len(data) else 0
-        end = at + 27 + segments + sum(data[at + 27 : at + 27 + segments])
-        if at + 27 > len(data) or end > len(data):
-            raise BadSample("audio_corrupt", f"cut off: the Ogg page at byte {at} is incomplete")
-        yield bool(data[at + 5] & 2)
-        at = end
-
-
 def _needs_ffmpeg(data: bytes, name: str) -> bool:
     """Whether libsndfile would misread it: it guesses the length of an MP3, and of Ogg files joined end to end (radio
     recordings are) it reads the first."""
     if name == "ogg":
-        return any(next_begins and not begins for begins, next_begins in pairwise(_ogg_pages(data)))
-    return name not in ("wav", "flac", "aiff", "au")
+        return any(next_begins and not begins for begins, next_begins in pairwise(ogg_pages(data)))
+    return name not in ("wav", "flac", "aiff", "au") or data[12:16] + data[20:22] == b"fmt U\0"  # MP3 in WAV
 
 
 _UNKNOWN = 2**48
@@ -333,15 +320,39 @@ def _libsndfile(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray
     with file:
         if file.channels > 2 or file.frames >= _UNKNOWN:
             return None
-        _check_seconds("audio", file.frames / file.samplerate, limits)
-        samples = file.read(dtype="float32", always_2d=True)
+        _check_seconds("audio", file.frames / file.samplerate, limits, file.samplerate)
+        blocks = file.blocks(2**20, frames=file.frames, dtype="float32", always_2d=True)
+        samples = np.concatenate([np.zeros(0, np.float32), *(_mono(block.T, []) for block in blocks)])
         if len(samples) < file.frames:
             raise BadSample("audio_corrupt", f"{len(samples)} samples, the header says {file.frames}")
-        return _mono(samples.T, []), file.samplerate
+        return samples, file.samplerate
 
 
 def _open(data: bytes, name: str) -> Any:
     return av.open(io.BytesIO(data), format=name)
+
+
+def _decoder(stream: Any, kind: Kind) -> Any:
+    if stream.codec_context is None:
+        raise BadSample(f"{kind}_corrupt", "FFmpeg knows no decoder for what it holds")
+    stream.codec_context.thread_count = 1
+    return stream.codec_context
+
+
+def _declared_seconds(data: bytes, name: str, container: Any, stream: Any) -> float:
+    """The length that the file declares, 0 where it declares none (FFmpeg then guesses one from the bit rate)."""
+    if name in ("aac", "ac3") or (
+        name == "mp3" and not any(tag in data[:65536] for tag in (b"Xing", b"Info", b"VBRI"))
+    ):
+        return 0.0
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1e6
+
+
+def _check_end(kind: Kind, seconds: float, declared: float) -> None:
+    if seconds < declared - max(0.2, 0.005 * declared):
+        raise BadSample(f"{kind}_corrupt", f"cut off: {seconds:.2f} s, the header says {declared:.2f} s")
 
 
 class _Track:
@@ -365,7 +376,7 @@ class _Track:
         if frame.time is not None:
             missing = round((float(frame.time) - self.start) * self.rate) - self.samples
             if missing > self.rate // 10:  # a gap in the track is silence
-                _check_seconds("audio", (self.samples + missing) / self.rate, self.limits)  # before it takes memory
+                _check_seconds("audio", (self.samples + missing) / self.rate, self.limits, self.rate)
                 self.pieces.append(np.zeros(missing, np.float32))
                 self.samples += missing
         for plain in self.resampler.resample(frame):
@@ -373,12 +384,12 @@ class _Track:
             piece = _mono(rearrange(plain.to_ndarray(), "1 (t c) -> c t", c=plain.layout.nb_channels), names)
             self.pieces.append(piece)
             self.samples += len(piece)
-        _check_seconds("audio", self.samples / self.rate, self.limits)
+        _check_seconds("audio", self.samples / self.rate, self.limits, self.rate)
 
     def wave_from(self, start: float) -> np.ndarray:
         """What is heard from `start` on, in seconds of the time stamps."""
         late = round(((self.start or 0.0) - start) * self.rate)
-        _check_seconds("audio", (self.samples + late) / self.rate, self.limits)
+        _check_seconds("audio", (self.samples + late) / self.rate, self.limits, self.rate)
         return np.concatenate([np.zeros(late, np.float32), self.wave()]) if late > 0 else self.wave()[-late:]
 
     def wave(self) -> np.ndarray:
@@ -391,9 +402,9 @@ def _ffmpeg_audio(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarr
             kind = "video" if container.streams.video else "file"
             raise BadSample("audio_empty", f"the {name} {kind} has no sound track")
         stream = container.streams.audio[0]
-        stream.codec_context.thread_count = 1
-        expected = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-        _check_seconds("audio", expected, limits)
+        _decoder(stream, "audio")
+        declared = _declared_seconds(data, name, container, stream)
+        _check_seconds("audio", declared, limits)
         track = _Track(limits)
         for packet in container.demux(stream):
             if name == "mp3" and bytes(packet).startswith(b"ID3"):  # the tag of a second file, joined to the first
@@ -402,8 +413,8 @@ def _ffmpeg_audio(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarr
                 if frame.is_corrupt:
                     raise BadSample("audio_corrupt", f"a damaged frame at {frame.time} s")
                 track.add(frame)
-        if track.rate and track.samples / track.rate < expected - max(0.2, 0.02 * expected):
-            raise BadSample("audio_corrupt", f"{track.samples / track.rate:.2f} s, the header says {expected:.2f} s")
+        if track.rate:
+            _check_end("audio", track.samples / track.rate, declared)
         return track.wave(), track.rate or 1
 
 
@@ -461,6 +472,8 @@ def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimit
             ``audio_too_long``.
     """
     name = _require(data, "video")
+    with _damage_is("video_corrupt"):
+        check_whole(data, name, "video")
     with _damage_is("video_corrupt"), _open(data, name) as container:
         streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition)]
         if not streams:
@@ -470,8 +483,7 @@ def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimit
 
 
 def _decode_video(container: Any, stream: Any, declared: float, fps: float, limits: MediaLimits) -> Video:
-    codec = stream.codec_context
-    codec.thread_count = 1
+    codec = _decoder(stream, "video")
     _check_pixels("video", codec.width, codec.height, limits)
     pixels = codec.width * codec.height
     _check_seconds("video", declared, limits)
@@ -495,8 +507,11 @@ def _decode_video(container: Any, stream: Any, declared: float, fps: float, limi
             else:
                 sampler.add(frame)
     frames = sampler.finish()
-    if stream.frames and sampler.seen < stream.frames - 1:
+    if stream.frames and sampler.seen < stream.frames - 1 and sampler.end < declared - 1.5 * sampler.frame_seconds:
+        # An edit list shows fewer of the frames, and declares fewer seconds.
         raise BadSample("video_corrupt", f"cut off: {sampler.seen} frames, the header says {stream.frames}")
+    heard = 0.0 if track.start is None else track.start + track.samples / track.rate
+    _check_end("video", max(sampler.start + sampler.end, heard), declared)
     if not len(frames):
         raise BadSample("video_no_frames", "the video has no frame")
     audio = None
@@ -517,6 +532,17 @@ def _seconds(data: bytes, name: str, container: Any, stream: Any) -> float:
         return float((max(ends) - min(p.pts for p in packets)) * stream.time_base) if ends else 0.0
 
 
+def _as_displayed(frame: Any) -> np.ndarray:
+    """uint8 [H, W, 3], turned and mirrored as the track's display matrix says (ISO 14496-12, section 6.2.2)."""
+    picture = frame.to_ndarray(format="rgb24")
+    if (matrix := frame.side_data.get("DISPLAYMATRIX")) is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = a x + c y, y' = b x + d y
+    if abs(b) > abs(a):
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
 class _FrameSampler:
     """Keeps, for each time k / fps, the frame that is on screen then."""
 
@@ -524,7 +550,7 @@ class _FrameSampler:
         self.fps, self.frame_seconds, self.limits = fps, frame_seconds, limits
         self.kept: list[np.ndarray] = []
         self.current: Any = None
-        self.start = self.time = 0.0
+        self.start = self.time = self.end = 0.0
         self.seen = 0
 
     def add(self, frame: Any) -> None:
@@ -543,7 +569,8 @@ class _FrameSampler:
         if self.current is not None:
             last = self.current
             seconds = float(last.duration * last.time_base) if last.duration else self.frame_seconds
-            self._show_until(self.time + seconds)
+            self.end = self.time + seconds
+            self._show_until(self.end)
         return np.stack(self.kept) if self.kept else np.zeros((0, 0, 0, 3), np.uint8)
 
     def _show_until(self, time: float) -> None:
@@ -552,9 +579,7 @@ class _FrameSampler:
             if len(self.kept) >= self.limits.max_video_frames:
                 return
             if picture is None:
-                picture = self.current.to_ndarray(format="rgb24")
-                if self.current.rotation:
-                    picture = np.rot90(picture, k=round(self.current.rotation / 90) % 4)
+                picture = _as_displayed(self.current)
                 if self.kept and picture.shape != self.kept[0].shape:
                     raise BadSample("video_corrupt", f"frames change size to {picture.shape[1]} x {picture.shape[0]}")
             if (len(self.kept) + 1) * picture.shape[0] * picture.shape[1] > self.limits.max_video_pixels:

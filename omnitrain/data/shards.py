@@ -20,10 +20,13 @@ by the path ``"media.parquet#NAME"``.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import math
+import os
 import re
+import stat
 import threading
 import zlib
 from abc import ABC, abstractmethod
@@ -33,6 +36,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol, runtime_checkable
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pyarrow as pa
@@ -284,23 +288,23 @@ class MediaReader:
         """The bytes of `segment`'s medium.
 
         Raises:
-            BadSample: ``media_missing`` (no bytes and no path, or nothing there), ``media_outside`` (an absolute path
-                or one with ``..``).
-            FileNotFoundError: a media table is missing altogether.
+            BadSample: ``media_missing`` (no bytes and no path, nothing there, or nothing that can be read),
+                ``media_outside`` (an absolute path or one with ``..``), ``row_invalid`` (a data URI that is none).
         """
         if segment.media is not None:
             return segment.media
         if not segment.path:
             raise BadSample("media_missing", f"a segment of type {segment.type!r} has neither media bytes nor a path")
-        if segment.path.partition("#")[0].endswith(".parquet") and "#" in segment.path:
-            table, _, name = segment.path.partition("#")
-            self._inside(table)
-            return self._from_table(table, name)
-        path = self._inside(segment.path)
+        if (inline := _inline(segment.path)) is not None:
+            return inline
+        table, _, name = segment.path.partition(".parquet#")
+        path = self._inside(f"{table}.parquet" if name else segment.path)
         try:
-            return path.read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise BadSample("media_missing", f"{segment.path} is not a file in {self.folder.resolve()}") from error
+            return self._from_table(path, name) if name else _read_regular(path)
+        except (OSError, ValueError) as error:  # ValueError: half of a character, as of a name that is not UTF-8
+            shown = segment.path if len(segment.path) < 200 else f"{segment.path[:200]}..."
+            why = f"{shown!r} is not a file that can be read in {self.folder.resolve()} ({error.args[-1]})"
+            raise BadSample("media_missing", why) from error
 
     def _inside(self, relative: str) -> Path:
         if Path(relative).is_relative_to(self.folder.absolute()):
@@ -312,8 +316,8 @@ class MediaReader:
             )
         return self.folder / relative
 
-    def _from_table(self, table: str, name: str) -> bytes:
-        path = self.folder / table
+    def _from_table(self, path: Path, name: str) -> bytes:
+        table = str(path)
         if table not in self._tables:
             file = _open_parquet(path)
             if missing := {"name", "bytes"} - set(file.schema_arrow.names):
@@ -327,6 +331,37 @@ class MediaReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_tables": {}, "_groups": _RowGroups()}
+
+
+LARGEST_FILE = 2**30
+"""Bytes of a medium; more are not read."""
+
+
+def _read_regular(path: Path) -> bytes:
+    """The bytes of a file, through links too; a pipe is not waited for, and a device is not read without end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError("a folder, pipe or device")
+        if facts.st_size > LARGEST_FILE:
+            raise OSError(f"{facts.st_size} bytes; at most {LARGEST_FILE} are read")
+        return file.read()
+
+
+def _inline(path: str) -> bytes | None:
+    """The medium that stands in the row itself, as a data URI (RFC 2397) or in base64; None of a file's name."""
+    head, comma, body = path.partition(",")
+    if comma and head.startswith("data:"):
+        if not head.endswith(";base64"):
+            return unquote_to_bytes(body)
+    elif len(body := path) < 256:  # the longest name that a file may have
+        return None
+    try:
+        return base64.b64decode(body, validate=True)
+    except ValueError:
+        if comma:
+            raise BadSample("row_invalid", f"{path[:60]!r}... is no base64") from None
+        return None
 
 
 class IndexedSource(ABC):

@@ -1,6 +1,7 @@
-"""One list of media and rows that cannot be used, with the reason that each must be counted under.
+"""Lists of media and rows that cannot be used, with the reason that each must be counted under.
 
 Used by the tests of the decoders, of `omnitrain data verify` and of the stream (skip and count).
+`corrupt_shard` has one of each kind; `broken_files` has every format, cut and damaged at many places.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import json
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import soundfile
+from PIL import Image
 
 from omnitrain.data.media import encode_audio, encode_image, encode_video
 from omnitrain.data.sample import Message, Sample, Segment, SegmentType
@@ -137,6 +140,186 @@ CORRUPT_MEDIA: tuple[CorruptMedium, ...] = (
     CorruptMedium("png_as_video", "video", "wrong_type", good_image),
     CorruptMedium("playlist_as_video", "video", "wrong_type", lambda: b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n"),
 )
+
+
+# ------------------------------------------------------------------------------------------- every format, broken
+
+
+def _picture(format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(good_image())).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def _encoded(format: str, picture: str | None, sound: str | None, rate: int = 16_000, fps: int = 8) -> bytes:
+    """Three seconds of noisy frames of 32 x 48 pixels with a tone, or five of a tone, as FFmpeg writes them."""
+    seconds = 3 if picture else 5
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=format) as container:
+        video = container.add_stream(picture, rate=fps) if picture else None
+        audio = container.add_stream(sound, rate=rate, layout="mono") if sound else None
+        if video is not None:
+            video.width, video.height, video.pix_fmt = 48, 32, "rgb8" if picture == "gif" else "yuv420p"
+            pixels = np.random.default_rng(0).integers(0, 256, (seconds * fps, 32, 48, 3), dtype=np.uint8)
+            for index, image in enumerate(pixels):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts = index
+                container.mux(video.encode(frame))
+            container.mux(video.encode(None))
+        if audio is not None:
+            tone = 0.3 * np.sin(np.arange(seconds * rate) * 1000 / rate)
+            frame = av.AudioFrame.from_ndarray(tone[None].astype(np.float32), format="fltp", layout="mono")
+            frame.sample_rate = rate
+            codec = audio.codec_context
+            pieces = av.AudioResampler(codec.format, "mono", rate, frame_size=codec.frame_size)
+            for piece in (*pieces.resample(frame), *pieces.resample(None)):
+                container.mux(audio.encode(piece))
+            container.mux(audio.encode(None))
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Format:
+    """`checked`: damage is found (checksums, or a code that not every sequence of bits is of). `ends`: the container
+    says where it ends, so that a cut is found wherever it falls."""
+
+    type: SegmentType
+    make: Callable[[], bytes]
+    checked: bool = False
+    ends: bool = True
+
+
+def _pcm(container: str, codec: str, subtype: str | None = None) -> Callable[[], bytes]:
+    def make() -> bytes:
+        buffer = io.BytesIO()
+        tone = 0.3 * np.sin(np.arange(48_000) * 1000 / 16_000)
+        soundfile.write(buffer, tone, 16_000, format=container, subtype=codec)
+        return buffer.getvalue()
+
+    return make
+
+
+FORMATS: dict[str, Format] = {
+    "png": Format("image", good_image, checked=True),
+    "jpeg": Format("image", lambda: good_image("jpeg")),
+    "jpeg_progressive": Format("image", lambda: _picture("JPEG", progressive=True)),
+    "webp": Format("image", lambda: _picture("WEBP")),
+    "webp_lossless": Format("image", lambda: _picture("WEBP", lossless=True)),
+    "gif": Format("image", lambda: _picture("GIF")),
+    "bmp": Format("image", lambda: _picture("BMP")),
+    "tiff": Format("image", lambda: _picture("TIFF")),
+    "tiff_lzw": Format("image", lambda: _picture("TIFF", compression="tiff_lzw")),
+    "tiff_jpeg": Format("image", lambda: _picture("TIFF", compression="jpeg")),
+    "avif": Format("image", lambda: _picture("AVIF")),
+    "jpeg2000": Format("image", lambda: _picture("JPEG2000")),
+    "wav": Format("audio", _pcm("WAV", "PCM_16")),
+    "wav_float": Format("audio", _pcm("WAV", "FLOAT")),
+    "wav_gsm": Format("audio", _pcm("WAV", "GSM610")),
+    "wav_mp3": Format("audio", lambda: _encoded("wav", None, "libmp3lame")),
+    "rf64": Format("audio", _pcm("RF64", "PCM_16")),
+    "w64": Format("audio", _pcm("W64", "PCM_16")),
+    "caf": Format("audio", _pcm("CAF", "PCM_16")),
+    "aiff": Format("audio", _pcm("AIFF", "PCM_16")),
+    "au": Format("audio", _pcm("AU", "PCM_16")),
+    "flac": Format("audio", _pcm("FLAC", "PCM_16")),
+    "mp3": Format("audio", lambda: _encoded("mp3", None, "libmp3lame"), checked=True),
+    "opus": Format("audio", lambda: _encoded("ogg", None, "libopus", 48_000), checked=True),
+    "vorbis": Format("audio", _pcm("OGG", "VORBIS"), checked=True),
+    "aac": Format("audio", lambda: _encoded("adts", None, "aac"), checked=True),
+    "m4a": Format("audio", lambda: _encoded("ipod", None, "aac"), checked=True),
+    "ac3": Format("audio", lambda: _encoded("ac3", None, "ac3", 48_000), checked=True),
+    "webm_sound": Format("audio", lambda: _encoded("webm", None, "libopus", 48_000), checked=True),
+    "mp4": Format("video", good_video, checked=True),
+    "mp4_index_first": Format("video", video_index_first, checked=True),
+    "mov": Format("video", lambda: _encoded("mov", "libx264", "aac"), checked=True),
+    "matroska": Format("video", lambda: _encoded("matroska", "libx264", "aac"), checked=True),
+    "webm": Format("video", lambda: _encoded("webm", "libvpx", "libopus", 48_000)),
+    "avi": Format("video", lambda: _encoded("avi", "mpeg4", "libmp3lame")),
+    "flv": Format("video", lambda: _encoded("flv", "flv1", "libmp3lame", 44_100)),
+    "mpegts": Format("video", lambda: _encoded("mpegts", "libx264", "aac"), ends=False),
+    "mpeg": Format("video", lambda: _encoded("mpeg", "mpeg2video", "mp2", 44_100, 25), checked=True, ends=False),
+    "mpegvideo": Format("video", lambda: _encoded("mpeg2video", "mpeg2video", None, fps=25), checked=True, ends=False),
+    "gif_video": Format("video", lambda: _encoded("gif", "gif", None), checked=True),
+}
+
+
+@dataclass(frozen=True)
+class BrokenFile:
+    """`whole`: decoded as if nothing had happened is right too (nothing in the format shows the damage).
+    `shorter`: so is less of it (nothing in the format says where it ends)."""
+
+    name: str
+    type: SegmentType
+    make: Callable[[], bytes]
+    whole: bool = False
+    shorter: bool = False
+
+
+def broken_files(name: str) -> Iterator[BrokenFile]:
+    """One of `FORMATS` cut at ten places and damaged at five."""
+    format = FORMATS[name]
+    good = format.make()
+    for tenth in range(10):
+        cut = partial(_cut, good, tenth / 10 + 0.05)
+        yield BrokenFile(f"{name}-cut{tenth}", format.type, cut, shorter=not format.ends)
+    for fifth in range(5):
+        begin = (fifth + 0.3) / 5
+        noise = partial(_damaged, good, begin, begin + 0.05)
+        yield BrokenFile(f"{name}-noise{fifth}", format.type, noise, not format.checked, not format.checked)
+
+
+def _patched(data: bytes, at: int | bytes, new: bytes) -> bytes:
+    """`data` with other bytes at a place, or behind the first `at` in it."""
+    place = at if isinstance(at, int) else data.index(at) + len(at)
+    return data[:place] + new + data[place + len(new) :]
+
+
+def _riff(format: bytes, sound: bytes, size: int | None = None) -> bytes:
+    size = len(sound) if size is None else size
+    head = b"WAVEfmt " + struct.pack("<I", len(format)) + format + b"data" + struct.pack("<I", size)
+    return b"RIFF" + struct.pack("<I", len(head) + len(sound)) + head + sound
+
+
+def _pcm_header(channels: int = 1, rate: int = 16_000, bits: int = 16, code: int = 1) -> bytes:
+    frame = channels * bits // 8
+    return struct.pack("<HHIIHH", code, channels, rate, rate * frame % 2**32, frame % 2**16, bits)
+
+
+_BIG16, _BIG32 = b"\xff\xff", b"\x7f\xff\xff\xff"
+LYING_HEADERS: dict[str, tuple[SegmentType, Callable[[], bytes]]] = {
+    "png_width_zero": ("image", lambda: image_bomb(0)),
+    "png_larger": ("image", lambda: _patched(good_image(), b"IHDR", struct.pack(">II", 4000, 4000))),
+    "jpeg_huge": ("image", lambda: _patched(good_image("jpeg"), b"\xff\xc0\0\x11\x08", _BIG16 * 2)),
+    "gif_huge": ("image", lambda: _patched(_picture("GIF"), 6, _BIG16 * 2)),
+    "bmp_huge": ("image", lambda: _patched(_picture("BMP"), 18, struct.pack("<ii", 60_000, 60_000))),
+    "bmp_taller": ("image", lambda: _patched(_picture("BMP"), 22, struct.pack("<i", 4000))),
+    "wav_rate_zero": ("audio", lambda: _riff(_pcm_header(rate=0), bytes(32_000))),
+    "wav_rate_huge": ("audio", lambda: _riff(_pcm_header(rate=2**32 - 1), bytes(32_000))),
+    "wav_no_channels": ("audio", lambda: _riff(_pcm_header(channels=0), bytes(32_000))),
+    "wav_65535_channels": ("audio", lambda: _riff(_pcm_header(channels=65_535), bytes(131_070))),
+    "wav_longer": ("audio", lambda: _riff(_pcm_header(), bytes(32_000), size=2_000_000_000)),
+    "wav_no_bits": ("audio", lambda: _riff(_pcm_header(bits=0), bytes(32_000))),
+    "wav_unknown_codec": ("audio", lambda: _riff(_pcm_header(code=0x7777), bytes(32_000))),
+    "wav_no_format": ("audio", lambda: b"RIFF" + struct.pack("<I", 12) + b"WAVEdata" + bytes(4)),
+    "aiff_longer": ("audio", lambda: _patched(_pcm("AIFF", "PCM_16")(), b"SSND", _BIG32)),
+    "au_longer": ("audio", lambda: _patched(_pcm("AU", "PCM_16")(), 8, _BIG32)),
+    "au_rate_zero": ("audio", lambda: _patched(_pcm("AU", "PCM_16")(), 16, bytes(4))),
+    "caf_longer": ("audio", lambda: _patched(_pcm("CAF", "PCM_16")(), b"data", bytes(4) + _BIG32)),
+    "w64_longer": ("audio", lambda: _patched(_pcm("W64", "PCM_16")(), 16, struct.pack("<Q", 2**40))),
+    "flac_longer": ("audio", lambda: _patched(_pcm("FLAC", "PCM_16")(), 22, _BIG32)),
+    "matroska_longer": (
+        "video",
+        lambda: _patched(_encoded("webm", "libvpx", None), b"\x18S\x80g\x01", bytes(3) + _BIG32),
+    ),
+    "mp4_box_longer": ("video", lambda: _patched(good_video(), good_video().index(b"mdat") - 4, _BIG32)),
+    "mp4_box_of_two_bytes": (
+        "video",
+        lambda: _patched(good_video(), good_video().index(b"mdat") - 4, bytes(3) + b"\2"),
+    ),
+    "avi_longer": ("video", lambda: _patched(_encoded("avi", "mpeg4", None), 4, b"\xff\xff\xff\x7f")),
+    "flv_tag_longer": ("video", lambda: _patched(_encoded("flv", "flv1", None), 14, b"\x7f\xff\xff")),
+    "gif_video_huge": ("video", lambda: _patched(_encoded("gif", "gif", None), 6, _BIG16 * 2)),
+}
 
 
 def media_sample(name: str, type: SegmentType, media: bytes | None, path: str | None = None) -> Sample:

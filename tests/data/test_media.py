@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import resource
+import struct
 import time
 from fractions import Fraction
 from typing import Any
@@ -13,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from omnitrain.data.media import (
     MediaLimits,
@@ -42,6 +43,122 @@ def test_corrupt_media_have_a_reason(case) -> None:
     assert time.perf_counter() - begin < 5
     again = pickle.loads(pickle.dumps(error.value))
     assert (again.reason, again.detail) == (error.value.reason, error.value.detail)
+
+
+SIZE = {
+    "image": lambda data: decode_image(data).shape,
+    "audio": lambda data: len(decode_audio(data)),
+    "video": lambda data: _frames_and_samples(decode_video(data)),
+}
+
+
+def _frames_and_samples(video: Any) -> tuple[int, int]:
+    return len(video.frames), 0 if video.audio is None else len(video.audio)
+
+
+@pytest.mark.filterwarnings("ignore")  # of decoders
+@pytest.mark.parametrize("name", corrupt.FORMATS)
+def test_every_format_cut_and_damaged(name) -> None:
+    """Refused with a reason, or decoded to as much as the whole file gives where nothing in the format could show the
+    damage; in bounded time and memory."""
+    format = corrupt.FORMATS[name]
+    whole = SIZE[format.type](format.make())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for case in corrupt.broken_files(name):
+        begin = time.perf_counter()
+        try:
+            size = SIZE[case.type](case.make())
+        except BadSample as error:
+            reasons = (f"{case.type}_corrupt", "video_no_frames", "wrong_type")
+            if error.reason not in reasons or "NoneType" in error.detail:
+                pytest.fail(f"{case.name}: {error}")
+        else:
+            assert (case.whole and size == whole) or (case.shorter and size <= whole), (case.name, size, whole)
+        assert time.perf_counter() - begin < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+@pytest.mark.parametrize("name", corrupt.LYING_HEADERS)
+def test_headers_that_lie_are_found_out(name) -> None:
+    kind, make = corrupt.LYING_HEADERS[name]
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(BadSample, match=f"{kind}_(corrupt|too_large|too_long|aspect_ratio)"):
+        DECODE[kind](make())
+    assert time.perf_counter() - begin < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
+
+
+def test_no_file_is_taken_for_another_kind() -> None:
+    for name, format in corrupt.FORMATS.items():
+        data = format.make()
+        for kind in {"image", "audio", "video"} - {format.type} - sniff(data)[1]:
+            with pytest.raises(BadSample, match="wrong_type"):
+                DECODE[kind](data)
+        assert name  # shown where it fails
+
+
+MATRICES = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_clips_are_turned_and_mirrored_as_their_matrix_says(matrix) -> None:
+    data = bytearray(corrupt.good_video(with_audio=False))
+    plain = decode_video(bytes(data)).frames[0]
+    a, b, c, d = matrix
+    at = data.index(b"tkhd") + 44
+    data[at : at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    height, width = plain.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    to_x, to_y = a * x + c * y, b * x + d * y  # the standard's mapping, pixel by pixel
+    to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
+    expected = np.zeros((to_y.max() + 1, to_x.max() + 1, 3), np.uint8)
+    expected[to_y, to_x] = plain
+    np.testing.assert_array_equal(decode_video(bytes(data)).frames[0], expected)
+
+
+def test_tags_before_sound_and_large_profiles_of_pictures() -> None:
+    tag = b"ID3\4\0\0\0\0\1\x48" + bytes(200)
+    for name in ("aac", "mp3"):
+        data = corrupt.FORMATS[name].make()
+        assert sniff(tag + data)[0] == name
+        np.testing.assert_allclose(decode_audio(tag + data), decode_audio(data), atol=1e-6)
+    picture, buffer = Image.open(io.BytesIO(corrupt.good_image())), io.BytesIO()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile", "x" * 3_000_000, zip=True)
+    picture.save(buffer, "PNG", pnginfo=info, icc_profile=bytes(2_000_000))
+    np.testing.assert_array_equal(decode_image(buffer.getvalue()), decode_image(corrupt.good_image()))
+    with pytest.raises(BadSample, match="HEIC pictures cannot be read here"):
+        decode_image(b"\0\0\0\x18ftypheic" + bytes(100))
+
+
+def test_a_long_recording_of_a_huge_rate_is_refused() -> None:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", 655_350, 1, "PCM_16", format="FLAC") as file:
+        for _ in range(300):
+            file.write(np.zeros(655_350, np.int16))
+    with pytest.raises(BadSample, match=r"audio_too_long.*655350 Hz"):
+        decode_audio(buffer.getvalue())
+
+
+def test_a_clip_cut_without_loss_is_whole() -> None:
+    """Of 40 frames the edit list hides the first six, as tools do that cut between key frames."""
+    buffer = io.BytesIO()
+    options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}  # what stands before 0 s is hidden
+    with av.open(buffer, "w", format="mp4", options=options) as container:
+        stream: Any = container.add_stream("libx264", rate=10, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(np.full((32, 32, 3), 6 * k, np.uint8), format="rgb24") for k in range(40)]
+        for index, frame in enumerate([*frames, None]):
+            if frame is not None:
+                frame.pts, frame.time_base = index, Fraction(1, 10)
+            for packet in stream.encode(frame):
+                packet.pts, packet.dts = packet.pts - 6, packet.dts - 6
+                container.mux(packet)
+    with av.open(io.BytesIO(buffer.getvalue())) as container:
+        assert container.streams.video[0].frames == 40
+    video = decode_video(buffer.getvalue(), fps=10)
+    assert len(video.frames) == 34
+    assert abs(float(video.frames[0].mean()) - 36) < 6
 
 
 def test_good_media_decode() -> None:

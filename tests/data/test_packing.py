@@ -43,6 +43,11 @@ def pack_all(samples, budget, window):
     return packs
 
 
+def test_a_pack_is_filled_to_the_last_token():
+    samples = [encoded(str(i), 16) for i in range(6)]
+    assert [len(pack) for pack in pack_all(samples, Budget(tokens=48), window=1)] == [3, 3]
+
+
 def test_every_sample_once_and_no_budget_broken():
     rng = np.random.default_rng(0)
     samples = [

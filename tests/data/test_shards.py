@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import socket
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,6 +37,14 @@ def sample(i: int, **changes) -> Sample:
         else (Message(role="document", segments=(Segment(type="text", text=f"doc {i}"),)),),
     }
     return Sample(**{**values, **changes})
+
+
+@pytest.mark.parametrize("rows", [1, 30, 31, 60, 61])
+def test_shards_of_thirty_rows(tmp_path: Path, rows: int) -> None:
+    samples = [sample(i) for i in range(rows)]
+    files = write_shards(samples, tmp_path, "demo", rows_per_shard=30, progress=False)
+    assert [pq.read_metadata(file).num_rows for file in files] == [30] * (rows // 30) + [rows % 30] * (rows % 30 > 0)
+    assert list(SampleSource(tmp_path)) == samples
 
 
 def test_round_trip_over_several_shards(tmp_path: Path) -> None:
@@ -95,16 +105,30 @@ def test_where_says_what_there_is(tmp_path: Path) -> None:
     assert len(SampleSource(tmp_path, split="train")) == 3
 
 
-def test_media_by_path_and_by_table(tmp_path: Path) -> None:
+def test_media_by_path_and_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"A")
     write_media_table(((f"m{i}", bytes([i]) * 3000) for i in range(250)), tmp_path / "media.parquet")
     write_shards([sample(0)], tmp_path, "demo", progress=False)
     source = SampleSource(tmp_path)
     assert len(source) == 1  # the media table is no shard
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1" + bytes(100))
+    (tmp_path / "link.png").symlink_to("pictures/a.png")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # a socket's name is short
+        server.bind("socket")
+    with open(tmp_path / "sparse", "wb") as sparse:
+        sparse.truncate(40 * 2**30)
     assert source.media_bytes(Segment(type="image", path="pictures/a.png")) == b"A"
     assert source.media_bytes(Segment(type="image", path="media.parquet#m200")) == bytes([200]) * 3000
     assert source.media_bytes(Segment(type="image", media=b"x")) == b"x"
+    assert source.media_bytes(Segment(type="image", path="link.png")) == b"A"  # Hub caches consist of links
+    assert source.media_bytes(Segment(type="image", path="data:image/png;base64,QUJD")) == b"ABC"
+    assert source.media_bytes(Segment(type="image", path="data:,A%20B")) == b"A B"
+    assert source.media_bytes(Segment(type="image", path="QUJD" * 100)) == b"ABC" * 100
     for path, reason in {
         "pictures/b.png": "media_missing",
         "pictures": "media_missing",
@@ -116,12 +140,23 @@ def test_media_by_path_and_by_table(tmp_path: Path) -> None:
         "C:\\a.png": "media_outside",
         "../media.parquet#m1": "media_outside",
         "": "media_missing",
+        "lost.parquet#m1": "media_missing",
+        "damaged.parquet#m1": "media_missing",
+        "no\udcffutf8.png": "media_missing",
+        "nul\0.png": "media_outside",
+        "long" * 70 + ".png": "media_missing",
+        "a.png/" * 400 + "b.png": "media_missing",
+        "loop": "media_missing",
+        "pipe": "media_missing",
+        "socket": "media_missing",
+        "zero": "media_missing",
+        "sparse": "media_missing",
+        "data:image/png;base64,?": "row_invalid",
+        "http://example.org/a.png": "media_missing",
     }.items():
         with pytest.raises(BadSample) as error:
             source.media_bytes(Segment(type="image", path=path))
         assert error.value.reason == reason, path
-    with pytest.raises(FileNotFoundError, match=r"lost\.parquet"):
-        source.media_bytes(Segment(type="image", path="lost.parquet#m1"))
     with pytest.raises(ValueError, match="occurs twice"):
         write_media_table([("a", b"1"), ("a", b"2")], tmp_path / "twice.parquet")
 

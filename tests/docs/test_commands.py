@@ -143,6 +143,8 @@ NOT_TESTED = {
     "python -m data_prep.synthetic_speech --voices espeak:de,espeak:en-us --texts sentences.txt": "reads its file at once",
 }
 """Commands that are none, and why."""
+
+
 def test_nothing_is_left_out() -> None:
     """Each mention of a command, by a cruder search, is the beginning of one that the extractor has found."""
     found = {command.text for command in COMMANDS}
@@ -151,7 +153,9 @@ def test_nothing_is_left_out() -> None:
         for number, line in enumerate(text.splitlines(), start=1):
             for mention in MENTION.finditer(line):
                 beginning = " ".join(re.split(r"[`\\#;]|\.\s| \(|\s{3,}", line[mention.start() :])[0].split())
-                assert beginning.strip()[:40].strip() in everything, f"{path.relative_to(ROOT)}:{before + number}: {line}"
+                assert beginning.strip()[:40].strip() in everything, (
+                    f"{path.relative_to(ROOT)}:{before + number}: {line}"
+                )
     assert len(COMMANDS) > 120, len(COMMANDS)
     assert found >= NOT_TESTED.keys()
     print(f"{len(COMMANDS)} commands, {len(NOT_TESTED)} of them not tested")
@@ -234,7 +238,9 @@ def check(words: list[str], folders: dict[str, Path], in_a_sentence: bool, monke
     assert verb in VERBS, f"there is no verb {verb}"
     if verb in HYDRA_VERBS and "--help" not in rest:
         check_hydra(verb, rest, folders, monkeypatch)
-    elif not rest or (in_a_sentence and all(re.fullmatch(r"[a-z]+", word) for word in rest)):  # "`omnitrain data encode`"
+    elif not rest or (
+        in_a_sentence and all(re.fullmatch(r"[a-z]+", word) for word in rest)
+    ):  # "`omnitrain data encode`"
         parses(lambda: main([*words, "--help"]))
     elif verb == "talk" and in_a_sentence:  # "`talk --frames-per-piece 4`", "`omnitrain talk DIR ...`"
         parses(lambda: main([verb, "DIR", *(word for word in rest if word != "DIR"), "--out", "a.wav"]))
@@ -283,9 +289,7 @@ def named(command: Found) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=named)
-def test_a_command(
-    command: Found, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command(command: Found, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     if command.text in NOT_TESTED:
         pytest.skip(NOT_TESTED[command.text])
     environment, words = words_of(command.text)

@@ -175,6 +175,19 @@ def test_every_frame_gives_its_samples_at_once(model) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pieces", [[301], [300, 1], [25] * 12 + [1], [1, 299, 1]])
+def test_long_answers_lose_no_sample_at_a_joint(pieces: list[int]) -> None:
+    """The public code decodes 300 frames at a time, and loses 555 samples at every joint."""
+    model = Code2Wav(replace(CONFIGS["the public ratios"], d_model=8, layers=1, ffn=8, decoder_dim=16))
+    randomise(model)
+    codes = random_codes(model.config, 301, batch=1)
+    state = model.init_state(1)
+    stream = torch.cat([model.step(piece, state) for piece in codes.split(pieces, dim=1)], dim=1)
+    assert stream.shape[1] == model.config.samples(301) == 577_365
+    torch.testing.assert_close(stream, model(codes), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_the_past_does_not_know_the_future() -> None:
     model = Code2Wav(replace(CONFIGS["the public ratios"], trim="causal"))
     randomise(model)

@@ -116,7 +116,7 @@ def test_router_without_normalisation_keeps_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "per position"])
-@pytest.mark.parametrize("chunk", [3, 1024])
+@pytest.mark.parametrize("chunk", [1, 3, 10, 11, 12])
 def test_cross_entropy_and_its_gradients(weighting: str, chunk: int) -> None:
     hidden, weight = torch.randn(11, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     labels = torch.randint(0, 20, (11,))
@@ -147,6 +147,9 @@ def test_cross_entropy_with_a_frozen_head_or_without_labels() -> None:
     nothing = chunked_cross_entropy(hidden, weight.requires_grad_(), torch.full((4,), -100))
     nothing.sum().backward()
     assert nothing.eq(0).all()
+    empty = chunked_cross_entropy(hidden[:0], weight, labels[:0])
+    empty.sum().backward()
+    assert empty.shape == (0,)
     assert weight.grad.eq(0).all()
     assert hidden.grad.eq(0).all()
 

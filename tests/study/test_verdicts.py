@@ -76,6 +76,19 @@ def test_without_seed_variance_the_interval_is_over_groups() -> None:
     assert apart.se < 0.65 * found.se
 
 
+def test_the_error_is_that_of_two_way_clusters() -> None:
+    """Items of equal weight, one to a group: the variance components of a crossed design, from its mean squares."""
+    rng = np.random.default_rng(0)
+    seeds, items = 4, 30
+    y = rng.normal(0, 0.5, (seeds, 1)) + rng.normal(0, 1.0, (1, items)) + rng.normal(0, 0.5, (seeds, items))
+    left = y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
+    both = float((left**2).sum()) / ((seeds - 1) * (items - 1)) / (seeds * items)
+    of_seeds, of_items = y.mean(1).var(ddof=1) / seeds, y.mean(0).var(ddof=1) / items
+    found = crossed_interval(y, np.ones(items), map(str, range(items)))
+    assert of_seeds + of_items - both > max(of_seeds, of_items)  # the sum is what counts here
+    assert found.se == pytest.approx(math.sqrt(of_seeds + of_items - both))
+
+
 def test_the_value_is_the_ratio_of_sums() -> None:
     numerator, weight = np.array([[2.0, 30.0], [4.0, 50.0]]), np.array([1.0, 10.0])
     found = crossed_interval(numerator, weight, "ab")

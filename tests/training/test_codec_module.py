@@ -180,8 +180,10 @@ def test_mel_distance_is_that_of_torchaudio() -> None:
     mel = torchaudio.transforms.MelSpectrogram(
         24_000, 512, hop_length=128, n_mels=40, power=1.0, norm="slaney", mel_scale="slaney", pad_mode="constant"
     )
-    expected = (mel(a).clamp(min=1e-5).log10() - mel(b).clamp(min=1e-5).log10()).abs().mean()
-    assert float(distance(a, b)) == pytest.approx(float(expected), rel=1e-4)
+    for loudness in (1.0, 1e-3):  # the quiet ones lie partly below the floor, where the bank's scale matters
+        x, y = loudness * a, loudness * b
+        expected = (mel(x).clamp(min=1e-5).log10() - mel(y).clamp(min=1e-5).log10()).abs().mean()
+        assert float(distance(x, y)) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_mel_distance_of_silence_has_a_gradient() -> None:
@@ -203,6 +205,8 @@ def test_content_loss_is_ctc_over_the_frames_of_the_utterance() -> None:
     assert loss is not None
     assert float(loss) == pytest.approx(float(expected) / 5, rel=1e-5)
     assert head(semantic, [(0, 0, 1, "far too long for one frame")]) is None
+    assert head(semantic, [(0, 0, 2, "aabbcc")]) is None  # six slots; between equal bytes stands a blank
+    assert head(semantic, [(0, 0, 3, "aabbcc")]) is not None
     assert head(semantic, []) is None
 
 
@@ -213,6 +217,12 @@ def test_adversarial_losses() -> None:
     assert float(gan_discriminator_loss(fake, real)) == 6.0  # relu(1 + 2) twice
     assert float(gan_generator_loss(fake)) == 2.0
     assert float(feature_matching_loss(real, fake)) == pytest.approx(0.5)
+    loud = [[(verdict, [10 * layer for layer in layers]) for verdict, layers in opinions] for opinions in (real, fake)]
+    assert float(feature_matching_loss(*loud)) == pytest.approx(0.5)  # of the layer's own size
+    ours, theirs = torch.ones(2, 4, requires_grad=True), torch.zeros(2, 4, requires_grad=True)
+    feature_matching_loss([(real[0][0], [theirs])], [(fake[0][0], [ours])]).backward()
+    assert ours.grad is not None
+    assert theirs.grad is None  # the discriminator does not learn from it
 
 
 def test_si_sdr_ignores_scale_and_is_the_ratio_in_decibels() -> None:
@@ -220,6 +230,7 @@ def test_si_sdr_ignores_scale_and_is_the_ratio_in_decibels() -> None:
     target = torch.randn(1, 48_000)
     noise = torch.randn(1, 48_000)
     assert float(si_sdr(3 * (target + 0.1 * noise), target)) == pytest.approx(20.0, abs=0.2)
+    assert float(si_sdr(target + 0.1 * noise + 5, target)) == pytest.approx(20.0, abs=0.2)  # a constant is not heard
 
 
 def test_codebook_use() -> None:
