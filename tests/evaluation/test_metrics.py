@@ -75,6 +75,20 @@ def test_interval_is_deterministic_and_contains_the_mean() -> None:
     assert first.mean == pytest.approx(values.mean())
 
 
+def test_interval_of_a_constant_has_no_width() -> None:
+    """Groups of one, two and three values: numerator and denominator are redrawn together."""
+    names = [str(i) for i in range(30) for _ in range(i % 3 + 1)]
+    interval = bootstrap_interval([0.3] * len(names), groups=names)
+    assert (interval.low, interval.high) == pytest.approx((0.3, 0.3))
+
+
+def test_every_value_is_redrawn_as_often_as_the_others() -> None:
+    values = np.arange(101.0)
+    interval = bootstrap_interval(values, resamples=20_000)
+    half = 1.96 * values.std() / math.sqrt(101)
+    assert (interval.low, interval.high) == pytest.approx((50 - half, 50 + half), abs=0.3)
+
+
 def test_interval_covers_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     hits = sum(

@@ -357,6 +357,21 @@ def test_interrupt_from_another_thread(models) -> None:
         made.speaker.forbidden[models.speaker.codec.codec_eos] = False
 
 
+def test_the_talker_may_end_and_says_no_other_special_code(models, monkeypatch) -> None:
+    chat, codec = CHATS["text"], models.speaker.codec
+    logits = models.speaker.talker.logits
+
+    def tempting(hidden: torch.Tensor) -> torch.Tensor:
+        scores = logits(hidden)
+        scores[:, [codec.codec_pad, codec.codec_bos]] = 2e4
+        scores[:, codec.codec_eos] = 1e4
+        return scores
+
+    monkeypatch.setattr(models.speaker.talker, "logits", tempting)
+    found = Heard(session(models, chat).answer(chat[-1]))
+    assert (len(found.pieces), found.reason) == (0, "end")
+
+
 def test_the_text_goes_on_where_the_talker_has_ended(models, monkeypatch) -> None:
     chat = CHATS["text"]
     plain = Heard(session(models, chat).answer(chat[-1]))

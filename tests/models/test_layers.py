@@ -147,6 +147,9 @@ def test_cross_entropy_with_a_frozen_head_or_without_labels() -> None:
     nothing = chunked_cross_entropy(hidden, weight.requires_grad_(), torch.full((4,), -100))
     nothing.sum().backward()
     assert nothing.eq(0).all()
+    with torch.no_grad():
+        loud = chunked_cross_entropy(1000 * hidden, weight, labels)  # exp(logits) is beyond fp32
+        torch.testing.assert_close(loud, F.cross_entropy(1000 * hidden @ weight.T, labels, reduction="none"))
     empty = chunked_cross_entropy(hidden[:0], weight, labels[:0])
     empty.sum().backward()
     assert empty.shape == (0,)
