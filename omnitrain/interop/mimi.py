@@ -70,10 +70,7 @@ class MimiCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= quantizers -> [B, T * 1920]
-
-        Raises:
-            ValueError: if n is not within 1..quantizers, or a code is outside of its codebook.
-        """
+        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= quantizers -> [B, T * 1920]. Errors as
+        `check_codes`."""
         check_codes(codes, self.quantizers, self.model.config.codebook_size)
         return self.model.decode(codes.transpose(1, 2)).audio_values[:, 0]
