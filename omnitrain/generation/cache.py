@@ -8,7 +8,7 @@ pieces, single steps and documents that end at different times all are the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -129,8 +129,7 @@ class JoinedKVCache:
         if len(self._borders) != len(self.caches) + 1:
             raise ValueError(f"{len(self.caches)} caches for {len(self._borders) - 1} documents; give one to each")
         self._starts = [cache.length for cache in self.caches]
-        ends = [0]
         for cache, (a, b) in zip(self.caches, pairwise(self._borders), strict=True):
             cache.length += b - a
-            ends.append(ends[-1] + cache.length)
+        ends = [0, *accumulate(cache.length for cache in self.caches)]
         self._cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(cu_seqlens.device)

@@ -39,9 +39,9 @@ from omnitrain.data.talker_layout import SpeechTokens, UserTurns, in_user_turns,
 from omnitrain.generation.cache import DocumentKVCache, JoinedKVCache
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.text import next_positions, occurring, passes, read_prompts, step
-from omnitrain.models.code2wav import Code2Wav, Code2WavState, join_states, split_state
+from omnitrain.models.code2wav import Code2WavState, join_states, split_state
 from omnitrain.models.omni import OmniModel
-from omnitrain.models.talker import Talker, TalkerInputs
+from omnitrain.models.talker import TalkerInputs
 from omnitrain.vocabulary import TEXT
 
 
@@ -236,8 +236,7 @@ class Speaker:
                 f"the model has no {lacks}, so it cannot speak; build it with speech=true, or load it with its speech"
             )
         self.model, self.tokenizer = model, tokenizer
-        self.talker: Talker = model.talker
-        self.code2wav: Code2Wav = model.code2wav
+        self.talker, self.code2wav = model.talker, model.code2wav
         c, wave = self.talker.config, self.code2wav.config
         if (wave.quantizers, wave.codebook_size) != (c.codebooks, c.codebook_size):
             raise ValueError(
@@ -507,10 +506,7 @@ class SpeechSession:
 
     def answer(self, *messages: Message, say: str | None = None) -> Generator[Event, None, None]:
         """Events of the answer to `messages`, which are added to the history at the first event; the answer is when it
-        ends.
-
-        Args:
-            say: what is said. The Thinker then does not write (and does not run, unless it has media to hear).
+        ends. `say` is what is said; the Thinker then does not write (and does not run, unless it has media to hear).
 
         Raises:
             RuntimeError: the last answer has not ended; close its iterator.
@@ -541,8 +537,7 @@ class SpeechSession:
             raise RuntimeError("the last answer has not ended: read its events to the end, or close their iterator")
         self._stop.clear()
         chat = [*self.history, *messages]
-        sample = Sample(id="session", source="session", messages=tuple(chat))
-        prompt = self.encoder.encode_prompt(sample, _media_bytes)
+        prompt = self.encoder.encode_prompt(Sample(id="session", source="session", messages=tuple(chat)), _media_bytes)
         words = None if text is None else self.encoder.tokenizer.encode(text)
         answer = self.speaker.answer(self.options, prompt, words)
         answer.interrupted = self._stop.is_set
@@ -566,14 +561,12 @@ def speak_batch(
     *,
     texts: Sequence[str | None] | None = None,
 ) -> Generator[tuple[int, Event], None, None]:
-    """Answers of several sessions side by side, one packed call per component and frame.
+    """Answers of several sessions side by side, one packed call per component and frame: yields (session, event). Each
+    session's events are those that it has alone, up to rounding.
 
     Args:
         sessions: of one model: give them the same `speaker`.
         messages: what each is asked.  texts: what each says, or None where the Thinker writes.
-
-    Yields:
-        (session, event): each session's events are those that it has alone, up to rounding.
 
     Raises ValueError: the sessions have several `Speaker`s.  Others as `SpeechSession.answer`.
     """

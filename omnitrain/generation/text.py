@@ -32,7 +32,8 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     prefill_chunk: int | None = None,
 ) -> list[list[int]]:
-    """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers.
+    """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers. Returns the new
+    tokens of every document, a stop token included.
 
     Args:
         model: text is generated on the model's device, in its precision.
@@ -42,9 +43,6 @@ def generate(
         on_token: called as on_token(document, token) as soon as a token is chosen.
         prefill_chunk: prompts are read at most so many tokens per document at a time, which bounds the memory of
             long ones; default: in one piece. The result is the same.
-
-    Returns:
-        The new tokens of every document, a stop token included.
 
     Raises ValueError: for a nonsensical option or an empty prompt, naming it.
     """

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.models.codec import check_codes
 
-SAMPLE_RATE = 24000
-SAMPLES_PER_FRAME = 1920
-FRAME_RATE = SAMPLE_RATE / SAMPLES_PER_FRAME
+SAMPLE_RATE, FRAME_RATE = 24000, 12.5
 
 
 class MimiCodec(nn.Module):
@@ -31,13 +29,9 @@ class MimiCodec(nn.Module):
 
     @classmethod
     def from_folder(cls, path: str | Path, quantizers: int = 16) -> MimiCodec:
-        """Load a Mimi from a local folder in the layout of transformers; nothing is downloaded.
-
-        Raises:
-            CheckpointError: if the folder holds no Mimi, or one of another sample rate or frame rate, or with fewer
-                codebooks than `quantizers`.
-            ImportError: without transformers.
-        """
+        """Load a Mimi from a local folder in the layout of transformers; nothing is downloaded. Raises CheckpointError
+        if it holds no Mimi, or one of another sample rate or frame rate, or with fewer codebooks than `quantizers`;
+        ImportError without transformers."""
         path, described = Path(path), Path(path) / "config.json"
         if not described.is_file():
             raise CheckpointError(f"{described}: not found; expected the folder of a Mimi model")

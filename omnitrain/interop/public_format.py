@@ -59,10 +59,7 @@ def load_pretrained(
     config, prefix = read_config(folder, speech=speech)
     model = _empty_model(config, folder / "config.json")
     with TensorFiles(folder, prefix) as checkpoint:
-        tensors = {
-            name: checkpoint.assemble(name, parameter, config, dtype, device)
-            for name, parameter in model.named_parameters()
-        }
+        tensors = {name: checkpoint.assemble(name, x, config, dtype, device) for name, x in model.named_parameters()}
         checkpoint.check_all_read(_without(config))
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
@@ -259,7 +256,6 @@ def save_pretrained(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = model.thinker.lm_head.weight.dtype
     speaks = model.talker is not None or model.code2wav is not None
     layout = layout or ("full" if speaks else "thinker")
     with ExitStack() as stack:
@@ -280,7 +276,7 @@ def save_pretrained(
                 if path.is_file() and path.name != "config.json" and "safetensors" not in path.name:
                     shutil.copy2(path, folder / path.name)
         else:
-            config = public_config(model.config, layout, dtype)
+            config = public_config(model.config, layout, model.thinker.lm_head.weight.dtype)
         _write_shards(folder, chain(public_tensors(model, layout), others), max_shard_bytes)
     write_json(folder / "config.json", config)
 
