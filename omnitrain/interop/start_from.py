@@ -107,7 +107,8 @@ def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path
             absent = tuple(part for part in SPEECH_PARTS if not any(name.startswith(part) for name in weights))
             own = {name: x for name, x in own.items() if not name.startswith(absent)}
         else:
-            own, weights = ({n: x for n, x in state.items() if n.startswith(f"{part}.")} for state in (own, weights))
+            own = {name: x for name, x in own.items() if name.startswith(f"{part}.")}
+            weights = {name: x for name, x in weights.items() if name.startswith(f"{part}.")}
         if wrong := _differences(own, weights):
             raise ValueError(
                 f"{key}={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
