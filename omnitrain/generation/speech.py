@@ -322,15 +322,13 @@ class Speaker:
             for a in answers
         ]
         x = self.talker.embed(inputs, words, torch.cat(heard))
-        for a, d in zip(answers, documents, strict=True):
-            a.accept_hidden = None
-            a.said = torch.zeros(self.talker.config.codec_vocab, dtype=torch.bool, device=self.device)
-            a.talker_position = torch.tensor(float(d.position_ids[0, -1]) + 1, device=self.device)
         cache = JoinedKVCache([a.talker_cache for a in answers])
-        for rows, borders, last in passes(inputs.cu_seqlens, _smallest_chunk(answers)):
-            out = self.talker(x[rows], inputs.position_ids[:, rows], borders, cache)
-            for document, row in last:
-                answers[document].talker_hidden = out.hidden[row]
+        for rows, borders in passes(inputs.cu_seqlens, _smallest_chunk(answers)):
+            x[rows] = self.talker(x[rows], inputs.position_ids[:, rows], borders, cache).hidden
+        last = inputs.cu_seqlens[1:] - 1
+        for a, hidden, position in zip(answers, x[last], inputs.position_ids[0, last] + 1, strict=True):
+            a.talker_hidden, a.talker_position, a.accept_hidden = hidden, position, None
+            a.said = torch.zeros(self.talker.config.codec_vocab, dtype=torch.bool, device=self.device)
 
     def advance(self, answers: Sequence[_Answer]) -> None:
         """The Talker reads each answer's last frame, and one more word."""

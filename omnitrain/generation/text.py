@@ -97,28 +97,24 @@ def read_prompts(
         raise ValueError(f"document {lengths.index(0)} has no tokens; a prompt needs at least one")
     media = batch.mel, batch.mel_lengths, batch.patches, batch.grid_thw
     x, visual_mask, deepstack = model.embed(batch.input_ids, batch.token_types, *media)
-    hidden = x.new_empty(len(lengths), x.shape[1])
     accept_hidden = torch.empty_like(x)
     visual_index = None if visual_mask is None else visual_mask.long().cumsum(0) - 1  # row in the deepstack features
-    for rows, borders, last in passes(batch.cu_seqlens, chunk):
+    for rows, borders in passes(batch.cu_seqlens, chunk):
         mask, levels = None, None
         if visual_mask is not None and visual_index is not None and deepstack is not None:
             mask = visual_mask[rows]
             levels = [level[visual_index[rows[mask]]] for level in deepstack]
         out = model.thinker(x[rows], batch.position_ids[:, rows], borders, mask, levels, cache)
-        accept_hidden[rows] = out.accept_hidden
-        for document, row in last:
-            hidden[document] = out.hidden[row]
-    return hidden, accept_hidden
+        x[rows], accept_hidden[rows] = out.hidden, out.accept_hidden  # what was read of x is not read again
+    return x[batch.cu_seqlens[1:] - 1], accept_hidden
 
 
-def passes(cu_seqlens: Tensor, chunk: int | None) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, int]]]]:
+def passes(cu_seqlens: Tensor, chunk: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut packed documents so that each gives at most `chunk` positions to a pass (None: all of them). Raises
     ValueError if `chunk` is not positive.
 
     Yields:
-        rows: int64 [n], the positions of this pass.  borders: int32 [B + 1], where a document has given all, it is
-        empty.  last: (document, row of the pass) for each last position of a document.
+        rows: int64 [n], the positions of this pass.  borders: int32 [B + 1]; a document that has given all is empty.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"prefill_chunk is {chunk}; it must be positive, or None for one piece")
@@ -127,12 +123,7 @@ def passes(cu_seqlens: Tensor, chunk: int | None) -> Iterator[tuple[Tensor, Tens
         sizes = [max(min(chunk or n, n - done), 0) for n in lengths]
         rows = [torch.arange(s + done, s + done + n) for s, n in zip(starts, sizes, strict=True)]
         borders = torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32)
-        last = [
-            (b, end - 1)
-            for b, (end, n) in enumerate(zip(borders[1:].tolist(), sizes, strict=True))
-            if n and done + n == lengths[b]
-        ]
-        yield torch.cat(rows).to(cu_seqlens.device), borders.to(cu_seqlens.device), last
+        yield torch.cat(rows).to(cu_seqlens.device), borders.to(cu_seqlens.device)
 
 
 @torch.no_grad()
