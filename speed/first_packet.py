@@ -85,12 +85,13 @@ def first_packet(speaker: Any, encoder: Any, segment: Any, answers: int) -> dict
     speaker.write(made)
     lap(ROWS[1])
     clock = Clock()
-    inner = speaker._complete
-    clock.wrap("MTP", speaker, "_complete")
+    mtp = speaker.talker.mtp
+    inner = mtp.generate
+    clock.wrap("MTP", mtp, "generate")
     speaker.start(made)
     speaker.frame(made)
     lap(ROWS[2])
-    speaker._complete = inner
+    mtp.generate = inner
     ms["MTP"] = 1000 * clock.seconds["MTP"]
     ms[ROWS[2]] -= ms["MTP"]
     speaker.sound(made)
@@ -132,7 +133,8 @@ def main() -> None:
     print(f"{'':22}" + "".join(f"{f'{kind} x {n}':>12}" for kind, n in columns))
     found = {}
     for kind, n in columns:
-        tries = [first_packet(speaker, encoder, media[kind], n) for _ in range(args.repeat + 1)][1:]
+        with torch.no_grad():
+            tries = [first_packet(speaker, encoder, media[kind], n) for _ in range(args.repeat + 1)][1:]
         found[kind, n] = min(tries, key=lambda ms: sum(ms.values()))
     for row in ROWS:
         print(f"{row:22}" + "".join(f"{found[column][row]:12.1f}" for column in columns))

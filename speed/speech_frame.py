@@ -140,7 +140,7 @@ def omnitrain_answer(
     clock = Clock()
     clock.wrap("Thinker", speaker, "write")
     clock.wrap("Talker", speaker, "advance")
-    clock.wrap("MTP", speaker, "_complete")
+    clock.wrap("MTP", model.talker.mtp, "generate")
     clock.wrap("Code2Wav", speaker, "sound")
 
     def timed() -> dict[str, Any]:

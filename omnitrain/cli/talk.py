@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     asked = f"Say: {options.say}" if options.prompt is None and options.say is not None else options.prompt
     text = () if asked is None else (Segment(type="text", text=asked),)
     message = Message(role="user", segments=(*media, *text))
-    events = session.answer(message) if options.say is None else session.speak_text(options.say, message)
+    events = session.answer(message, say=options.say)
     samples_per_second = int(model.code2wav.config.samples_per_frame * FRAMES_PER_SECOND)
     try:
         with closing(events), GrowingWav(options.out, samples_per_second) as wav:

@@ -41,10 +41,6 @@ class Sampling:
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive (1 = none)")
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
     def filter(self, logits: Tensor, occurred: Tensor | None = None) -> Tensor:
         """Logits after all filters; what was filtered out is -inf.
 
@@ -57,7 +53,7 @@ class Sampling:
         logits = logits.float()
         if self.repetition_penalty != 1 and occurred is not None:
             logits = repetition_penalty(logits, occurred, self.repetition_penalty)
-        if self.greedy:
+        if self.temperature == 0:
             return logits
         logits = logits / self.temperature
         if self.top_k:
@@ -73,7 +69,7 @@ class Sampling:
         not depend on its neighbours.
         """
         logits = self.filter(logits, occurred)
-        if self.greedy:
+        if self.temperature == 0:
             return logits.argmax(dim=-1)
         draws = torch.tensor([torch.rand((), generator=g, dtype=torch.float64).item() for g in generators])
         cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)  # [B, V]; double, as V is large

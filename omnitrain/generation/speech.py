@@ -1,13 +1,7 @@
 """Spoken answers, streamed: text and sound come out while the answer is still being thought (report sections 2.4, 2.5).
 
     session = SpeechSession(model, encoder, SpeechOptions(voice="ethan"))
-    for event in session.answer(Message(role="user", segments=(...))):
-        match event:
-            case TextPiece(text=text): print(text, end="")
-            case AudioPiece(wav=wav): play(wav)            # 80 ms
-            case Done(reason=reason): ...
-    session.interrupt()                                    # from another thread: stops after the current frame
-    session.history                                        # what was asked, and as much of the answer as was spoken
+    for event in session.answer(Message(role="user", segments=(...))): ...     # see docs/streaming.md
 
 One round makes one frame:
 
@@ -29,6 +23,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +35,13 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import Message, Sample, Segment
-from omnitrain.data.talker_layout import SpeechTokens, UserTurns, talker_layout
+from omnitrain.data.talker_layout import SpeechTokens, UserTurns, in_user_turns, talker_layout
 from omnitrain.generation.cache import DocumentKVCache, JoinedKVCache
 from omnitrain.generation.sampling import Sampling
-from omnitrain.generation.text import next_positions, passes, read_prompts, step
-from omnitrain.models.code2wav import Code2Wav, Code2WavState, join_states, split_state
+from omnitrain.generation.text import next_positions, occurring, passes, read_prompts, step
+from omnitrain.models.code2wav import Code2WavState, join_states, split_state
 from omnitrain.models.omni import OmniModel
-from omnitrain.models.talker import Talker, TalkerInputs
+from omnitrain.models.talker import TalkerInputs
 from omnitrain.vocabulary import TEXT
 
 
@@ -151,29 +146,29 @@ class _Answer:
     prompt: EncodedSample
     user: UserTurns
     speaker_code: int
-    words: list[int] = field(default_factory=list)
-    text_done: bool = False
+    words: list[int]
+    text_done: bool
     interrupted: Callable[[], bool] = lambda: False
     written: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)  # tokens whose text is not out yet
     codes: list[Tensor] = field(default_factory=list)
     emitted: int = 0
     done: str | None = None
 
-    thinker_cache: DocumentKVCache | None = None
-    hidden: Tensor | None = None  # [D] of the Thinker's last position; None while the last token is not read yet
+    hidden: Tensor = field(init=False)  # [D] of the Thinker's last position that was read
     accept_hidden: Tensor | None = None  # [n, D], until the Talker has read the prompt
-    position: Tensor | None = None  # [], id of the Thinker's next token
+    position: Tensor = field(init=False)  # [], id of the Thinker's next token
     occurred: Tensor | None = None  # bool [V], for the text's repetition penalty
-    talker_cache: DocumentKVCache | None = None
-    talker_hidden: Tensor | None = None  # [D], predicts the next frame
-    talker_position: Tensor | None = None  # []
-    frame_embedding: Tensor | None = None  # [D] of the last frame's codes
-    said: Tensor | None = None  # bool [codec_vocab], codes of codebook 0 so far
+    talker_hidden: Tensor = field(init=False)  # [D], predicts the next frame
+    talker_position: Tensor = field(init=False)  # []
+    frame_embedding: Tensor = field(init=False)  # [D] of the last frame's codes
+    said: Tensor = field(init=False)  # bool [codec_vocab], codes of codebook 0 so far
     wave: Code2WavState | None = None
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
-        self.pending: list[int] = []  # tokens whose text is not out yet
+        self.thinker_cache = DocumentKVCache(2 * len(self.prompt) + 64)
+        self.talker_cache = DocumentKVCache(len(self.user.ids) + 256)
         self.text_generator = torch.Generator().manual_seed(self.options.seed)
         self.code_generator = torch.Generator().manual_seed(self.options.seed + 2**32)
 
@@ -191,11 +186,6 @@ class _Answer:
         """Whether the frames that were not handed out yet are to be decoded now."""
         waiting = len(self.codes) - self.emitted
         return waiting > 0 and (self.emitted == 0 or waiting >= self.options.frames_per_piece or self.done is not None)
-
-    @property
-    def all_text(self) -> bool:
-        """Whether the user's turns have no media, of which the Talker would read the Thinker's hidden states."""
-        return not self.user.is_media.any()
 
     def take(self, token: int, stop_ids: Sequence[int]) -> None:
         """One token of the Thinker."""
@@ -229,11 +219,6 @@ class _Answer:
         return tokenizer.decode(self.words[: self.emitted]).rstrip("\ufffd")
 
 
-def _given(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None, "the steps of an answer were called out of order"
-    return tensor
-
-
 class Speaker:
     """A model that speaks, with the ids of its tokenizer: each method is one step of several answers at once.
 
@@ -241,8 +226,7 @@ class Speaker:
         compile: compile MTP and Code2Wav with `torch.compile`. They have fixed shapes (of one frame, and of a piece);
             the first frame then waits for the compiler.
 
-    Raises:
-        ValueError: the model has no Talker or no Code2Wav, or they disagree on the codec.
+    Raises ValueError: the model has no Talker or no Code2Wav, or they disagree on the codec.
     """
 
     def __init__(self, model: OmniModel, tokenizer: ChatTokenizer, *, compile: bool = False) -> None:
@@ -252,8 +236,7 @@ class Speaker:
                 f"the model has no {lacks}, so it cannot speak; build it with speech=true, or load it with its speech"
             )
         self.model, self.tokenizer = model, tokenizer
-        self.talker: Talker = model.talker
-        self.code2wav: Code2Wav = model.code2wav
+        self.talker, self.code2wav = model.talker, model.code2wav
         c, wave = self.talker.config, self.code2wav.config
         if (wave.quantizers, wave.codebook_size) != (c.codebooks, c.codebook_size):
             raise ValueError(
@@ -269,11 +252,7 @@ class Speaker:
         self._decode_step = torch.compile(self.code2wav.decode_step) if compile else self.code2wav.decode_step
 
     def speaker_code(self, voice: str) -> int:
-        """Code of a voice.
-
-        Raises:
-            ValueError: there is no such voice; lists those there are.
-        """
+        """Code of a voice. Raises ValueError if there is no such voice; it lists those there are."""
         speakers: Mapping[str, int] = self.talker.config.speakers
         name = voice if voice in speakers else voice.lower()
         if name not in speakers:
@@ -281,71 +260,52 @@ class Speaker:
         return speakers[name]
 
     def answer(self, options: SpeechOptions, prompt: EncodedSample, words: Sequence[int] | None = None) -> _Answer:
-        """A new answer to `prompt`, to be thought, or with given `words`.
-
-        Raises:
-            ValueError: unknown voice, or `words` is empty.
-        """
+        """A new answer to `prompt`, to be thought, or with given `words`. Raises ValueError for an unknown voice, or if
+        `words` is empty."""
         code = self.speaker_code(options.voice)
         if words is not None and not len(words):
             raise ValueError("the text has no token that could be spoken")
-        user = self._user_turns(prompt)
-        return _Answer(options, prompt, user, code, list(words or ()), text_done=words is not None)
+        return _Answer(options, prompt, self._user_turns(prompt), code, list(words or ()), words is not None)
 
     def _user_turns(self, prompt: EncodedSample) -> UserTurns:
         """`data.talker_layout.user_turns` of an encoded prompt, which has ids instead of spans: a turn keeps its ids
         but for where they start, and starts and ends in text, where the three ids are equal."""
-        ids, header = prompt.input_ids, self.special.user_header
-        rows: list[np.ndarray] = []
-        positions: list[np.ndarray] = []
+        rows = np.flatnonzero(in_user_turns(prompt.input_ids, self.special.user_header))
+        ids, position_ids = prompt.input_ids[rows], prompt.position_ids[:, rows].astype(np.float32)
         begin = np.float32(0)
-        starts = np.flatnonzero(ids == header[0])
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            if tuple(ids[start : start + len(header)]) != header:
-                continue
-            turn = prompt.position_ids[:, start:end].astype(np.float32)
-            rows.append(np.arange(start, end))
-            positions.append(turn - turn[0, 0] + begin)
-            begin = positions[-1][:, -1].max() + np.float32(1)
-        kept = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
-        placed = np.concatenate([np.zeros((3, 0), dtype=np.float32), *positions], axis=1)
-        return UserTurns(ids[kept], prompt.token_types[kept] != TEXT, kept, placed)
+        for start, end in pairwise([*np.flatnonzero(ids == self.special.user_header[0]), len(ids)]):
+            position_ids[:, start:end] = position_ids[:, start:end] - position_ids[0, start] + begin
+            begin = position_ids[:, end - 1].max() + np.float32(1)
+        return UserTurns(ids, prompt.token_types[rows] != TEXT, rows, position_ids)
 
-    @torch.no_grad()
     def listen(self, answers: Sequence[_Answer]) -> None:
         """The Thinker reads the prompts."""
         batch = PackedBatch.pack([a.prompt for a in answers]).to(self.device)
-        for a in answers:
-            a.thinker_cache = DocumentKVCache(2 * len(a.prompt) + 64)
-        hidden, accept_hidden = read_prompts(
-            self.model, batch, _thinker_caches(answers), chunk=_smallest_chunk(answers)
-        )
-        heard = accept_hidden.split([len(a.prompt) for a in answers])
-        for a, h, accept, position in zip(answers, hidden, heard, next_positions(batch), strict=True):
-            a.hidden, a.accept_hidden, a.position = h, accept, position
+        cache = JoinedKVCache([a.thinker_cache for a in answers])
+        hidden, accept_hidden = read_prompts(self.model, batch, cache, chunk=_smallest_chunk(answers))
+        heard, ids = (x.split([len(a.prompt) for a in answers]) for x in (accept_hidden, batch.input_ids))
+        for i, (a, position) in enumerate(zip(answers, next_positions(batch), strict=True)):
+            a.hidden, a.accept_hidden, a.position = hidden[i], heard[i], position
             if a.options.text.repetition_penalty != 1:
-                a.occurred = torch.zeros(self.model.config.thinker.vocab_size, dtype=torch.bool, device=self.device)
-                a.occurred[torch.from_numpy(a.prompt.input_ids).to(self.device)] = True
+                a.occurred = occurring(ids[i], self.model.config.thinker.vocab_size)
 
-    @torch.no_grad()
     def write(self, answers: Sequence[_Answer]) -> None:
         """The Thinker writes one token of each."""
-        behind = [a for a in answers if a.hidden is None]
-        if behind:  # the last token is only now needed: not before the first word was on its way to the Talker
+        if behind := [a for a in answers if a.written]:
+            # The last token is only now needed: not before the first word was on its way to the Talker.
             token = torch.tensor([a.written[-1] for a in behind], device=self.device)
-            position = torch.stack([_given(a.position) for a in behind])
-            for a, hidden in zip(behind, step(self.model, token, position, _thinker_caches(behind)), strict=True):
-                a.hidden, a.position = hidden, _given(a.position) + 1
-        logits = self.model.thinker.logits(torch.stack([_given(a.hidden) for a in answers]))
+            position = torch.stack([a.position for a in behind])
+            cache = JoinedKVCache([a.thinker_cache for a in behind])
+            for a, hidden in zip(behind, step(self.model, token, position, cache), strict=True):
+                a.hidden, a.position = hidden, a.position + 1
+        logits = self.model.thinker.logits(torch.stack([a.hidden for a in answers]))
         occurred = [a.occurred for a in answers]
         chosen = _choose([a.options.text for a in answers], logits, occurred, [a.text_generator for a in answers])
         for a, token in zip(answers, chosen.tolist(), strict=True):
             a.take(token, self.tokenizer.stop_ids)
-            a.hidden = None
             if a.occurred is not None:
                 a.occurred[token] = True
 
-    @torch.no_grad()
     def start(self, answers: Sequence[_Answer]) -> None:
         """The Talker reads the user's turns and the header with the first word."""
         none = np.zeros((0, self.codec.codebooks), dtype=np.int64)
@@ -362,38 +322,33 @@ class Speaker:
             for a in answers
         ]
         x = self.talker.embed(inputs, words, torch.cat(heard))
-        for a, d in zip(answers, documents, strict=True):
-            a.talker_cache, a.accept_hidden = DocumentKVCache(len(d) + 256), None
+        cache = JoinedKVCache([a.talker_cache for a in answers])
+        for rows, borders in passes(inputs.cu_seqlens, _smallest_chunk(answers)):
+            x[rows] = self.talker(x[rows], inputs.position_ids[:, rows], borders, cache).hidden
+        last = inputs.cu_seqlens[1:] - 1
+        for a, hidden, position in zip(answers, x[last], inputs.position_ids[0, last] + 1, strict=True):
+            a.talker_hidden, a.talker_position, a.accept_hidden = hidden, position, None
             a.said = torch.zeros(self.talker.config.codec_vocab, dtype=torch.bool, device=self.device)
-            a.talker_position = torch.tensor(float(d.position_ids[0, -1]) + 1, device=self.device)
-        cache = _talker_caches(answers)
-        for rows, borders, last in passes(inputs.cu_seqlens, _smallest_chunk(answers)):
-            out = self.talker(x[rows], inputs.position_ids[:, rows], borders, cache)
-            for document, row in last:
-                answers[document].talker_hidden = out.hidden[row]
 
-    @torch.no_grad()
     def advance(self, answers: Sequence[_Answer]) -> None:
         """The Talker reads each answer's last frame, and one more word."""
-        words = torch.tensor([self._word(a, len(a.codes)) for a in answers], device=self.device)
-        x = torch.stack([_given(a.frame_embedding) for a in answers])
+        words = torch.tensor([self._next_word(a) for a in answers], device=self.device)
+        x = torch.stack([a.frame_embedding for a in answers])
         x = x + self.talker.text_projection(self.model.thinker.embed_tokens(words)).to(x.dtype)
-        position = torch.stack([_given(a.talker_position) for a in answers])
+        position = torch.stack([a.talker_position for a in answers])
         borders = torch.arange(len(answers) + 1, dtype=torch.int32, device=self.device)
-        hidden = self.talker(x, position.expand(3, -1), borders, _talker_caches(answers)).hidden
-        for a, h in zip(answers, hidden, strict=True):
-            a.talker_hidden, a.talker_position = h, _given(a.talker_position) + 1
+        cache = JoinedKVCache([a.talker_cache for a in answers])
+        for a, h in zip(answers, self.talker(x, position.expand(3, -1), borders, cache).hidden, strict=True):
+            a.talker_hidden, a.talker_position = h, a.talker_position + 1
 
-    def _word(self, a: _Answer, index: int) -> int:
-        """The word that stands beside frame `index` - 1."""
-        if index < len(a.words):
-            return a.words[index]
-        return self.special.tts_eos if index == len(a.words) else self.special.tts_pad
+    def _next_word(self, a: _Answer) -> int:
+        if len(a.codes) < len(a.words):
+            return a.words[len(a.codes)]
+        return self.special.tts_eos if len(a.codes) == len(a.words) else self.special.tts_pad
 
-    @torch.no_grad()
-    def frame(self, answers: Sequence[_Answer]) -> list[_Answer]:
-        """The next frame of each: the Talker's code, and MTP's. Returns the answers that went on; the others ended."""
-        hidden = torch.stack([_given(a.talker_hidden) for a in answers])
+    def frame(self, answers: Sequence[_Answer]) -> None:
+        """The next frame of each: the Talker's code, and MTP's; or its end."""
+        hidden = torch.stack([a.talker_hidden for a in answers])
         logits = self.talker.logits(hidden).float().masked_fill(self.forbidden, -torch.inf)
         said = [a.said for a in answers]
         chosen = _choose([a.options.codes for a in answers], logits, said, [a.code_generator for a in answers])
@@ -402,30 +357,27 @@ class Speaker:
             if code == self.codec.codec_eos:
                 a.done = "end"
             else:
-                _given(a.said)[code] = True
+                a.said[code] = True
                 going.append(i)
         if not going:
-            return []
-        if len(going) < len(answers):
-            hidden, chosen = hidden[going], chosen[going]
-        left = [answers[i] for i in going]
+            return
+        left, hidden, chosen = [answers[i] for i in going], hidden[going], chosen[going]
         residuals, generators = [a.options.residuals for a in left], [a.code_generator for a in left]
         none = [None] * len(left)
         first = self.talker.codec_embedding(chosen)
-        codes, embedding = self._complete(hidden, first, lambda scores: _choose(residuals, scores, none, generators))
+        codes, embedding = self.talker.mtp.generate(
+            hidden, first, lambda scores: _choose(residuals, scores, none, generators), self._through
+        )
         frames, embeddings = torch.cat([chosen[:, None], codes], dim=1), first + embedding
         for a, frame, vector in zip(left, frames, embeddings, strict=True):
             a.codes.append(frame)
             a.frame_embedding = vector
-        return left
+            if len(a.codes) >= a.options.max_frames:
+                a.done = "max_frames"
 
-    def _complete(self, hidden: Tensor, first: Tensor, sample: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        return self.talker.mtp.generate(hidden, first, sample, self._through)
-
-    @torch.no_grad()
     def sound(self, answers: Sequence[_Answer]) -> list[np.ndarray]:
         """The samples that each answer's frames complete, of those that were not handed out yet."""
-        wavs: dict[int, np.ndarray] = {}
+        wavs: dict[_Answer, np.ndarray] = {}
         groups: dict[tuple[int, int], list[_Answer]] = defaultdict(list)
         for a in answers:  # streams that are equally old share a step
             groups[a.emitted, len(a.codes)].append(a)
@@ -437,21 +389,8 @@ class Speaker:
             parts = [state] if len(states) == 1 else split_state(state, len(states))
             for a, part, samples in zip(group, parts, wav.float().cpu().numpy(), strict=True):
                 a.wave = part
-                wavs[id(a)] = samples
-        return [wavs[id(a)] for a in answers]
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> np.ndarray:
-        """All frames [F, Q] of one answer at once."""
-        return self.code2wav(codes[None])[0].float().cpu().numpy()
-
-
-def _thinker_caches(answers: Sequence[_Answer]) -> JoinedKVCache:
-    return JoinedKVCache([a.thinker_cache for a in answers if a.thinker_cache is not None])
-
-
-def _talker_caches(answers: Sequence[_Answer]) -> JoinedKVCache:
-    return JoinedKVCache([a.talker_cache for a in answers if a.talker_cache is not None])
+                wavs[a] = samples
+        return [wavs[a] for a in answers]
 
 
 def _smallest_chunk(answers: Sequence[_Answer]) -> int | None:
@@ -482,6 +421,7 @@ class SpeechBatch:
     def __init__(self, speaker: Speaker, answers: Sequence[_Answer] = (), *, stream: bool = True) -> None:
         self.speaker, self.answers, self.stream = speaker, list(answers), stream
 
+    @torch.no_grad()
     def round(self) -> Iterator[tuple[_Answer, Event]]:
         """One frame of every answer, and the text that it needs."""
         speaker = self.speaker
@@ -489,7 +429,8 @@ class SpeechBatch:
             if a.interrupted():
                 a.done = "interrupted"
         yield from self._leave()
-        if new := [a for a in self.answers if a.position is None and not (a.text_done and a.all_text)]:
+        unheard = [a for a in self.answers if not a.thinker_cache.length]
+        if new := [a for a in unheard if a.user.is_media.any() or not a.text_done]:  # the Talker hears media alone
             speaker.listen(new)
         writing = [a for a in self.answers if not a.text_done and (a.done is not None or a.lacks_word)]
         while writing:
@@ -502,14 +443,12 @@ class SpeechBatch:
             if not a.words:
                 a.done = "silent"
         speaking = [a for a in self.answers if a.done is None]
-        if starting := [a for a in speaking if a.talker_cache is None]:
+        if starting := [a for a in speaking if not a.talker_cache.length]:
             speaker.start(starting)
         if going := [a for a in speaking if a.codes]:
             speaker.advance(going)
-        framed = speaker.frame(speaking) if speaking else []
-        for a in framed:
-            if len(a.codes) >= a.options.max_frames:
-                a.done = "max_frames"
+        if speaking:
+            speaker.frame(speaking)
         if self.stream and (due := [a for a in speaking if a.sound_is_due]):
             for a, wav in zip(due, speaker.sound(due), strict=True):
                 frames = a.codes[a.emitted :]
@@ -533,18 +472,15 @@ class SpeechSession:
     """A conversation that is answered aloud.
 
     Args:
-        model, encoder: the model, and what encodes its prompts (`SampleEncoder`).
-        options: voice, sampling and limits of its answers.
+        encoder: of its prompts.  options: voice, sampling and limits of its answers.
         system: the persona, for the Thinker alone.
-        media_bytes: reads a segment's medium; default: its bytes, or the file at its path.
-        compile: see `Speaker`. Sessions of one batch need one `Speaker`: give it instead of the model with `speaker`.
+        speaker: made of the model by default. Sessions of one batch need one `Speaker`.
 
     Attributes:
         history: the conversation so far. An answer that was interrupted, or whose iterator was closed, is cut to the
             text that had been spoken by then (`_Answer.spoken_text`).
 
-    Raises:
-        ValueError: the model cannot speak, or has no such voice.
+    Raises ValueError: the model cannot speak, or has no such voice.
     """
 
     def __init__(
@@ -554,41 +490,27 @@ class SpeechSession:
         options: SpeechOptions,
         *,
         system: str | None = None,
-        media_bytes: Callable[[Segment], bytes] | None = None,
-        compile: bool = False,
         speaker: Speaker | None = None,
     ) -> None:
         self.encoder = encoder
-        self.speaker = speaker or Speaker(model, encoder.tokenizer, compile=compile)
+        self.speaker = speaker or Speaker(model, encoder.tokenizer)
         self.options = options
         self.speaker.speaker_code(options.voice)
-        self.media_bytes = media_bytes or _media_bytes
         self.history: list[Message] = []
         if system is not None:
             self.history.append(Message(role="system", segments=(Segment(type="text", text=system),)))
         self._stop = threading.Event()
         self._current: _Answer | None = None
 
-    def answer(self, *messages: Message) -> Generator[Event, None, None]:
+    def answer(self, *messages: Message, say: str | None = None) -> Generator[Event, None, None]:
         """Events of the answer to `messages`, which are added to the history at the first event; the answer is when it
-        ends.
+        ends. `say` is what is said; the Thinker then does not write (and does not run, unless it has media to hear).
 
         Raises:
             RuntimeError: the last answer has not ended; close its iterator.
-            BadSample: a medium cannot be used.
+            BadSample: a medium cannot be used.  ValueError: `say` has no token.
         """
-        with closing(speak_batch([self], [messages])) as events:
-            for _, event in events:
-                yield event
-
-    def speak_text(self, text: str, *messages: Message) -> Generator[Event, None, None]:
-        """As `answer`, but what is said is `text`: the Thinker does not write (and does not run, unless it has media to
-        hear).
-
-        Raises:
-            ValueError: `text` has no token. Others as `answer`.
-        """
-        with closing(speak_batch([self], [messages], texts=[text])) as events:
+        with closing(speak_batch([self], [messages], texts=[say])) as events:
             for _, event in events:
                 yield event
 
@@ -613,9 +535,7 @@ class SpeechSession:
             raise RuntimeError("the last answer has not ended: read its events to the end, or close their iterator")
         self._stop.clear()
         chat = [*self.history, *messages]
-        prompt = self.encoder.encode_prompt(
-            Sample(id="session", source="session", messages=tuple(chat)), self.media_bytes
-        )
+        prompt = self.encoder.encode_prompt(Sample(id="session", source="session", messages=tuple(chat)), _media_bytes)
         words = None if text is None else self.encoder.tokenizer.encode(text)
         answer = self.speaker.answer(self.options, prompt, words)
         answer.interrupted = self._stop.is_set
@@ -639,17 +559,14 @@ def speak_batch(
     *,
     texts: Sequence[str | None] | None = None,
 ) -> Generator[tuple[int, Event], None, None]:
-    """Answers of several sessions side by side, one packed call per component and frame.
+    """Answers of several sessions side by side, one packed call per component and frame: yields (session, event). Each
+    session's events are those that it has alone, up to rounding.
 
     Args:
         sessions: of one model: give them the same `speaker`.
         messages: what each is asked.  texts: what each says, or None where the Thinker writes.
 
-    Yields:
-        (session, event): each session's events are those that it has alone, up to rounding.
-
-    Raises:
-        ValueError: the sessions have several models.  Others as `SpeechSession.answer`.
+    Raises ValueError: the sessions have several `Speaker`s.  Others as `SpeechSession.answer`.
     """
     if any(session.speaker is not sessions[0].speaker for session in sessions):
         raise ValueError(
@@ -659,18 +576,19 @@ def speak_batch(
     try:
         for session, asked, text in zip(sessions, messages, texts or [None] * len(sessions), strict=True):
             answers.append(session._begin(asked, text))
-        index = {id(a): i for i, a in enumerate(answers)}
+        index = {a: i for i, a in enumerate(answers)}
         batch = SpeechBatch(sessions[0].speaker, answers)
         while batch.answers:
             for a, event in batch.round():
                 if isinstance(event, Done):
-                    sessions[index[id(a)]]._end(a)
-                yield index[id(a)], event
+                    sessions[index[a]]._end(a)
+                yield index[a], event
     finally:
         for session, a in zip(sessions, answers, strict=False):
             session._end(a)
 
 
+@torch.no_grad()
 def speak_texts(
     model: OmniModel | Speaker,
     tokenizer: ChatTokenizer,
@@ -693,8 +611,7 @@ def speak_texts(
         seed: text i draws with `seed` + i, so that it sounds the same in any batch.
         batch_size: texts spoken side by side.
 
-    Raises:
-        ValueError: unknown voice, a text without a token, or not one voice or question per text.
+    Raises ValueError: unknown voice, a text without a token, or not one voice or question per text.
     """
     speaker = model if isinstance(model, Speaker) else Speaker(model, tokenizer)
     named = [voices] * len(texts) if isinstance(voices, str) else list(voices)
@@ -716,7 +633,7 @@ def speak_texts(
     spoken = []
     for a in answers:
         frames = torch.stack(a.codes) if a.codes else torch.zeros(0, speaker.codec.codebooks, dtype=torch.int64)
-        wav = speaker.decode(frames) if a.codes else np.zeros(0, dtype=np.float32)
+        wav = speaker.code2wav(frames[None])[0].float().cpu().numpy() if a.codes else np.zeros(0, dtype=np.float32)
         spoken.append(Speech(wav=wav, codes=frames.cpu().numpy(), hit_limit=a.done == "max_frames"))
     return spoken
 

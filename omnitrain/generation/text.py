@@ -18,10 +18,6 @@ from omnitrain.generation.sampling import Decoding
 from omnitrain.models.layers.decoder import KVCache
 from omnitrain.models.omni import OmniModel
 
-OnToken = Callable[[int, int], None]
-"""Called as on_token(document, token) as soon as a token is chosen."""
-
-
 GREEDY = Decoding()
 
 
@@ -33,28 +29,22 @@ def generate(
     *,
     seeds: Sequence[int] | None = None,
     stop_ids: Iterable[int] = (),
-    on_token: OnToken | None = None,
+    on_token: Callable[[int, int], None] | None = None,
     prefill_chunk: int | None = None,
-    aut_window_frames: int | None = None,
 ) -> list[list[int]]:
-    """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers.
+    """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers. Returns the new
+    tokens of every document, a stop token included.
 
     Args:
         model: text is generated on the model's device, in its precision.
         batch: prompts (`SampleEncoder.encode_prompt`) packed end to end.
-        decoding: how tokens are chosen, and how many; greedily by default.
         seeds: one for each document, instead of those that `decoding.seed` gives.
         stop_ids: a document ends after one of these.
-        on_token: called as on_token(document, token) at once.
+        on_token: called as on_token(document, token) as soon as a token is chosen.
         prefill_chunk: prompts are read at most so many tokens per document at a time, which bounds the memory of
             long ones; default: in one piece. The result is the same.
-        aut_window_frames: attention window of the audio encoder, default: the model's.
 
-    Returns:
-        The new tokens of every document, a stop token included.
-
-    Raises:
-        ValueError: for a nonsensical option or an empty prompt, naming it.
+    Raises ValueError: for a nonsensical option or an empty prompt, naming it.
     """
     documents = len(batch.cu_seqlens) - 1
     seeds = [decoding.seed + i for i in range(documents)] if seeds is None else seeds
@@ -63,12 +53,14 @@ def generate(
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     stop = frozenset(stop_ids)
 
-    device = model.thinker.embed_tokens.weight.device
-    batch = batch.to(device)
+    batch = batch.to(model.thinker.embed_tokens.weight.device)
     cache = PackedKVCache()
-    hidden = prefill(model, batch, cache, chunk=prefill_chunk, aut_window_frames=aut_window_frames)  # [B, D]
+    hidden, _ = read_prompts(model, batch, cache, chunk=prefill_chunk)  # [B, D]
     position = next_positions(batch)  # [B]
-    occurred = _occurred(batch, model.config.thinker.vocab_size) if decoding.repetition_penalty != 1 else None
+    occurred = None  # bool [B, V], tokens of each document so far
+    if decoding.repetition_penalty != 1:
+        prompts = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
+        occurred = torch.stack([occurring(prompt, model.config.thinker.vocab_size) for prompt in prompts])
 
     new: list[list[int]] = [[] for _ in range(documents)]
     alive = list(range(documents))
@@ -93,71 +85,36 @@ def generate(
     return new
 
 
-def prefill(
-    model: OmniModel,
-    batch: PackedBatch,
-    cache: KVCache,
-    *,
-    chunk: int | None = None,
-    aut_window_frames: int | None = None,
-) -> Tensor:
-    """Read the prompts into `cache`, at most `chunk` tokens of each document per pass.
-
-    Returns:
-        [B, D], the hidden state of each document's last token (times the head = logits of its next one).
-
-    Raises:
-        ValueError: if a document has no tokens, or `chunk` is not positive.
-    """
-    return read_prompts(model, batch, cache, chunk=chunk, aut_window_frames=aut_window_frames)[0]
-
-
 @torch.no_grad()
 def read_prompts(
-    model: OmniModel,
-    batch: PackedBatch,
-    cache: KVCache,
-    *,
-    chunk: int | None = None,
-    aut_window_frames: int | None = None,
+    model: OmniModel, batch: PackedBatch, cache: KVCache, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`prefill`, and besides what the Talker hears of the prompts: hidden [B, D], accept_hidden [N, D]."""
+    """Read the prompts into `cache`, at most `chunk` tokens of each document per pass. Returns hidden [B, D], of each
+    document's last token (times the head = logits of its next one), and accept_hidden [N, D], what the Talker hears.
+    Raises ValueError if a document has no tokens, or `chunk` is not positive."""
     lengths = batch.cu_seqlens.diff().tolist()
     if 0 in lengths:
         raise ValueError(f"document {lengths.index(0)} has no tokens; a prompt needs at least one")
-    x, visual_mask, deepstack = model.embed(
-        batch.input_ids,
-        batch.token_types,
-        batch.mel,
-        batch.mel_lengths,
-        batch.patches,
-        batch.grid_thw,
-        aut_window_frames=aut_window_frames,
-    )
-    hidden = x.new_empty(len(lengths), x.shape[1])
+    media = batch.mel, batch.mel_lengths, batch.patches, batch.grid_thw
+    x, visual_mask, deepstack = model.embed(batch.input_ids, batch.token_types, *media)
     accept_hidden = torch.empty_like(x)
     visual_index = None if visual_mask is None else visual_mask.long().cumsum(0) - 1  # row in the deepstack features
-    for rows, borders, last in passes(batch.cu_seqlens, chunk):
+    for rows, borders in passes(batch.cu_seqlens, chunk):
         mask, levels = None, None
         if visual_mask is not None and visual_index is not None and deepstack is not None:
             mask = visual_mask[rows]
             levels = [level[visual_index[rows[mask]]] for level in deepstack]
         out = model.thinker(x[rows], batch.position_ids[:, rows], borders, mask, levels, cache)
-        accept_hidden[rows] = out.accept_hidden
-        for document, row in last:
-            hidden[document] = out.hidden[row]
-    return hidden, accept_hidden
+        x[rows], accept_hidden[rows] = out.hidden, out.accept_hidden  # what was read of x is not read again
+    return x[batch.cu_seqlens[1:] - 1], accept_hidden
 
 
-def passes(cu_seqlens: Tensor, chunk: int | None) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, int]]]]:
-    """Cut packed documents so that each gives at most `chunk` positions to a pass (None: all of them).
+def passes(cu_seqlens: Tensor, chunk: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut packed documents so that each gives at most `chunk` positions to a pass (None: all of them). Raises
+    ValueError if `chunk` is not positive.
 
     Yields:
-        rows: int64 [n], the positions of this pass.  borders: int32 [B + 1], where a document has given all, it is
-        empty.  last: (document, row of the pass) for each last position of a document.
-
-    Raises:
-        ValueError: if `chunk` is not positive.
+        rows: int64 [n], the positions of this pass.  borders: int32 [B + 1]; a document that has given all is empty.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"prefill_chunk is {chunk}; it must be positive, or None for one piece")
@@ -166,12 +123,7 @@ def passes(cu_seqlens: Tensor, chunk: int | None) -> Iterator[tuple[Tensor, Tens
         sizes = [max(min(chunk or n, n - done), 0) for n in lengths]
         rows = [torch.arange(s + done, s + done + n) for s, n in zip(starts, sizes, strict=True)]
         borders = torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32)
-        last = [
-            (b, end - 1)
-            for b, (end, n) in enumerate(zip(borders[1:].tolist(), sizes, strict=True))
-            if n and done + n == lengths[b]
-        ]
-        yield torch.cat(rows).to(cu_seqlens.device), borders.to(cu_seqlens.device), last
+        yield torch.cat(rows).to(cu_seqlens.device), borders.to(cu_seqlens.device)
 
 
 @torch.no_grad()
@@ -188,10 +140,8 @@ def next_positions(batch: PackedBatch) -> Tensor:
     return torch.stack([part.max() + 1 for part in parts])
 
 
-def _occurred(batch: PackedBatch, vocab_size: int) -> Tensor:
-    """bool [B, V], tokens of each prompt."""
-    lengths = batch.cu_seqlens.diff().long()
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    occurred = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=batch.input_ids.device)
-    occurred[document, batch.input_ids] = True
+def occurring(ids: Tensor, vocab_size: int) -> Tensor:
+    """Which tokens occur in ids [n]: bool [V]."""
+    occurred = torch.zeros(vocab_size, dtype=torch.bool, device=ids.device)
+    occurred[ids] = True
     return occurred

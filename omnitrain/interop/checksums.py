@@ -1,8 +1,7 @@
 """Whether a checkpoint still is what was written: every tensor's checksum stands in the file.
 
-`torch.save` writes a ZIP archive in which each tensor's storage is an entry with its CRC-32. It counts them while it
-writes, so they cost a save nothing further; `torch.load` never looks at them. Here somebody does: 400 MB take 0.2 s on
-one core, where loading takes 0.3 s.
+`torch.save` writes a ZIP archive in which each tensor's storage is an entry with its CRC-32; `torch.load` never looks
+at them. Here somebody does: 400 MB take 0.2 s on one core, where loading takes 0.3 s.
 """
 
 from __future__ import annotations
@@ -21,11 +20,7 @@ NO_CHECKPOINT = "damaged, or no checkpoint of omnitrain"
 
 
 def damage(path: str | Path) -> str | None:
-    """What a file of `torch.save` is, if it is not as it was written (None).
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
+    """What a file of `torch.save` is, if it is not as it was written (None). Raises OSError if it cannot be opened."""
     path = Path(path)
     with path.open("rb") as file:
         if not file.read(1):
@@ -33,7 +28,11 @@ def damage(path: str | Path) -> str | None:
         try:
             with zipfile.ZipFile(file) as archive:
                 for entry in archive.infolist():
-                    if not _is_whole(archive, entry):
+                    try:
+                        with archive.open(entry) as stored:
+                            while stored.read(1 << 22):
+                                pass
+                    except Exception:  # BadZipFile for the checksum; others where the damage hits the entry's header
                         names = _names(path, entry)
                         return f"damaged: the checksum of {names} does not fit" if names else NO_CHECKPOINT
         except Exception:  # the directory of the archive, which stands at its end: which error depends on the bytes
@@ -46,16 +45,6 @@ def newest_whole(beside: str | Path) -> Path | None:
     path = Path(beside)
     others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
     return next((other for other in others if other != path and damage(other) is None), None)
-
-
-def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
-    try:
-        with archive.open(entry) as stored:
-            while stored.read(1 << 22):
-                pass
-    except Exception:  # BadZipFile for the checksum; others where the damage hits the entry's header
-        return False
-    return True
 
 
 def _names(path: Path, entry: zipfile.ZipInfo) -> str:

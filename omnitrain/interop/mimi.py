@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.models.codec import check_codes
 
-SAMPLE_RATE = 24000
-SAMPLES_PER_FRAME = 1920
-FRAME_RATE = SAMPLE_RATE / SAMPLES_PER_FRAME
+SAMPLE_RATE, FRAME_RATE = 24000, 12.5
 
 
 class MimiCodec(nn.Module):
@@ -31,13 +29,9 @@ class MimiCodec(nn.Module):
 
     @classmethod
     def from_folder(cls, path: str | Path, quantizers: int = 16) -> MimiCodec:
-        """Load a Mimi from a local folder in the layout of transformers; nothing is downloaded.
-
-        Raises:
-            CheckpointError: if the folder holds no Mimi, or one of another sample rate or frame rate, or with fewer
-                codebooks than `quantizers`.
-            ImportError: without transformers.
-        """
+        """Load a Mimi from a local folder in the layout of transformers; nothing is downloaded. Raises CheckpointError
+        if it holds no Mimi, or one of another sample rate or frame rate, or with fewer codebooks than `quantizers`;
+        ImportError without transformers."""
         path, described = Path(path), Path(path) / "config.json"
         if not described.is_file():
             raise CheckpointError(f"{described}: not found; expected the folder of a Mimi model")
@@ -70,10 +64,7 @@ class MimiCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= quantizers -> [B, T * 1920]
-
-        Raises:
-            ValueError: if n is not within 1..quantizers, or a code is outside of its codebook.
-        """
+        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= quantizers -> [B, T * 1920]. Errors as
+        `check_codes`."""
         check_codes(codes, self.quantizers, self.model.config.codebook_size)
         return self.model.decode(codes.transpose(1, 2)).audio_values[:, 0]

@@ -15,15 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 import torch
 
-from omnitrain.models.sizes import (
-    AuTConfig,
-    Code2WavConfig,
-    MTPConfig,
-    OmniConfig,
-    TalkerConfig,
-    ThinkerConfig,
-    VisionConfig,
-)
+from omnitrain.models import sizes
 
 FULL, THINKER = "Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration"
 Layout = Literal["full", "thinker"]
@@ -43,31 +35,24 @@ class CheckpointError(ValueError):
     """No checkpoint, or not the one that was expected. The message names file, key and what was expected."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: there is no such file, or something else in it.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected an object {{...}}, found {str(values)[:40]}")
-    return values
-
-
+@dataclass(frozen=True)
 class Section:
     """A part of config.json that knows its place, so that errors can name it."""
 
-    def __init__(self, values: Mapping[str, Any], path: Path, place: str = "") -> None:
-        self.values, self.path, self.place = values, path, place
+    values: Mapping[str, Any]
+    path: Path
+    place: str = ""
 
     @classmethod
     def of(cls, path: Path) -> Section:
-        """The whole file; raises as `read_json`."""
-        return cls(read_json(path), path)
+        """The object in a JSON file. Raises CheckpointError if there is no such file, or something else in it."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: expected an object {{...}}, found {str(values)[:40]}")
+        return cls(values, path)
 
     def __getitem__(self, key: str) -> Any:
         if self.values.get(key) is None:
@@ -92,27 +77,24 @@ class Section:
             raise self.error(key, f"is {value!r}; only {allowed!r} is supported")
 
     def checked(self, key: str, kind: Any, default: Any = None, largest: int = LARGEST, least: int = 0) -> Any:
-        """The field as `kind` (`int`, `float`, `bool`, `str`, tuples of int, a dictionary of int).
-
-        Raises:
-            CheckpointError: it is missing, or nothing of that kind, or no sane size.
-        """
+        """The field as `kind` (`int`, `float`, `bool`, `str`, tuples of int, a dictionary of int). Raises
+        CheckpointError if it is missing, or nothing of that kind, or no sane size."""
         value = self[key] if default is None else self.get(key, default)
-        inner = (get_args(kind) or (kind,))[-1 if get_origin(kind) is dict else 0]
+        outer, of = get_origin(kind), get_args(kind) or (kind,)
+        inner = of[-1] if outer is dict else of[0]
         what = f"a whole number from {least} to {largest}" if inner is int else f"of type {inner.__name__}"
-        if get_origin(kind) is tuple:
-            length = len(get_args(kind)) if get_args(kind)[-1] is not ... else None
+        good, items = True, [value]
+        if outer is tuple:
+            length = len(of) if of[-1] is not ... else None
             what = f"a list of {'' if length is None else f'{length} times '}{what}"
             good = isinstance(value, list | tuple) and (len(value) == length if length else len(value) <= _LONGEST_LIST)
-            items = value if good else []
-        elif get_origin(kind) is dict:
+            items = value
+        elif outer is dict:
             good, what = isinstance(value, Mapping) and len(value) <= _LONGEST_LIST, f"an object; each value {what}"
             items = value.values() if good else []
-        else:
-            good, items = True, [value]
         if not good or not all(_is_sane(item, inner, least, largest) for item in items):
             raise self.error(key, f"is {str(value)[:60]!r}; it must be {what}")
-        return tuple(value) if get_origin(kind) is tuple else float(value) if kind is float else value
+        return tuple(value) if outer is tuple else float(value) if kind is float else value
 
     def error(self, key: str, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: field {self.place}{key} {what}")
@@ -198,11 +180,8 @@ class Part:
             raise CheckpointError(f"{c.path}: {c.place.rstrip('.')}: {error}") from error
 
     def values(self, c: Section, only: Collection[str] | None = None) -> dict[str, Any]:
-        """What the table reads (of it the fields `only`), by our names.
-
-        Raises:
-            CheckpointError: a field is missing or not sane, or the section is of a variant that is not supported.
-        """
+        """What the table reads (of it the fields `only`), by our names. Raises CheckpointError if a field is missing or
+        not sane, or the section is of a variant that is not supported."""
         for key, value in self.fixed.items():
             c.require(key, value)
         kinds = get_type_hints(self.config)
@@ -262,7 +241,7 @@ _DECODER_DEFAULTS = {
     "num_experts": 128, "num_experts_per_tok": 8,
 }  # fmt: skip
 
-TEXT = Part(ThinkerConfig, "qwen3_omni_moe_text", (
+TEXT = Part(sizes.ThinkerConfig, "qwen3_omni_moe_text", (
     *_DECODER, *_EXPERTS, Field("vocab_size", "vocab_size"), Field("intermediate_size", "ffn", least=0),
     Field("mlp_only_layers", "dense_layers", least=0), Field("decoder_sparse_step", "sparse_step"),
 ), fixed=_SILU, unread=_BALANCE, theta=1e6, defaults={
@@ -270,7 +249,7 @@ TEXT = Part(ThinkerConfig, "qwen3_omni_moe_text", (
     "num_key_value_heads": 4, "moe_intermediate_size": 768, "norm_topk_prob": True, "vocab_size": 3584,
     "intermediate_size": 18944, "mlp_only_layers": (), "decoder_sparse_step": 1,
 })  # fmt: skip
-AUDIO = Part(AuTConfig, "qwen3_omni_moe_audio_encoder", (
+AUDIO = Part(sizes.AuTConfig, "qwen3_omni_moe_audio_encoder", (
     Field("d_model", "d_model"), Field("encoder_layers", "layers"), Field("encoder_attention_heads", "heads"),
     Field("encoder_ffn_dim", "ffn"), Field("output_dim", "out_dim"), Field("downsample_hidden_size", "conv_hidden"),
     Field("num_mel_bins", "n_mels"), Field("n_window_infer", "window_frames"),
@@ -279,7 +258,7 @@ AUDIO = Part(AuTConfig, "qwen3_omni_moe_audio_encoder", (
     "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "output_dim": 3584,
     "downsample_hidden_size": 480, "num_mel_bins": 128, "n_window_infer": 800, "n_window": 50,
 })  # fmt: skip
-VISION = Part(VisionConfig, "qwen3_omni_moe_vision_encoder", (
+VISION = Part(sizes.VisionConfig, "qwen3_omni_moe_vision_encoder", (
     Field("hidden_size", "d_model"), Field("depth", "layers"), Field("num_heads", "heads"),
     Field("intermediate_size", "ffn"), Field("out_hidden_size", "out_dim"), Field("patch_size", "patch"),
     Field("temporal_patch_size", "temporal_patch"), Field("spatial_merge_size", "merge"),
@@ -290,7 +269,7 @@ VISION = Part(VisionConfig, "qwen3_omni_moe_vision_encoder", (
     "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3,
     "deepstack_visual_indexes": (8, 16, 24), "num_position_embeddings": 2304,
 })  # fmt: skip
-TALKER_TEXT = Part(TalkerConfig, "qwen3_omni_moe_talker_text", (
+TALKER_TEXT = Part(sizes.TalkerConfig, "qwen3_omni_moe_talker_text", (
     *_DECODER, *_EXPERTS, Field("vocab_size", "codec_vocab"), Field("intermediate_size", "projection_width"),
     Field("shared_expert_intermediate_size", "shared_expert_width"),
 ), fixed={**_SILU, "mlp_only_layers": [], "decoder_sparse_step": 1}, unread=_BALANCE, defaults={
@@ -298,7 +277,7 @@ TALKER_TEXT = Part(TalkerConfig, "qwen3_omni_moe_talker_text", (
     "num_key_value_heads": 2, "moe_intermediate_size": 384, "norm_topk_prob": False, "vocab_size": 3072,
     "intermediate_size": 2048,
 })  # fmt: skip
-TALKER = Part(TalkerConfig, "qwen3_omni_moe_talker", (  # beside that section
+TALKER = Part(sizes.TalkerConfig, "qwen3_omni_moe_talker", (  # beside that section
     Field("thinker_hidden_size", "thinker_dim"), Field("accept_hidden_layer", "accept_hidden_layer", least=0),
     Field("num_code_groups", "codebooks"), Field("speaker_id", "speakers", least=0),
     Field("codec_pad_id", "codec_pad"), Field("codec_bos_id", "codec_bos"), Field("codec_eos_token_id", "codec_eos"),
@@ -309,7 +288,7 @@ TALKER = Part(TalkerConfig, "qwen3_omni_moe_talker", (  # beside that section
     "codec_pad_id": 4196, "codec_bos_id": 4197, "codec_eos_token_id": 4198, "codec_nothink_id": 4203,
     "codec_think_bos_id": 4204, "codec_think_eos_id": 4205,
 })  # fmt: skip
-MTP = Part(MTPConfig, "qwen3_omni_moe_talker_code_predictor", (
+MTP = Part(sizes.MTPConfig, "qwen3_omni_moe_talker_code_predictor", (
     *_DECODER, Field("vocab_size", "codebook_size"), Field("intermediate_size", "ffn"),
     Field("num_code_groups", "codebooks"),
 ), fixed=_SILU, defaults={
@@ -317,7 +296,7 @@ MTP = Part(MTPConfig, "qwen3_omni_moe_talker_code_predictor", (
     "rms_norm_eps": 1e-6, "attention_bias": False, "max_position_embeddings": 32768, "vocab_size": 2048,
     "intermediate_size": 3072, "num_code_groups": 32,
 })  # fmt: skip
-CODE2WAV = Part(Code2WavConfig, "qwen3_omni_moe_code2wav", (
+CODE2WAV = Part(sizes.Code2WavConfig, "qwen3_omni_moe_code2wav", (
     *_TRANSFORMER, Field("num_quantizers", "quantizers"), Field("codebook_size", "codebook_size"),
     Field("intermediate_size", "ffn"), Field("sliding_window", "window"), Field("decoder_dim", "decoder_dim"),
     Field("layer_scale_initial_scale", "layer_scale"), Field("upsampling_ratios", "upsampling_ratios"),
@@ -331,23 +310,15 @@ CODE2WAV = Part(Code2WavConfig, "qwen3_omni_moe_code2wav", (
 })  # fmt: skip
 
 _PLACEHOLDERS = {
-    "audio_token_id": "<|audio_pad|>",
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "audio_start_token_id": "<|audio_start|>",
-    "vision_start_token_id": "<|vision_start|>",
-}
+    "audio_token_id": "<|audio_pad|>", "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+    "audio_start_token_id": "<|audio_start|>", "vision_start_token_id": "<|vision_start|>",
+}  # fmt: skip
 _THINKER_TOKENS = {**_PLACEHOLDERS, "vision_end_token_id": "<|vision_end|>", "user_token_id": "user"}
 _FULL_TOKENS = {
-    "im_start_token_id": "<|im_start|>",
-    "im_end_token_id": "<|im_end|>",
-    "tts_pad_token_id": "<tts_pad>",
-    "tts_bos_token_id": "<tts_text_bos>",
-    "tts_eos_token_id": "<tts_text_eod>",
-    "system_token_id": "system",
-    "user_token_id": "user",
-    "assistant_token_id": "assistant",
-}
+    "im_start_token_id": "<|im_start|>", "im_end_token_id": "<|im_end|>", "tts_pad_token_id": "<tts_pad>",
+    "tts_bos_token_id": "<tts_text_bos>", "tts_eos_token_id": "<tts_text_eod>", "system_token_id": "system",
+    "user_token_id": "user", "assistant_token_id": "assistant",
+}  # fmt: skip
 _TOKEN_DEFAULTS = {
     "audio_token_id": 151646, "image_token_id": 151655, "video_token_id": 151656, "audio_start_token_id": 151647,
     "im_start_token_id": 151644, "im_end_token_id": 151645, "tts_pad_token_id": 151671, "tts_bos_token_id": 151672,
@@ -358,14 +329,10 @@ _TOKEN_DEFAULTS = {
 # ------------------------------------------------------------------------------------------------------------- in, out
 
 
-def read_config(folder: str | Path, *, speech: bool = True) -> tuple[OmniConfig, str]:
+def read_config(folder: str | Path, *, speech: bool = True) -> tuple[sizes.OmniConfig, str]:
     """The model's sizes from `folder`/config.json, and the prefix of the Thinker's keys ("thinker." in a full
-    checkpoint). `speech=False` leaves Talker and Code2Wav out.
-
-    Raises:
-        CheckpointError: no such file, another architecture, a missing field, a size that is not sane, or a variant that
-            is not supported.
-    """
+    checkpoint). `speech=False` leaves Talker and Code2Wav out. Raises CheckpointError: no such file, another
+    architecture, a missing field, a size that is not sane, or a variant that is not supported."""
     path = Path(folder) / "config.json"
     root = Section.of(path)
     architecture = architecture_of(root)
@@ -377,9 +344,8 @@ def read_config(folder: str | Path, *, speech: bool = True) -> tuple[OmniConfig,
     text, talker = (c.section(key, optional=True) for c, key in ((thinker, "text_config"), (root, "talker_config")))
     layers = text.checked("num_hidden_layers", int, TEXT.defaults["num_hidden_layers"], LARGEST_OF["layers"], least=1)
     described = talker.get("text_config", None)
-    accept = talker.checked(
-        "accept_hidden_layer", int, TALKER.defaults["accept_hidden_layer"] if described else layers // 2
-    )
+    default = TALKER.defaults["accept_hidden_layer"] if described else layers // 2
+    accept = talker.checked("accept_hidden_layer", int, default)
     # Checkpoints without speech say so, or describe no Talker.
     speech = speech and full and root.get("enable_audio_output", True)
     speaks, sounds = speech and described, speech and root.get("code2wav_config", None)
@@ -394,7 +360,7 @@ def read_config(folder: str | Path, *, speech: bool = True) -> tuple[OmniConfig,
     tokens = _read_tokens(thinker, _THINKER_TOKENS, words) | (_read_tokens(root, _FULL_TOKENS, words) if full else {})
     seconds = thinker.checked("position_id_per_seconds", int, 25, least=1)
     try:
-        config = OmniConfig(**parts, special_tokens=tokens, position_id_per_seconds=seconds)
+        config = sizes.OmniConfig(**parts, special_tokens=tokens, position_id_per_seconds=seconds)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return config, "thinker." if full else ""
@@ -406,8 +372,8 @@ def architecture_of(root: Section) -> Any:
     return names[0] if isinstance(names, list) and names else None
 
 
-def _read_talker(c: Section) -> TalkerConfig:
-    mtp: MTPConfig = MTP.read(c.section("code_predictor_config", optional=True))
+def _read_talker(c: Section) -> sizes.TalkerConfig:
+    mtp: sizes.MTPConfig = MTP.read(c.section("code_predictor_config", optional=True))
     own = TALKER.values(c)
     return TALKER_TEXT.read(c.section("text_config"), **own, codebook_size=mtp.codebook_size, mtp=mtp)
 
@@ -419,7 +385,7 @@ def _read_tokens(c: Section, names: Mapping[str, str], vocab_size: int) -> dict[
     return {names[key]: i for key, i in _TOKEN_DEFAULTS.items() if key in names and i < vocab_size} | said
 
 
-def public_config(config: OmniConfig, layout: Layout, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def public_config(config: sizes.OmniConfig, layout: Layout, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What `config.json` must say about `config`. A full one without Talker says `enable_audio_output: false`."""
 
     def tokens(names: Mapping[str, str]) -> dict[str, int]:
@@ -440,7 +406,7 @@ def public_config(config: OmniConfig, layout: Layout, dtype: torch.dtype = torch
     if layout == "thinker":
         return thinker
     talker: dict[str, Any] = {
-        "model_type": "qwen3_omni_moe_talker",
+        "model_type": TALKER.model_type,
         "accept_hidden_layer": config.thinker.accept_hidden_layer,
     }
     if config.talker is not None:
@@ -448,8 +414,7 @@ def public_config(config: OmniConfig, layout: Layout, dtype: torch.dtype = torch
             "architectures": ["Qwen3OmniMoeTalkerForConditionalGeneration"],
             **stored,
             **{f.key: f.write(config.talker) for f in TALKER.fields},
-            # What the Talker computes TM-RoPE ids from
-            **tokens(_PLACEHOLDERS),
+            **tokens(_PLACEHOLDERS),  # what the Talker computes TM-RoPE ids from
             "position_id_per_seconds": config.position_id_per_seconds,
             "spatial_merge_size": config.vision.merge,
             "text_config": TALKER_TEXT.write(config.talker),

@@ -5,8 +5,8 @@ are read and written: "full" (`Qwen3OmniMoeForConditionalGeneration`, keys `thin
 and of the speaking parts `talker...`, `code2wav...`) and "thinker" (`Qwen3OmniMoeThinkerForConditionalGeneration`, the
 Thinker's keys without the first part).
 
-Where our tensors are joined (queries, keys and values; gate and up; all experts of a layer), one of ours is many
-of theirs. `_pieces` says which, and serves both directions.
+Where our tensors are joined (queries, keys and values; gate and up; all experts of a layer), one of ours is many of
+theirs. `_pieces` says which, in both directions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,14 @@ from omnitrain.interop.public_config import (
     Section,
     public_config,
     read_config,
-    read_json,
 )
 from omnitrain.models.omni import OmniModel
-from omnitrain.models.sizes import MTPConfig, OmniConfig, TalkerConfig, ThinkerConfig
+from omnitrain.models.sizes import OmniConfig
 
 SPEECH_PARTS = ("talker.", "code2wav.")
 """How the keys of the speaking parts start, ours and the public ones; only a full checkpoint has them."""
 
-Index = tuple[int | slice, ...]
-Pieces = list[tuple[str, Index]]
+Pieces = list[tuple[str, tuple[int | slice, ...]]]
 """Public key, and which part of our tensor it is."""
 
 
@@ -54,21 +53,21 @@ def load_pretrained(
         dtype: None keeps the stored one.
         speech: False leaves Talker and Code2Wav out; they are not even read.
 
-    Raises:
-        CheckpointError: a file, key or field is missing, unknown or of the wrong shape.
+    Raises CheckpointError: a file, key or field is missing, unknown or of the wrong shape.
     """
     folder = Path(folder)
     config, prefix = read_config(folder, speech=speech)
     model = _empty_model(config, folder / "config.json")
     with TensorFiles(folder, prefix) as checkpoint:
-        tensors = {
-            name: checkpoint.assemble(name, parameter, config, dtype, device)
-            for name, parameter in model.named_parameters()
-        }
-        absent = {"talker.": config.talker is None, "code2wav.": config.code2wav is None}
-        checkpoint.check_all_read(tuple(part for part in SPEECH_PARTS if absent[part]))
+        tensors = {name: checkpoint.assemble(name, x, config, dtype, device) for name, x in model.named_parameters()}
+        checkpoint.check_all_read(_without(config))
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
+
+
+def _without(config: OmniConfig) -> tuple[str, ...]:
+    """Of `SPEECH_PARTS` those that the model lacks."""
+    return tuple(part for part in SPEECH_PARTS if getattr(config, part.removesuffix(".")) is None)
 
 
 def _empty_model(config: OmniConfig, path: Path) -> OmniModel:
@@ -90,19 +89,17 @@ def _empty_model(config: OmniConfig, path: Path) -> OmniModel:
 
 
 SECTIONS = {
-    "aut": "thinker_config.audio_config",
-    "visual": "thinker_config.vision_config",
-    "thinker": "thinker_config.text_config",
-    "talker": "talker_config",
-    "code2wav": "code2wav_config",
-}
+    "aut": "thinker_config.audio_config", "visual": "thinker_config.vision_config",
+    "thinker": "thinker_config.text_config", "talker": "talker_config", "code2wav": "code2wav_config",
+}  # fmt: skip
 """Where `config.json` describes the parts of `OmniModel`."""
 
 
-class TensorFiles:
+class TensorFiles(ExitStack):
     """The safetensors files of a folder, opened lazily; remembers which keys were read."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
+        super().__init__()
         index = folder / "model.safetensors.index.json"
         if index.exists():
             weight_map = Section.of(index).section("weight_map").values
@@ -118,13 +115,7 @@ class TensorFiles:
                 with _open(path) as file:
                     self.file_of |= dict.fromkeys(file.keys(), path)
         self.folder, self.prefix, self.read = folder, prefix, set[str]()
-
-    def __enter__(self) -> TensorFiles:
-        self.stack, self.files = ExitStack(), {}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
+        self.files: dict[Path, Any] = {}
 
     def get(self, key: str) -> Tensor:
         path = self.file_of.get(key)
@@ -133,7 +124,7 @@ class TensorFiles:
             beside = f"; beside it there are {', '.join(near[:4])}" if near else ""
             raise CheckpointError(f"{self.folder}: key {key!r} is missing{beside}")
         if path not in self.files:
-            self.files[path] = self.stack.enter_context(_open(path))
+            self.files[path] = self.enter_context(_open(path))
         self.read.add(key)
         try:
             return self.files[path].get_tensor(key)
@@ -145,11 +136,10 @@ class TensorFiles:
     ) -> Tensor:
         """Our tensor `name` from its pieces."""
         pieces = _pieces(name, parameter, config, self.prefix)
-        stacked = re.sub(r"experts\.0\.(?:gate|up|down)_proj\.weight$", "experts.", pieces[0][0])
-        if stacked != pieces[0][0]:  # experts; also read as one tensor per layer, as transformers has them in memory
-            stacked += "gate_up_proj" if name.endswith("gate_up") else "down_proj"
-            if stacked in self.file_of:
-                pieces = [(stacked, ())]
+        # Experts are also read as one tensor per layer, as transformers has them in memory.
+        stacked = f"{pieces[0][0].partition('.experts.')[0]}.experts.{name.rpartition('.')[2]}_proj"
+        if stacked in self.file_of:
+            pieces = [(stacked, ())]
         out: Tensor | None = None
         for key, index in pieces:
             tensor = self.get(key)
@@ -180,73 +170,60 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _pieces(name: str, parameter: Tensor, config: OmniConfig, prefix: str) -> Pieces:
-    """The public keys that make up our parameter `name`, in order; `prefix` stands before those of the Thinker."""
-    part, _, rest = name.partition(".")
-    match part:
-        case "aut":
-            return [(f"{prefix}audio_tower.{rest}", ())]
-        case "visual":
-            return [(prefix + name, ())]
-        case "thinker":
-            if rest == "lm_head.weight":
-                return [(prefix + rest, ())]
-            return _decoder_pieces(f"{prefix}model.", rest, parameter, config.thinker)
-        case "talker":
-            assert config.talker is not None
-            if not rest.startswith("mtp."):
-                inside = rest.startswith(("layers.", "norm.", "codec_embedding."))
-                return _decoder_pieces(f"talker.{'model.' if inside else ''}", rest, parameter, config.talker)
-            rest, theirs = rest.removeprefix("mtp."), "talker.code_predictor."
-            if rest in _PER_CODEBOOK:
-                return [(f"{theirs}{_PER_CODEBOOK[rest]}.{q}.weight", (q,)) for q in range(len(parameter))]
-            return _decoder_pieces(f"{theirs}model.", rest, parameter, config.talker.mtp)
-    return [(name, ())]  # Code2Wav has the public names
-
-
-_PER_CODEBOOK = {"code_embedding": "model.codec_embedding", "code_head": "lm_head"}
-
-
-def _decoder_pieces(
-    prefix: str, name: str, parameter: Tensor, config: ThinkerConfig | TalkerConfig | MTPConfig
-) -> Pieces:
-    """The same within a decoder: its layers, and what else has the public name."""
-    if match := re.fullmatch(r"(layers\.\d+)\.(.+)", name):
-        layer, rest = f"{prefix}{match[1]}.", match[2]
-        if rest.startswith("attention.qkv."):
-            q, k = config.heads * config.head_dim, config.kv_heads * config.head_dim
-            rows = {"q": slice(0, q), "k": slice(q, q + k), "v": slice(q + k, q + 2 * k)}
-            kind = rest.rpartition(".")[2]
-            return [(f"{layer}self_attn.{x}_proj.{kind}", (r,)) for x, r in rows.items()]
-        width = parameter.shape[-2] // 2 if "gate_up" in rest else 0
-        halves = (("gate", slice(0, width)), ("up", slice(width, None)))
-        if rest.endswith(".gate_up.weight"):
-            mlp = layer + rest.removesuffix("gate_up.weight")
-            return [(f"{mlp}{x}_proj.weight", (r,)) for x, r in halves]
-        if rest == "mlp.experts.gate_up":
-            return [
-                (f"{layer}mlp.experts.{e}.{x}_proj.weight", (e, r)) for e in range(len(parameter)) for x, r in halves
-            ]
-        if rest == "mlp.experts.down":
-            return [(f"{layer}mlp.experts.{e}.down_proj.weight", (e,)) for e in range(len(parameter))]
-        for ours, theirs in _RENAMED.items():
-            if rest.startswith(ours):
-                return [(layer + theirs + rest.removeprefix(ours), ())]
-        raise KeyError(f"no public name for {name}")
-    return [(prefix + name, ())]
-
+_PLACES = (
+    ("aut.", "{thinker}audio_tower."),
+    ("visual.", "{thinker}visual."),
+    ("thinker.lm_head.", "{thinker}lm_head."),
+    ("thinker.", "{thinker}model."),
+    ("talker.mtp.code_embedding", "talker.code_predictor.model.codec_embedding"),
+    ("talker.mtp.code_head", "talker.code_predictor.lm_head"),
+    ("talker.mtp.", "talker.code_predictor.model."),
+    *((f"talker.{part}.", f"talker.model.{part}.") for part in ("layers", "norm", "codec_embedding")),
+)
+"""How our names start and the public ones; the first that fits. All others, such as Code2Wav's, are the public ones."""
 
 _RENAMED = {
-    "attention_norm.": "input_layernorm.",
-    "mlp_norm.": "post_attention_layernorm.",
-    "attention.out.": "self_attn.o_proj.",
-    "attention.q_norm.": "self_attn.q_norm.",
-    "attention.k_norm.": "self_attn.k_norm.",
-    "mlp.router.": "mlp.gate.",
-    "mlp.down.": "mlp.down_proj.",
-    "mlp.shared_expert.down.": "mlp.shared_expert.down_proj.",
-    "mlp.shared_gate.": "mlp.shared_expert_gate.",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention.out": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "mlp.router": "mlp.gate",
+    "mlp.down": "mlp.down_proj",
+    "mlp.shared_expert.down": "mlp.shared_expert.down_proj",
+    "mlp.shared_gate": "mlp.shared_expert_gate",
 }
+"""Modules of a decoder layer that are one for one."""
+
+
+def _pieces(name: str, parameter: Tensor, config: OmniConfig, prefix: str) -> Pieces:
+    """The public keys that make up our parameter `name`, in order; `prefix` stands before those of the Thinker."""
+    ours, theirs = next((place for place in _PLACES if name.startswith(place[0])), ("", ""))
+    public = theirs.format(thinker=prefix) + name.removeprefix(ours)
+    if name.startswith("talker.mtp.code_"):
+        return [(f"{public}.{q}.weight", (q,)) for q in range(len(parameter))]
+    match = re.fullmatch(r"(thinker|talker|talker\.mtp)\.layers\.\d+\.(.+)", name)
+    if match is None:
+        return [(public, ())]
+    layer, (module, _, kind) = public.removesuffix(match[2]), match[2].rpartition(".")
+    if module == "attention.qkv":
+        talker = config.talker
+        c = {"thinker": config.thinker, "talker": talker, "talker.mtp": talker and talker.mtp}[match[1]]
+        assert c is not None
+        q, k = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        rows = {"q": slice(0, q), "k": slice(q, q + k), "v": slice(q + k, q + 2 * k)}
+        return [(f"{layer}self_attn.{x}_proj.{kind}", (r,)) for x, r in rows.items()]
+    if match[2] == "mlp.experts.down":
+        return [(f"{layer}mlp.experts.{e}.down_proj.weight", (e,)) for e in range(len(parameter))]
+    if "gate_up" in match[2]:
+        width = parameter.shape[-2] // 2
+        halves = {"gate": slice(0, width), "up": slice(width, None)}
+        if module == "mlp.experts":
+            experts = range(len(parameter))
+            return [(f"{layer}mlp.experts.{e}.{x}_proj.weight", (e, r)) for e in experts for x, r in halves.items()]
+        mlp = module.removesuffix("gate_up")
+        return [(f"{layer}{mlp}{x}_proj.weight", (r,)) for x, r in halves.items()]
+    return [(f"{layer}{_RENAMED[module]}.{kind}", ())]
 
 
 def public_tensors(model: OmniModel, layout: Layout = "thinker") -> Iterator[tuple[str, Tensor]]:
@@ -275,12 +252,10 @@ def save_pretrained(
             layout "full".
         max_shard_bytes: weights beyond this many bytes go to several files with an index.
 
-    Raises:
-        CheckpointError: `base` is no full checkpoint, or one of other sizes than the model's.
+    Raises CheckpointError: `base` is no full checkpoint, or one of other sizes than the model's.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = model.thinker.lm_head.weight.dtype
     speaks = model.talker is not None or model.code2wav is not None
     layout = layout or ("full" if speaks else "thinker")
     with ExitStack() as stack:
@@ -290,55 +265,49 @@ def save_pretrained(
             base_config, prefix = read_config(base)
             if not prefix:
                 raise CheckpointError(f"{base / 'config.json'}: base must be a full checkpoint ({FULL})")
-            own = {part for part in _SIZES if getattr(model.config, part) is not None}
-            if any(getattr(base_config, part) != getattr(model.config, part) for part in own):
+            sizes = {part: getattr(model.config, part) for part in ("thinker", "aut", "vision", "talker", "code2wav")}
+            if any(size is not None and size != getattr(base_config, part) for part, size in sizes.items()):
                 raise CheckpointError(f"{base / 'config.json'}: describes a model of other sizes than the one to save")
             checkpoint = stack.enter_context(TensorFiles(base, prefix))
-            theirs = tuple(part for part in SPEECH_PARTS if part.removesuffix(".") not in own)
+            theirs = _without(model.config)
             others = ((k, checkpoint.get(k)) for k in sorted(checkpoint.file_of) if k.startswith(theirs))
-            config = read_json(base / "config.json")
+            config = Section.of(base / "config.json").values
             for path in base.iterdir():
                 if path.is_file() and path.name != "config.json" and "safetensors" not in path.name:
                     shutil.copy2(path, folder / path.name)
         else:
-            config = public_config(model.config, layout, dtype)
-        _write_shards(folder, [public_tensors(model, layout), others], max_shard_bytes)
+            config = public_config(model.config, layout, model.thinker.lm_head.weight.dtype)
+        _write_shards(folder, chain(public_tensors(model, layout), others), max_shard_bytes)
     write_json(folder / "config.json", config)
 
 
-_SIZES = ("thinker", "aut", "vision", "talker", "code2wav")
-"""Fields of `OmniConfig` that describe a part."""
-
-
-def _write_shards(folder: Path, sources: list[Iterator[tuple[str, Tensor]]], limit: int) -> None:
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:
     """Replace the weights in `folder`. Those that stand there stay until all of the new ones are on disk."""
-    shards: list[Path] = []
-    weight_map: dict[str, int] = {}
+    shards: dict[Path, list[str]] = {}  # file -> its keys
     total, size, pending = 0, 0, dict[str, Tensor]()
 
     def flush() -> None:
-        shards.append(folder / f"model-{len(shards) + 1:05d}.safetensors.partial")
-        with atomic(shards[-1]) as partial:
+        path = folder / f"model-{len(shards) + 1:05d}.safetensors.partial"
+        with atomic(path) as partial:
             save_file(pending, partial, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(pending, len(shards) - 1))
+        shards[path] = list(pending)
         pending.clear()
 
-    for source in sources:
-        for key, tensor in source:
-            n_bytes = tensor.numel() * tensor.element_size()
-            if pending and size + n_bytes > limit:
-                flush()
-                size = 0
-            pending[key] = tensor.to("cpu", copy=not tensor.is_contiguous()).contiguous().clone()
-            size, total = size + n_bytes, total + n_bytes
+    for key, tensor in tensors:
+        if pending and size + tensor.nbytes > limit:
+            flush()
+            size = 0
+        pending[key] = tensor.to("cpu", copy=not tensor.is_contiguous()).contiguous().clone()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
-    for old in set(folder.glob("model*.safetensors*")) - set(shards):
+    for old in set(folder.glob("model*.safetensors*")) - shards.keys():
         old.unlink()
     if len(shards) == 1:
-        shards[0].rename(folder / "model.safetensors")
+        next(iter(shards)).rename(folder / "model.safetensors")
         return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for shard, name in zip(shards, names, strict=True):
-        shard.rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in sorted(weight_map.items())}}
+    weight_map = {}
+    for i, (shard, keys) in enumerate(shards.items(), start=1):
+        path = shard.rename(folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors")
+        weight_map |= dict.fromkeys(keys, path.name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / "model.safetensors.index.json", index)

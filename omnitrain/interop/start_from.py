@@ -62,11 +62,7 @@ def model_weights(checkpoint: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Replace all weights of `module` by those that were read from `checkpoint`.
-
-    Raises:
-        CheckpointError: they are not those of `module`.
-    """
+    """Replace all weights of `module` by those read from `checkpoint`. Raises CheckpointError if they do not fit."""
     if wrong := _differences(module.state_dict(), weights):
         raise CheckpointError(
             f"{checkpoint} does not fit the model of its configuration: {len(wrong)} weights differ. First: "
@@ -86,62 +82,49 @@ def _differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> li
 
 
 def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path]) -> list[str]:
-    """Replace `model`'s weights, or those of some parts.
+    """Replace `model`'s weights, or those of some parts. Returns what the user should know about it, a sentence each.
 
     Args:
         init_from: a run folder (its last checkpoint) or a folder in the public format; or such folders by part (`aut`,
             `visual`, `thinker`), the other parts stay as they are. A Thinker may also come from a text model
             (`interop.text_model`).
 
-    Returns:
-        What the user should know about it, a sentence each.
-
     Raises:
         ValueError: an unknown part; a weight is missing, unknown or of another shape; parts that speak may be missing
             as a whole. Others as `read_checkpoint`.
     """
-    if not isinstance(init_from, Mapping):
-        return _start_parts(model, Path(init_from), None)
     notices = []
-    for part, folder in init_from.items():
-        if part not in INIT_PARTS:
+    for part, folder in init_from.items() if isinstance(init_from, Mapping) else [(None, init_from)]:
+        key = "module.init_from" if part is None else f"module.init_from.{part}"
+        if part not in (None, *INIT_PARTS):
             hint = did_you_mean(part, INIT_PARTS, otherwise="parts are {}")
-            raise ValueError(f"module.init_from.{part}: there is no such part; {hint}")
-        notices += _start_parts(model, Path(folder), part)
+            raise ValueError(f"{key}: there is no such part; {hint}")
+        weights, said = _weights_in(model, Path(folder), part, key)
+        own: Mapping[str, Tensor] = model.state_dict()
+        if part is None:
+            absent = tuple(part for part in SPEECH_PARTS if not any(name.startswith(part) for name in weights))
+            own = {name: x for name, x in own.items() if not name.startswith(absent)}
+        else:
+            own = {name: x for name, x in own.items() if name.startswith(f"{part}.")}
+            weights = {name: x for name, x in weights.items() if name.startswith(f"{part}.")}
+        if wrong := _differences(own, weights):
+            raise ValueError(
+                f"{key}={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
+                f"folder holds. First: {'; '.join(wrong[:3])}"
+            )
+        model.load_state_dict(weights, strict=False)
+        del own, weights  # before those of the next part are read
+        notices += said
     return notices
 
 
 def start_codec_from(module: nn.Module, folder: str | Path) -> None:
-    """Replace all weights of a codec's training module (codec, discriminators, content head) by those of a run.
-
-    Raises:
-        ValueError: it is no run of a codec, or one of other sizes.
-    """
+    """Replace all weights of a codec's training module (codec, discriminators, content head) by those of a run. Raises
+    ValueError if it is no run of a codec, or one of other sizes."""
     checkpoint = Path(folder) / LAST_CHECKPOINT
     if not checkpoint.is_file():
         raise ValueError(f"module.init_from: there is no {checkpoint}; give the folder of a codec's run")
     load_weights(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
-
-
-def _start_parts(model: OmniModel, folder: Path, part: str | None) -> list[str]:
-    """Load `part` (None: all parts) from `folder`."""
-    key = "module.init_from" if part is None else f"module.init_from.{part}"
-    weights, notices = _weights_in(model, folder, part, key)
-    own = model.state_dict()
-    if part is None:
-        for speaking in SPEECH_PARTS:
-            if not any(name.startswith(speaking) for name in weights):
-                own = {name: x for name, x in own.items() if not name.startswith(speaking)}
-    else:
-        own = {name: x for name, x in own.items() if name.startswith(f"{part}.")}
-        weights = {name: x for name, x in weights.items() if name.startswith(f"{part}.")}
-    if wrong := _differences(own, weights):
-        raise ValueError(
-            f"{key}={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
-            f"folder holds. First: {'; '.join(wrong[:3])}"
-        )
-    model.load_state_dict(weights, strict=False)
-    return notices
 
 
 def _weights_in(model: OmniModel, folder: Path, part: str | None, key: str) -> tuple[Mapping[str, Tensor], list[str]]:

@@ -7,9 +7,9 @@ number, and learns to hear and see from there (report section 4).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,11 +37,9 @@ READ = {
     }),
 }  # fmt: skip
 """How the sizes of each architecture are read: the Thinker's table, with the defaults of transformers."""
-_PER_TOKEN = ("embed_tokens.weight", "lm_head.weight")
 
 
-@dataclass(frozen=True)
-class TextWeights:
+class TextWeights(NamedTuple):
     """weights: the Thinker's parameters by their names in `OmniModel` (``thinker.layers.0...``).  missing_rows: token
     ids from here on have no row in the file; theirs is the mean of the file's rows. None: all have one."""
 
@@ -77,7 +75,7 @@ def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
     missing: int | None = None
     with TensorFiles(folder, "") as checkpoint:
         for name, parameter in model.thinker.named_parameters():
-            if name in _PER_TOKEN:
+            if name in ("embed_tokens.weight", "lm_head.weight"):
                 key = name if name == "lm_head.weight" else f"model.{name}"
                 if tied and key not in checkpoint.file_of:
                     key = "model.embed_tokens.weight"
@@ -131,8 +129,7 @@ def _check_sizes(c: Section, architecture: str, ours: ThinkerConfig) -> None:
         wrong |= {"sparse_step": 1, "dense_layers": [i for i in range(layers) if i not in with_experts]}
     if not wrong:
         return
-    mine = {name: getattr(ours, name) for name in wrong}
-    mine = {name: list(value) if isinstance(value, tuple) else value for name, value in mine.items()}
+    mine = {name: list(x) if isinstance(x := getattr(ours, name), tuple) else x for name in wrong}
     said = ", ".join(f"{name} {value} (model: {mine[name]})" for name, value in wrong.items())
     if "layers" in wrong:
         wrong["accept_hidden_layer"] = layers // 2

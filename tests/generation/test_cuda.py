@@ -10,7 +10,7 @@ import torch
 from omnitrain.data.batch import PackedBatch
 from omnitrain.generation.cache import PackedKVCache
 from omnitrain.generation.sampling import Decoding
-from omnitrain.generation.text import generate, prefill
+from omnitrain.generation.text import generate, read_prompts
 from omnitrain.interop.public_format import load_pretrained
 from tests.interop import public_models
 
@@ -72,7 +72,7 @@ def test_sampled_tokens_equal_those_of_the_cpu(setting):
 @torch.no_grad()
 def test_prefill_in_chunks_in_bfloat16(setting):
     model, batch = copy.deepcopy(setting[0]).to("cuda", torch.bfloat16), setting[1].to("cuda")
-    whole = prefill(model, batch, PackedKVCache()).float()
-    pieces = prefill(model, batch, PackedKVCache(), chunk=7).float()
+    whole = read_prompts(model, batch, PackedKVCache())[0].float()
+    pieces = read_prompts(model, batch, PackedKVCache(), chunk=7)[0].float()
     assert (whole - pieces).norm() / whole.norm() < 0.1
     assert all(len(tokens) == 5 for tokens in generate(model, batch, Decoding(max_new_tokens=5)))

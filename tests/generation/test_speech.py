@@ -463,7 +463,7 @@ def test_given_texts_are_spoken_without_the_thinker(models, monkeypatch) -> None
         assert np.array_equal(speech.codes, alone.codes)
         same_sound(speech.wav, alone.wav)
         assert speech.hit_limit == (len(speech.codes) == 10)
-        streamed = Heard(session(models, max_frames=10).speak_text(text))
+        streamed = Heard(session(models, max_frames=10).answer(say=text))
         assert np.array_equal(streamed.codes, speech.codes)
         same_sound(streamed.wav, speech.wav)
     (asked,) = speak_texts(models.speaker, models.tokenizer, texts[:1], "ethan", questions=["say it"], **options)
