@@ -8,14 +8,13 @@ decoder is a `Code2Wav`, so that a trained codec is at the same time the last pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from omnitrain.models.code2wav import Code2Wav
+from omnitrain.models.code2wav import Code2Wav, Code2WavState
 from omnitrain.models.layers.causal_conv import CausalConv1d, StreamingModule, init_states, step_through
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.wave import (
@@ -25,7 +24,6 @@ from omnitrain.models.layers.wave import (
     ResidualUnit,
     SlidingWindowTransformer,
     SnakeBeta,
-    TransformerState,
 )
 from omnitrain.models.sizes import CodecConfig
 
@@ -39,14 +37,6 @@ class EncoderBlock(Chain):
             SnakeBeta(channels),
             CausalConv1d(channels, 2 * channels, 2 * rate, stride=rate),
         )
-
-
-@dataclass
-class CodecEncoderState:
-    """Memory of a stream: of each convolutional stage in order, and of the transformer."""
-
-    stages: list[Any]
-    transformer: TransformerState
 
 
 class CodecEncoder(nn.Module):
@@ -74,22 +64,18 @@ class CodecEncoder(nn.Module):
         self.activation_checkpointing = False
 
     def forward(self, wav: Tensor) -> Tensor:
-        """[B, samples] -> [B, T, D].
-
-        Raises:
-            ValueError: if the samples are no whole number of frames.
-        """
+        """[B, samples] -> [B, T, D]. ValueError if the samples are no whole number of frames."""
         self._check(wav)
         x = wav[:, None]
         for stage in self.stages:
             x = run(stage, x, checkpointed=self.activation_checkpointing)
         return self.transformer(rearrange(x, "b d t -> b t d"), checkpointed=self.activation_checkpointing)
 
-    def init_state(self, batch: int) -> CodecEncoderState:
+    def init_state(self, batch: int) -> Code2WavState:
         """The state of `batch` streams before their first sample."""
-        return CodecEncoderState(init_states(self.stages, batch), self.transformer.init_state(batch))
+        return Code2WavState(self.transformer.init_state(batch), init_states(self.stages, batch))
 
-    def step(self, wav: Tensor, state: CodecEncoderState) -> Tensor:
+    def step(self, wav: Tensor, state: Code2WavState) -> Tensor:
         """The next whole frames of samples [B, t * 1920] -> their latents [B, t, D]; raises as `forward`."""
         self._check(wav)
         x = step_through(self.stages, wav[:, None], state.stages)
@@ -320,12 +306,8 @@ class ResidualVectorQuantizer(nn.Module):
     def forward(
         self, latent: Tensor, n_quantizers: int | None = None, generator: torch.Generator | None = None
     ) -> Quantized:
-        """latent [B, T, D] -> `Quantized`.
-
-        Args:
-            n_quantizers: codebooks in use, 1 to Q; default: in training mode drawn per sample, otherwise all.
-            generator: of the random draws in training mode; default: the global one of the CPU.
-        """
+        """latent [B, T, D] -> `Quantized`. In use are the first `n_quantizers` codebooks, 1 to Q (default: in training
+        mode drawn per sample, otherwise all). Random draws are `generator`'s, by default the CPU's global one."""
         n_used = self._n_used(latent, n_quantizers, generator)
         semantic, *of_semantic = self.semantic(latent, torch.ones_like(n_used), generator)
         acoustic, *of_acoustic = self.acoustic(latent, n_used - 1, generator)
@@ -345,11 +327,7 @@ class ResidualVectorQuantizer(nn.Module):
         return torch.cat([self.semantic.encode(latent), self.acoustic.encode(latent)], dim=-1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= Q -> [B, T, D].
-
-        Raises:
-            ValueError: if n is not within 1..Q, or a code is outside of its codebook.
-        """
+        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= Q -> [B, T, D]. Raises as `check_codes`."""
         check_codes(codes, self.config.quantizers, self.config.codebook_size)
         latent = self.semantic.decode(codes[..., :1])
         return latent + self.acoustic.decode(codes[..., 1:]) if codes.shape[2] > 1 else latent
@@ -409,11 +387,8 @@ class Codec(nn.Module):
         return self.quantizer.encode(self.encoder(self._whole_frames(wav)))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, T, n] of the first n codebooks -> waveform [B, samples] within [-1, 1].
-
-        Raises:
-            ValueError: if there are no or too many codebooks, or a code is outside of its codebook.
-        """
+        """Codes int64 [B, T, n] of the first n codebooks -> waveform [B, samples] within [-1, 1]. Raises as
+        `check_codes`."""
         return self.decoder.decode(self.quantizer.decode(codes))
 
     @torch.no_grad()

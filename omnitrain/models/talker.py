@@ -91,11 +91,7 @@ class Talker(nn.Module):
         self.activation_checkpointing = False
 
     def embed_frames(self, codes: Tensor) -> Tensor:
-        """Sum of the embeddings of a frame's codes, int64 [F, Q] -> [F, D].
-
-        Raises:
-            ValueError: if codes has another number of codebooks, or a code outside its codebook.
-        """
+        """Sum of the embeddings of a frame's codes, int64 [F, Q] -> [F, D]. Raises as `MTP.forward`."""
         return self.codec_embedding(codes[:, 0]) + self.mtp.embed_sum(codes[:, 1:])
 
     def embed(
@@ -104,18 +100,12 @@ class Talker(nn.Module):
         thinker_embedding: Callable[[Tensor], Tensor],
         accept_hidden: Tensor | None = None,
     ) -> Tensor:
-        """What the Talker reads, before its first layer.
+        """What the Talker reads before its first layer, [T, D]. ValueError for impossible codes.
 
         Args:
             thinker_embedding: the Thinker's word embeddings of ids [n], [n, D_thinker].
-            accept_hidden: [N, D_thinker], see `ThinkerOutput`; not needed where no position names a row of it.
+            accept_hidden: [N, D_thinker], see `ThinkerOutput`; ValueError if positions name rows of it and it is None.
                 Gradients flow into both: detach them if the Thinker is not to learn from speech.
-
-        Returns:
-            [T, D]
-
-        Raises:
-            ValueError: if positions name rows of accept_hidden that are not there, or for impossible codes.
         """
         weight = self.codec_embedding.weight
         x = torch.zeros(len(inputs.text_ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -141,12 +131,8 @@ class Talker(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: KVCache | None = None
     ) -> TalkerOutput:
-        """Run the decoder over packed documents.
-
-        Args:
-            inputs_embeds: [T, D].  position_ids: [3, T].  cu_seqlens: int32 [S + 1].
-            cache: keys and values of earlier calls; `inputs_embeds` are then the new positions only.
-        """
+        """Run the decoder over packed documents, [T, D] with position_ids [3, T] and cu_seqlens int32 [S + 1]; with a
+        `cache` of earlier positions, over the new ones only."""
         rope = tm_rope(position_ids, self.config.mrope_sections, self.config.rope_theta)
         x, counts, prob_sums = inputs_embeds, [], []
         checkpointed = self.activation_checkpointing and cache is None
@@ -163,8 +149,7 @@ class Talker(nn.Module):
         return self.codec_head(hidden)
 
     def residual_hidden(self, hidden: Tensor, inputs: TalkerInputs) -> Tensor:
-        """MTP's hidden states of all frames of the pack from the true codes: hidden [T, D] -> [F, Q - 1, D] (see
-        `MTP.forward`)."""
+        """`MTP.forward` for all frames of the pack: hidden [T, D] -> [F, Q - 1, D]."""
         return self.mtp(hidden[inputs.frame_sources], self.codec_embedding(inputs.codes[:, 0]), inputs.codes)
 
 

@@ -24,7 +24,8 @@ from omnitrain.config.run_config import OptimConfig, ThinkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.interop.start_from import start_from
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
-from omnitrain.models.omni import OmniModel, OmniOutput
+from omnitrain.models.omni import OmniModel
+from omnitrain.models.thinker import ThinkerOutput
 from omnitrain.training.flops import BatchSizes, training_flops
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
 from omnitrain.training.module import TrainingModule
@@ -152,7 +153,7 @@ class ThinkerModule(TrainingModule):
         """
         return self.text_losses(batch, self.model(**batch.model_inputs(), aut_window_frames=window))
 
-    def text_losses(self, batch: PackedBatch, output: OmniOutput) -> BatchLosses:
+    def text_losses(self, batch: PackedBatch, output: ThinkerOutput) -> BatchLosses:
         """Loss of the text in `batch`, from the Thinker's output."""
         head = self.model.thinker.lm_head.weight
         nll = chunked_cross_entropy(output.hidden, head, batch.labels, chunk=self.loss_config.chunk)
