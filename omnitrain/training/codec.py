@@ -7,7 +7,7 @@ and schedules count the same thing as everywhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ class CodecModule(TrainingModule):
     """Trains a `Codec`.
 
     Args:
-        model: the `Codec`.
         config: weights of the terms, and when the discriminators come in.
         optim: of the codec. The discriminators have their own AdamW at the same rate and schedule.
         sample_rate: Hz.
@@ -108,9 +107,8 @@ class CodecModule(TrainingModule):
         schedule.step()
 
         if not self._discarded:
-            for name, term in terms.items():
-                _add(self._sums, {name: (float(term.detach()), 1.0)})
-            _add(self._sums, {"loss": (self._step_loss, 1.0)})
+            values = {name: float(term.detach()) for name, term in terms.items()} | {"loss": self._step_loss}
+            _add(self._sums, {name: (value, 1.0) for name, value in values.items()})
             counts = sum_over_ranks(output.histogram.double())
             self._histogram = counts if self._histogram is None else self._histogram + counts
             self.last_loss = self._step_loss
@@ -130,9 +128,7 @@ class CodecModule(TrainingModule):
             "commitment": rvq_commitment_loss(output.given, output.chosen, output.n_used).mean(),
         }
         content = self.content(output.semantic, batch.spans) if self.loss_config.content else None
-        if content is not None:
-            terms["content"] = content
-        return terms
+        return terms if content is None else terms | {"content": content}
 
     def _discriminator_step(self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer) -> None:
         loss = gan_discriminator_loss(self.discriminators(real), self.discriminators(fake))
@@ -146,11 +142,8 @@ class CodecModule(TrainingModule):
         _add(self._sums, {"discriminators": (float(loss.detach()), 1.0)})
 
     def _log_row(self, step: int) -> None:
-        totals: dict[str, tuple[float, float]] = {}
         ranks = gather_objects((self._sums, self._seen, self._skipped))
-        for sums, _, _ in ranks:
-            _add(totals, sums)
-        row = {f"train/{name}": value / count for name, (value, count) in totals.items()}
+        row = {f"train/{name}": mean for name, mean in _means(sums for sums, _, _ in ranks).items()}
         row["gradient_norm"] = self.gradient_norm
         row["lr/codec"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if self._histogram is not None:
@@ -184,12 +177,8 @@ class CodecModule(TrainingModule):
         self._evaluation.append({name: (value, 1.0) for name, value in terms.items()})
 
     def on_validation_epoch_end(self) -> None:
-        totals: dict[str, tuple[float, float]] = {}
-        for rank in gather_objects(self._evaluation):
-            for row in rank:
-                _add(totals, row)
+        self.evaluation = _means(row for rank in gather_objects(self._evaluation) for row in rank)
         self._evaluation = []
-        self.evaluation = {name: value / count for name, (value, count) in totals.items()}
         row = {f"validation/{name}": value for name, value in self.evaluation.items()}
         if "mel" in self.evaluation:
             row["validation/loss"] = self.evaluation["mel"]  # what sweepers minimise
@@ -208,8 +197,7 @@ class CodecModule(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.model.fold_codebooks()  # Code2Wav's own embedding says what the quantizer has learnt
-        for name, tensor in self.model.state_dict(prefix="model.").items():
-            checkpoint["state_dict"][name] = tensor
+        checkpoint["state_dict"].update(self.model.state_dict(prefix="model."))
         super().on_save_checkpoint(checkpoint)
 
     def extra_state(self) -> dict[str, Any]:
@@ -221,7 +209,7 @@ class CodecModule(TrainingModule):
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self._sums = {name: (pair[0], pair[1]) for name, pair in state["sums"].items()}
+        self._sums = {name: (value, count) for name, (value, count) in state["sums"].items()}
         self._histogram = None if state["histogram"] is None else state["histogram"].to(self.device)
         self._seen, self._skipped = dict(state["seen"]), dict(state["skipped"])
 
@@ -233,18 +221,21 @@ def _add(totals: dict[str, tuple[float, float]], sums: Mapping[str, tuple[float,
         totals[name] = (a + value, b + count)
 
 
+def _means(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Quotients of what all `parts` add up to."""
+    totals: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        _add(totals, part)
+    return {name: value / count for name, (value, count) in totals.items()}
+
+
 def codebook_use(counts: Tensor) -> dict[str, float]:
     """Of every codebook: `codebook/use/Q`, the share of its codes that occurred, and `codebook/perplexity/Q`, the
-    exponential of the entropy of their frequencies (as many codes if all were equally frequent).
-
-    Args:
-        counts: [Q, K], how often each code was chosen.
-    """
+    exponential of the entropy of their frequencies (as many codes if all were equally frequent), from `counts` [Q, K],
+    how often each code was chosen."""
     row: dict[str, float] = {}
-    for q, row_counts in enumerate(counts.double()):
-        total = row_counts.sum()
-        if total > 0:
-            share = row_counts / total
-            row[f"codebook/use/{q}"] = float((row_counts > 0).double().mean())
-            row[f"codebook/perplexity/{q}"] = float(torch.special.entr(share).sum().exp())
+    for q, used in enumerate(counts.double()):
+        if used.any():
+            row[f"codebook/use/{q}"] = float((used > 0).double().mean())
+            row[f"codebook/perplexity/{q}"] = float(torch.special.entr(used / used.sum()).sum().exp())
     return row

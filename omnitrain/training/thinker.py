@@ -46,17 +46,8 @@ def hide_words(batch: PackedBatch, share: float) -> PackedBatch:
 
 
 class ThinkerModule(TrainingModule):
-    """Trains an `OmniModel` to predict text.
-
-    Args:
-        model: the `OmniModel`.
-        config: what learns, from what loss.
-        optim: optimizer and schedule.
-        seed: of the window draws, where `config` has none of its own.
-
-    Raises:
-        ValueError: weights to start from that do not fit.
-    """
+    """Trains an `OmniModel` to predict text. `seed` is that of the window draws, where `config` has none of its own.
+    ValueError if the weights to start from do not fit."""
 
     def __init__(
         self,
@@ -100,25 +91,18 @@ class ThinkerModule(TrainingModule):
         loss, routers = losses.total, losses.routers
         # One message to the other ranks: nats, weights, the data's stage, and positions and counts of every router.
         stage = (batch.stream_state or {}).get("stage", 0)
-        step = [
-            torch.stack([loss.detach().double(), losses.weight.double()]),
-            torch.tensor([stage], dtype=torch.float64, device=loss.device),
-        ]
-        for use in routers.values():
-            step += [
-                torch.tensor([use.positions], dtype=torch.float64, device=loss.device),
-                use.counts.double().flatten(),
-            ]
+        known = torch.tensor([stage, *(use.positions for use in routers.values())], device=loss.device)
+        step = [torch.stack([loss.detach().double(), losses.weight.double()]), known.double()]
+        step += [use.counts.double().flatten() for use in routers.values()]
         flat = sum_over_ranks(torch.cat(step))
-        self._window += flat[:2].cpu()
-        self.data_stage = float(flat[2])
-        weight = float(flat[1])
+        nats_and_weight, known, *all_counts = flat.split([len(part) for part in step])
+        self._window += nats_and_weight.cpu()
+        weight = float(nats_and_weight[1])
+        self.data_stage, *positions = known.tolist()
         self._window_sums.add(losses.groups)
 
-        at = 3
-        for name, use in routers.items():
-            n, counts = float(flat[at]), flat[at + 1 : at + 1 + use.counts.numel()].view_as(use.counts)
-            at += 1 + use.counts.numel()
+        for (name, use), n, flat_counts in zip(routers.items(), positions, all_counts, strict=True):
+            counts = flat_counts.view_as(use.counts)
             so_far, total = self._window_routers.get(name, (0.0, torch.zeros_like(counts)))
             so_far, total = so_far + n, total + counts
             self._window_routers[name] = (so_far, total)
@@ -146,11 +130,7 @@ class ThinkerModule(TrainingModule):
         self._stream = {"skipped": dict(batch.skipped), "packing": filled}
 
     def losses(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
-        """Loss of the text in `batch`.
-
-        Args:
-            window: attention window of the audio encoder, frames of 10 ms; None: its own.
-        """
+        """Loss of the text in `batch`; `window`: of the audio encoder's attention, frames of 10 ms (None: its own)."""
         return self.text_losses(batch, self.model(**batch.model_inputs(), aut_window_frames=window))
 
     def text_losses(self, batch: PackedBatch, output: ThinkerOutput) -> BatchLosses:
@@ -161,7 +141,7 @@ class ThinkerModule(TrainingModule):
         return BatchLosses(
             total=(nll * weights).sum(),
             weight=weights.sum(),
-            routers={"thinker": RouterUse.of(output, batch.n_tokens)},
+            routers={"thinker": RouterUse(output.router_counts, output.router_prob_sums, batch.n_tokens)},
             groups=sample_groups(batch, SampleSums.of(batch, nll)),
         )
 
@@ -202,10 +182,6 @@ class ThinkerModule(TrainingModule):
             torch._foreach_mul_(gradients, gradient_clip_val / self.gradient_norm)
 
     @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return self.trainer.optimizers[0]
-
-    @property
     def step_loss(self) -> float:
         """Loss of this optimizer step over the global batch (without the balance term), nats per target token."""
         nats, weight = self._window.tolist()
@@ -235,7 +211,7 @@ class ThinkerModule(TrainingModule):
         row |= {f"gradient_norm/{part}": norm for part, norm in self._part_norms.items()}
         row |= {
             f"lr/{group['name']}": group["lr"]
-            for group in self._optimizer.param_groups
+            for group in self.trainer.optimizers[0].param_groups
             if not group["name"].endswith(".no_decay")
         }
         for name, counts in self._row_counts.items():

@@ -32,13 +32,7 @@ class SpikeGuard(Callback):
     accepted step on. A skipped step leaves weights and moments alone and writes one line to `skipped_steps.jsonl`:
     step, reason, loss, norm, bound and the ids of the samples of the global batch. The schedule and the data go on.
     Where the data pass to another stage of their mixture, norms may well jump for good: the median starts anew.
-
-    Args:
-        config: the bound.
-        run_dir: the run folder.
-
-    Raises (while training):
-        TrainingDiverged: naming the last good checkpoint.
+    After too many skipped steps in a row, `TrainingDiverged` names the last good checkpoint.
     """
 
     def __init__(self, config: SpikeGuardConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
