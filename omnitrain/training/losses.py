@@ -11,7 +11,6 @@ number of devices or of accumulation steps changes the gradient of the first ter
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -139,8 +138,3 @@ class BatchLosses:
     weight: Tensor
     routers: Mapping[str, RouterUse]
     groups: Sequence[tuple[tuple[str, str], tuple[float, ...]]]
-
-
-def bits_per_byte(nll: float, target_bytes: float) -> float:
-    """Nats over `target_bytes` bytes of text, in bits per byte; comparable between tokenizers. NaN without bytes."""
-    return nll / (math.log(2) * target_bytes) if target_bytes else math.nan

@@ -14,7 +14,8 @@ from rich.table import Table
 from torch import Tensor
 
 from omnitrain.data.batch import PackedBatch
-from omnitrain.training.losses import SampleSums, bits_per_byte
+from omnitrain.evaluation.metrics import bits_per_byte
+from omnitrain.training.losses import SampleSums
 
 
 class LossSums:

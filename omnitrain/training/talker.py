@@ -100,11 +100,3 @@ class TalkerModule(ThinkerModule):
 
     def batch_flops(self, batch: PackedBatch) -> float:
         return math.nan  # not counted for the Talker
-
-    def validation_losses(self) -> dict[str, float]:
-        return {
-            name.removeprefix("validation/").removeprefix("loss_by_task/").removeprefix("loss/"): value
-            for sums in self.evaluation_sums.values()
-            for name, value in sums.metrics("validation").items()
-            if name.startswith("validation/loss/") or name == "validation/loss_by_task/codebook_0"
-        }

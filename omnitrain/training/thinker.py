@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.table import Table
 from torch import Tensor
+from torch.optim import Optimizer
 
 from omnitrain.config.run_config import OptimConfig, ThinkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
@@ -169,10 +170,7 @@ class ThinkerModule(TrainingModule):
         self.gradient_norm = float(torch.stack(list(norms.values())).norm())
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # By the norm that is known already; Lightning's own clipping refuses fused optimizers under bf16-mixed.
         if gradient_clip_algorithm not in (None, "norm"):
@@ -266,7 +264,7 @@ class ThinkerModule(TrainingModule):
             name.rsplit("/", 1)[1]: value
             for sums in self.evaluation_sums.values()
             for name, value in sums.metrics("validation").items()
-            if name.startswith("validation/loss/")
+            if name.startswith("validation/loss/") or name == "validation/loss_by_task/codebook_0"  # the Talker's own
         }
 
     def validation_tables(self, step: int) -> list[Table]:
@@ -279,13 +277,9 @@ class ThinkerModule(TrainingModule):
 
         tokenizer = self.datamodule.tokenizer
         decoding = Decoding(**vars(self.config.generation))
-        answers = generate(self.model, batch, decoding, stop_ids=tokenizer.stop_ids)
-        return [
-            {"id": i, "source": s, "task": t, "modality": m, "text": tokenizer.decode(ids)}
-            for i, s, t, m, ids in zip(
-                batch.sample_ids, batch.sources, batch.tasks, batch.modalities, answers, strict=True
-            )
-        ]
+        texts = map(tokenizer.decode, generate(self.model, batch, decoding, stop_ids=tokenizer.stop_ids))
+        rows = zip(batch.sample_ids, batch.sources, batch.tasks, batch.modalities, texts, strict=True)
+        return [dict(zip(("id", "source", "task", "modality", "text"), row, strict=True)) for row in rows]
 
     def extra_state(self) -> dict[str, Any]:
         return {
