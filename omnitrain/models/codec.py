@@ -51,7 +51,7 @@ class CodecEncoder(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
-        channels, d = config.encoder_dim, config.d_model
+        channels, d = config.encoder_dim, config.decoder.d_model
         stages: list[StreamingModule] = [CausalConv1d(1, channels, 7)]
         for rate in config.downsample_rates:
             stages.append(EncoderBlock(channels, rate))
@@ -138,9 +138,9 @@ class Codebooks(nn.Module):
         super().__init__()
         self.config = config
         self.n = n
-        k, d = config.codebook_size, config.codebook_dim
-        self.input_proj = nn.Linear(config.d_model, d, bias=False)
-        self.output_proj = nn.Linear(d, config.d_model, bias=False)
+        k, d = config.decoder.codebook_size, config.codebook_dim
+        self.input_proj = nn.Linear(config.decoder.d_model, d, bias=False)
+        self.output_proj = nn.Linear(d, config.decoder.d_model, bias=False)
         self.register_buffer("codebooks", torch.zeros(n, k, d))
         self.register_buffer("counts", torch.zeros(n, k))
         self.register_buffer("sums", torch.zeros(n, k, d))
@@ -301,7 +301,7 @@ class ResidualVectorQuantizer(nn.Module):
         super().__init__()
         self.config = config
         self.semantic = Codebooks(config, 1)
-        self.acoustic = Codebooks(config, config.quantizers - 1)
+        self.acoustic = Codebooks(config, config.decoder.quantizers - 1)
 
     def forward(
         self, latent: Tensor, n_quantizers: int | None = None, generator: torch.Generator | None = None
@@ -328,12 +328,12 @@ class ResidualVectorQuantizer(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= Q -> [B, T, D]. Raises as `check_codes`."""
-        check_codes(codes, self.config.quantizers, self.config.codebook_size)
+        check_codes(codes, self.config.decoder.quantizers, self.config.decoder.codebook_size)
         latent = self.semantic.decode(codes[..., :1])
         return latent + self.acoustic.decode(codes[..., 1:]) if codes.shape[2] > 1 else latent
 
     def _n_used(self, latent: Tensor, n_quantizers: int | None, generator: torch.Generator | None) -> Tensor:
-        batch, quantizers = len(latent), self.config.quantizers
+        batch, quantizers = len(latent), self.config.decoder.quantizers
         if n_quantizers is not None:
             if not 1 <= n_quantizers <= quantizers:
                 raise ValueError(f"n_quantizers is {n_quantizers}; expected 1 to {quantizers}")
@@ -396,7 +396,7 @@ class Codec(nn.Module):
         """Write Q times what each code adds to the latent into `decoder.code_embedding`: the decoder averages its Q
         embeddings, so `decoder(codes)` then is `decode(codes)` and the decoder can leave without the quantizer."""
         tables = torch.cat([self.quantizer.semantic.tables(), self.quantizer.acoustic.tables()])
-        self.decoder.code_embedding.weight.copy_(self.config.quantizers * rearrange(tables, "q k d -> (q k) d"))
+        self.decoder.code_embedding.weight.copy_(rearrange(self.config.decoder.quantizers * tables, "q k d -> (q k) d"))
 
     def _whole_frames(self, wav: Tensor) -> Tensor:
         if wav.ndim != 2 or wav.shape[1] == 0:

@@ -447,7 +447,7 @@ class CodecConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(self.d_model, may_be_zero=("decay", "revive_below", "dropout", "kmeans_steps"))
+        self._check(self.decoder.d_model, may_be_zero=("decay", "revive_below", "dropout", "kmeans_steps"))
         for name in ("decay", "revive_below", "dropout"):
             if getattr(self, name) > 1:
                 raise ValueError(f"CodecConfig: {name} is {getattr(self, name)}; it must lie within 0..1")
@@ -457,22 +457,8 @@ class CodecConfig(TransformerConfig):
                 f"{self.downsampling_ratios} make frames of {self.samples_per_frame} samples, the decoder of "
                 f"{self.decoder.samples_per_frame}"
             )
-        if self.quantizers < 2:
-            raise ValueError(
-                f"CodecConfig: decoder.quantizers is {self.quantizers}; one semantic and one more at least"
-            )
-
-    @property
-    def d_model(self) -> int:
-        return self.decoder.d_model
-
-    @property
-    def quantizers(self) -> int:
-        return self.decoder.quantizers
-
-    @property
-    def codebook_size(self) -> int:
-        return self.decoder.codebook_size
+        if (quantizers := self.decoder.quantizers) < 2:
+            raise ValueError(f"CodecConfig: decoder.quantizers is {quantizers}; one semantic and one more at least")
 
     @property
     def samples_per_frame(self) -> int:

@@ -6,7 +6,6 @@ and schedules count the same thing as everywhere else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,12 +57,11 @@ class CodecModule(TrainingModule):
         self.optim_config = optim or OptimConfig()
         self.loss_config = self.config.loss
         self.discriminators = Discriminators(self.config.discriminator)
-        self.content = ContentHead(model.config.d_model)
+        self.content = ContentHead(model.config.decoder.d_model)
         self.mel = MelDistance(sample_rate, self.loss_config.windows, self.loss_config.n_mels)
         if self.config.init_from is not None:
             start_codec_from(self, self.config.init_from)
         self.clip = self.config.clip
-        self._step_loss = math.nan
         self._sums: dict[str, tuple[float, float]] = {}
         """Since the last row: (sum, count) by name."""
         self._histogram: Tensor | None = None
@@ -72,10 +70,6 @@ class CodecModule(TrainingModule):
         self._evaluation: list[dict[str, tuple[float, float]]] = []
         self.evaluation: dict[str, float] = {}
         """Means of the last evaluation."""
-
-    @property
-    def step_loss(self) -> float:
-        return self._step_loss
 
     def training_step(self, batch: WaveBatch, batch_idx: int) -> None:
         optimizers, schedule = self.optimizers(), self.lr_schedulers()
@@ -102,16 +96,16 @@ class CodecModule(TrainingModule):
         parameters = [p for p in (*self.model.parameters(), *self.content.parameters()) if p.grad is not None]
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
         # Of all ranks, so that each comes to the same decision about a spike.
-        self._step_loss = float(sum_over_ranks(loss.detach()) / self.trainer.world_size)
+        self.step_loss = float(sum_over_ranks(loss.detach()) / self.trainer.world_size)
         optimizers[0].step()
         schedule.step()
 
         if not self._discarded:
-            values = {name: float(term.detach()) for name, term in terms.items()} | {"loss": self._step_loss}
+            values = {name: float(term.detach()) for name, term in terms.items()} | {"loss": self.step_loss}
             _add(self._sums, {name: (value, 1.0) for name, value in values.items()})
             counts = sum_over_ranks(output.histogram.double())
             self._histogram = counts if self._histogram is None else self._histogram + counts
-            self.last_loss = self._step_loss
+            self.last_loss = self.step_loss
         self._discarded = False
         self._seen["frames"] += batch.frames
         self._seen["samples"] += len(batch)

@@ -79,8 +79,7 @@ def talker_loss(
 
 def sample_of_token(batch: PackedBatch) -> Tensor:
     """[N]: index of the sample that each position belongs to."""
-    lengths = batch.cu_seqlens.diff().long()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    return torch.repeat_interleave(batch.cu_seqlens.diff().long())
 
 
 def token_weights(batch: PackedBatch, modality_weights: Mapping[str, float]) -> Tensor:

@@ -39,6 +39,8 @@ class TrainingModule(L.LightningModule):
         """Set when the run ends amid a validation: its remaining batches are passed over."""
         self.skipped_steps = 0
         self.gradient_norm = 0.0
+        self.step_loss = math.nan
+        """Loss of this optimizer step over the global batch."""
         self.last_loss = math.nan
         self._discarded = False
         self._saved: list[dict[str, Any]] = []
@@ -49,11 +51,6 @@ class TrainingModule(L.LightningModule):
             # A rank whose batch has no picture leaves that encoder unused. Buffers are alike on all ranks as they are;
             # to send them would be a collective in every forward pass, of which ranks may validate unequally many.
             self.trainer.strategy._ddp_kwargs |= {"find_unused_parameters": True, "broadcast_buffers": False}
-
-    @property
-    def step_loss(self) -> float:
-        """Loss of this optimizer step over the global batch."""
-        return math.nan
 
     @property
     def datamodule(self) -> Any:

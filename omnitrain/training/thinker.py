@@ -98,6 +98,9 @@ class ThinkerModule(TrainingModule):
         flat = sum_over_ranks(torch.cat(step))
         nats_and_weight, known, *all_counts = flat.split([len(part) for part in step])
         self._window += nats_and_weight.cpu()
+        self.step_loss = (
+            float(self._window[0] / self._window[1]) if self._window[1] else 0.0
+        )  # without the balance term
         weight = float(nats_and_weight[1])
         self.data_stage, *positions = known.tolist()
         self._window_sums.add(losses.groups)
@@ -178,12 +181,6 @@ class ThinkerModule(TrainingModule):
         if gradient_clip_val and self.gradient_norm > gradient_clip_val and not self._discarded:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, gradient_clip_val / self.gradient_norm)
-
-    @property
-    def step_loss(self) -> float:
-        """Loss of this optimizer step over the global batch (without the balance term), nats per target token."""
-        nats, weight = self._window.tolist()
-        return nats / weight if weight else 0.0
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

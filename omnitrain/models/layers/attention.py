@@ -58,32 +58,18 @@ def varlen_attention(
         )
         assert isinstance(attended, Tensor)  # a tuple only when asked for more
         return attended
-    return _sdpa_per_document(query, key, value, cu_seqlens, cu_seqlens_key, causal=causal, scale=scale)
 
-
-def _sdpa_per_document(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_key: Tensor,
-    *,
-    causal: bool,
-    scale: float | None,
-) -> Tensor:
     borders_q, borders_k = cu_seqlens.tolist(), cu_seqlens_key.tolist()
     gqa = query.shape[1] != key.shape[1]
     if len(query) == 1 and len(borders_q) == 2:  # a generated token: nothing to sort, nothing to mask
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa).view(query.shape)
 
+    lengths_q, lengths_k = ([end - start for start, end in pairwise(borders)] for borders in (borders_q, borders_k))
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for b in range(len(borders_q) - 1):
-        groups[(borders_q[b + 1] - borders_q[b], borders_k[b + 1] - borders_k[b])].append(b)
-    q_parts = query.split([b - a for a, b in pairwise(borders_q)])
-    same = borders_q == borders_k
-    k_parts = key.split([b - a for a, b in pairwise(borders_k)])
-    v_parts = value.split([b - a for a, b in pairwise(borders_k)])
+    for b, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        groups[lengths].append(b)
+    q_parts, k_parts, v_parts = query.split(lengths_q), key.split(lengths_k), value.split(lengths_k)
     outputs: list[Tensor | None] = [None] * len(q_parts)
     for (n_q, n_k), documents in groups.items():
         if n_q == 0:
@@ -92,7 +78,7 @@ def _sdpa_per_document(
             continue
         q, k, v = (_together(parts, documents) for parts in (q_parts, k_parts, v_parts))  # [docs, H, n, D]
         mask = None
-        if causal and not same and 1 < n_q < n_k:  # chunked prefill behind a cache
+        if causal and 1 < n_q < n_k:  # chunked prefill behind a cache
             mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal and n_q == n_k and n_q > 1, scale=scale, enable_gqa=gqa
