@@ -140,7 +140,8 @@ class Code2Wav(nn.Module):
         x = rearrange(self.pre_transformer(x, checkpointed=checkpointed), "b t d -> b d t")
         for stage in self._stages():
             x = run(stage, x, checkpointed=checkpointed)
-        return _waveform(x, clamp)
+        wav = rearrange(x, "b 1 n -> b n")
+        return wav.clamp(-1, 1) if clamp else wav
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, T, Q] -> waveform [B, config.samples(T)], within [-1, 1]. Raises as `embed`."""
@@ -154,19 +155,14 @@ class Code2Wav(nn.Module):
         """The next t frames of codes [B, t, Q] -> the samples that they complete, [B, samples]. Raises as `embed`."""
         return self.decode_step(self.embed(codes), state)
 
-    def decode_step(self, x: Tensor, state: Code2WavState, clamp: bool = True) -> Tensor:
+    def decode_step(self, x: Tensor, state: Code2WavState) -> Tensor:
         """`decode` for the next t frames [B, t, D] of a stream; `state` moves on."""
         x = rearrange(self.pre_transformer.step(x, state.transformer), "b t d -> b d t")
-        return _waveform(step_through(self._stages(), x, state.stages), clamp)
+        return rearrange(step_through(self._stages(), x, state.stages), "b 1 n -> b n").clamp(-1, 1)
 
     def _stages(self) -> list[nn.Module]:
         """The modules between transformer and waveform, in order."""
         return [*(stage for pair in self.upsample for stage in cast(nn.ModuleList, pair)), *self.decoder]
-
-
-def _waveform(x: Tensor, clamp: bool) -> Tensor:
-    x = rearrange(x, "b 1 n -> b n")
-    return x.clamp(-1, 1) if clamp else x
 
 
 def fingerprint(code2wav: Code2Wav) -> str:

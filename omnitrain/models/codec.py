@@ -373,12 +373,11 @@ class Codec(nn.Module):
         self.decoder = Code2Wav(config.decoder)
         self.decoder.code_embedding.requires_grad_(False)
 
-    def forward(
-        self, wav: Tensor, n_quantizers: int | None = None, generator: torch.Generator | None = None
-    ) -> CodecOutput:
-        """wav [B, samples] -> `CodecOutput`; arguments as of the quantizer. In training mode the codebooks move on."""
+    def forward(self, wav: Tensor, n_quantizers: int | None = None) -> CodecOutput:
+        """wav [B, samples] -> `CodecOutput`; `n_quantizers` as of the quantizer. In training mode the codebooks move
+        on."""
         latent = self.encoder(self._whole_frames(wav))
-        quantized = self.quantizer(latent, n_quantizers, generator)
+        quantized = self.quantizer(latent, n_quantizers)
         reconstruction = self.decoder.decode(quantized.quantized, clamp=False)[:, : wav.shape[1]]
         return CodecOutput(**vars(quantized), wav=reconstruction, latent=latent)
 

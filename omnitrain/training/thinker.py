@@ -98,9 +98,8 @@ class ThinkerModule(TrainingModule):
         flat = sum_over_ranks(torch.cat(step))
         nats_and_weight, known, *all_counts = flat.split([len(part) for part in step])
         self._window += nats_and_weight.cpu()
-        self.step_loss = (
-            float(self._window[0] / self._window[1]) if self._window[1] else 0.0
-        )  # without the balance term
+        nats, weights = self._window.tolist()
+        self.step_loss = nats / weights if weights else 0.0  # without the balance term
         weight = float(nats_and_weight[1])
         self.data_stage, *positions = known.tolist()
         self._window_sums.add(losses.groups)

@@ -24,9 +24,8 @@ def varlen_attention(
     *,
     causal: bool,
     cu_seqlens_key: Tensor | None = None,
-    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale) v inside each document, grouped-query where key/value have fewer heads.
+    """softmax(q k^T / sqrt(D)) v inside each document, grouped-query where key/value have fewer heads.
 
     Args:
         query: [N, H, D].  key, value: [M, H_kv, D], H a multiple of H_kv.
@@ -34,7 +33,6 @@ def varlen_attention(
         causal: position i sees positions <= i; where a document has more keys than queries (decoding with a cache),
             the last query sees the last key.
         cu_seqlens_key: int32 [B + 1], borders in `key`/`value` if they differ from those of `query`.
-        scale: default 1 / sqrt(D).
 
     Returns:
         [N, H, D]
@@ -52,7 +50,6 @@ def varlen_attention(
             cu_seqlens_key,
             int(cu_seqlens.diff().max()),
             int(cu_seqlens_key.diff().max()),
-            scale=scale,
             window_size=(-1, 0) if causal else (-1, -1),
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -63,7 +60,7 @@ def varlen_attention(
     gqa = query.shape[1] != key.shape[1]
     if len(query) == 1 and len(borders_q) == 2:  # a generated token: nothing to sort, nothing to mask
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa).view(query.shape)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa).view(query.shape)
 
     lengths_q, lengths_k = ([end - start for start, end in pairwise(borders)] for borders in (borders_q, borders_k))
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -81,7 +78,7 @@ def varlen_attention(
         if causal and 1 < n_q < n_k:  # chunked prefill behind a cache
             mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and n_q == n_k and n_q > 1, scale=scale, enable_gqa=gqa
+            q, k, v, attn_mask=mask, is_causal=causal and n_q == n_k and n_q > 1, enable_gqa=gqa
         )
         for b, o in zip(documents, out.transpose(1, 2), strict=True):
             outputs[b] = o
