@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnitrain.models.layers.checkpointing import run
-from omnitrain.models.layers.decoder import DecoderLayer, KVCache, SparseMLP
+from omnitrain.models.layers.decoder import DecoderLayer, DecoderOutput, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.rope import tm_rope
 from omnitrain.models.mtp import MTP
@@ -48,16 +48,6 @@ class TalkerInputs:
     cu_seqlens: Tensor
     codes: Tensor
     frame_sources: Tensor
-
-
-@dataclass(frozen=True)
-class TalkerOutput:
-    """hidden [T, D]: after the final norm; `codec_head` reads it, and so does MTP.  router_counts, router_prob_sums:
-    [L, E] (see `Routing`)."""
-
-    hidden: Tensor
-    router_counts: Tensor
-    router_prob_sums: Tensor
 
 
 class Projection(nn.Module):
@@ -130,9 +120,10 @@ class Talker(nn.Module):
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: KVCache | None = None
-    ) -> TalkerOutput:
+    ) -> DecoderOutput:
         """Run the decoder over packed documents, [T, D] with position_ids [3, T] and cu_seqlens int32 [S + 1]; with a
-        `cache` of earlier positions, over the new ones only."""
+        `cache` of earlier positions, over the new ones only. `codec_head` reads the output's `hidden`, and so does
+        MTP."""
         rope = tm_rope(position_ids, self.config.mrope_sections, self.config.rope_theta)
         x, counts, prob_sums = inputs_embeds, [], []
         checkpointed = self.activation_checkpointing and cache is None
@@ -140,9 +131,8 @@ class Talker(nn.Module):
             x, count, prob_sum = run(layer, x, rope, cu_seqlens, cache, checkpointed=checkpointed)
             counts.append(count)
             prob_sums.append(prob_sum)
-        return TalkerOutput(
-            hidden=self.norm(x), router_counts=torch.stack(counts), router_prob_sums=torch.stack(prob_sums)
-        )
+        counts, prob_sums = torch.stack(counts), torch.stack(prob_sums)
+        return DecoderOutput(hidden=self.norm(x), router_counts=counts, router_prob_sums=prob_sums)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] after the final norm -> [n, codec_vocab], for codebook 0"""

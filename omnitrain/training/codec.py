@@ -29,7 +29,6 @@ from omnitrain.training.codec_losses import (
     si_sdr,
 )
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import schedule_factor
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 
 
@@ -157,10 +156,7 @@ class CodecModule(TrainingModule):
             )
             for parameters in ([*self.model.parameters(), *self.content.parameters()], self.discriminators.parameters())
         )
-        factor = schedule_factor(config, config.total_steps or self.trainer.max_steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(codec, factor)
-        self.remember_configured(codec, discriminators)
-        return [codec, discriminators], [schedule]
+        return [codec, discriminators], [self.schedule(config, codec, discriminators)]
 
     def validation_step(self, batch: WaveBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.ending:

@@ -85,6 +85,8 @@ class ExactCsvLogger(Logger):
     over: it starts them anew, or cuts them back to where its checkpoint was written (`AtomicCheckpoint` sees to both).
     """
 
+    name, version = "csv", ""
+
     def __init__(self, config: CsvLoggerConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
         super().__init__()
         self.run_dir = Path(run_dir)
@@ -94,14 +96,6 @@ class ExactCsvLogger(Logger):
         if name not in self._tables:
             self._tables[name] = CsvTable(self.run_dir / name)
         return self._tables[name]
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @property
     def save_dir(self) -> str:

@@ -30,7 +30,7 @@ from omnitrain.models.thinker import ThinkerOutput
 from omnitrain.training.flops import BatchSizes, training_flops
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import build_optimizer, part_of, schedule_factor
+from omnitrain.training.optim import build_optimizer, part_of
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
 
@@ -217,9 +217,7 @@ class ThinkerModule(TrainingModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.model, self.optim_config)
-        total_steps = self.optim_config.total_steps or self.trainer.max_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(self.optim_config, total_steps))
-        self.remember_configured(optimizer)
+        schedule = self.schedule(self.optim_config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def batch_flops(self, batch: PackedBatch) -> float:

@@ -6,6 +6,7 @@ length, uses `Attention.project` and attends on its own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,6 +31,16 @@ class KVCache(Protocol):
             keys, values [M, H_kv, head_dim] of all positions up to now, in the same order, and their borders [B + 1].
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOutput:
+    """hidden [N, D]: after the final norm.  router_counts, router_prob_sums: [L, E] over the L layers with experts (see
+    `Routing`)."""
+
+    hidden: Tensor
+    router_counts: Tensor
+    router_prob_sums: Tensor
 
 
 class Attention(nn.Module):

@@ -137,14 +137,10 @@ class AtomicCheckpoint(Checkpoint):
                 trainer.strategy.barrier()  # before another rank's exit can end the job
             raise SIGTERMException(143)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         self._check_place()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         if not step_ended(trainer):
             return
         step = trainer.global_step
@@ -164,15 +160,7 @@ class AtomicCheckpoint(Checkpoint):
         if terminated:
             self._leave(trainer, terminated)
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         # Ranks may have unequally many batches: no collective here. Who gets a signal tells the others, all pass over
         # the rest of their batches, and leave together at the end.
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
