@@ -81,7 +81,7 @@ def cer(predictions: Sequence[str], references: Sequence[str]) -> float:
     return _error_rate(predictions, references, characters=True)
 
 
-def bits_per_byte(nats: float, n_bytes: int) -> float:
+def bits_per_byte(nats: float, n_bytes: float) -> float:
     """Total loss in nats over `n_bytes` UTF-8 bytes of target text, as bits per byte."""
     if n_bytes <= 0:
         raise ValueError(f"bits per byte needs target text, got {n_bytes} bytes")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from omnitrain.models.layers.causal_conv import (
     CausalConv1d,
     CausalConvTranspose1d,
-    ConvState,
     StreamingModule,
     init_states,
     step_through,
@@ -27,7 +26,6 @@ from omnitrain.models.layers.wave import (
     DILATIONS,
     Chain,
     ConvNeXtBlock,
-    KVState,
     ResidualUnit,
     SlidingWindowTransformer,
     SnakeBeta,
@@ -49,55 +47,36 @@ class DecoderBlock(Chain):
 
 @dataclass
 class Code2WavState:
-    """Memory of a stream of frames: of the transformer, and of each convolutional stage in order."""
+    """Memory of a stream of frames, and of the codec's encoder: of the transformer, and of each convolutional stage."""
 
     transformer: TransformerState
     stages: list[Any]
 
 
 def join_states(states: Sequence[Code2WavState]) -> Code2WavState:
-    """The states of streams that are equally many frames old as that of one batch.
-
-    Raises:
-        ValueError: they are not equally old.
-    """
+    """The states of streams as that of one batch. ValueError if they are not equally many frames old."""
     ages = {state.transformer.frames for state in states}
     if len(ages) > 1:
         raise ValueError(f"streams of {sorted(ages)} frames cannot share a step; join those that are equally old")
-    layers = [
-        KVState(torch.cat([past.keys for past in pasts]), torch.cat([past.values for past in pasts]))
-        for pasts in zip(*(state.transformer.layers for state in states), strict=True)
-    ]
-    stages = [_joined(stages) for stages in zip(*(state.stages for state in states), strict=True)]
-    return Code2WavState(TransformerState(layers, ages.pop()), stages)
+    return _state_of(states)
 
 
 def split_state(state: Code2WavState, streams: int) -> list[Code2WavState]:
     """The reverse of `join_states`."""
-    return [
-        Code2WavState(
-            TransformerState(
-                [KVState(past.keys[b : b + 1], past.values[b : b + 1]) for past in state.transformer.layers],
-                state.transformer.frames,
-            ),
-            [_one_of(stage, b) for stage in state.stages],
-        )
-        for b in range(streams)
-    ]
+    return [_state_of([state], slice(b, b + 1)) for b in range(streams)]
 
 
-def _joined(states: Sequence[Any]) -> Any:
-    """States of one stage as one: a `ConvState`, a list of states, or what all streams have alike."""
+def _state_of(states: Sequence[Any], rows: slice | None = None) -> Any:
+    """A state of all streams of `states`, or of some `rows` of the first: so its tensors, in lists and dataclasses. All
+    else the streams have alike, numbers and what a stage computes once (a tuple)."""
     first = states[0]
-    if isinstance(first, ConvState):
-        return ConvState(torch.cat([state.context for state in states]), first.skip)
-    return [_joined(inner) for inner in zip(*states, strict=True)] if isinstance(first, list) else first
-
-
-def _one_of(state: Any, b: int) -> Any:
-    if isinstance(state, ConvState):
-        return ConvState(state.context[b : b + 1], state.skip)
-    return [_one_of(inner, b) for inner in state] if isinstance(state, list) else state
+    if isinstance(first, Tensor):
+        return torch.cat(list(states)) if rows is None else first[rows]
+    if isinstance(first, list):
+        return [_state_of(inner, rows) for inner in zip(*states, strict=True)]
+    if is_dataclass(first) and not isinstance(first, type):
+        return replace(first, **{name: _state_of([vars(s)[name] for s in states], rows) for name in vars(first)})
+    return first
 
 
 class Code2Wav(nn.Module):
@@ -136,11 +115,8 @@ class Code2Wav(nn.Module):
         self.activation_checkpointing = False
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, T, Q] -> frames [B, T, D].
-
-        Raises:
-            ValueError: if there are not Q codebooks, or a code is outside of its codebook.
-        """
+        """Codes int64 [B, T, Q] -> frames [B, T, D]. ValueError if there are not Q codebooks, or a code is not in
+        its codebook."""
         config = self.config
         if codes.ndim != 3 or codes.shape[2] != config.quantizers:
             raise ValueError(
@@ -158,16 +134,14 @@ class Code2Wav(nn.Module):
         return self.code_embedding(codes + offset).mean(dim=2)
 
     def decode(self, x: Tensor, clamp: bool = True) -> Tensor:
-        """Frames [B, T, D] -> waveform [B, samples].
-
-        Args:
-            clamp: to [-1, 1]. Training says no: a clamped sample has no gradient.
-        """
+        """Frames [B, T, D] -> waveform [B, samples]; `clamp` to [-1, 1] but in training: clamped, a sample has no
+        gradient."""
         checkpointed = self.activation_checkpointing
         x = rearrange(self.pre_transformer(x, checkpointed=checkpointed), "b t d -> b d t")
         for stage in self._stages():
             x = run(stage, x, checkpointed=checkpointed)
-        return _waveform(x, clamp)
+        wav = rearrange(x, "b 1 n -> b n")
+        return wav.clamp(-1, 1) if clamp else wav
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, T, Q] -> waveform [B, config.samples(T)], within [-1, 1]. Raises as `embed`."""
@@ -181,19 +155,14 @@ class Code2Wav(nn.Module):
         """The next t frames of codes [B, t, Q] -> the samples that they complete, [B, samples]. Raises as `embed`."""
         return self.decode_step(self.embed(codes), state)
 
-    def decode_step(self, x: Tensor, state: Code2WavState, clamp: bool = True) -> Tensor:
+    def decode_step(self, x: Tensor, state: Code2WavState) -> Tensor:
         """`decode` for the next t frames [B, t, D] of a stream; `state` moves on."""
         x = rearrange(self.pre_transformer.step(x, state.transformer), "b t d -> b d t")
-        return _waveform(step_through(self._stages(), x, state.stages), clamp)
+        return rearrange(step_through(self._stages(), x, state.stages), "b 1 n -> b n").clamp(-1, 1)
 
     def _stages(self) -> list[nn.Module]:
         """The modules between transformer and waveform, in order."""
         return [*(stage for pair in self.upsample for stage in cast(nn.ModuleList, pair)), *self.decoder]
-
-
-def _waveform(x: Tensor, clamp: bool) -> Tensor:
-    x = rearrange(x, "b 1 n -> b n")
-    return x.clamp(-1, 1) if clamp else x
 
 
 def fingerprint(code2wav: Code2Wav) -> str:

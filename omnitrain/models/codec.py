@@ -8,14 +8,13 @@ decoder is a `Code2Wav`, so that a trained codec is at the same time the last pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from omnitrain.models.code2wav import Code2Wav
+from omnitrain.models.code2wav import Code2Wav, Code2WavState
 from omnitrain.models.layers.causal_conv import CausalConv1d, StreamingModule, init_states, step_through
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.wave import (
@@ -25,7 +24,6 @@ from omnitrain.models.layers.wave import (
     ResidualUnit,
     SlidingWindowTransformer,
     SnakeBeta,
-    TransformerState,
 )
 from omnitrain.models.sizes import CodecConfig
 
@@ -41,14 +39,6 @@ class EncoderBlock(Chain):
         )
 
 
-@dataclass
-class CodecEncoderState:
-    """Memory of a stream: of each convolutional stage in order, and of the transformer."""
-
-    stages: list[Any]
-    transformer: TransformerState
-
-
 class CodecEncoder(nn.Module):
     """Waveform [B, samples] -> latents [B, samples / 1920, D], each from present and past samples only.
 
@@ -61,7 +51,7 @@ class CodecEncoder(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
-        channels, d = config.encoder_dim, config.d_model
+        channels, d = config.encoder_dim, config.decoder.d_model
         stages: list[StreamingModule] = [CausalConv1d(1, channels, 7)]
         for rate in config.downsample_rates:
             stages.append(EncoderBlock(channels, rate))
@@ -74,22 +64,18 @@ class CodecEncoder(nn.Module):
         self.activation_checkpointing = False
 
     def forward(self, wav: Tensor) -> Tensor:
-        """[B, samples] -> [B, T, D].
-
-        Raises:
-            ValueError: if the samples are no whole number of frames.
-        """
+        """[B, samples] -> [B, T, D]. ValueError if the samples are no whole number of frames."""
         self._check(wav)
         x = wav[:, None]
         for stage in self.stages:
             x = run(stage, x, checkpointed=self.activation_checkpointing)
         return self.transformer(rearrange(x, "b d t -> b t d"), checkpointed=self.activation_checkpointing)
 
-    def init_state(self, batch: int) -> CodecEncoderState:
+    def init_state(self, batch: int) -> Code2WavState:
         """The state of `batch` streams before their first sample."""
-        return CodecEncoderState(init_states(self.stages, batch), self.transformer.init_state(batch))
+        return Code2WavState(self.transformer.init_state(batch), init_states(self.stages, batch))
 
-    def step(self, wav: Tensor, state: CodecEncoderState) -> Tensor:
+    def step(self, wav: Tensor, state: Code2WavState) -> Tensor:
         """The next whole frames of samples [B, t * 1920] -> their latents [B, t, D]; raises as `forward`."""
         self._check(wav)
         x = step_through(self.stages, wav[:, None], state.stages)
@@ -152,9 +138,9 @@ class Codebooks(nn.Module):
         super().__init__()
         self.config = config
         self.n = n
-        k, d = config.codebook_size, config.codebook_dim
-        self.input_proj = nn.Linear(config.d_model, d, bias=False)
-        self.output_proj = nn.Linear(d, config.d_model, bias=False)
+        k, d = config.decoder.codebook_size, config.codebook_dim
+        self.input_proj = nn.Linear(config.decoder.d_model, d, bias=False)
+        self.output_proj = nn.Linear(d, config.decoder.d_model, bias=False)
         self.register_buffer("codebooks", torch.zeros(n, k, d))
         self.register_buffer("counts", torch.zeros(n, k))
         self.register_buffer("sums", torch.zeros(n, k, d))
@@ -315,17 +301,13 @@ class ResidualVectorQuantizer(nn.Module):
         super().__init__()
         self.config = config
         self.semantic = Codebooks(config, 1)
-        self.acoustic = Codebooks(config, config.quantizers - 1)
+        self.acoustic = Codebooks(config, config.decoder.quantizers - 1)
 
     def forward(
         self, latent: Tensor, n_quantizers: int | None = None, generator: torch.Generator | None = None
     ) -> Quantized:
-        """latent [B, T, D] -> `Quantized`.
-
-        Args:
-            n_quantizers: codebooks in use, 1 to Q; default: in training mode drawn per sample, otherwise all.
-            generator: of the random draws in training mode; default: the global one of the CPU.
-        """
+        """latent [B, T, D] -> `Quantized`. In use are the first `n_quantizers` codebooks, 1 to Q (default: in training
+        mode drawn per sample, otherwise all). Random draws are `generator`'s, by default the CPU's global one."""
         n_used = self._n_used(latent, n_quantizers, generator)
         semantic, *of_semantic = self.semantic(latent, torch.ones_like(n_used), generator)
         acoustic, *of_acoustic = self.acoustic(latent, n_used - 1, generator)
@@ -345,17 +327,13 @@ class ResidualVectorQuantizer(nn.Module):
         return torch.cat([self.semantic.encode(latent), self.acoustic.encode(latent)], dim=-1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= Q -> [B, T, D].
-
-        Raises:
-            ValueError: if n is not within 1..Q, or a code is outside of its codebook.
-        """
-        check_codes(codes, self.config.quantizers, self.config.codebook_size)
+        """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= Q -> [B, T, D]. Raises as `check_codes`."""
+        check_codes(codes, self.config.decoder.quantizers, self.config.decoder.codebook_size)
         latent = self.semantic.decode(codes[..., :1])
         return latent + self.acoustic.decode(codes[..., 1:]) if codes.shape[2] > 1 else latent
 
     def _n_used(self, latent: Tensor, n_quantizers: int | None, generator: torch.Generator | None) -> Tensor:
-        batch, quantizers = len(latent), self.config.quantizers
+        batch, quantizers = len(latent), self.config.decoder.quantizers
         if n_quantizers is not None:
             if not 1 <= n_quantizers <= quantizers:
                 raise ValueError(f"n_quantizers is {n_quantizers}; expected 1 to {quantizers}")
@@ -395,12 +373,11 @@ class Codec(nn.Module):
         self.decoder = Code2Wav(config.decoder)
         self.decoder.code_embedding.requires_grad_(False)
 
-    def forward(
-        self, wav: Tensor, n_quantizers: int | None = None, generator: torch.Generator | None = None
-    ) -> CodecOutput:
-        """wav [B, samples] -> `CodecOutput`; arguments as of the quantizer. In training mode the codebooks move on."""
+    def forward(self, wav: Tensor, n_quantizers: int | None = None) -> CodecOutput:
+        """wav [B, samples] -> `CodecOutput`; `n_quantizers` as of the quantizer. In training mode the codebooks move
+        on."""
         latent = self.encoder(self._whole_frames(wav))
-        quantized = self.quantizer(latent, n_quantizers, generator)
+        quantized = self.quantizer(latent, n_quantizers)
         reconstruction = self.decoder.decode(quantized.quantized, clamp=False)[:, : wav.shape[1]]
         return CodecOutput(**vars(quantized), wav=reconstruction, latent=latent)
 
@@ -409,11 +386,8 @@ class Codec(nn.Module):
         return self.quantizer.encode(self.encoder(self._whole_frames(wav)))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, T, n] of the first n codebooks -> waveform [B, samples] within [-1, 1].
-
-        Raises:
-            ValueError: if there are no or too many codebooks, or a code is outside of its codebook.
-        """
+        """Codes int64 [B, T, n] of the first n codebooks -> waveform [B, samples] within [-1, 1]. Raises as
+        `check_codes`."""
         return self.decoder.decode(self.quantizer.decode(codes))
 
     @torch.no_grad()
@@ -421,7 +395,7 @@ class Codec(nn.Module):
         """Write Q times what each code adds to the latent into `decoder.code_embedding`: the decoder averages its Q
         embeddings, so `decoder(codes)` then is `decode(codes)` and the decoder can leave without the quantizer."""
         tables = torch.cat([self.quantizer.semantic.tables(), self.quantizer.acoustic.tables()])
-        self.decoder.code_embedding.weight.copy_(self.config.quantizers * rearrange(tables, "q k d -> (q k) d"))
+        self.decoder.code_embedding.weight.copy_(rearrange(self.config.decoder.quantizers * tables, "q k d -> (q k) d"))
 
     def _whole_frames(self, wav: Tensor) -> Tensor:
         if wav.ndim != 2 or wav.shape[1] == 0:

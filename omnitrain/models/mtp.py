@@ -81,13 +81,11 @@ class MTP(nn.Module):
         Args:
             talker_hidden: [F, D], the Talker's hidden states that predicted the frames' codebook 0.
             first: [F, D], embeddings of the codes of codebook 0 (`Talker.codec_embedding`).
-            codes: int64 [F, Q]; codebook 0 and the last one are not read.
+            codes: int64 [F, Q]; codebook 0 and the last one are not read. ValueError if they are of another number of
+                codebooks, or a code lies outside its codebook.
 
         Returns:
             [F, Q - 1, D] after the final norm; row q - 1 predicts codebook q (times `code_head[q - 1].T` = logits).
-
-        Raises:
-            ValueError: if codes has another number of codebooks, or a code outside its codebook.
         """
         self._check(codes, self.config.codebooks)
         known = F.embedding(self._rows(codes[:, 1:-1]), self.code_embedding.flatten(0, 1))  # [F, Q - 2, D]
@@ -103,11 +101,7 @@ class MTP(nn.Module):
         return einsum(hidden, self.code_head, "f q d, q k d -> f q k")
 
     def embed_sum(self, residuals: Tensor) -> Tensor:
-        """The sum of the embeddings of codebooks 1 .. Q - 1: int64 [F, Q - 1] -> [F, D].
-
-        Raises:
-            ValueError: as in `forward`.
-        """
+        """The sum of the embeddings of codebooks 1 .. Q - 1: int64 [F, Q - 1] -> [F, D]. Raises as `forward`."""
         self._check(residuals, self.config.codebooks - 1)
         return F.embedding_bag(self._rows(residuals), self.code_embedding.flatten(0, 1), mode="sum")
 

@@ -20,9 +20,6 @@ from omnitrain.models.thinker import Thinker, ThinkerOutput
 from omnitrain.models.vision import VisionEncoder
 from omnitrain.vocabulary import AUDIO, IMAGE, VIDEO
 
-OmniOutput = ThinkerOutput
-"""hidden [N, D], accept_hidden [N, D], router_counts [L, E], router_prob_sums [L, E]."""
-
 
 class OmniModel(nn.Module):
     """Audio encoder, vision encoder and Thinker, and where there is speech, Talker and Code2Wav (report figure 2).
@@ -59,7 +56,7 @@ class OmniModel(nn.Module):
         *,
         aut_window_frames: int | None = None,
         cache: KVCache | None = None,
-    ) -> OmniOutput:
+    ) -> ThinkerOutput:
         """Hidden states of packed documents; the arguments are `PackedBatch.model_inputs()`.
 
         Args:

@@ -64,14 +64,12 @@ def build(
         changed = {"accept_hidden_layer": changed["layers"] // 2, **changed}
     decoder = _replace(base.thinker, changed, "thinker")
     width = {"out_dim": decoder.d_model}
-    if special_tokens is None:
-        special_tokens = PUBLIC_SPECIAL_TOKENS
     return OmniModel(
         OmniConfig(
             thinker=decoder,
             aut=_replace(base.aut, {**width, **(aut or {})}, "aut"),
             vision=_replace(base.vision, {**width, **(vision or {})}, "vision"),
-            special_tokens=dict(special_tokens),
+            special_tokens=dict(PUBLIC_SPECIAL_TOKENS if special_tokens is None else special_tokens),
             position_id_per_seconds=position_id_per_seconds or base.position_id_per_seconds,
             **_speech(preset, decoder, talker or {}, code2wav or {}, speech),
         )
@@ -119,6 +117,7 @@ STD = {
 """Standard deviations of embeddings and heads."""
 
 
+@torch.no_grad()
 def init_weights(model: OmniModel, seed: int) -> None:
     """Draw every parameter, each from its own random stream named by the parameter: the same values in whatever order
     and wherever they are drawn.
@@ -133,21 +132,18 @@ def init_weights(model: OmniModel, seed: int) -> None:
     look (309 pictures, 8,300 samples: the loss rises by 0.3 with another's picture there, by 0.5 here).
     """
     depth = {"aut": len(model.aut.layers), "visual": len(model.visual.blocks)}
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 1:
-                if name.endswith("bias"):
-                    p.zero_()
-                elif not name.startswith("code2wav."):  # there, layer scales and the like keep what they were made with
-                    p.fill_(1.0)
-                continue
-            std = _wave_std(model, name) if name.startswith("code2wav.") else STD.get(name)
-            if std is None:
-                fan_in = p.shape[-1] if ".experts." in name else p[0].numel()
-                std = fan_in**-0.5
-            if name.endswith(RESIDUAL_WRITERS):
-                std /= (2 * depth[name.split(".")[0]]) ** 0.5
-            _draw(p, name, seed, std)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            if name.endswith("bias"):
+                p.zero_()
+            elif not name.startswith("code2wav."):  # there, layer scales and the like keep what they were made with
+                p.fill_(1.0)
+            continue
+        fan_in = p.shape[-1] if ".experts." in name else p[0].numel()
+        std = _wave_std(model, name) if name.startswith("code2wav.") else STD.get(name, fan_in**-0.5)
+        if name.endswith(RESIDUAL_WRITERS):
+            std /= (2 * depth[name.split(".")[0]]) ** 0.5
+        _draw(p, name, seed, std)
 
 
 def _draw(p: Tensor, name: str, seed: int, std: float) -> None:
@@ -169,14 +165,8 @@ def _wave_std(model: nn.Module, name: str) -> float:
 
 
 def build_codec(preset: str = "tiny", *, decoder: Mapping[str, Any] | None = None, **changes: Any) -> Codec:
-    """A codec of a preset's size, its weights not yet drawn (`init_codec_weights`).
-
-    Args:
-        decoder: fields of `Code2WavConfig` to change.  changes: fields of `CodecConfig`.
-
-    Raises:
-        ValueError: unknown preset or field; the message lists the valid ones.
-    """
+    """A codec of a preset's size, its weights not yet drawn (`init_codec_weights`): `changes` of `CodecConfig` and,
+    in `decoder`, of `Code2WavConfig`. Raises as `build`."""
     if preset not in CODEC_PRESETS:
         raise ValueError(f"model.preset={preset!r}: no such preset; use one of {', '.join(CODEC_PRESETS)}")
     base = CODEC_PRESETS[preset]
@@ -184,14 +174,14 @@ def build_codec(preset: str = "tiny", *, decoder: Mapping[str, Any] | None = Non
     return Codec(_replace(base, changes, "codec"))
 
 
+@torch.no_grad()
 def init_codec_weights(codec: Codec, seed: int) -> None:
     """Draw the weights of a codec as `init_weights` draws those of Code2Wav. Codebooks come from the first batch."""
-    with torch.no_grad():
-        for name, p in codec.named_parameters():
-            if p.ndim > 1:
-                _draw(p, name, seed, _wave_std(codec, name))
-            elif name.endswith("bias"):
-                p.zero_()  # layer scales and the like keep what they were made with
+    for name, p in codec.named_parameters():
+        if p.ndim > 1:
+            _draw(p, name, seed, _wave_std(codec, name))
+        elif name.endswith("bias"):
+            p.zero_()  # layer scales and the like keep what they were made with
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from omnitrain.vocabulary import SpecialCodes
@@ -32,6 +33,13 @@ PUBLIC_SPECIAL_TOKENS: dict[str, int] = {
     "assistant": 77091,
 }
 """Ids of the public tokenizer."""
+
+
+def _must_be_equal(sizes: Any, one: str, other: str, within: str = "") -> None:
+    """ValueError unless two dotted fields of `sizes`, which is itself at `within`, have the same value."""
+    a, b = attrgetter(one, other)(sizes)
+    if a != b:
+        raise ValueError(f"{within}{one} ({a}) must equal {within}{other} ({b})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +87,7 @@ class AuTConfig(_Sizes):
         self.chunks(self.window_frames)
 
     def chunks(self, window_frames: int) -> int:
-        """Convolution chunks in an attention window of so many mel frames.
-
-        Raises:
-            ValueError: if they are no whole number.
-        """
+        """Convolution chunks in an attention window of so many mel frames. ValueError if they are no whole number."""
         chunks, rest = divmod(window_frames, self.chunk_frames)
         if rest or chunks < 1:
             raise ValueError(
@@ -190,11 +194,8 @@ class DecoderConfig(_Sizes):
 
 
 def axis_of_frequency(sections: tuple[int, int, int]) -> list[int]:
-    """Axis (0 t, 1 h, 2 w) of each of the sum(sections) frequencies, from the highest to the lowest.
-
-    Raises:
-        ValueError: if the interleaving cannot give h and w their share.
-    """
+    """Axis (0 t, 1 h, 2 w) of each of the sum(sections) frequencies, from the highest to the lowest. ValueError if the
+    interleaving cannot give h and w their share."""
     half = sum(sections)
     axes = [i % 3 if i % 3 and i < 3 * sections[i % 3] else 0 for i in range(half)]
     if tuple(axes.count(a) for a in range(3)) != tuple(sections):
@@ -310,10 +311,7 @@ class TalkerConfig(DecoderConfig, SpecialCodes):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("d_model", "codebooks", "codebook_size"):
-            if getattr(self.mtp, name) != getattr(self, name):
-                raise ValueError(
-                    f"talker.mtp.{name} ({getattr(self.mtp, name)}) must equal talker.{name} ({getattr(self, name)})"
-                )
+            _must_be_equal(self, f"mtp.{name}", name, within="talker.")
         special = self.special_codes() | {f"speakers.{name}": code for name, code in self.speakers.items()}
         for name, code in special.items():
             if name != "codebook_size" and not self.codebook_size <= code < self.codec_vocab:
@@ -449,7 +447,7 @@ class CodecConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(self.d_model, may_be_zero=("decay", "revive_below", "dropout", "kmeans_steps"))
+        self._check(self.decoder.d_model, may_be_zero=("decay", "revive_below", "dropout", "kmeans_steps"))
         for name in ("decay", "revive_below", "dropout"):
             if getattr(self, name) > 1:
                 raise ValueError(f"CodecConfig: {name} is {getattr(self, name)}; it must lie within 0..1")
@@ -459,22 +457,8 @@ class CodecConfig(TransformerConfig):
                 f"{self.downsampling_ratios} make frames of {self.samples_per_frame} samples, the decoder of "
                 f"{self.decoder.samples_per_frame}"
             )
-        if self.quantizers < 2:
-            raise ValueError(
-                f"CodecConfig: decoder.quantizers is {self.quantizers}; one semantic and one more at least"
-            )
-
-    @property
-    def d_model(self) -> int:
-        return self.decoder.d_model
-
-    @property
-    def quantizers(self) -> int:
-        return self.decoder.quantizers
-
-    @property
-    def codebook_size(self) -> int:
-        return self.decoder.codebook_size
+        if (quantizers := self.decoder.quantizers) < 2:
+            raise ValueError(f"CodecConfig: decoder.quantizers is {quantizers}; one semantic and one more at least")
 
     @property
     def samples_per_frame(self) -> int:
@@ -529,24 +513,19 @@ class OmniConfig:
     code2wav: Code2WavConfig | None = None
 
     def __post_init__(self) -> None:
-        self._must_be_equal("aut", "out_dim", "thinker", "d_model")
-        self._must_be_equal("vision", "out_dim", "thinker", "d_model")
+        _must_be_equal(self, "aut.out_dim", "thinker.d_model")
+        _must_be_equal(self, "vision.out_dim", "thinker.d_model")
         if len(self.vision.deepstack_layers) > self.thinker.layers:
             raise ValueError(
                 f"vision.deepstack_layers has {len(self.vision.deepstack_layers)} levels for "
                 f"{self.thinker.layers} decoder layers"
             )
         if self.talker is not None:
-            self._must_be_equal("talker", "thinker_dim", "thinker", "d_model")
-            self._must_be_equal("talker", "accept_hidden_layer", "thinker", "accept_hidden_layer")
+            _must_be_equal(self, "talker.thinker_dim", "thinker.d_model")
+            _must_be_equal(self, "talker.accept_hidden_layer", "thinker.accept_hidden_layer")
         if self.talker is not None and self.code2wav is not None:
-            self._must_be_equal("code2wav", "quantizers", "talker", "codebooks")
-            self._must_be_equal("code2wav", "codebook_size", "talker", "codebook_size")
-
-    def _must_be_equal(self, part: str, name: str, other: str, its: str) -> None:
-        a, b = getattr(getattr(self, part), name), getattr(getattr(self, other), its)
-        if a != b:
-            raise ValueError(f"{part}.{name} ({a}) must equal {other}.{its} ({b})")
+            _must_be_equal(self, "code2wav.quantizers", "talker.codebooks")
+            _must_be_equal(self, "code2wav.codebook_size", "talker.codebook_size")
 
 
 # ------------------------------------------------------------------------------------------------------------- presets

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnitrain.models.layers.checkpointing import run
-from omnitrain.models.layers.decoder import DecoderLayer, KVCache, SparseMLP
+from omnitrain.models.layers.decoder import DecoderLayer, DecoderOutput, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.rope import tm_rope
 from omnitrain.models.mtp import MTP
@@ -48,16 +48,6 @@ class TalkerInputs:
     cu_seqlens: Tensor
     codes: Tensor
     frame_sources: Tensor
-
-
-@dataclass(frozen=True)
-class TalkerOutput:
-    """hidden [T, D]: after the final norm; `codec_head` reads it, and so does MTP.  router_counts, router_prob_sums:
-    [L, E] (see `Routing`)."""
-
-    hidden: Tensor
-    router_counts: Tensor
-    router_prob_sums: Tensor
 
 
 class Projection(nn.Module):
@@ -91,11 +81,7 @@ class Talker(nn.Module):
         self.activation_checkpointing = False
 
     def embed_frames(self, codes: Tensor) -> Tensor:
-        """Sum of the embeddings of a frame's codes, int64 [F, Q] -> [F, D].
-
-        Raises:
-            ValueError: if codes has another number of codebooks, or a code outside its codebook.
-        """
+        """Sum of the embeddings of a frame's codes, int64 [F, Q] -> [F, D]. Raises as `MTP.forward`."""
         return self.codec_embedding(codes[:, 0]) + self.mtp.embed_sum(codes[:, 1:])
 
     def embed(
@@ -104,18 +90,12 @@ class Talker(nn.Module):
         thinker_embedding: Callable[[Tensor], Tensor],
         accept_hidden: Tensor | None = None,
     ) -> Tensor:
-        """What the Talker reads, before its first layer.
+        """What the Talker reads before its first layer, [T, D]. ValueError for impossible codes.
 
         Args:
             thinker_embedding: the Thinker's word embeddings of ids [n], [n, D_thinker].
-            accept_hidden: [N, D_thinker], see `ThinkerOutput`; not needed where no position names a row of it.
+            accept_hidden: [N, D_thinker], see `ThinkerOutput`; ValueError if positions name rows of it and it is None.
                 Gradients flow into both: detach them if the Thinker is not to learn from speech.
-
-        Returns:
-            [T, D]
-
-        Raises:
-            ValueError: if positions name rows of accept_hidden that are not there, or for impossible codes.
         """
         weight = self.codec_embedding.weight
         x = torch.zeros(len(inputs.text_ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -140,13 +120,10 @@ class Talker(nn.Module):
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: KVCache | None = None
-    ) -> TalkerOutput:
-        """Run the decoder over packed documents.
-
-        Args:
-            inputs_embeds: [T, D].  position_ids: [3, T].  cu_seqlens: int32 [S + 1].
-            cache: keys and values of earlier calls; `inputs_embeds` are then the new positions only.
-        """
+    ) -> DecoderOutput:
+        """Run the decoder over packed documents, [T, D] with position_ids [3, T] and cu_seqlens int32 [S + 1]; with a
+        `cache` of earlier positions, over the new ones only. `codec_head` reads the output's `hidden`, and so does
+        MTP."""
         rope = tm_rope(position_ids, self.config.mrope_sections, self.config.rope_theta)
         x, counts, prob_sums = inputs_embeds, [], []
         checkpointed = self.activation_checkpointing and cache is None
@@ -154,17 +131,15 @@ class Talker(nn.Module):
             x, count, prob_sum = run(layer, x, rope, cu_seqlens, cache, checkpointed=checkpointed)
             counts.append(count)
             prob_sums.append(prob_sum)
-        return TalkerOutput(
-            hidden=self.norm(x), router_counts=torch.stack(counts), router_prob_sums=torch.stack(prob_sums)
-        )
+        counts, prob_sums = torch.stack(counts), torch.stack(prob_sums)
+        return DecoderOutput(hidden=self.norm(x), router_counts=counts, router_prob_sums=prob_sums)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] after the final norm -> [n, codec_vocab], for codebook 0"""
         return self.codec_head(hidden)
 
     def residual_hidden(self, hidden: Tensor, inputs: TalkerInputs) -> Tensor:
-        """MTP's hidden states of all frames of the pack from the true codes: hidden [T, D] -> [F, Q - 1, D] (see
-        `MTP.forward`)."""
+        """`MTP.forward` for all frames of the pack: hidden [T, D] -> [F, Q - 1, D]."""
         return self.mtp(hidden[inputs.frame_sources], self.codec_embedding(inputs.codes[:, 0]), inputs.codes)
 
 

@@ -13,22 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from omnitrain.models.layers.checkpointing import run
-from omnitrain.models.layers.decoder import DecoderLayer, DenseMLP, KVCache, SparseMLP
+from omnitrain.models.layers.decoder import DecoderLayer, DecoderOutput, DenseMLP, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.rope import tm_rope
 from omnitrain.models.sizes import ThinkerConfig
 
 
-@dataclass(frozen=True)
-class ThinkerOutput:
-    """hidden [N, D]: after the final norm (times `lm_head.weight.T` = logits).  accept_hidden [N, D]: residual stream
-    after `accept_hidden_layer` layers, for the Talker.  router_counts, router_prob_sums: [L, E] over the L layers with
-    experts (see `Routing`)."""
+@dataclass(frozen=True, kw_only=True)
+class ThinkerOutput(DecoderOutput):
+    """hidden times `lm_head.weight.T` = logits.  accept_hidden [N, D]: residual stream after `accept_hidden_layer`
+    layers, for the Talker."""
 
-    hidden: Tensor
     accept_hidden: Tensor
-    router_counts: Tensor
-    router_prob_sums: Tensor
 
 
 class Thinker(nn.Module):

@@ -106,7 +106,7 @@ def codec_fingerprint(codec: Codec | MimiCodec) -> str:
 def bits_per_frame(codec: Codec | MimiCodec) -> float:
     """Bits that the codes of one frame hold."""
     if isinstance(codec, Codec):
-        return codec.config.quantizers * math.log2(codec.config.codebook_size)
+        return codec.config.decoder.quantizers * math.log2(codec.config.decoder.codebook_size)
     return codec.quantizers * math.log2(codec.model.config.codebook_size)
 
 

@@ -6,8 +6,7 @@ and schedules count the same thing as everywhere else.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from omnitrain.training.codec_losses import (
     si_sdr,
 )
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import schedule_factor
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 
 
@@ -38,7 +36,6 @@ class CodecModule(TrainingModule):
     """Trains a `Codec`.
 
     Args:
-        model: the `Codec`.
         config: weights of the terms, and when the discriminators come in.
         optim: of the codec. The discriminators have their own AdamW at the same rate and schedule.
         sample_rate: Hz.
@@ -59,12 +56,11 @@ class CodecModule(TrainingModule):
         self.optim_config = optim or OptimConfig()
         self.loss_config = self.config.loss
         self.discriminators = Discriminators(self.config.discriminator)
-        self.content = ContentHead(model.config.d_model)
+        self.content = ContentHead(model.config.decoder.d_model)
         self.mel = MelDistance(sample_rate, self.loss_config.windows, self.loss_config.n_mels)
         if self.config.init_from is not None:
             start_codec_from(self, self.config.init_from)
         self.clip = self.config.clip
-        self._step_loss = math.nan
         self._sums: dict[str, tuple[float, float]] = {}
         """Since the last row: (sum, count) by name."""
         self._histogram: Tensor | None = None
@@ -73,10 +69,6 @@ class CodecModule(TrainingModule):
         self._evaluation: list[dict[str, tuple[float, float]]] = []
         self.evaluation: dict[str, float] = {}
         """Means of the last evaluation."""
-
-    @property
-    def step_loss(self) -> float:
-        return self._step_loss
 
     def training_step(self, batch: WaveBatch, batch_idx: int) -> None:
         optimizers, schedule = self.optimizers(), self.lr_schedulers()
@@ -103,17 +95,16 @@ class CodecModule(TrainingModule):
         parameters = [p for p in (*self.model.parameters(), *self.content.parameters()) if p.grad is not None]
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
         # Of all ranks, so that each comes to the same decision about a spike.
-        self._step_loss = float(sum_over_ranks(loss.detach()) / self.trainer.world_size)
+        self.step_loss = float(sum_over_ranks(loss.detach()) / self.trainer.world_size)
         optimizers[0].step()
         schedule.step()
 
         if not self._discarded:
-            for name, term in terms.items():
-                _add(self._sums, {name: (float(term.detach()), 1.0)})
-            _add(self._sums, {"loss": (self._step_loss, 1.0)})
+            values = {name: float(term.detach()) for name, term in terms.items()} | {"loss": self.step_loss}
+            _add(self._sums, {name: (value, 1.0) for name, value in values.items()})
             counts = sum_over_ranks(output.histogram.double())
             self._histogram = counts if self._histogram is None else self._histogram + counts
-            self.last_loss = self._step_loss
+            self.last_loss = self.step_loss
         self._discarded = False
         self._seen["frames"] += batch.frames
         self._seen["samples"] += len(batch)
@@ -130,9 +121,7 @@ class CodecModule(TrainingModule):
             "commitment": rvq_commitment_loss(output.given, output.chosen, output.n_used).mean(),
         }
         content = self.content(output.semantic, batch.spans) if self.loss_config.content else None
-        if content is not None:
-            terms["content"] = content
-        return terms
+        return terms if content is None else terms | {"content": content}
 
     def _discriminator_step(self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer) -> None:
         loss = gan_discriminator_loss(self.discriminators(real), self.discriminators(fake))
@@ -146,11 +135,8 @@ class CodecModule(TrainingModule):
         _add(self._sums, {"discriminators": (float(loss.detach()), 1.0)})
 
     def _log_row(self, step: int) -> None:
-        totals: dict[str, tuple[float, float]] = {}
         ranks = gather_objects((self._sums, self._seen, self._skipped))
-        for sums, _, _ in ranks:
-            _add(totals, sums)
-        row = {f"train/{name}": value / count for name, (value, count) in totals.items()}
+        row = {f"train/{name}": mean for name, mean in _means(sums for sums, _, _ in ranks).items()}
         row["gradient_norm"] = self.gradient_norm
         row["lr/codec"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if self._histogram is not None:
@@ -170,10 +156,7 @@ class CodecModule(TrainingModule):
             )
             for parameters in ([*self.model.parameters(), *self.content.parameters()], self.discriminators.parameters())
         )
-        factor = schedule_factor(config, config.total_steps or self.trainer.max_steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(codec, factor)
-        self.remember_configured(codec, discriminators)
-        return [codec, discriminators], [schedule]
+        return [codec, discriminators], [self.schedule(config, codec, discriminators)]
 
     def validation_step(self, batch: WaveBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.ending:
@@ -184,12 +167,8 @@ class CodecModule(TrainingModule):
         self._evaluation.append({name: (value, 1.0) for name, value in terms.items()})
 
     def on_validation_epoch_end(self) -> None:
-        totals: dict[str, tuple[float, float]] = {}
-        for rank in gather_objects(self._evaluation):
-            for row in rank:
-                _add(totals, row)
+        self.evaluation = _means(row for rank in gather_objects(self._evaluation) for row in rank)
         self._evaluation = []
-        self.evaluation = {name: value / count for name, (value, count) in totals.items()}
         row = {f"validation/{name}": value for name, value in self.evaluation.items()}
         if "mel" in self.evaluation:
             row["validation/loss"] = self.evaluation["mel"]  # what sweepers minimise
@@ -208,8 +187,7 @@ class CodecModule(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.model.fold_codebooks()  # Code2Wav's own embedding says what the quantizer has learnt
-        for name, tensor in self.model.state_dict(prefix="model.").items():
-            checkpoint["state_dict"][name] = tensor
+        checkpoint["state_dict"].update(self.model.state_dict(prefix="model."))
         super().on_save_checkpoint(checkpoint)
 
     def extra_state(self) -> dict[str, Any]:
@@ -221,7 +199,7 @@ class CodecModule(TrainingModule):
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self._sums = {name: (pair[0], pair[1]) for name, pair in state["sums"].items()}
+        self._sums = {name: (value, count) for name, (value, count) in state["sums"].items()}
         self._histogram = None if state["histogram"] is None else state["histogram"].to(self.device)
         self._seen, self._skipped = dict(state["seen"]), dict(state["skipped"])
 
@@ -233,18 +211,21 @@ def _add(totals: dict[str, tuple[float, float]], sums: Mapping[str, tuple[float,
         totals[name] = (a + value, b + count)
 
 
+def _means(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Quotients of what all `parts` add up to."""
+    totals: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        _add(totals, part)
+    return {name: value / count for name, (value, count) in totals.items()}
+
+
 def codebook_use(counts: Tensor) -> dict[str, float]:
     """Of every codebook: `codebook/use/Q`, the share of its codes that occurred, and `codebook/perplexity/Q`, the
-    exponential of the entropy of their frequencies (as many codes if all were equally frequent).
-
-    Args:
-        counts: [Q, K], how often each code was chosen.
-    """
+    exponential of the entropy of their frequencies (as many codes if all were equally frequent), from `counts` [Q, K],
+    how often each code was chosen."""
     row: dict[str, float] = {}
-    for q, row_counts in enumerate(counts.double()):
-        total = row_counts.sum()
-        if total > 0:
-            share = row_counts / total
-            row[f"codebook/use/{q}"] = float((row_counts > 0).double().mean())
-            row[f"codebook/perplexity/{q}"] = float(torch.special.entr(share).sum().exp())
+    for q, used in enumerate(counts.double()):
+        if used.any():
+            row[f"codebook/use/{q}"] = float((used > 0).double().mean())
+            row[f"codebook/perplexity/{q}"] = float(torch.special.entr(used / used.sum()).sum().exp())
     return row

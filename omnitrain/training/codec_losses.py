@@ -99,10 +99,8 @@ class ContentHead(nn.Module):
     """Reads the spoken text off codebook 0: `slots` UTF-8 bytes (or blanks) per frame, trained by CTC (Graves 2006).
 
     What this head can read, codebook 0 carries, so that it becomes the *semantic* codebook without a teacher model.
-    Speech has some 15 letters a second and a frame is 80 ms: one slot per frame would be too few.
-
-    Args:
-        dim: width of codebook 0's vectors.
+    Speech has some 15 letters a second and a frame is 80 ms: one slot per frame would be too few. `dim` is the width
+    of codebook 0's vectors.
     """
 
     BLANK = 256
@@ -120,16 +118,8 @@ class ContentHead(nn.Module):
         return self.out(x).unflatten(-1, (self.slots, 257)).flatten(1, 2).log_softmax(-1)
 
     def forward(self, semantic: Tensor, spans: Sequence[tuple[int, int, int, str]]) -> Tensor | None:
-        """CTC loss in nats per byte of text.
-
-        Args:
-            semantic: [B, T, dim].
-            spans: (row, first frame, end frame, text) of each whole utterance. Those with more bytes than slots are
-                left out.
-
-        Returns:
-            scalar, or None if there is no text.
-        """
+        """CTC loss of semantic [B, T, dim] in nats per byte of text; None if there is no text. `spans`: (row, first
+        frame, end frame, text) of each whole utterance; those with more bytes than slots are left out."""
         log_probs = self.log_probs(semantic)
         losses, n_bytes = [], 0
         for row, start, end, text in spans:

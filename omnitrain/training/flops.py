@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.models.layers.moe import SwiGLUExperts
 from omnitrain.models.omni import OmniModel
-from omnitrain.models.thinker import DecoderLayer, SparseMLP
 
 # Dense bf16 peaks as stated by the manufacturer, in operations per second.
 STATED_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -28,14 +28,8 @@ def _matrices(*modules: nn.Module) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSizes:
-    """What the operations on a batch depend on.
-
-    Attributes:
-        lengths: tokens of each sequence, within which attention stays
-        targets: positions that predict something
-        mel_lengths: frames of each recording
-        grid_thw: patches in time, height and width of each picture or video
-    """
+    """What the operations on a batch depend on: tokens of each sequence, within which attention stays; positions that
+    predict something; frames of each recording; patches in time, height and width of each picture or video."""
 
     lengths: Sequence[int]
     targets: int
@@ -56,14 +50,9 @@ def forward_flops(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:
     """Operations of one forward pass over a batch of these sizes, by part: `thinker`, `aut`, `visual`. An encoder that
     has nothing to encode does not run. Only the shapes of the model's weights matter (it may be on `meta`)."""
     thinker, config = model.thinker, model.config.thinker
-    dense = 0.0
-    for layer in thinker.layers:
-        assert isinstance(layer, DecoderLayer)
-        dense += _matrices(layer.attention)
-        if isinstance(layer.mlp, SparseMLP):
-            dense += _matrices(layer.mlp.experts) * config.top_k / config.n_experts + _matrices(layer.mlp.router)
-        else:
-            dense += _matrices(layer.mlp)
+    experts = _matrices(*(part for part in thinker.layers.modules() if isinstance(part, SwiGLUExperts)))
+    # Of a layer's experts, top_k work on a token.
+    dense = _matrices(thinker.layers) - experts + experts * config.top_k / config.n_experts
     # Causal attention: half of n^2 pairs, two products (scores, values).
     pairs = float(sum(n * (n + 1) // 2 for n in sizes.lengths))
     flops = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class CsvTable:
         self.columns: list[str] = []
         self.n_rows = 0
         if path.exists():
-            self._write(list(self._read()))  # without a half-written last line, if a crash left one
+            self._write(self._read())  # without a half-written last line, if a crash left one
 
     def _read(self) -> list[dict[str, str]]:
         """Whole rows of the file (a last line without its end, left by a crash, is dropped); sets `columns`."""
@@ -42,26 +42,25 @@ class CsvTable:
         self.columns = list(reader.fieldnames or [])
         return rows
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace the file at once by `columns` and `rows`."""
         write_text(self.path, self._text([dict(zip(self.columns, self.columns, strict=True)), *rows]))
         self.n_rows = len(rows)
 
-    def _text(self, rows: list[dict[str, Any]]) -> str:
+    def _text(self, rows: Sequence[Mapping[str, Any]]) -> str:
         text = io.StringIO()
         csv.DictWriter(text, self.columns, restval="", extrasaction="ignore", lineterminator="\n").writerows(rows)
         return text.getvalue()
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; columns that the file does not have yet are added, empty in the rows before."""
-        new = [name for name in row if name not in self.columns]
-        if new:
-            rows: list[dict[str, Any]] = list(self._read()) if self.path.exists() else []
+        if new := [name for name in row if name not in self.columns]:
+            rows = self._read() if self.path.exists() else []
             self.columns += new
-            self._write([*rows, dict(row)])
-            return
-        append_line(self.path, self._text([dict(row)]).removesuffix("\n"))
-        self.n_rows += 1
+            self._write([*rows, row])
+        else:
+            append_line(self.path, self._text([row]).removesuffix("\n"))
+            self.n_rows += 1
 
     def restart(self, columns: list[str], n_rows: int) -> None:
         """Go back to the first `n_rows` rows with these `columns`."""
@@ -73,7 +72,7 @@ class CsvTable:
             )
         self.columns = list(columns)
         if self.columns:
-            self._write(list(rows))
+            self._write(rows)
         else:
             self.path.unlink(missing_ok=True)
             self.n_rows = 0
@@ -84,10 +83,9 @@ class ExactCsvLogger(Logger):
 
     Each call of `log_metrics` is one row with a leading `step` (optimizer steps taken). A training run takes the files
     over: it starts them anew, or cuts them back to where its checkpoint was written (`AtomicCheckpoint` sees to both).
-
-    Args:
-        run_dir: the run folder.
     """
+
+    name, version = "csv", ""
 
     def __init__(self, config: CsvLoggerConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
         super().__init__()
@@ -98,14 +96,6 @@ class ExactCsvLogger(Logger):
         if name not in self._tables:
             self._tables[name] = CsvTable(self.run_dir / name)
         return self._tables[name]
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @property
     def save_dir(self) -> str:
@@ -135,10 +125,8 @@ class ExactCsvLogger(Logger):
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Start the files anew (None), or go back to what `state_dict` returned."""
         for name in (METRICS, THROUGHPUT):
-            if state:
-                self._table(name).restart(state[name]["columns"], state[name]["rows"])
-            else:
-                self._table(name).restart([], 0)
+            columns, n_rows = (state[name]["columns"], state[name]["rows"]) if state else ([], 0)
+            self._table(name).restart(columns, n_rows)
 
 
 def _number(value: Any) -> Any:

@@ -11,7 +11,6 @@ number of devices or of accumulation steps changes the gradient of the first ter
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +19,7 @@ from torch import Tensor
 
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
-from omnitrain.models.talker import Talker, TalkerInputs, TalkerOutput
-from omnitrain.models.thinker import ThinkerOutput
+from omnitrain.models.talker import Talker, TalkerInputs
 
 
 def balance_loss(share: Tensor, probability: Tensor, *, pool_layers: bool = False) -> Tensor:
@@ -55,12 +53,8 @@ def mtp_loss(hidden: Tensor, heads: Tensor, codes: Tensor, *, chunk: int = 1024)
     Returns:
         fp32 [Q - 1], in nats, summed over the frames.
     """
-    return torch.stack(
-        [
-            chunked_cross_entropy(hidden[:, q], head, codes[:, q + 1], chunk=chunk).sum()
-            for q, head in enumerate(heads)  # each codebook has a head of its own
-        ]
-    )
+    nll = [chunked_cross_entropy(hidden[:, q], heads[q], codes[:, q + 1], chunk=chunk).sum() for q in range(len(heads))]
+    return torch.stack(nll)
 
 
 def talker_loss(
@@ -85,8 +79,7 @@ def talker_loss(
 
 def sample_of_token(batch: PackedBatch) -> Tensor:
     """[N]: index of the sample that each position belongs to."""
-    lengths = batch.cu_seqlens.diff().long()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    return torch.repeat_interleave(batch.cu_seqlens.diff().long())
 
 
 def token_weights(batch: PackedBatch, modality_weights: Mapping[str, float]) -> Tensor:
@@ -100,11 +93,8 @@ def token_weights(batch: PackedBatch, modality_weights: Mapping[str, float]) -> 
 
 @dataclass(frozen=True)
 class SampleSums:
-    """Loss of each sample in a batch, un-normalised (no gradient).
-
-    Attributes:
-        nll: fp64 [B], nats.  tokens: int64 [B], target tokens.  target_bytes: int64 [B], UTF-8 bytes of the targets.
-    """
+    """Loss of each sample in a batch, un-normalised (no gradient): nll fp64 [B], nats; tokens int64 [B], targets;
+    target_bytes int64 [B], UTF-8 bytes of the targets."""
 
     nll: Tensor
     tokens: Tensor
@@ -132,10 +122,6 @@ class RouterUse:
     prob_sums: Tensor
     positions: int
 
-    @staticmethod
-    def of(output: ThinkerOutput | TalkerOutput, positions: int) -> RouterUse:
-        return RouterUse(output.router_counts, output.router_prob_sums, positions)
-
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLosses:
@@ -151,8 +137,3 @@ class BatchLosses:
     weight: Tensor
     routers: Mapping[str, RouterUse]
     groups: Sequence[tuple[tuple[str, str], tuple[float, ...]]]
-
-
-def bits_per_byte(nll: float, target_bytes: float) -> float:
-    """Nats over `target_bytes` bytes of text, in bits per byte; comparable between tokenizers. NaN without bytes."""
-    return nll / (math.log(2) * target_bytes) if target_bytes else math.nan

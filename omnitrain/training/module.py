@@ -17,6 +17,8 @@ from rich.table import Table
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from omnitrain.config.run_config import OptimConfig
+from omnitrain.training.optim import schedule_factor
 from omnitrain.training.ranks import gather_objects
 
 
@@ -39,6 +41,8 @@ class TrainingModule(L.LightningModule):
         """Set when the run ends amid a validation: its remaining batches are passed over."""
         self.skipped_steps = 0
         self.gradient_norm = 0.0
+        self.step_loss = math.nan
+        """Loss of this optimizer step over the global batch."""
         self.last_loss = math.nan
         self._discarded = False
         self._saved: list[dict[str, Any]] = []
@@ -49,11 +53,6 @@ class TrainingModule(L.LightningModule):
             # A rank whose batch has no picture leaves that encoder unused. Buffers are alike on all ranks as they are;
             # to send them would be a collective in every forward pass, of which ranks may validate unequally many.
             self.trainer.strategy._ddp_kwargs |= {"find_unused_parameters": True, "broadcast_buffers": False}
-
-    @property
-    def step_loss(self) -> float:
-        """Loss of this optimizer step over the global batch."""
-        return math.nan
 
     @property
     def datamodule(self) -> Any:
@@ -155,13 +154,14 @@ class TrainingModule(L.LightningModule):
         self.load_extra_state(mine)
         set_rng_state(mine["rng"])
 
-    def remember_configured(self, *optimizers: Optimizer) -> None:
-        """Keep what the configuration says of each group of parameters: a restored optimizer has what it was saved
-        with."""
+    def schedule(self, config: OptimConfig, *optimizers: Optimizer) -> LambdaLR:
+        """The learning rate of the first of them. What the configuration says of each group of parameters is kept: a
+        restored optimizer has what it was saved with."""
         self._configured = [
             [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in o.param_groups]
             for o in optimizers
         ]
+        return LambdaLR(optimizers[0], schedule_factor(config, config.total_steps or self.trainer.max_steps))
 
     def _apply_configured(self) -> None:
         """A resumed run goes on with its configuration's rates, decay and betas; and, where its length is another, with
@@ -179,11 +179,10 @@ class TrainingModule(L.LightningModule):
 
 def rng_state() -> dict[str, Any]:
     """States of the Python, NumPy, torch and CUDA generators, as tensors and plain numbers."""
-    version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray)
     return {
-        "python": (version, internal, gauss),
+        "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,

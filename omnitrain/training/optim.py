@@ -13,11 +13,8 @@ from omnitrain.config.run_config import PARTS, OptimConfig
 
 
 def part_of(name: str) -> str:
-    """The part that the parameter called `name` in an `OmniModel` belongs to.
-
-    Raises:
-        ValueError: if no pattern of `PARTS` matches.
-    """
+    """The part that the parameter called `name` in an `OmniModel` belongs to. ValueError if no pattern of `PARTS`
+    matches."""
     for part, pattern in PARTS.items():
         if re.search(pattern, name):
             return part
@@ -26,10 +23,7 @@ def part_of(name: str) -> str:
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Trained parameters grouped by part and by whether they are decayed. Each group has `name`, `lr`, `weight_decay`.
-
-    Raises:
-        ValueError: if nothing is trained.
-    """
+    ValueError if nothing is trained."""
     groups: dict[tuple[str, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -60,10 +54,7 @@ def schedule_factor(config: OptimConfig, total_steps: int) -> Callable[[int], fl
     """Learning rate over its peak, as a function of the number of optimizer steps already taken.
 
     WSD: Hu et al. 2024, arXiv 2404.06395 (a constant rate can be continued or decayed at any time). Cosine: Loshchilov
-    & Hutter 2017, arXiv 1608.03983.
-
-    Raises:
-        ValueError: if a decaying schedule has no positive `total_steps`.
+    & Hutter 2017, arXiv 1608.03983. ValueError if a decaying schedule has no positive `total_steps`.
     """
     if config.schedule != "constant" and total_steps <= 0:
         raise ValueError(

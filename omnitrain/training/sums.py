@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from omnitrain.data.batch import PackedBatch
-from omnitrain.training.losses import SampleSums, bits_per_byte
+from omnitrain.evaluation.metrics import bits_per_byte
+from omnitrain.training.losses import SampleSums
 
 
 class LossSums:
@@ -27,29 +27,17 @@ class LossSums:
     def add(self, groups: Iterable[tuple[tuple[str, str], Sequence[float]]]) -> None:
         """Count sums by group (`BatchLosses.groups`)."""
         for key, values in groups:
-            self._add(key, values)
-
-    def _add(self, key: tuple[str, str], values: Any) -> None:
-        group = self.groups.setdefault(key, [0.0, 0.0, 0.0, 0.0])
-        for i, value in enumerate(values):
-            group[i] += value
+            so_far = self.groups.get(key, (0.0, 0.0, 0.0, 0.0))
+            self.groups[key] = [a + b for a, b in zip(so_far, values, strict=True)]
 
     def merge(self, other: LossSums) -> None:
         """Add the sums of `other`."""
-        for key, values in other.groups.items():
-            self._add(key, values)
+        self.add(other.groups.items())
 
-    def total(self, *, modality: str | None = None, task: str | None = None) -> tuple[float, float, float, float]:
-        """(nats, target tokens, target bytes, samples) of all groups, or of those of one modality or task."""
-        picked = [
-            values
-            for key, values in self.groups.items()
-            if (modality is None or key[0] == modality) and (task is None or key[1] == task)
-        ]
-        if not picked:
-            return 0.0, 0.0, 0.0, 0.0
-        nll, tokens, target_bytes, samples = (math.fsum(column) for column in zip(*picked, strict=True))
-        return nll, tokens, target_bytes, samples
+    def total(self, *, modality: str | None = None, task: str | None = None) -> list[float]:
+        """[nats, target tokens, target bytes, samples] of all groups, or of those of one modality or task."""
+        picked = [sums for key, sums in self.groups.items() if modality in (None, key[0]) and task in (None, key[1])]
+        return [math.fsum(column) for column in zip([0.0] * 4, *picked, strict=True)]
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """`PREFIX/loss`, `PREFIX/loss/MODALITY`, `PREFIX/loss_by_task/TASK` (nats per target token) and
@@ -71,9 +59,7 @@ class LossSums:
         return {key: list(values) for key, values in self.groups.items()}
 
     def load_state_dict(self, state: dict[tuple[str, str], list[float]]) -> None:
-        self.groups.clear()
-        for key, values in state.items():
-            self._add(tuple(key), values)
+        self.groups = {key: list(values) for key, values in state.items()}
 
 
 def sample_groups(batch: PackedBatch, sums: SampleSums) -> list[tuple[tuple[str, str], tuple[float, ...]]]:

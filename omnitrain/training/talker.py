@@ -6,6 +6,7 @@ in the same step. Everything else (normalisation, clipping, the spike guard, res
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -22,16 +23,10 @@ from omnitrain.training.thinker import ThinkerModule
 
 class TalkerModule(ThinkerModule):
     """Trains the Talker of an `OmniModel` (report section 4: `talker_pretrain`, `talker_continue`,
-    `speaker_finetune`).
-
-    Args:
-        model, config, optim, seed: see `ThinkerModule`.
-
-    Raises:
-        ValueError: the model has no Talker.
-    """
+    `speaker_finetune`); arguments as of `ThinkerModule`. ValueError if the model has none."""
 
     config: TalkerModuleConfig
+    loss_config: TalkerLossConfig
 
     def __init__(
         self,
@@ -52,7 +47,6 @@ class TalkerModule(ThinkerModule):
         return self.model.talker
 
     def losses(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
-        assert isinstance(self.loss_config, TalkerLossConfig)
         spoken = batch.spoken
         text, accept_hidden = None, spoken.heard if spoken is not None else None
         listens = spoken is not None and spoken.heard is None and bool((spoken.hidden_rows >= 0).any())
@@ -65,7 +59,6 @@ class TalkerModule(ThinkerModule):
 
     def _speech_losses(self, spoken: SpokenAnswers, accept_hidden: Tensor | None) -> BatchLosses:
         talker, config = self.talker, self.loss_config
-        assert isinstance(config, TalkerLossConfig)
         inputs = TalkerInputs(**spoken.inputs())
         if self.training and self.config.frame_dropout:
             hidden = torch.rand(len(inputs.frame_rows), device=inputs.frame_rows.device) < self.config.frame_dropout
@@ -79,7 +72,7 @@ class TalkerModule(ThinkerModule):
         return BatchLosses(
             total=total,
             weight=torch.tensor(float(n_targets), device=total.device),
-            routers={"talker": RouterUse.of(output, len(inputs.labels))},
+            routers={"talker": RouterUse(output.router_counts, output.router_prob_sums, len(inputs.labels))},
             groups=[
                 (("speech", f"codebook_{q}"), (nll, float(n), 0.0, float(len(spoken.samples))))
                 for q, (nll, n) in enumerate(zip(by_codebook.tolist(), counted, strict=True))
@@ -97,7 +90,6 @@ class TalkerModule(ThinkerModule):
         )
 
     def _together(self, text: BatchLosses | None, speech: BatchLosses) -> BatchLosses:
-        assert isinstance(self.loss_config, TalkerLossConfig)
         parts = [(speech, 1.0)] if text is None else [(text, self.loss_config.text), (speech, 1.0)]
         return BatchLosses(
             total=torch.stack([w * part.total for part, w in parts]).sum(),
@@ -107,12 +99,4 @@ class TalkerModule(ThinkerModule):
         )
 
     def batch_flops(self, batch: PackedBatch) -> float:
-        return float("nan")  # not counted for the Talker
-
-    def validation_losses(self) -> dict[str, float]:
-        return {
-            name.removeprefix("validation/").removeprefix("loss_by_task/").removeprefix("loss/"): value
-            for sums in self.evaluation_sums.values()
-            for name, value in sums.metrics("validation").items()
-            if name.startswith("validation/loss/") or name == "validation/loss_by_task/codebook_0"
-        }
+        return math.nan  # not counted for the Talker

@@ -19,16 +19,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.table import Table
 from torch import Tensor
+from torch.optim import Optimizer
 
 from omnitrain.config.run_config import OptimConfig, ThinkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.interop.start_from import start_from
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
-from omnitrain.models.omni import OmniModel, OmniOutput
+from omnitrain.models.omni import OmniModel
+from omnitrain.models.thinker import ThinkerOutput
 from omnitrain.training.flops import BatchSizes, training_flops
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import build_optimizer, part_of, schedule_factor
+from omnitrain.training.optim import build_optimizer, part_of
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
 
@@ -45,17 +47,8 @@ def hide_words(batch: PackedBatch, share: float) -> PackedBatch:
 
 
 class ThinkerModule(TrainingModule):
-    """Trains an `OmniModel` to predict text.
-
-    Args:
-        model: the `OmniModel`.
-        config: what learns, from what loss.
-        optim: optimizer and schedule.
-        seed: of the window draws, where `config` has none of its own.
-
-    Raises:
-        ValueError: weights to start from that do not fit.
-    """
+    """Trains an `OmniModel` to predict text. `seed` is that of the window draws, where `config` has none of its own.
+    ValueError if the weights to start from do not fit."""
 
     def __init__(
         self,
@@ -99,25 +92,20 @@ class ThinkerModule(TrainingModule):
         loss, routers = losses.total, losses.routers
         # One message to the other ranks: nats, weights, the data's stage, and positions and counts of every router.
         stage = (batch.stream_state or {}).get("stage", 0)
-        step = [
-            torch.stack([loss.detach().double(), losses.weight.double()]),
-            torch.tensor([stage], dtype=torch.float64, device=loss.device),
-        ]
-        for use in routers.values():
-            step += [
-                torch.tensor([use.positions], dtype=torch.float64, device=loss.device),
-                use.counts.double().flatten(),
-            ]
+        known = torch.tensor([stage, *(use.positions for use in routers.values())], device=loss.device)
+        step = [torch.stack([loss.detach().double(), losses.weight.double()]), known.double()]
+        step += [use.counts.double().flatten() for use in routers.values()]
         flat = sum_over_ranks(torch.cat(step))
-        self._window += flat[:2].cpu()
-        self.data_stage = float(flat[2])
-        weight = float(flat[1])
+        nats_and_weight, known, *all_counts = flat.split([len(part) for part in step])
+        self._window += nats_and_weight.cpu()
+        nats, weights = self._window.tolist()
+        self.step_loss = nats / weights if weights else 0.0  # without the balance term
+        weight = float(nats_and_weight[1])
+        self.data_stage, *positions = known.tolist()
         self._window_sums.add(losses.groups)
 
-        at = 3
-        for name, use in routers.items():
-            n, counts = float(flat[at]), flat[at + 1 : at + 1 + use.counts.numel()].view_as(use.counts)
-            at += 1 + use.counts.numel()
+        for (name, use), n, flat_counts in zip(routers.items(), positions, all_counts, strict=True):
+            counts = flat_counts.view_as(use.counts)
             so_far, total = self._window_routers.get(name, (0.0, torch.zeros_like(counts)))
             so_far, total = so_far + n, total + counts
             self._window_routers[name] = (so_far, total)
@@ -145,14 +133,10 @@ class ThinkerModule(TrainingModule):
         self._stream = {"skipped": dict(batch.skipped), "packing": filled}
 
     def losses(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
-        """Loss of the text in `batch`.
-
-        Args:
-            window: attention window of the audio encoder, frames of 10 ms; None: its own.
-        """
+        """Loss of the text in `batch`; `window`: of the audio encoder's attention, frames of 10 ms (None: its own)."""
         return self.text_losses(batch, self.model(**batch.model_inputs(), aut_window_frames=window))
 
-    def text_losses(self, batch: PackedBatch, output: OmniOutput) -> BatchLosses:
+    def text_losses(self, batch: PackedBatch, output: ThinkerOutput) -> BatchLosses:
         """Loss of the text in `batch`, from the Thinker's output."""
         head = self.model.thinker.lm_head.weight
         nll = chunked_cross_entropy(output.hidden, head, batch.labels, chunk=self.loss_config.chunk)
@@ -160,7 +144,7 @@ class ThinkerModule(TrainingModule):
         return BatchLosses(
             total=(nll * weights).sum(),
             weight=weights.sum(),
-            routers={"thinker": RouterUse.of(output, batch.n_tokens)},
+            routers={"thinker": RouterUse(output.router_counts, output.router_prob_sums, batch.n_tokens)},
             groups=sample_groups(batch, SampleSums.of(batch, nll)),
         )
 
@@ -188,10 +172,7 @@ class ThinkerModule(TrainingModule):
         self.gradient_norm = float(torch.stack(list(norms.values())).norm())
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # By the norm that is known already; Lightning's own clipping refuses fused optimizers under bf16-mixed.
         if gradient_clip_algorithm not in (None, "norm"):
@@ -199,16 +180,6 @@ class ThinkerModule(TrainingModule):
         if gradient_clip_val and self.gradient_norm > gradient_clip_val and not self._discarded:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, gradient_clip_val / self.gradient_norm)
-
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return self.trainer.optimizers[0]
-
-    @property
-    def step_loss(self) -> float:
-        """Loss of this optimizer step over the global batch (without the balance term), nats per target token."""
-        nats, weight = self._window.tolist()
-        return nats / weight if weight else 0.0
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -234,7 +205,7 @@ class ThinkerModule(TrainingModule):
         row |= {f"gradient_norm/{part}": norm for part, norm in self._part_norms.items()}
         row |= {
             f"lr/{group['name']}": group["lr"]
-            for group in self._optimizer.param_groups
+            for group in self.trainer.optimizers[0].param_groups
             if not group["name"].endswith(".no_decay")
         }
         for name, counts in self._row_counts.items():
@@ -246,9 +217,7 @@ class ThinkerModule(TrainingModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.model, self.optim_config)
-        total_steps = self.optim_config.total_steps or self.trainer.max_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(self.optim_config, total_steps))
-        self.remember_configured(optimizer)
+        schedule = self.schedule(self.optim_config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def batch_flops(self, batch: PackedBatch) -> float:
@@ -289,7 +258,7 @@ class ThinkerModule(TrainingModule):
             name.rsplit("/", 1)[1]: value
             for sums in self.evaluation_sums.values()
             for name, value in sums.metrics("validation").items()
-            if name.startswith("validation/loss/")
+            if name.startswith("validation/loss/") or name == "validation/loss_by_task/codebook_0"  # the Talker's own
         }
 
     def validation_tables(self, step: int) -> list[Table]:
@@ -302,13 +271,9 @@ class ThinkerModule(TrainingModule):
 
         tokenizer = self.datamodule.tokenizer
         decoding = Decoding(**vars(self.config.generation))
-        answers = generate(self.model, batch, decoding, stop_ids=tokenizer.stop_ids)
-        return [
-            {"id": i, "source": s, "task": t, "modality": m, "text": tokenizer.decode(ids)}
-            for i, s, t, m, ids in zip(
-                batch.sample_ids, batch.sources, batch.tasks, batch.modalities, answers, strict=True
-            )
-        ]
+        texts = map(tokenizer.decode, generate(self.model, batch, decoding, stop_ids=tokenizer.stop_ids))
+        rows = zip(batch.sample_ids, batch.sources, batch.tasks, batch.modalities, texts, strict=True)
+        return [dict(zip(("id", "source", "task", "modality", "text"), row, strict=True)) for row in rows]
 
     def extra_state(self) -> dict[str, Any]:
         return {

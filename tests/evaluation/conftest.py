@@ -16,7 +16,7 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.features import AudioGeometry, VisionGeometry
 from omnitrain.data.media import MediaLimits, encode_image
 from omnitrain.data.sample import Message, Sample, Segment
-from omnitrain.models.omni import OmniOutput
+from omnitrain.models.thinker import ThinkerOutput
 
 LEVELS = [16 * i for i in range(16)]
 WORDS = [f"{chr(97 + i)}" for i in range(16)]
@@ -65,7 +65,7 @@ class Reader(nn.Module):
         mel_lengths: Tensor | None = None,
         patches: Tensor | None = None,
         grid_thw: Tensor | None = None,
-    ) -> OmniOutput:
+    ) -> ThinkerOutput:
         n, size = len(input_ids), self.thinker.lm_head.out_features
         hidden = torch.zeros(n, size)
         hidden[:, self.words] += 6.0
@@ -75,7 +75,7 @@ class Reader(nn.Module):
             for b, w in enumerate(word.tolist()):
                 hidden[cu_seqlens[b] : cu_seqlens[b + 1], self.words[w]] += 6.0
         counts = torch.ones(2, 4)
-        return OmniOutput(hidden=hidden, accept_hidden=hidden, router_counts=counts, router_prob_sums=counts)
+        return ThinkerOutput(hidden=hidden, accept_hidden=hidden, router_counts=counts, router_prob_sums=counts)
 
 
 def grey_sample(i: int, *, split: str = "heldout_concept", task: str = "caption") -> Sample:

@@ -362,7 +362,7 @@ def test_checkpointing_changes_no_gradient() -> None:
 def test_public_size() -> None:
     config = CodecConfig()
     assert config.samples_per_frame == 1920
-    assert (config.quantizers, config.codebook_size, config.decoder.trim) == (16, 2048, "causal")
+    assert (config.decoder.quantizers, config.decoder.codebook_size, config.decoder.trim) == (16, 2048, "causal")
     with torch.device("meta"):
         codec = Codec(config)
     assert codec.encoder(torch.empty(1, 3 * 1920, device="meta")).shape == (1, 3, 1024)

@@ -163,7 +163,7 @@ def test_too_many_bad_steps_stop_the_run(tmp_path: Path) -> None:
 
 def test_the_guard_starts_anew_with_a_new_stage_of_the_data(tmp_path: Path) -> None:
     guard, module = SpikeGuard(SpikeGuardConfig(factor=2.0, min_steps=3), run_dir=tmp_path), ThinkerModule(toy_model())
-    module._window = torch.ones(2, dtype=torch.float64)
+    module.step_loss = 1.0
 
     def accept(guard: SpikeGuard, norm: float) -> None:
         module.gradient_norm = norm

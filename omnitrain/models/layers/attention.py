@@ -24,9 +24,8 @@ def varlen_attention(
     *,
     causal: bool,
     cu_seqlens_key: Tensor | None = None,
-    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale) v inside each document, grouped-query where key/value have fewer heads.
+    """softmax(q k^T / sqrt(D)) v inside each document, grouped-query where key/value have fewer heads.
 
     Args:
         query: [N, H, D].  key, value: [M, H_kv, D], H a multiple of H_kv.
@@ -34,7 +33,6 @@ def varlen_attention(
         causal: position i sees positions <= i; where a document has more keys than queries (decoding with a cache),
             the last query sees the last key.
         cu_seqlens_key: int32 [B + 1], borders in `key`/`value` if they differ from those of `query`.
-        scale: default 1 / sqrt(D).
 
     Returns:
         [N, H, D]
@@ -52,38 +50,23 @@ def varlen_attention(
             cu_seqlens_key,
             int(cu_seqlens.diff().max()),
             int(cu_seqlens_key.diff().max()),
-            scale=scale,
             window_size=(-1, 0) if causal else (-1, -1),
             enable_gqa=query.shape[1] != key.shape[1],
         )
         assert isinstance(attended, Tensor)  # a tuple only when asked for more
         return attended
-    return _sdpa_per_document(query, key, value, cu_seqlens, cu_seqlens_key, causal=causal, scale=scale)
 
-
-def _sdpa_per_document(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_key: Tensor,
-    *,
-    causal: bool,
-    scale: float | None,
-) -> Tensor:
     borders_q, borders_k = cu_seqlens.tolist(), cu_seqlens_key.tolist()
     gqa = query.shape[1] != key.shape[1]
     if len(query) == 1 and len(borders_q) == 2:  # a generated token: nothing to sort, nothing to mask
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa).view(query.shape)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa).view(query.shape)
 
+    lengths_q, lengths_k = ([end - start for start, end in pairwise(borders)] for borders in (borders_q, borders_k))
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for b in range(len(borders_q) - 1):
-        groups[(borders_q[b + 1] - borders_q[b], borders_k[b + 1] - borders_k[b])].append(b)
-    q_parts = query.split([b - a for a, b in pairwise(borders_q)])
-    same = borders_q == borders_k
-    k_parts = key.split([b - a for a, b in pairwise(borders_k)])
-    v_parts = value.split([b - a for a, b in pairwise(borders_k)])
+    for b, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        groups[lengths].append(b)
+    q_parts, k_parts, v_parts = query.split(lengths_q), key.split(lengths_k), value.split(lengths_k)
     outputs: list[Tensor | None] = [None] * len(q_parts)
     for (n_q, n_k), documents in groups.items():
         if n_q == 0:
@@ -92,10 +75,10 @@ def _sdpa_per_document(
             continue
         q, k, v = (_together(parts, documents) for parts in (q_parts, k_parts, v_parts))  # [docs, H, n, D]
         mask = None
-        if causal and not same and 1 < n_q < n_k:  # chunked prefill behind a cache
+        if causal and 1 < n_q < n_k:  # chunked prefill behind a cache
             mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and n_q == n_k and n_q > 1, scale=scale, enable_gqa=gqa
+            q, k, v, attn_mask=mask, is_causal=causal and n_q == n_k and n_q > 1, enable_gqa=gqa
         )
         for b, o in zip(documents, out.transpose(1, 2), strict=True):
             outputs[b] = o

@@ -73,11 +73,7 @@ class CausalConv1d(StreamingModule):
         return ConvState(self.conv.weight.new_zeros(batch, self.conv.in_channels, self.context))
 
     def step(self, x: Tensor, state: ConvState) -> Tensor:
-        """[B, C, t] -> [B, C', t / stride].
-
-        Raises:
-            ValueError: if t is no multiple of the stride.
-        """
+        """[B, C, t] -> [B, C', t / stride]. ValueError if t is no multiple of the stride."""
         if x.shape[-1] % self.stride:
             raise ValueError(
                 f"a piece of {x.shape[-1]} columns is no multiple of the convolution's stride {self.stride}"
@@ -131,17 +127,14 @@ class CausalConvTranspose1d(StreamingModule):
         # next outputs, without the bias: it is added once, when an output is complete.
         reach, stride = self.context + 1, self.stride
         added = (x.transpose(1, 2) @ self.conv.weight.flatten(1)).unflatten(2, self.conv.weight.shape[1:])
-        added = F.pad(added, (0, reach * stride - added.shape[-1])).unflatten(
-            3, (reach, stride)
-        )  # [B, t, C', reach, s]
+        added = F.pad(added, (0, reach * stride - added.shape[-1]))
+        added = added.unflatten(3, (reach, stride))  # [B, t, C', reach, stride]
         y = x.new_zeros(batch, self.conv.out_channels, t + self.context, stride)
         y[:, :, : self.context] = state.context.unflatten(2, (self.context, stride))
         for i in range(reach):
             y[:, :, i : i + t] += added[:, :, :, i].transpose(1, 2)
         state.context = y[:, :, t:].flatten(2).clone()
-        y = y[:, :, :t].flatten(2)
-        if self.conv.bias is not None:
-            y = y + self.conv.bias[:, None]
+        y = y[:, :, :t].flatten(2) + cast(Tensor, self.conv.bias)[:, None]
         cut = min(state.skip, y.shape[-1])
         state.skip -= cut
         return y[..., cut:]

@@ -62,8 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         else:
             # Not in place: the saved tensors must survive a second backward pass.
             scale = grad[0] if len(grad) else grad.new_zeros(())
-            d_hidden = None if d_hidden is None else (d_hidden * scale)
-            d_weight = None if d_weight is None else (d_weight * scale)
+            d_hidden, d_weight = (None if part is None else part * scale for part in (d_hidden, d_weight))
         d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None

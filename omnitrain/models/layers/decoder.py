@@ -6,6 +6,7 @@ length, uses `Attention.project` and attends on its own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,18 +24,23 @@ class KVCache(Protocol):
     """What the attention layers need of a cache (`generation/cache.py` has one)."""
 
     def append(self, layer: int, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add the new positions of every document and return everything known so far.
-
-        Args:
-            layer: index of the decoder layer, from 0.
-            key, value: [N, H_kv, head_dim], the new positions, documents end to end; keys are already rotated.
-            cu_seqlens: int32 [B + 1], borders of the new positions.
+        """Add the new positions of every document in decoder layer `layer` (from 0): key (already rotated) and value
+        [N, H_kv, head_dim], documents end to end, with borders cu_seqlens int32 [B + 1].
 
         Returns:
-            keys, values: [M, H_kv, head_dim], per document all positions up to now, documents end to end in the same
-            order; cu_seqlens_key: int32 [B + 1], their borders.
+            keys, values [M, H_kv, head_dim] of all positions up to now, in the same order, and their borders [B + 1].
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOutput:
+    """hidden [N, D]: after the final norm.  router_counts, router_prob_sums: [L, E] over the L layers with experts (see
+    `Routing`)."""
+
+    hidden: Tensor
+    router_counts: Tensor
+    router_prob_sums: Tensor
 
 
 class Attention(nn.Module):

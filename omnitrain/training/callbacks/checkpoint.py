@@ -48,10 +48,6 @@ class AtomicCheckpoint(Checkpoint):
 
     Nothing is saved while steps are skipped (`SpikeGuard`): what is due waits for the next step that counts. Only the
     end of a run is saved in any case.
-
-    Args:
-        config: how often.
-        run_dir: the run folder.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -59,6 +55,7 @@ class AtomicCheckpoint(Checkpoint):
     def __init__(self, config: CheckpointConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
         self.config = config or CheckpointConfig()
         self.dirpath = Path(run_dir) / CHECKPOINTS
+        self.path, self.previous = self.dirpath / "last.ckpt", self.dirpath / "previous.ckpt"
         self.last_step: int | None = None
         self._saved: dict[str, Any] | None = None
         self._validation_due = False
@@ -69,26 +66,13 @@ class AtomicCheckpoint(Checkpoint):
         self._overdue = False  # a checkpoint was due while steps were skipped
         self._went_on = True  # a step that counts has followed the last checkpoint
 
-    @property
-    def path(self) -> Path:
-        """Where the last checkpoint stands, once there is one."""
-        return self.dirpath / "last.ckpt"
-
-    @property
-    def previous(self) -> Path:
-        """Where the one before it stands, once there are two."""
-        return self.dirpath / "previous.ckpt"
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = _CheckedIO()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        csv = next((logger for logger in trainer.loggers if isinstance(logger, ExactCsvLogger)), None)
-        checkpoint["atomic_checkpoint"] = {
-            "csv": None if csv is None else csv.state_dict(),
-            "validation_due": self._validation_due,
-        }
+        csv = next((logger.state_dict() for logger in trainer.loggers if isinstance(logger, ExactCsvLogger)), None)
+        checkpoint["atomic_checkpoint"] = {"csv": csv, "validation_due": self._validation_due}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("atomic_checkpoint")
@@ -153,14 +137,10 @@ class AtomicCheckpoint(Checkpoint):
                 trainer.strategy.barrier()  # before another rank's exit can end the job
             raise SIGTERMException(143)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         self._check_place()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         if not step_ended(trainer):
             return
         step = trainer.global_step
@@ -180,15 +160,7 @@ class AtomicCheckpoint(Checkpoint):
         if terminated:
             self._leave(trainer, terminated)
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         # Ranks may have unequally many batches: no collective here. Who gets a signal tells the others, all pass over
         # the rest of their batches, and leave together at the end.
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -210,11 +182,8 @@ class AtomicCheckpoint(Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt` now. Called on every rank.
-
-        Raises:
-            RunFolderGone: its folder is no longer there.  OSError: it could not be written; the one before it stands.
-        """
+        """Write `last.ckpt` now. Called on every rank. RunFolderGone if its folder is no longer there; OSError if it
+        could not be written: the one before it stands."""
         self._check_place()
         zero, gathered = trainer.is_global_zero, False
         keep = zero and self._went_on and self.path.exists()
@@ -234,8 +203,8 @@ class AtomicCheckpoint(Checkpoint):
             self._say_whether_saved(trainer, False)
             raise
         self._say_whether_saved(trainer, True)
-        due = bool(self.config.keep_every_n_steps) and trainer.global_step % (self.config.keep_every_n_steps or 1) == 0
-        if zero and due:
+        kept_every = self.config.keep_every_n_steps
+        if zero and kept_every and trainer.global_step % kept_every == 0:
             kept = self.dirpath / f"step={trainer.global_step:07d}.ckpt"
             kept.unlink(missing_ok=True)
             os.link(self.path, kept)

@@ -45,13 +45,8 @@ class Answered:
 
 class MediaPanels(Callback):
     """After each validation, for the same few samples of every modality: panels of pictures, spectrograms, frames of
-    videos and audio players, each captioned with prompt, prediction and reference, and a table of the texts. Does
-    nothing without a `WandbLogger`.
-
-    Args:
-        samples_per_modality: how many of each modality.
-        max_new_tokens: length of a prediction; decoding is greedy.
-    """
+    videos and audio players, each captioned with prompt, (greedy) prediction and reference, and a table of the texts.
+    Does nothing without a `WandbLogger`."""
 
     def __init__(self, config: MediaPanelsConfig | None = None) -> None:
         self.config = config or MediaPanelsConfig()
@@ -76,7 +71,7 @@ class MediaPanels(Callback):
         if self._drawn is None:
             groups = draw(data.opened("validation_sources"), self.config.samples_per_modality)
             self._drawn = [drawn for group in groups.values() for drawn in group]
-        found = []
+        decoding, found = Decoding(max_new_tokens=self.config.max_new_tokens), []
         for drawn in self._drawn:
             sample, media_bytes = drawn.sample, drawn.source.media_bytes
             try:
@@ -84,9 +79,7 @@ class MediaPanels(Callback):
             except BadSample:
                 continue
             batch = PackedBatch.pack([prompt]).to(pl_module.device)
-            stop = data.tokenizer.stop_ids
-            decoding = Decoding(max_new_tokens=self.config.max_new_tokens)
-            (answer,) = generate(pl_module.model, batch, decoding, stop_ids=stop)
+            (answer,) = generate(pl_module.model, batch, decoding, stop_ids=data.tokenizer.stop_ids)
             segments = [s for message in sample.messages for s in message.segments if has_medium(s)]
             shown = tuple(show(segment, media_bytes, data.config.limits) for segment in segments)
             found.append(Answered(sample, shown, data.tokenizer.decode(answer)))
@@ -97,21 +90,14 @@ class MediaPanels(Callback):
         `samples/video`, `samples/answers`."""
         import wandb
 
-        panels: dict[str, Any] = defaultdict(list)
-        for item in answered:
-            for part in item.shown:
-                if part.picture is None:
-                    continue
-                kind = {"image": "image", "video": "video_frames"}.get(part.type, "spectrogram")
-                panels[f"samples/{kind}"].append(wandb.Image(part.picture, caption=item.caption))
-                if kind == "spectrogram":  # as WAV, which every browser plays
-                    wave = decode_audio(part.data, 16000, limits)
-                    panels["samples/audio"].append(wandb.Audio(wave, sample_rate=16000, caption=item.caption))
-                elif kind == "video_frames" and sniff(part.data)[0] == "mp4":
-                    player = wandb.Video(io.BytesIO(part.data), caption=item.caption, format="mp4")
-                    panels["samples/video"].append(player)
-        table = wandb.Table(columns=list(COLUMNS))
-        for item in answered:
-            table.add_data(*item.row)
-        panels["samples/answers"] = table
-        return dict(panels)
+        panels: dict[str, list[Any]] = defaultdict(list)
+        for item, part in [(answer, part) for answer in answered for part in answer.shown if part.picture is not None]:
+            kind = {"image": "image", "video": "video_frames"}.get(part.type, "spectrogram")
+            panels[f"samples/{kind}"].append(wandb.Image(part.picture, caption=item.caption))
+            if kind == "spectrogram":  # as WAV, which every browser plays
+                wave = decode_audio(part.data, 16000, limits)
+                panels["samples/audio"].append(wandb.Audio(wave, sample_rate=16000, caption=item.caption))
+            elif kind == "video_frames" and sniff(part.data)[0] == "mp4":
+                player = wandb.Video(io.BytesIO(part.data), caption=item.caption, format="mp4")
+                panels["samples/video"].append(player)
+        return panels | {"samples/answers": wandb.Table(list(COLUMNS), [item.row for item in answered])}

@@ -19,11 +19,7 @@ from omnitrain.training.module import TrainingModule
 
 class TrainingProgress(ProgressBar):
     """One line that says what is happening (steps, loss, tokens/s, what the trainer is doing), and at the end a table
-    with loss and bits per byte of each modality. Without a terminal it prints a plain line now and then.
-
-    Args:
-        config: how often, when there is no terminal.
-    """
+    with loss and bits per byte of each modality. Without a terminal it prints a plain line now and then."""
 
     def __init__(self, config: ProgressConfig | None = None) -> None:
         super().__init__()
@@ -91,7 +87,7 @@ class TrainingProgress(ProgressBar):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.is_enabled and trainer.state.fn == "fit":
-            self._show(trainer, "validating", None)
+            self._show(trainer, "validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.is_enabled or trainer.sanity_checking or trainer.state.fn != "fit":
@@ -102,9 +98,9 @@ class TrainingProgress(ProgressBar):
             f"step {trainer.global_step}: validation loss  {'  '.join(losses)}", highlight=False, soft_wrap=True
         )
         self._window.clear()
-        self._show(trainer, "training", None)
+        self._show(trainer, "training")
 
-    def _show(self, trainer: L.Trainer, doing: str, status: str | None) -> None:
+    def _show(self, trainer: L.Trainer, doing: str, status: str | None = None) -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.global_step, description=doing)
             if status is not None:

@@ -23,11 +23,7 @@ from omnitrain.training.ranks import gather_objects
 
 class RunRecord(Callback):
     """Writes `environment.json` (versions, machine) at the start, and `data.json` (mixture as planned and as seen,
-    skipped samples by reason) whenever a checkpoint is written and at the end.
-
-    Args:
-        run_dir: the run folder.
-    """
+    skipped samples by reason) whenever a checkpoint is written and at the end."""
 
     PACKAGES = ("omnitrain", "torch", "torchvision", "torchaudio", "lightning", "datasets", "grain", "av", "tokenizers")
 
@@ -109,8 +105,7 @@ def package_versions() -> dict[str, str | None]:
 
 def _processor_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor()

@@ -32,13 +32,7 @@ class SpikeGuard(Callback):
     accepted step on. A skipped step leaves weights and moments alone and writes one line to `skipped_steps.jsonl`:
     step, reason, loss, norm, bound and the ids of the samples of the global batch. The schedule and the data go on.
     Where the data pass to another stage of their mixture, norms may well jump for good: the median starts anew.
-
-    Args:
-        config: the bound.
-        run_dir: the run folder.
-
-    Raises (while training):
-        TrainingDiverged: naming the last good checkpoint.
+    After too many skipped steps in a row, `TrainingDiverged` names the last good checkpoint.
     """
 
     def __init__(self, config: SpikeGuardConfig | None = None, *, run_dir: str | os.PathLike[str]) -> None:
@@ -91,15 +85,11 @@ class SpikeGuard(Callback):
         ids = [i for rank in gather_objects(pl_module.samples_in_step) for i in rank]
         step = trainer.global_step + 1
         if trainer.is_global_zero:
-            record = {
-                "step": step,
-                "reason": reason,
-                "loss": loss,
-                "gradient_norm": norm,
-                "bound": bound,
-                "samples": ids,
-            }
-            append_line(self.path, json.dumps({k: _json_number(v) for k, v in record.items()}, ensure_ascii=False))
+            numbers = {"loss": loss, "gradient_norm": norm, "bound": bound}
+            # JSON has no NaN and no infinity: as text.
+            numbers = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+            record = {"step": step, "reason": reason, **numbers, "samples": ids}
+            append_line(self.path, json.dumps(record, ensure_ascii=False))
         if self.in_a_row >= self.config.max_in_a_row:
             checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, AtomicCheckpoint)), None)
             good = "no checkpoint is written" if checkpoint is None else checkpoint.last_good(trainer)
@@ -108,8 +98,3 @@ class SpikeGuard(Callback):
                 f"(loss {loss:.4g}, norm {norm:.4g}); {good}. The samples are listed in {self.path}. Lower "
                 "optim.lr, or remove the samples"
             )
-
-
-def _json_number(value: Any) -> Any:
-    """JSON has no NaN and no infinity: as text."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

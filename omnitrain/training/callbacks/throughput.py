@@ -20,44 +20,34 @@ from omnitrain.training.ranks import sum_over_ranks
 
 
 class Throughput(Callback):
-    """Speed of training over the steps since the last row, under ``time/`` (file `throughput.csv`): tokens, target
-    tokens and samples per second, seconds per step, MFU, share of the time spent waiting for data, peak memory.
+    """Speed of training over the steps since the last row, under ``time/`` (file `throughput.csv`): tokens and samples
+    per second, seconds per step, MFU, share of the time spent waiting for data, peak memory.
 
     Time spent in validation, checkpoints and logging is left out; the first step (warm-up) too.
-
-    Args:
-        config: what MFU is measured against.
     """
 
     def __init__(self, config: ThroughputConfig | None = None) -> None:
         peak = (config or ThroughputConfig()).peak_tflops
-        self._peak = None if peak is None else (peak * 1e12, "configured")
+        self.peak = None if peak is None else (peak * 1e12, "configured")
+        """Operations per second of one device, and where the figure is from."""
         self._clear()
         self._batch_start = self._validation_end = 0.0
         self._counted_any = False
 
     def _clear(self) -> None:
-        self._busy = self._waited = 0.0
-        self._flops = 0.0
+        self._busy = self._waited = self._flops = 0.0
         self._tokens = self._samples = self._steps = 0
 
-    @property
-    def peak(self) -> tuple[float, str] | None:
-        """Operations per second of one device, and where the figure is from."""
-        return self._peak
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._peak is None:
-            self._peak = peak_flops(pl_module.device)
+        if self.peak is None:
+            self.peak = peak_flops(pl_module.device)
         self._clear()
         self._counted_any = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_end = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: PackedBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         assert isinstance(pl_module, TrainingModule)
         self._batch_start = time.perf_counter()
         if self._counted_any:
@@ -80,7 +70,7 @@ class Throughput(Callback):
             return
         self._steps += 1
         if pl_module.row_is_due(trainer.global_step):
-            assert self._peak is not None
+            assert self.peak is not None
             seconds = self._busy + self._waited
             sums = torch.tensor([self._tokens, self._samples, self._flops], dtype=torch.float64)
             tokens, samples, flops = sum_over_ranks(sums.to(pl_module.device)).tolist()
@@ -92,7 +82,7 @@ class Throughput(Callback):
                 "time/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
             }
             if not math.isnan(flops):
-                row["time/mfu"] = flops / seconds / trainer.world_size / self._peak[0]
+                row["time/mfu"] = flops / seconds / trainer.world_size / self.peak[0]
             if pl_module.device.type == "cuda":
                 row["time/memory_cuda_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
             pl_module.log_row(row, trainer.global_step)
