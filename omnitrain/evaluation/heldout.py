@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,6 @@ class _Meta:
     task: str
 
 
-def _order(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big")
-
-
 def _listing(source: Source, skipped: Counter[str]) -> Iterator[_Meta]:
     """What the source holds; shards tell it without reading messages or media."""
     if (light := getattr(source, "light", None)) is not None:
@@ -109,15 +106,17 @@ def draw(
     """(split, modality) -> at most `max_samples` (None: all) samples, the same for the same sources and seed: tasks in
     turn, in the order of a hash of the ids."""
     skipped = Counter() if skipped is None else skipped
+
+    def place(meta: _Meta) -> tuple[bytes, str]:
+        return hashlib.blake2b(f"{seed}/{meta.id}".encode(), digest_size=8).digest(), meta.id
+
     groups: dict[tuple[str, str], dict[str, list[_Meta]]] = defaultdict(lambda: defaultdict(list))
     for source in sources.values():
         for meta in _listing(source, skipped):
             groups[meta.split, meta.modality][meta.task].append(meta)
     drawn: dict[tuple[str, str], list[Drawn]] = {}
     for group, tasks in sorted(groups.items()):
-        queues = [
-            sorted(metas, key=lambda m: (_order(seed, m.id), m.id), reverse=True) for _, metas in sorted(tasks.items())
-        ]
+        queues = [sorted(metas, key=place, reverse=True) for _, metas in sorted(tasks.items())]
         picked: list[Drawn] = []
         while queues and (max_samples is None or len(picked) < max_samples):
             queue = queues.pop(0)
@@ -214,9 +213,7 @@ def evaluate(
     n_generated = sum(min(max_generated, sum(map(_answers, rows))) for rows in groups.values())
     with progress_bar(progress, f"scoring {n_rows} held-out samples, answering {n_generated}") as bar:
         task = bar.add_task("scoring held-out samples", total=n_rows + n_media + n_generated)
-
-        def advance(n: int = 1) -> None:
-            bar.advance(task, n)
+        advance = partial(bar.advance, task)
 
         def count_bad(bad: BadSample, _: str) -> None:
             skipped[bad.reason] += 1
@@ -397,36 +394,25 @@ def _swap_records(
     for modality in sorted({m for _, m in swaps}, key=_modality_order):
         parts = {split: part for (split, m), part in sorted(swaps.items()) if m == modality}
         everyone = [swap for part in parts.values() for swap in part.swaps]
-        without = sum(part.without_partner for part in parts.values())
-        skipped = sum((Counter(part.skipped) for part in parts.values()), Counter())
-        whole = _swap_record(modality, "all", "all", everyone, seed, without, skipped)
-        records.append({**whole, "samples": [asdict(swap) for swap in everyone]})
-        for split, part in parts.items():
-            records.append(_swap_record(modality, split, "all", part.swaps, seed, part.without_partner, part.skipped))
         tasks = {r.sample.id: r.sample.task for (_, m), rows in groups.items() if m == modality for r in rows}
         names = sorted(set(tasks.values()))
-        for task in names if len(names) > 1 else ():
-            records.append(_swap_record(modality, "all", task, [s for s in everyone if tasks[s.id] == task], seed))
+        cuts: list[tuple[str, str, Sequence[Swap], Sequence[MediaSwap]]] = [
+            ("all", "all", everyone, list(parts.values())),
+            *((split, "all", part.swaps, [part]) for split, part in parts.items()),
+            *(("all", task, [s for s in everyone if tasks[s.id] == task], []) for task in names if len(names) > 1),
+        ]
+        for split, task, of, tests in cuts:
+            gain = swap_gain(of, seed=seed)
+            records.append({
+                "modality": modality, "split": split, "task": task, "pairs": len(of),
+                "own": float(np.mean([s.own for s in of])) if of else None,
+                "swapped": float(np.mean([s.swapped for s in of])) if of else None,
+                "gain": gain.to_dict() if gain else None,
+                "without_partner": sum(test.without_partner for test in tests),
+                "skipped": dict(sum((Counter(test.skipped) for test in tests), Counter())),
+                "samples": [asdict(swap) for swap in of] if split == task == "all" else [],
+            })  # fmt: skip
     return records
-
-
-def _swap_record(
-    modality: str,
-    split: str,
-    task: str,
-    swaps: Sequence[Swap],
-    seed: int,
-    without_partner: int = 0,
-    skipped: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    gain = swap_gain(swaps, seed=seed)
-    return {
-        "modality": modality, "split": split, "task": task, "pairs": len(swaps),
-        "own": float(np.mean([s.own for s in swaps])) if swaps else None,
-        "swapped": float(np.mean([s.swapped for s in swaps])) if swaps else None,
-        "gain": gain.to_dict() if gain else None,
-        "without_partner": without_partner, "skipped": dict(skipped or {}), "samples": [],
-    }  # fmt: skip
 
 
 def _modality_order(modality: str) -> tuple[int, str]:

@@ -163,13 +163,10 @@ def question(
     reference: str,
     *,
     source: str,
-    truth: dict[str, Any] | None = None,
     languages: tuple[str, ...] = (),
-    category: str = "",
-    group: str = "",
-    options: tuple[str, ...] = (),
+    **item: Any,
 ) -> Item:
-    """An item whose sample is one user turn and its reference."""
+    """An item whose sample is one user turn and its reference; `item` are the other attributes of `Item`."""
     sample = Sample(
         id=id, source=source, task=source, split="heldout_concept", languages=languages,
         messages=(
@@ -177,7 +174,7 @@ def question(
             Message(role="assistant", segments=(text(reference),)),
         ),
     )  # fmt: skip
-    return Item(sample=sample, truth=truth or {}, category=category, group=group, options=options)
+    return Item(sample=sample, **item)
 
 
 def lettered(options: Sequence[str]) -> str:

@@ -11,8 +11,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, evaluating, pack
 from omnitrain.generation.sampling import Decoding
 from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Metric
-from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, Told, measured
+from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, Told
 from omnitrain.tasks.settings import RunOptions
 from omnitrain.vocabulary import TEXT
 
@@ -115,7 +114,8 @@ class OmniLM(TemplateLM):
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))  # the largest first
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         samples = (self._scored_sample(*pairs[index]) for index in order)
-        with evaluating(self.model) as device, self._bar("log-likelihoods", len(pairs)) as advance:
+        with evaluating(self.model) as device, progress_bar(self.progress) as bar:
+            ticker = bar.add_task("log-likelihoods", total=len(pairs))
             for pack in packs(samples, DEFAULT_BUDGET):
                 batch = PackedBatch.pack([sample for _, sample in pack]).to(device)
                 hidden = self.model(**batch.model_inputs()).hidden
@@ -127,7 +127,7 @@ class OmniLM(TemplateLM):
                     log_p = torch.log_softmax(logits, -1).gather(1, labels[at][:, None]).double().sum()
                     results[order[place]] = (float(log_p), bool((logits.argmax(-1) == labels[at]).all()))
                     on_result(order[place], results[order[place]])
-                    advance(1)
+                    bar.advance(ticker)
         return results
 
     def _scored_sample(self, context: list[int], continuation: list[int]) -> EncodedSample:
@@ -165,12 +165,14 @@ class OmniLM(TemplateLM):
         by_decoding: dict[Decoding, list[int]] = {}
         for index, request in enumerate(requests):
             by_decoding.setdefault(self._decoding(request.args[1]), []).append(index)
-        with self._bar("answers", len(requests)) as advance:
+        with progress_bar(self.progress) as bar:
+            ticker = bar.add_task("answers", total=len(requests))
             for decoding, indices in by_decoding.items():
                 room = max(1, self.max_length - decoding.max_new_tokens)
                 for start in range(0, len(indices), self.batch):
                     part = indices[start : start + self.batch]
-                    prompts = [self._prompt(self.tok_encode(requests[i].args[0])[-room:]) for i in part]
+                    contexts = [self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in part]
+                    prompts = [_text_sample(np.array(ids), np.full(len(ids), IGNORE)) for ids in contexts]
                     answers = answer_prompts(
                         self.model, self.encoder.tokenizer, prompts, decoding=decoding, strip=False
                     )
@@ -180,12 +182,8 @@ class OmniLM(TemplateLM):
                             answer = answer.split(stop)[0] if stop else answer
                         results[index] = answer
                         self.cache_hook.add_partial("generate_until", requests[index].args, answer)
-                    advance(len(part))
+                    bar.advance(ticker, len(part))
         return results
-
-    def _prompt(self, ids: list[int]) -> EncodedSample:
-        ids = ids or [self.prefix_token_id]
-        return _text_sample(np.array(ids, dtype=np.int64), np.full(len(ids), IGNORE, dtype=np.int64))
 
     def _decoding(self, asked: dict[str, Any]) -> Decoding:
         sampled = asked.get("do_sample", False) and asked.get("temperature", 1.0) > 0
@@ -195,13 +193,6 @@ class OmniLM(TemplateLM):
             top_p=float(asked.get("top_p", 1.0)) if sampled else 1.0,
             top_k=int(asked.get("top_k", 0)) if sampled else 0,
         )
-
-    @contextmanager
-    def _bar(self, name: str, total: int) -> Generator[Callable[[int], None]]:
-        """A progress bar; yields what advances it."""
-        with progress_bar(self.progress) as bar:
-            task = bar.add_task(name, total=total)
-            yield lambda n: bar.advance(task, n)
 
 
 def _text_sample(ids: np.ndarray, labels: np.ndarray) -> EncodedSample:
@@ -261,27 +252,21 @@ class HarnessTask(RunnableTask):
         assert results is not None
         samples, directions = results["samples"], results.get("higher_is_better", {})
 
-        def record(label: str, task: str | None = None) -> dict[str, Any] | None:
+        def metric(label: str) -> Metric:
             own = label.partition(",")[0]
             higher = next((found[own] for found in directions.values() if own in found), True)
-            return measured(Metric(name=label, higher_is_better=higher), pooled[label, task], seed=options.seed)
+            return Metric(name=label, higher_is_better=higher)
 
         pooled = _pooled(samples)
         names = sorted({label for label, _ in pooled})
         if self.metric not in names:
             raise ValueError(f"eval.tasks.{self.name}.metric={self.metric}: these tasks have {', '.join(names)}")
-        overall = [label for label, task in pooled if task is None]
-        by_task = [task for label, task in pooled if label == self.metric and task is not None]
+        overall = sorted((place for place in pooled if place[1] is None), key=lambda place: place[0] != self.metric)
+        by_task = [place for place in pooled if place[0] == self.metric and place[1] is not None]
+        shown = [*overall, *(by_task if len(samples) > 1 else ())]
         return Outcome(
             rows=list(self._rows(samples)),
-            metrics=[
-                found for label in sorted(overall, key=lambda label: label != self.metric) if (found := record(label))
-            ],
-            categories=[
-                {"category": task, **found}
-                for task in (by_task if len(samples) > 1 else ())
-                if (found := record(self.metric, task))
-            ],
+            told={(metric(label), task): pooled[label, task] for label, task in shown},
             settings={"name": self.name, "metric": self.metric, **self._asked(options)},
             more={
                 "versions": {name: str(version) for name, version in results["versions"].items()},

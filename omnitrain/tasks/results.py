@@ -41,6 +41,10 @@ ITEMS_SCHEMA = pa.schema([*ANSWERS_SCHEMA, ("answer", pa.string()), ("score", pa
 task's metric on this item alone; `digest` changes when question or truth do."""
 
 
+Told = tuple[Sequence[float], str]
+"""What one item says about a metric: statistics [S], and its group (see `bootstrap_interval`)."""
+
+
 class StaleAnswers(ValueError):
     """The folder holds answers of another model or of other settings."""
 
@@ -64,7 +68,7 @@ class Outcome:
 
     Attributes:
         rows: the items, as `ITEMS_SCHEMA` says.
-        metrics, categories: records (`measured`), of all items and of the task's metric by category.
+        told: by metric and category (None: all items), in the order of the table, what items say about it.
         settings: of the task, for people to read.
         skipped: items that could not be asked, by reason.
         more: further entries of ``NAME.json``.
@@ -72,8 +76,7 @@ class Outcome:
     """
 
     rows: Sequence[Mapping[str, Any]]
-    metrics: list[dict[str, Any]]
-    categories: list[dict[str, Any]]
+    told: Mapping[tuple[Metric, str | None], Sequence[Told]]
     settings: dict[str, Any]
     skipped: Mapping[str, int] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -123,10 +126,16 @@ class RunnableTask(ABC):
         summary: dict[str, Any] | None = files.done
         if summary is None or not self.is_done(summary):
             found = self.find_out(model, encoder, files, options)
+            records = [
+                record if category is None else {"category": category, **record}
+                for (metric, category), told in found.told.items()
+                if (record := measured(metric, told, seed=options.seed))
+            ]
             summary = {
                 "task": self.name, "metric": self.metric, "fingerprint": fingerprint,
                 "items": len({row["id"] for row in found.rows}), "limit": options.limit,
-                "metrics": found.metrics, "categories": found.categories,
+                "metrics": [record for record in records if "category" not in record],
+                "categories": [record for record in records if "category" in record],
                 "skipped": dict(sorted(found.skipped.items())), "settings": found.settings, **found.more,
                 "seconds": round(time.perf_counter() - started, 1),
             }  # fmt: skip
@@ -203,10 +212,6 @@ class TaskFiles:
                 file.unlink()
         if kept is None:
             shutil.rmtree(self.parts, ignore_errors=True)
-
-
-Told = tuple[Sequence[float], str]
-"""What one item says about a metric: statistics [S], and its group (see `bootstrap_interval`)."""
 
 
 def measured(metric: Metric, told: Sequence[Told], *, seed: int) -> dict[str, Any] | None:
