@@ -41,10 +41,8 @@ class MMMU(_Table):
         id, answer = str(get(row, "id")), get(row, "answer")
         choice = get(row, "question_type") == "multiple-choice"
         options = listed(get(row, "options", default=[]), "options") if choice else []
-        truth: dict[str, Any]
-        if choice:
-            truth = {"options": options, "answer": str(answer)}
-        else:
+        truth: dict[str, Any] = {"options": options, "answer": str(answer)}
+        if not choice:
             several = isinstance(answer, list) or str(answer).startswith("[")
             truth = {"answers": listed(answer, "answer") if several else [str(answer)]}
         asked = fill(
@@ -54,25 +52,19 @@ class MMMU(_Table):
             instruction=self.choice_instruction if choice else self.open_instruction,
         )
         segments: list[Segment] = []
-        shown = 0
         for piece in re.split(r"(<image \d>)", re.sub(r"\n{3,}", "\n\n", asked)):
             if marker := re.fullmatch(r"<image (\d)>", piece):
                 segments.append(medium("image", row.get(f"image_{marker.group(1)}")))
-                shown += 1
             elif piece:
                 segments.append(text(piece))
-        if not shown:
+        if all(segment.type == "text" for segment in segments):
             segments.insert(0, medium("image", row.get("image_1")))
         parts = id.split("_")
         return question(
-            id,
-            segments,
-            truth.get("answer") or truth["answers"][0],
-            source="mmmu",
-            truth=truth,
+            id, segments, truth.get("answer") or truth["answers"][0], source="mmmu", truth=truth,
             category=str(get(row, "subject", default="_".join(parts[1:-1]))),  # validation_Art_Theory_12
             options=tuple(LETTERS[: len(options)]),
-        )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

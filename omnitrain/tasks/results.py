@@ -129,7 +129,7 @@ class RunnableTask(ABC):
             records = [
                 record if category is None else {"category": category, **record}
                 for (metric, category), told in found.told.items()
-                if (record := measured(metric, told, seed=options.seed))
+                if (record := measured(metric, told))
             ]
             summary = {
                 "task": self.name, "metric": self.metric, "fingerprint": fingerprint,
@@ -214,10 +214,10 @@ class TaskFiles:
             shutil.rmtree(self.parts, ignore_errors=True)
 
 
-def measured(metric: Metric, told: Sequence[Told], *, seed: int) -> dict[str, Any] | None:
+def measured(metric: Metric, told: Sequence[Told]) -> dict[str, Any] | None:
     """A metric over items with its interval, as in ``NAME.json``; None where no item says anything about it."""
     statistics, groups = [values for values, _ in told], [group for _, group in told]
-    interval = bootstrap_interval(statistics, groups=groups, combine=metric.combine, seed=seed) if told else None
+    interval = bootstrap_interval(statistics, groups=groups, combine=metric.combine) if told else None
     if interval is None or math.isnan(interval.mean):
         return None
     return {
@@ -227,9 +227,9 @@ def measured(metric: Metric, told: Sequence[Told], *, seed: int) -> dict[str, An
     }  # fmt: skip
 
 
-def print_result(result: TaskResult, console: Console | None = None) -> None:
+def print_result(result: TaskResult) -> None:
     """Print the table of a task (fits 80 columns)."""
-    console = console or Console()
+    console = Console()
     table = Table(title=result.name, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("")
     for column in ("items", "score", "95 % interval", "better"):
