@@ -12,7 +12,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -59,10 +58,6 @@ class Benchmark(ABC):
     @abstractmethod
     def item(self, row: Any, prompt: str) -> Item:
         """One row as a question. Raises BadSample for a row that cannot be used; it is skipped and counted."""
-
-    def media_folder(self, path: str) -> Path:
-        """The folder that media paths are relative to: that of the file, or the folder itself."""
-        return Path(path).parent if Path(path).is_file() else Path(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,9 +173,7 @@ class OmniLM(TemplateLM):
                     part = indices[start : start + self.batch]
                     contexts = [self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in part]
                     prompts = [_text_sample(np.array(ids), np.full(len(ids), IGNORE)) for ids in contexts]
-                    answers = answer_prompts(
-                        self.model, self.encoder.tokenizer, prompts, decoding=decoding, strip=False
-                    )
+                    answers = answer_prompts(self.model, self.encoder.tokenizer, prompts, decoding=decoding)
                     for index, answer in zip(part, answers, strict=True):
                         until = requests[index].args[1].get("until") or []
                         for stop in [until] if isinstance(until, str) else until:

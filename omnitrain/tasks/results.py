@@ -140,10 +140,8 @@ class RunnableTask(ABC):
                 "seconds": round(time.perf_counter() - started, 1),
             }  # fmt: skip
             files.finish(found.rows, summary, found.unused)
-        return TaskResult(
-            name=self.name, metric=self.metric, items=summary["items"], skipped=summary["skipped"],
-            metrics=summary["metrics"], categories=summary["categories"], path=files.items,
-        )  # fmt: skip
+        told_of = ("metric", "items", "skipped", "metrics", "categories")
+        return TaskResult(name=self.name, path=files.items, **{name: summary[name] for name in told_of})
 
 
 def model_fingerprint(model: OmniModel, encoder: SampleEncoder) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -75,7 +76,8 @@ class Task(RunnableTask):
         if not len(rows):
             raise ValueError(f"task {self.name}: {self.path} holds no rows")
         count = len(rows) if options.limit is None else min(options.limit, len(rows))
-        media = MediaReader(self.benchmark.media_folder(self.path))
+        path = Path(self.path)
+        media = MediaReader(path.parent if path.is_file() else path)
         skipped: Counter[str] = Counter()
         details: list[str] = []
         answers: dict[str, dict[str, str]] = {}
