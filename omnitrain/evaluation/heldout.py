@@ -184,15 +184,11 @@ def evaluate(
     train_sources: Mapping[str, Source] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score `model` on held-out sources, write `out_dir` and return the content of ``scores.json``.
+    """Score `model` on held-out sources, write `out_dir` and return the content of ``scores.json``. Run under
+    `torch.autocast` to score in 16 bits. The model's training mode is restored.
 
-    Run under `torch.autocast` to score in 16 bits. The model's training mode is restored.
-
-    Args:
-        sources: held-out sources by name. Samples are grouped by their own split.
-        train_sources: what the model was trained on, for the unigram baseline; without them there is none.
-
-    Raises ValueError where there is no sample to score; the message says why.
+    `train_sources` are what the model was trained on, for the unigram baseline; without them there is none. Raises
+    ValueError where there is no sample to score; the message says why.
     """
     tokenizer, seed, max_generated = encoder.tokenizer, settings.seed, settings.max_generated
     decoding = Decoding(max_new_tokens=settings.max_new_tokens)

@@ -134,10 +134,8 @@ def bootstrap_interval(
 
 @cache
 def t_quantile(p: float, df: float) -> float:
-    """Quantile of Student's t distribution with `df` > 0 degrees of freedom, 0.5 < p < 1.
-
-    With t = sqrt(df) tan(a), the density of a is proportional to cos(a)^(df - 1), which is summed on a grid.
-    """
+    """Quantile of Student's t distribution with `df` >= 1 degrees of freedom, 0.5 < p < 1. With t = sqrt(df) tan(a),
+    the density of a is proportional to cos(a)^(df - 1), which is summed on a grid."""
     if not 0.5 < p < 1 or df < 1:
         raise ValueError(f"t_quantile needs 0.5 < p < 1 and df >= 1, got p={p}, df={df}")
     angles = np.linspace(0.0, math.pi / 2, 8_001)

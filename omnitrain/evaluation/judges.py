@@ -129,10 +129,8 @@ def _decoder(words: tuple[str, ...] | None) -> Any:
 
 
 def recognise(wav: np.ndarray, sample_rate: int, grammar_words: Sequence[str] | None = None) -> str:
-    """What PocketSphinx hears: lower-case US English words; empty for silence.
-
-    The loudness is levelled, and nothing is carried over from one recording to the next, so the order in which
-    recordings are judged does not matter.
+    """What PocketSphinx hears: lower-case US English words; empty for silence. The loudness is levelled, and nothing is
+    carried over from one recording to the next, so the order in which recordings are judged does not matter.
 
     Args:
         grammar_words: instead of the open vocabulary (134,000 words and a trigram language model), any sequence of
@@ -211,13 +209,8 @@ class VoiceMatch:
 
 
 class Voices:
-    """The mean embedding of each voice.
-
-    Args:
-        recordings: some recordings per voice; ten of two seconds are enough. Not those that are judged.
-
-    Raises ValueError for fewer than two voices, or one in whose recordings nothing is voiced.
-    """
+    """The mean embedding of each voice, of some recordings of it that are not judged; ten of two seconds are enough.
+    Raises ValueError for fewer than two voices, or one in whose recordings nothing is voiced."""
 
     def __init__(self, recordings: Mapping[str, Iterable[Recording]]) -> None:
         if len(recordings) < 2:

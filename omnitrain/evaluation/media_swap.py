@@ -89,11 +89,8 @@ def _derangements(block: list[int], samples: Sequence[Sample], n: int) -> list[l
 
 
 def with_media_of(own: Drawn, partner: Drawn) -> Sample:
-    """`own`'s conversation with `partner`'s media in the places of its own.
-
-    Raises ValueError where the two do not have the same kinds of media in the same order; BadSample for a medium of the
-    partner that is missing.
-    """
+    """`own`'s conversation with `partner`'s media in the places of its own. Raises ValueError where the two do not have
+    the same kinds of media in the same order; BadSample for a medium of the partner that is missing."""
     mine, theirs = media_segments(own.sample), media_segments(partner.sample)
     if [s.type for s in mine] != [s.type for s in theirs]:
         raise ValueError(f"samples {own.sample.id!r} and {partner.sample.id!r} have different kinds of media")

@@ -209,7 +209,6 @@ class HarnessTask(RunnableTask):
     """Tasks of lm-evaluation-harness under one name.
 
     Args:
-        name: see `RunnableTask`.
         tasks: the harness's names, of tasks or groups.
         metric: the metric that is reported first, with the harness's filter behind a comma where a task has several.
         path: folder of further task files (YAML), which come before the harness's own of the same name.

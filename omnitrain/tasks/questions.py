@@ -27,11 +27,7 @@ class _Table(Benchmark):
 @dataclass(frozen=True, kw_only=True)
 class MMMU(_Table):
     """Columns id, question (with ``<image 1>`` where a picture belongs), options, answer, question_type, image_1 to
-    image_7. Prompt fields: question, options, instruction.
-
-    Args:
-        choice_instruction, open_instruction: `instruction` of the two kinds of questions.
-    """
+    image_7. Prompt fields: question, options, instruction (`choice_instruction` or `open_instruction`)."""
 
     split: str = "validation"
     choice_instruction: str = "Answer with the option's letter from the given choices directly."
@@ -167,11 +163,7 @@ class _Numbered(Sequence):
 @dataclass(frozen=True, kw_only=True)
 class VideoMME(_Table):
     """Columns question_id, videoID, duration, question, options ("A. ..."), answer; videos are ``data/VIDEOID.mp4``
-    beside the table. Prompt fields: question, options.
-
-    Args:
-        with_audio: hear the sound track too.
-        videos: folder of the videos, relative to the table's.
+    beside the table, in the folder `videos`. `with_audio`: hear the sound track too. Prompt fields: question, options.
     """
 
     with_audio: bool = True
