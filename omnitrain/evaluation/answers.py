@@ -15,11 +15,7 @@ from omnitrain.models.omni import OmniModel
 
 
 def answer_prompts(
-    model: OmniModel,
-    tokenizer: ChatTokenizer,
-    prompts: Sequence[EncodedSample],
-    *,
-    decoding: Decoding,
+    model: OmniModel, tokenizer: ChatTokenizer, prompts: Sequence[EncodedSample], *, decoding: Decoding
 ) -> list[str]:
     """The answer to each prompt (`SampleEncoder.encode_prompt`), in their order. Prompts are answered together within
     `DEFAULT_BUDGET`; one that is larger is answered alone."""

@@ -7,7 +7,6 @@ beside those of a unigram model, scores of generated answers, and the media-swap
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.media import decode_image
+from omnitrain.data.media import decode_image, encode_image
 from omnitrain.data.sample import MODALITIES, BadSample, Message, Sample
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import answer_samples
@@ -305,9 +304,7 @@ def _keep_medium(row: _Row, encoder: SampleEncoder) -> None:
         if segment.type == "image":
             picture = Image.fromarray(decode_image(data, encoder.limits))
             picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-            buffer = io.BytesIO()
-            picture.save(buffer, format="PNG", optimize=True)
-            row.media = buffer.getvalue()
+            row.media = encode_image(np.asarray(picture))
         elif len(data) <= _EMBED_BYTES:
             row.media = data
     except BadSample:

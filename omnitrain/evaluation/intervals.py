@@ -145,12 +145,7 @@ def t_quantile(p: float, df: float) -> float:
 
 
 def crossed_interval(
-    numerator: np.ndarray,
-    weight: np.ndarray,
-    groups: Iterable[str],
-    *,
-    resamples: int = 0,
-    seed: int = 0,
+    numerator: np.ndarray, weight: np.ndarray, groups: Iterable[str], *, resamples: int = 0, seed: int = 0
 ) -> Estimate:
     """Mean of a ratio over seeds that were all scored on the same items, with an interval for new seeds and new items.
 

@@ -153,13 +153,7 @@ def fill(prompt: str, **fields: str) -> str:
 
 
 def question(
-    id: str,
-    segments: Sequence[Segment],
-    reference: str,
-    *,
-    source: str,
-    languages: tuple[str, ...] = (),
-    **item: Any,
+    id: str, segments: Sequence[Segment], reference: str, *, source: str, languages: tuple[str, ...] = (), **item: Any
 ) -> Item:
     """An item whose sample is one user turn and its reference; `item` are the other attributes of `Item`."""
     sample = Sample(
