@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -200,7 +200,7 @@ def evaluate(
     if not groups:
         raise ValueError(f"evaluation: no sample in {', '.join(sources) or 'no source'}; check data.test_sources")
     baselines = unigram_baselines(train_sources, tokenizer) if train_sources else {}
-    expert_load: dict[str, np.ndarray] = {}
+    expert_load: dict[str, np.ndarray] = {}  # [L, E] of a modality: how often each expert was used
     swaps: dict[tuple[str, str], MediaSwap] = {}
 
     n_rows = sum(map(len, groups.values()))
@@ -215,16 +215,22 @@ def evaluate(
 
         for (split, modality), rows in groups.items():
             name = f"{modality}, {split.replace('_', ' ')}"
+            drawn = [row.drawn for row in rows]
+
+            def count_experts(_: int, output: Any, modality: str = modality) -> None:
+                used = getattr(output, "router_counts", None)
+                if used is not None and used.numel():
+                    expert_load[modality] = expert_load.get(modality, 0) + used.double().cpu().numpy()
+
             bar.update(task, description=f"loss: {name}")
-            counts = _score_losses(model, encoder, rows, baselines.get(modality), skipped, advance)
-            if counts is not None:
-                expert_load[modality] = expert_load.get(modality, 0) + counts
+            losses = drawn_losses(model, encoder, drawn, skipped, on_sample=advance, on_batch=count_experts)
+            for row, loss in zip(rows, losses, strict=True):
+                row.loss = loss
+                if loss is not None and modality in baselines:
+                    row.unigram_nats = baselines[modality].nats(targets(row.sample, tokenizer))
             if any(media_segments(row.sample) for row in rows):
                 bar.update(task, description=f"media swap: {name}")
-                result = media_swap(
-                    model, encoder, [row.drawn for row in rows], own_losses=[row.loss for row in rows], seed=seed,
-                    on_sample=advance,
-                )  # fmt: skip
+                result = media_swap(model, encoder, drawn, own_losses=losses, seed=seed, on_sample=advance)
                 by_id = {swap.id: swap for swap in result.swaps}
                 for row in rows:
                     row.swap = by_id.get(row.sample.id)
@@ -268,31 +274,6 @@ def evaluate(
 
 def _answers(row: _Row) -> bool:
     return bool(row.sample.messages) and row.sample.messages[-1].role == "assistant"
-
-
-def _score_losses(
-    model: OmniModel,
-    encoder: SampleEncoder,
-    rows: Sequence[_Row],
-    baseline: UnigramBaseline | None,
-    skipped: Counter[str],
-    advance: Callable[[], None],
-) -> np.ndarray | None:
-    """Fill in losses; returns how often each expert was used, [L, E], if the model says."""
-    counts: list[np.ndarray] = []
-
-    def on_batch(_: int, output: Any) -> None:
-        used = getattr(output, "router_counts", None)
-        if used is not None and used.numel():
-            counts.append(used.double().cpu().numpy())
-
-    drawn = [row.drawn for row in rows]
-    losses = drawn_losses(model, encoder, drawn, skipped, on_sample=advance, on_batch=on_batch)
-    for row, loss in zip(rows, losses, strict=True):
-        row.loss = loss
-        if loss is not None and baseline is not None:
-            row.unigram_nats = baseline.nats(targets(row.sample, encoder.tokenizer))
-    return np.sum(counts, axis=0) if counts else None
 
 
 def _keep_medium(row: _Row, encoder: SampleEncoder) -> None:
