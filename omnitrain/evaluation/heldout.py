@@ -381,7 +381,7 @@ def _swap_records(
                 "modality": modality, "split": split, "task": task, "pairs": len(of),
                 "own": float(np.mean([s.own for s in of])) if of else None,
                 "swapped": float(np.mean([s.swapped for s in of])) if of else None,
-                "gain": gain.to_dict() if gain else None,
+                "gain": {**asdict(gain), "above_zero": gain.above_zero} if gain else None,
                 "without_partner": sum(test.without_partner for test in tests),
                 "skipped": dict(sum((Counter(test.skipped) for test in tests), Counter())),
                 "samples": [asdict(swap) for swap in of] if split == task == "all" else [],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -32,9 +32,6 @@ class Interval:
     @property
     def above_zero(self) -> bool:
         return self.low > 0
-
-    def to_dict(self) -> dict[str, float | int | bool]:
-        return {**asdict(self), "above_zero": self.above_zero}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,12 +243,12 @@ def _chart_number(text: str) -> float | None:
     return value / 100 if value is not None and text.endswith("%") else value
 
 
-def relaxed_match(target: str, prediction: str) -> bool:
+def relaxed_match(target: str, prediction: str, tolerance: float = 0.05) -> bool:
     """ChartQA: numbers may be off by 5 % of the target (``12%`` is 0.12; a target of 0 must be spelled the same);
     anything else must be equal but for case."""
     said, truth = _chart_number(prediction), _chart_number(target)
     if said is not None and truth:
-        return abs(said - truth) / abs(truth) <= 0.05
+        return abs(said - truth) / abs(truth) <= tolerance
     return prediction.lower() == target.lower()
 
 
@@ -256,6 +256,8 @@ def relaxed_match(target: str, prediction: str) -> bool:
 class RelaxedAccuracy(Accuracy):
     """``truth["answers"]``: one must match."""
 
+    tolerance: float = 0.05
+
     def mark(self, item: Answered) -> tuple[str | None, bool]:
         said = item.prediction.strip()
-        return said, any(relaxed_match(str(answer), said) for answer in item.truth["answers"])
+        return said, any(relaxed_match(str(answer), said, self.tolerance) for answer in item.truth["answers"])
