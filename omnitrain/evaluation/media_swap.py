@@ -145,13 +145,9 @@ def media_swap(
     seed: int = 0,
     on_sample: Callable[[], None] | None = None,
 ) -> MediaSwap:
-    """Run the test on held-out samples of one modality; those without media are left out.
-
-    Args:
-        own_losses: losses with the own media where they are known already (None: not scorable).
-        seed: of the bootstrap; partners do not depend on it.
-        on_sample: called for every encoded sample (progress).
-    """
+    """Run the test on held-out samples of one modality; those without media are left out. `own_losses`: with the own
+    media, where they are known already (None: not scorable). `seed`: of the bootstrap; partners do not depend on it.
+    `on_sample`: as of `drawn_losses`."""
     skipped: Counter[str] = Counter()
     if own_losses is None:
         own_losses = drawn_losses(model, encoder, drawn, skipped, on_sample=on_sample)

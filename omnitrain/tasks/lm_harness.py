@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,22 +100,18 @@ class OmniLM(TemplateLM):
     # --- log-likelihoods -------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        return self._log_probabilities(
-            [(context, continuation) for _, context, continuation in requests],
-            lambda index, result: self.cache_hook.add_partial("loglikelihood", requests[index][0], result),
-        )
-
-    def _log_probabilities(
-        self, pairs: Sequence[tuple[list[int], list[int]]], on_result: Callable[[int, tuple[float, bool]], None]
-    ) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), whether the model would have written it greedily) for each pair."""
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))  # the largest first
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        samples = (self._scored_sample(*pairs[index]) for index in order)
+        """(log p(continuation | context), whether the model would have written it greedily) for each request: its name
+        in the cache (None: it is not kept there), context, continuation."""
+        order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))  # the largest first
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        samples = (self._scored_sample(*requests[index][1:]) for index in order)
         with evaluating(self.model) as device, progress_bar(self.progress) as bar:
-            ticker = bar.add_task("log-likelihoods", total=len(pairs))
+            ticker = bar.add_task("log-likelihoods", total=len(requests))
             for pack in packs(samples, DEFAULT_BUDGET):
                 batch = PackedBatch.pack([sample for _, sample in pack]).to(device)
                 hidden = self.model(**batch.model_inputs()).hidden
@@ -125,8 +121,10 @@ class OmniLM(TemplateLM):
                     at = labels != IGNORE
                     logits = self.model.thinker.logits(hidden[start:end][at]).float()  # [continuation, V]
                     log_p = torch.log_softmax(logits, -1).gather(1, labels[at][:, None]).double().sum()
-                    results[order[place]] = (float(log_p), bool((logits.argmax(-1) == labels[at]).all()))
-                    on_result(order[place], results[order[place]])
+                    result = (float(log_p), bool((logits.argmax(-1) == labels[at]).all()))
+                    results[order[place]] = result
+                    if (name := requests[order[place]][0]) is not None:
+                        self.cache_hook.add_partial("loglikelihood", name, result)
                     bar.advance(ticker)
         return results
 
@@ -142,15 +140,15 @@ class OmniLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of whole texts, in windows of `max_length` where they are longer."""
-        pairs: list[tuple[list[int], list[int]]] = []
+        parts: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            pairs += map(make_disjoint_window, windows)
-            owners += [index] * (len(pairs) - len(owners))
+            parts += ((None, *make_disjoint_window(window)) for window in windows)
+            owners += [index] * (len(parts) - len(owners))
         totals = [0.0] * len(requests)
-        for owner, (log_p, _) in zip(owners, self._log_probabilities(pairs, lambda *_: None), strict=True):
+        for owner, (log_p, _) in zip(owners, self._loglikelihood_tokens(parts), strict=True):
             totals[owner] += log_p
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
