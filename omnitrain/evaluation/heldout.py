@@ -73,22 +73,12 @@ class _Row:
         return self.drawn.sample
 
 
-@dataclass(frozen=True)
-class _Meta:
-    source: Source
-    index: int
-    id: str
-    split: str
-    modality: str
-    task: str
-
-
-def _listing(source: Source, skipped: Counter[str]) -> Iterator[_Meta]:
-    """What the source holds; shards tell it without reading messages or media."""
+def _listing(source: Source, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The index of each sample, and what it is; shards tell it without reading messages or media."""
+    columns = ("id", "split", "modality", "task")
     if (light := getattr(source, "light", None)) is not None:
-        columns = ("id", "split", "modality", "task")
         for index, row in enumerate(light().select(columns).to_pylist()):
-            yield _Meta(source, index, **{name: row[name] or "" for name in columns})
+            yield index, {name: row[name] or "" for name in columns}
         return
     for index in range(len(source)):
         try:
@@ -96,7 +86,7 @@ def _listing(source: Source, skipped: Counter[str]) -> Iterator[_Meta]:
         except BadSample as bad:
             skipped[bad.reason] += 1
             continue
-        yield _Meta(source, index, sample.id, sample.split, sample.modality, sample.task)
+        yield index, {name: getattr(sample, name) for name in columns}
 
 
 def draw(
@@ -106,22 +96,22 @@ def draw(
     turn, in the order of a hash of the ids."""
     skipped = Counter() if skipped is None else skipped
 
-    def place(meta: _Meta) -> tuple[bytes, str]:
-        return hashlib.blake2b(f"{seed}/{meta.id}".encode(), digest_size=8).digest(), meta.id
+    def place(listed: tuple[str, Source, int]) -> tuple[bytes, str]:
+        return hashlib.blake2b(f"{seed}/{listed[0]}".encode(), digest_size=8).digest(), listed[0]
 
-    groups: dict[tuple[str, str], dict[str, list[_Meta]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str], dict[str, list[tuple[str, Source, int]]]] = defaultdict(lambda: defaultdict(list))
     for source in sources.values():
-        for meta in _listing(source, skipped):
-            groups[meta.split, meta.modality][meta.task].append(meta)
+        for index, about in _listing(source, skipped):
+            groups[about["split"], about["modality"]][about["task"]].append((about["id"], source, index))
     drawn: dict[tuple[str, str], list[Drawn]] = {}
     for group, tasks in sorted(groups.items()):
-        queues = [sorted(metas, key=place, reverse=True) for _, metas in sorted(tasks.items())]
+        queues = [sorted(listed, key=place, reverse=True) for _, listed in sorted(tasks.items())]
         picked: list[Drawn] = []
         while queues and (max_samples is None or len(picked) < max_samples):
             queue = queues.pop(0)
-            meta = queue.pop()
+            _, source, index = queue.pop()
             try:
-                picked.append(Drawn(meta.source[meta.index], meta.source))
+                picked.append(Drawn(source[index], source))
             except BadSample as bad:
                 skipped[bad.reason] += 1
             if queue:
