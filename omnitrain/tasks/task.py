@@ -131,9 +131,11 @@ class Task(RunnableTask):
         )
 
     def _scored(self, rows: list[dict[str, str]]) -> Outcome:
+        # Thoughts are kept in the file, but not scored.
+        said = [row["prediction"].rpartition("</think>")[2].strip() for row in rows]
         answered = [
-            Answered(id=row["id"], truth=json.loads(row["truth"]), prediction=_after_thinking(row["prediction"]))
-            for row in rows
+            Answered(id=row["id"], truth=json.loads(row["truth"]), prediction=prediction)
+            for row, prediction in zip(rows, said, strict=True)
         ]
         scored = list(zip(rows, self.rule.score(answered), strict=True))
         own = next(metric for metric in self.rule.metrics if metric.name == self.metric)
@@ -200,11 +202,6 @@ def _likeliest(model: OmniModel, encoder: SampleEncoder, item: Item, media: Medi
 
     losses = sample_losses(model, map(answered, item.options))
     return item.options[int(np.argmin([loss.nats for loss in losses]))]
-
-
-def _after_thinking(prediction: str) -> str:
-    """What a model answers once it has thought; thoughts are kept in the file, but not scored."""
-    return prediction.rpartition("</think>")[2].strip()
 
 
 def _alone(metric: Metric, statistics: tuple[float, ...] | None) -> float | None:
