@@ -15,23 +15,17 @@ from omnitrain.models.omni import OmniModel
 
 
 def answer_prompts(
-    model: OmniModel,
-    tokenizer: ChatTokenizer,
-    prompts: Sequence[EncodedSample],
-    *,
-    decoding: Decoding,
-    strip: bool = True,
+    model: OmniModel, tokenizer: ChatTokenizer, prompts: Sequence[EncodedSample], *, decoding: Decoding
 ) -> list[str]:
     """The answer to each prompt (`SampleEncoder.encode_prompt`), in their order. Prompts are answered together within
-    `DEFAULT_BUDGET`; one that is larger is answered alone. `strip`: without surrounding spaces."""
+    `DEFAULT_BUDGET`; one that is larger is answered alone."""
     answers = [""] * len(prompts)
     with evaluating(model):
         for pack in packs(prompts, DEFAULT_BUDGET):
             batch = PackedBatch.pack([prompt for _, prompt in pack])
             written = generate(model, batch, decoding=decoding, stop_ids=tokenizer.stop_ids)
             for (index, _), ids in zip(pack, written, strict=True):
-                text = tokenizer.decode(ids)
-                answers[index] = text.strip() if strip else text
+                answers[index] = tokenizer.decode(ids)
     return answers
 
 
@@ -43,8 +37,8 @@ def answer_samples(
     decoding: Decoding,
     on_bad: Callable[[BadSample, str], None],
 ) -> list[str | None]:
-    """The answer to each sample, which stands beside what reads its media; None for one that cannot be asked, whose
-    error and id `on_bad` is told."""
+    """The answer to each sample, which stands beside what reads its media, without surrounding spaces; None for one
+    that cannot be asked, whose error and id `on_bad` is told."""
     prompts: dict[int, EncodedSample] = {}
     for index, (sample, media_bytes) in enumerate(asked):
         try:
@@ -52,5 +46,5 @@ def answer_samples(
         except BadSample as bad:
             on_bad(bad, sample.id)
     answers = answer_prompts(model, encoder.tokenizer, list(prompts.values()), decoding=decoding)
-    found = dict(zip(prompts, answers, strict=True))
+    found = {index: answer.strip() for index, answer in zip(prompts, answers, strict=True)}
     return [found.get(index) for index in range(len(asked))]

@@ -7,11 +7,11 @@ beside those of a unigram model, scores of generated answers, and the media-swap
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.media import decode_image
+from omnitrain.data.media import decode_image, encode_image
 from omnitrain.data.sample import MODALITIES, BadSample, Message, Sample
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import answer_samples
@@ -73,26 +73,12 @@ class _Row:
         return self.drawn.sample
 
 
-@dataclass(frozen=True)
-class _Meta:
-    source: Source
-    index: int
-    id: str
-    split: str
-    modality: str
-    task: str
-
-
-def _order(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big")
-
-
-def _listing(source: Source, skipped: Counter[str]) -> Iterator[_Meta]:
-    """What the source holds; shards tell it without reading messages or media."""
+def _listing(source: Source, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The index of each sample, and what it is; shards tell it without reading messages or media."""
+    columns = ("id", "split", "modality", "task")
     if (light := getattr(source, "light", None)) is not None:
-        columns = ("id", "split", "modality", "task")
         for index, row in enumerate(light().select(columns).to_pylist()):
-            yield _Meta(source, index, **{name: row[name] or "" for name in columns})
+            yield index, {name: row[name] or "" for name in columns}
         return
     for index in range(len(source)):
         try:
@@ -100,7 +86,7 @@ def _listing(source: Source, skipped: Counter[str]) -> Iterator[_Meta]:
         except BadSample as bad:
             skipped[bad.reason] += 1
             continue
-        yield _Meta(source, index, sample.id, sample.split, sample.modality, sample.task)
+        yield index, {name: getattr(sample, name) for name in columns}
 
 
 def draw(
@@ -109,21 +95,23 @@ def draw(
     """(split, modality) -> at most `max_samples` (None: all) samples, the same for the same sources and seed: tasks in
     turn, in the order of a hash of the ids."""
     skipped = Counter() if skipped is None else skipped
-    groups: dict[tuple[str, str], dict[str, list[_Meta]]] = defaultdict(lambda: defaultdict(list))
+
+    def place(listed: tuple[str, Source, int]) -> tuple[bytes, str]:
+        return hashlib.blake2b(f"{seed}/{listed[0]}".encode(), digest_size=8).digest(), listed[0]
+
+    groups: dict[tuple[str, str], dict[str, list[tuple[str, Source, int]]]] = defaultdict(lambda: defaultdict(list))
     for source in sources.values():
-        for meta in _listing(source, skipped):
-            groups[meta.split, meta.modality][meta.task].append(meta)
+        for index, about in _listing(source, skipped):
+            groups[about["split"], about["modality"]][about["task"]].append((about["id"], source, index))
     drawn: dict[tuple[str, str], list[Drawn]] = {}
     for group, tasks in sorted(groups.items()):
-        queues = [
-            sorted(metas, key=lambda m: (_order(seed, m.id), m.id), reverse=True) for _, metas in sorted(tasks.items())
-        ]
+        queues = [sorted(listed, key=place, reverse=True) for _, listed in sorted(tasks.items())]
         picked: list[Drawn] = []
         while queues and (max_samples is None or len(picked) < max_samples):
             queue = queues.pop(0)
-            meta = queue.pop()
+            _, source, index = queue.pop()
             try:
-                picked.append(Drawn(meta.source[meta.index], meta.source))
+                picked.append(Drawn(source[index], source))
             except BadSample as bad:
                 skipped[bad.reason] += 1
             if queue:
@@ -185,15 +173,11 @@ def evaluate(
     train_sources: Mapping[str, Source] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score `model` on held-out sources, write `out_dir` and return the content of ``scores.json``.
+    """Score `model` on held-out sources, write `out_dir` and return the content of ``scores.json``. Run under
+    `torch.autocast` to score in 16 bits. The model's training mode is restored.
 
-    Run under `torch.autocast` to score in 16 bits. The model's training mode is restored.
-
-    Args:
-        sources: held-out sources by name. Samples are grouped by their own split.
-        train_sources: what the model was trained on, for the unigram baseline; without them there is none.
-
-    Raises ValueError where there is no sample to score; the message says why.
+    `train_sources` are what the model was trained on, for the unigram baseline; without them there is none. Raises
+    ValueError where there is no sample to score; the message says why.
     """
     tokenizer, seed, max_generated = encoder.tokenizer, settings.seed, settings.max_generated
     decoding = Decoding(max_new_tokens=settings.max_new_tokens)
@@ -206,7 +190,7 @@ def evaluate(
     if not groups:
         raise ValueError(f"evaluation: no sample in {', '.join(sources) or 'no source'}; check data.test_sources")
     baselines = unigram_baselines(train_sources, tokenizer) if train_sources else {}
-    expert_load: dict[str, np.ndarray] = {}
+    expert_load: dict[str, np.ndarray] = {}  # [L, E] of a modality: how often each expert was used
     swaps: dict[tuple[str, str], MediaSwap] = {}
 
     n_rows = sum(map(len, groups.values()))
@@ -214,25 +198,29 @@ def evaluate(
     n_generated = sum(min(max_generated, sum(map(_answers, rows))) for rows in groups.values())
     with progress_bar(progress, f"scoring {n_rows} held-out samples, answering {n_generated}") as bar:
         task = bar.add_task("scoring held-out samples", total=n_rows + n_media + n_generated)
-
-        def advance(n: int = 1) -> None:
-            bar.advance(task, n)
+        advance = partial(bar.advance, task)
 
         def count_bad(bad: BadSample, _: str) -> None:
             skipped[bad.reason] += 1
 
         for (split, modality), rows in groups.items():
             name = f"{modality}, {split.replace('_', ' ')}"
+            drawn = [row.drawn for row in rows]
+
+            def count_experts(_: int, output: Any, modality: str = modality) -> None:
+                used = getattr(output, "router_counts", None)
+                if used is not None and used.numel():
+                    expert_load[modality] = expert_load.get(modality, 0) + used.double().cpu().numpy()
+
             bar.update(task, description=f"loss: {name}")
-            counts = _score_losses(model, encoder, rows, baselines.get(modality), skipped, advance)
-            if counts is not None:
-                expert_load[modality] = expert_load.get(modality, 0) + counts
+            losses = drawn_losses(model, encoder, drawn, skipped, on_sample=advance, on_batch=count_experts)
+            for row, loss in zip(rows, losses, strict=True):
+                row.loss = loss
+                if loss is not None and modality in baselines:
+                    row.unigram_nats = baselines[modality].nats(targets(row.sample, tokenizer))
             if any(media_segments(row.sample) for row in rows):
                 bar.update(task, description=f"media swap: {name}")
-                result = media_swap(
-                    model, encoder, [row.drawn for row in rows], own_losses=[row.loss for row in rows], seed=seed,
-                    on_sample=advance,
-                )  # fmt: skip
+                result = media_swap(model, encoder, drawn, own_losses=losses, seed=seed, on_sample=advance)
                 by_id = {swap.id: swap for swap in result.swaps}
                 for row in rows:
                     row.swap = by_id.get(row.sample.id)
@@ -278,31 +266,6 @@ def _answers(row: _Row) -> bool:
     return bool(row.sample.messages) and row.sample.messages[-1].role == "assistant"
 
 
-def _score_losses(
-    model: OmniModel,
-    encoder: SampleEncoder,
-    rows: Sequence[_Row],
-    baseline: UnigramBaseline | None,
-    skipped: Counter[str],
-    advance: Callable[[], None],
-) -> np.ndarray | None:
-    """Fill in losses; returns how often each expert was used, [L, E], if the model says."""
-    counts: list[np.ndarray] = []
-
-    def on_batch(_: int, output: Any) -> None:
-        used = getattr(output, "router_counts", None)
-        if used is not None and used.numel():
-            counts.append(used.double().cpu().numpy())
-
-    drawn = [row.drawn for row in rows]
-    losses = drawn_losses(model, encoder, drawn, skipped, on_sample=advance, on_batch=on_batch)
-    for row, loss in zip(rows, losses, strict=True):
-        row.loss = loss
-        if loss is not None and baseline is not None:
-            row.unigram_nats = baseline.nats(targets(row.sample, encoder.tokenizer))
-    return np.sum(counts, axis=0) if counts else None
-
-
 def _keep_medium(row: _Row, encoder: SampleEncoder) -> None:
     """Copy the sample's first medium, a picture as a thumbnail."""
     segment = media_segments(row.sample)[0]
@@ -312,9 +275,7 @@ def _keep_medium(row: _Row, encoder: SampleEncoder) -> None:
         if segment.type == "image":
             picture = Image.fromarray(decode_image(data, encoder.limits))
             picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-            buffer = io.BytesIO()
-            picture.save(buffer, format="PNG", optimize=True)
-            row.media = buffer.getvalue()
+            row.media = encode_image(np.asarray(picture))
         elif len(data) <= _EMBED_BYTES:
             row.media = data
     except BadSample:
@@ -397,36 +358,25 @@ def _swap_records(
     for modality in sorted({m for _, m in swaps}, key=_modality_order):
         parts = {split: part for (split, m), part in sorted(swaps.items()) if m == modality}
         everyone = [swap for part in parts.values() for swap in part.swaps]
-        without = sum(part.without_partner for part in parts.values())
-        skipped = sum((Counter(part.skipped) for part in parts.values()), Counter())
-        whole = _swap_record(modality, "all", "all", everyone, seed, without, skipped)
-        records.append({**whole, "samples": [asdict(swap) for swap in everyone]})
-        for split, part in parts.items():
-            records.append(_swap_record(modality, split, "all", part.swaps, seed, part.without_partner, part.skipped))
         tasks = {r.sample.id: r.sample.task for (_, m), rows in groups.items() if m == modality for r in rows}
         names = sorted(set(tasks.values()))
-        for task in names if len(names) > 1 else ():
-            records.append(_swap_record(modality, "all", task, [s for s in everyone if tasks[s.id] == task], seed))
+        cuts: list[tuple[str, str, Sequence[Swap], Sequence[MediaSwap]]] = [
+            ("all", "all", everyone, list(parts.values())),
+            *((split, "all", part.swaps, [part]) for split, part in parts.items()),
+            *(("all", task, [s for s in everyone if tasks[s.id] == task], []) for task in names if len(names) > 1),
+        ]
+        for split, task, of, tests in cuts:
+            gain = swap_gain(of, seed=seed)
+            records.append({
+                "modality": modality, "split": split, "task": task, "pairs": len(of),
+                "own": float(np.mean([s.own for s in of])) if of else None,
+                "swapped": float(np.mean([s.swapped for s in of])) if of else None,
+                "gain": {**asdict(gain), "above_zero": gain.above_zero} if gain else None,
+                "without_partner": sum(test.without_partner for test in tests),
+                "skipped": dict(sum((Counter(test.skipped) for test in tests), Counter())),
+                "samples": [asdict(swap) for swap in of] if split == task == "all" else [],
+            })  # fmt: skip
     return records
-
-
-def _swap_record(
-    modality: str,
-    split: str,
-    task: str,
-    swaps: Sequence[Swap],
-    seed: int,
-    without_partner: int = 0,
-    skipped: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    gain = swap_gain(swaps, seed=seed)
-    return {
-        "modality": modality, "split": split, "task": task, "pairs": len(swaps),
-        "own": float(np.mean([s.own for s in swaps])) if swaps else None,
-        "swapped": float(np.mean([s.swapped for s in swaps])) if swaps else None,
-        "gain": gain.to_dict() if gain else None,
-        "without_partner": without_partner, "skipped": dict(skipped or {}), "samples": [],
-    }  # fmt: skip
 
 
 def _modality_order(modality: str) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -32,9 +32,6 @@ class Interval:
     @property
     def above_zero(self) -> bool:
         return self.low > 0
-
-    def to_dict(self) -> dict[str, float | int | bool]:
-        return {**asdict(self), "above_zero": self.above_zero}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +131,8 @@ def bootstrap_interval(
 
 @cache
 def t_quantile(p: float, df: float) -> float:
-    """Quantile of Student's t distribution with `df` > 0 degrees of freedom, 0.5 < p < 1.
-
-    With t = sqrt(df) tan(a), the density of a is proportional to cos(a)^(df - 1), which is summed on a grid.
-    """
+    """Quantile of Student's t distribution with `df` >= 1 degrees of freedom, 0.5 < p < 1. With t = sqrt(df) tan(a),
+    the density of a is proportional to cos(a)^(df - 1), which is summed on a grid."""
     if not 0.5 < p < 1 or df < 1:
         raise ValueError(f"t_quantile needs 0.5 < p < 1 and df >= 1, got p={p}, df={df}")
     angles = np.linspace(0.0, math.pi / 2, 8_001)
@@ -147,12 +142,7 @@ def t_quantile(p: float, df: float) -> float:
 
 
 def crossed_interval(
-    numerator: np.ndarray,
-    weight: np.ndarray,
-    groups: Iterable[str],
-    *,
-    resamples: int = 0,
-    seed: int = 0,
+    numerator: np.ndarray, weight: np.ndarray, groups: Iterable[str], *, resamples: int = 0, seed: int = 0
 ) -> Estimate:
     """Mean of a ratio over seeds that were all scored on the same items, with an interval for new seeds and new items.
 

@@ -10,8 +10,8 @@
   and round trip, which are the same samples in time; generated speech is not, and has none of these.
 - *Does it fail?* Speech that never ends, stops early or is silent, and how fast it is spoken.
 
-Intervals are percentile bootstraps over utterances. The judges are the optional extra ``eval``. Every recording
-is mono, float [T] in [-1, 1], with its sample rate in Hz beside it.
+Intervals are percentile bootstraps over utterances. The judges are the optional extra ``eval``; what needs one of them
+raises ImportError without it. Every recording is mono, float [T] in [-1, 1], with its sample rate in Hz beside it.
 """
 
 from __future__ import annotations
@@ -129,17 +129,15 @@ def _decoder(words: tuple[str, ...] | None) -> Any:
 
 
 def recognise(wav: np.ndarray, sample_rate: int, grammar_words: Sequence[str] | None = None) -> str:
-    """What PocketSphinx hears: lower-case US English words; empty for silence.
-
-    The loudness is levelled, and nothing is carried over from one recording to the next, so the order in which
-    recordings are judged does not matter.
+    """What PocketSphinx hears: lower-case US English words; empty for silence. The loudness is levelled, and nothing is
+    carried over from one recording to the next, so the order in which recordings are judged does not matter.
 
     Args:
         grammar_words: instead of the open vocabulary (134,000 words and a trigram language model), any sequence of
             these words (a word loop). Far fewer errors, but what is no word at all is heard as one of them too: tell
             both, and the recording's own error beside them.
 
-    Raises ImportError without the extra `eval`; ValueError for a word the recogniser does not know, or no mono samples.
+    Raises ValueError for a word the recogniser does not know, or no mono samples.
     """
     words = None if grammar_words is None else tuple(sorted({word.lower() for word in grammar_words}))
     if words is not None and not words:
@@ -188,8 +186,7 @@ def _speaker_encoder() -> Any:
 
 
 def speaker_embedding(wav: np.ndarray, sample_rate: int) -> np.ndarray | None:
-    """Resemblyzer's embedding of a voice, float32 [256] of length 1; None where nothing is voiced. Raises ImportError
-    without the extra `eval`."""
+    """Resemblyzer's embedding of a voice, float32 [256] of length 1; None where nothing is voiced."""
     resemblyzer = _extra("resemblyzer")
     wav = _at_rate(wav, sample_rate)
     if is_silent(wav):
@@ -212,13 +209,8 @@ class VoiceMatch:
 
 
 class Voices:
-    """The mean embedding of each voice.
-
-    Args:
-        recordings: some recordings per voice; ten of two seconds are enough. Not those that are judged.
-
-    Raises ValueError for fewer than two voices, or one in whose recordings nothing is voiced.
-    """
+    """The mean embedding of each voice, of some recordings of it that are not judged; ten of two seconds are enough.
+    Raises ValueError for fewer than two voices, or one in whose recordings nothing is voiced."""
 
     def __init__(self, recordings: Mapping[str, Iterable[Recording]]) -> None:
         if len(recordings) < 2:
@@ -283,8 +275,8 @@ def mel_distance(a: np.ndarray, b: np.ndarray, sample_rate: int) -> float:
 
 
 def pesq(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float:
-    """Wideband PESQ (ITU-T P.862.2) at 16 kHz: 1.04 (bad) to 4.64 (the same). Raises ImportError without the extra
-    `eval`; ValueError where the lengths differ by more than 0.1 s, or PESQ finds no speech in them."""
+    """Wideband PESQ (ITU-T P.862.2) at 16 kHz: 1.04 (bad) to 4.64 (the same). Raises ValueError where the lengths
+    differ by more than 0.1 s, or PESQ finds no speech in them."""
     module = _extra("pesq")
     reference, degraded = _aligned(_at_rate(reference, sample_rate), _at_rate(degraded, sample_rate), JUDGE_RATE)
     if is_silent(reference) or is_silent(degraded):
@@ -297,8 +289,7 @@ def pesq(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float
 
 def stoi(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float:
     """Short-time objective intelligibility at 16 kHz: about 0 (nothing) to 1 (as clear as the reference). Raises
-    ImportError without the extra `eval`; ValueError where the lengths differ by more than 0.1 s, or there is less than
-    0.4 s of sound."""
+    ValueError where the lengths differ by more than 0.1 s, or there is less than 0.4 s of sound."""
     module = _extra("pystoi")
     reference, degraded = _aligned(_at_rate(reference, sample_rate), _at_rate(degraded, sample_rate), JUDGE_RATE)
     with warnings.catch_warnings():
@@ -392,10 +383,6 @@ def failures(utterances: Sequence[Spoken]) -> dict[str, int]:
     return dict(counts)
 
 
-def _mean(values: Sequence[float]) -> Interval | None:
-    return bootstrap_interval(values) if values else None
-
-
 def score_speech(
     utterances: Sequence[Spoken],
     *,
@@ -412,7 +399,7 @@ def score_speech(
         open_vocabulary: recognise with the open vocabulary (the slower of the two).
         without: those of `JUDGES` to do without; their scores stay empty.
 
-    Raises ImportError without the extra `eval`; ValueError for no utterances, or a text without words.
+    Raises ValueError for no utterances, or a text without words.
     """
     if not utterances:
         raise ValueError("no utterances to score")
@@ -424,6 +411,10 @@ def score_speech(
     wer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
     cer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
     own, other, right = {}, {}, {}
+
+    def mean(values: Sequence[float]) -> Interval | None:
+        return bootstrap_interval(values) if values else None
+
     for signal in ("generated", "reference", "round_trip"):
         with_it = [(row, u, u.signals[signal]) for row, u in zip(rows, utterances, strict=True) if signal in u.signals]
         if not with_it:
@@ -446,19 +437,13 @@ def score_speech(
         if u.reference is not None
     ]
     return SpeechScores(
-        n=len(utterances),
-        wer=wer,
-        cer=cer,
-        own_voice=own,
-        other_voice=other,
-        right_voice=right,
-        mel_db=_mean([mel_distance(a, b, rate) for a, b, rate in compared]),
-        pesq=_mean(
+        n=len(utterances), wer=wer, cer=cer, own_voice=own, other_voice=other, right_voice=right,
+        mel_db=mean([mel_distance(a, b, rate) for a, b, rate in compared]),
+        pesq=mean(
             [] if "pesq" in without else [_WORST_PESQ if is_silent(b) else pesq(a, b, rate) for a, b, rate in compared]
         ),
-        stoi=_mean([] if "pystoi" in without else [stoi(a, b, rate) for a, b, rate in compared]),
+        stoi=mean([] if "pystoi" in without else [stoi(a, b, rate) for a, b, rate in compared]),
         # The same text: the ratio of characters per second is that of the durations, upside down.
-        pace=_mean([reference / generated for reference, generated in spoken if generated and reference]),
-        failures=failures(utterances),
-        heard=tuple(rows),
-    )
+        pace=mean([reference / generated for reference, generated in spoken if generated and reference]),
+        failures=failures(utterances), heard=tuple(rows),
+    )  # fmt: skip

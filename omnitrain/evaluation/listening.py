@@ -177,14 +177,13 @@ def _judge(
         **{name: value for name, value in asdict(scores).items() if name != "heard"},
     }
     write_json(out_dir / "speech.json", summary)
-    heard = {row["id"]: row for row in scores.heard}
     rows = [
         {
             "id": s.id, "text": s.text, "voice": s.voice, "hit_limit": s.hit_limit,
-            "heard": json.dumps({k: v for k, v in heard[s.id].items() if k not in ("id", "text")}),
+            "heard": json.dumps({k: v for k, v in heard.items() if k not in ("id", "text")}),
             **{name: encode_audio(w, SAMPLE_RATE, "flac") for name, w in s.signals.items() if i < settings.players},
         }
-        for i, s in enumerate(spoken)
+        for i, (s, heard) in enumerate(zip(spoken, scores.heard, strict=True))
     ]  # fmt: skip
     sound = [(name, pa.binary()) for name in ("reference", "round_trip", "generated")]
     text = [(name, pa.string()) for name in ("id", "text", "voice", "heard")]

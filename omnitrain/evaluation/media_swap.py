@@ -89,11 +89,8 @@ def _derangements(block: list[int], samples: Sequence[Sample], n: int) -> list[l
 
 
 def with_media_of(own: Drawn, partner: Drawn) -> Sample:
-    """`own`'s conversation with `partner`'s media in the places of its own.
-
-    Raises ValueError where the two do not have the same kinds of media in the same order; BadSample for a medium of the
-    partner that is missing.
-    """
+    """`own`'s conversation with `partner`'s media in the places of its own. Raises ValueError where the two do not have
+    the same kinds of media in the same order; BadSample for a medium of the partner that is missing."""
     mine, theirs = media_segments(own.sample), media_segments(partner.sample)
     if [s.type for s in mine] != [s.type for s in theirs]:
         raise ValueError(f"samples {own.sample.id!r} and {partner.sample.id!r} have different kinds of media")
@@ -148,28 +145,17 @@ def media_swap(
     seed: int = 0,
     on_sample: Callable[[], None] | None = None,
 ) -> MediaSwap:
-    """Run the test on held-out samples of one modality; those without media are left out.
-
-    Args:
-        own_losses: losses with the own media where they are known already (None: not scorable).
-        seed: of the bootstrap; partners do not depend on it.
-        on_sample: called for every encoded sample (progress).
-    """
+    """Run the test on held-out samples of one modality; those without media are left out. `own_losses`: with the own
+    media, where they are known already (None: not scorable). `seed`: of the bootstrap; partners do not depend on it.
+    `on_sample`: as of `drawn_losses`."""
     skipped: Counter[str] = Counter()
     if own_losses is None:
         own_losses = drawn_losses(model, encoder, drawn, skipped, on_sample=on_sample)
     usable = [i for i, loss in enumerate(own_losses) if loss is not None]
     partners_of = swap_partners([drawn[i].sample for i in usable])
     pairs = [(i, usable[p]) for i, ps in zip(usable, partners_of, strict=True) for p in ps]
-
-    exchanged: list[Drawn | None] = []
-    for i, p in pairs:
-        try:
-            exchanged.append(Drawn(with_media_of(drawn[i], drawn[p]), drawn[i].source))
-        except BadSample as bad:
-            skipped[bad.reason] += 1
-            exchanged.append(None)
-    scored = drawn_losses(model, encoder, exchanged, skipped, on_sample=on_sample)
+    own, others = [drawn[i] for i, _ in pairs], [drawn[p] for _, p in pairs]
+    scored = drawn_losses(model, encoder, own, skipped, media_of=others, on_sample=on_sample)
     found: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for (i, p), loss in zip(pairs, scored, strict=True):
         if loss is not None:
@@ -179,11 +165,11 @@ def media_swap(
             id=drawn[i].sample.id,
             partners=tuple(drawn[p].sample.id for p, _ in losses),
             concept=drawn[i].sample.concept or drawn[i].sample.id,
-            own=own.per_token,
-            swapped=sum(loss for _, loss in losses) / len(losses),
+            own=loss.per_token,
+            swapped=sum(nats for _, nats in losses) / len(losses),
         )
         for i, losses in found.items()
-        if (own := own_losses[i]) is not None
+        if (loss := own_losses[i]) is not None
     )
     without = sum(not ps and bool(media_segments(drawn[i].sample)) for i, ps in zip(usable, partners_of, strict=True))
     return MediaSwap(gain=swap_gain(swaps, seed=seed), swaps=swaps, without_partner=without, skipped=dict(skipped))
@@ -199,27 +185,25 @@ def swap_gain(swaps: Sequence[Swap], *, seed: int = 0) -> Interval | None:
 def drawn_losses(
     model: OmniModel,
     encoder: SampleEncoder,
-    drawn: Sequence[Drawn | None],
+    drawn: Sequence[Drawn],
     skipped: Counter[str],
     *,
+    media_of: Sequence[Drawn] | None = None,
     on_sample: Callable[[], None] | None = None,
     on_batch: Callable[[int, Any], None] | None = None,
 ) -> list[SampleLoss | None]:
-    """The losses of samples, in their order; None for None, and for what cannot be encoded.
-
-    Samples that cannot be encoded are counted in `skipped`, by reason; `on_sample` is called for every sample, and
-    `on_batch` as by `sample_losses`.
-    """
+    """The losses of samples, in their order, with the media of `media_of` in place of their own. None for what cannot
+    be encoded, which is counted in `skipped`, by reason. `on_sample` is called for every sample, and `on_batch` as by
+    `sample_losses`."""
     kept: list[int] = []
 
     def encoded() -> Iterator[EncodedSample]:
         for i, one in enumerate(drawn):
             if on_sample is not None:
                 on_sample()
-            if one is None:
-                continue
             try:
-                numbers = encoder(one.sample, one.source.media_bytes)
+                sample = one.sample if media_of is None else with_media_of(one, media_of[i])
+                numbers = encoder(sample, one.source.media_bytes)
             except BadSample as bad:
                 skipped[bad.reason] += 1
                 continue

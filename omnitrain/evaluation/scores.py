@@ -159,18 +159,12 @@ def scores_of(items: pa.Table) -> Scores:
             errors[r[place], i[place]], _ = _edits(said, normalise(heard))
     return Scores(
         runs=tuple(run_places),
-        split=strings("split"),
-        modality=strings("modality"),
-        task=strings("task"),
         # An item without a concept is a group of its own.
         concept=np.array([c or "/".join(name) for c, name in zip(strings("concept"), names, strict=True)], dtype=str),
         language=np.array([(rows["languages"][place] or ["unknown"])[-1] for place in first], dtype=str),
-        tokens=lengths("tokens"),
-        bytes=lengths("bytes"),
         words=words,
-        loss=numbers("loss"),
-        swapped_loss=numbers("swapped_loss"),
-        exact_match=numbers("exact_match"),
-        chrf=numbers("chrf"),
         word_errors=errors,
+        **{name: strings(name) for name in ("split", "modality", "task")},
+        **{name: lengths(name) for name in ("tokens", "bytes")},
+        **{name: numbers(name) for name in ("loss", "swapped_loss", "exact_match", "chrf")},
     )

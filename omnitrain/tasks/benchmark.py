@@ -12,7 +12,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -59,10 +58,6 @@ class Benchmark(ABC):
     @abstractmethod
     def item(self, row: Any, prompt: str) -> Item:
         """One row as a question. Raises BadSample for a row that cannot be used; it is skipped and counted."""
-
-    def media_folder(self, path: str) -> Path:
-        """The folder that media paths are relative to: that of the file, or the folder itself."""
-        return Path(path).parent if Path(path).is_file() else Path(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,18 +153,9 @@ def fill(prompt: str, **fields: str) -> str:
 
 
 def question(
-    id: str,
-    segments: Sequence[Segment],
-    reference: str,
-    *,
-    source: str,
-    truth: dict[str, Any] | None = None,
-    languages: tuple[str, ...] = (),
-    category: str = "",
-    group: str = "",
-    options: tuple[str, ...] = (),
+    id: str, segments: Sequence[Segment], reference: str, *, source: str, languages: tuple[str, ...] = (), **item: Any
 ) -> Item:
-    """An item whose sample is one user turn and its reference."""
+    """An item whose sample is one user turn and its reference; `item` are the other attributes of `Item`."""
     sample = Sample(
         id=id, source=source, task=source, split="heldout_concept", languages=languages,
         messages=(
@@ -177,7 +163,7 @@ def question(
             Message(role="assistant", segments=(text(reference),)),
         ),
     )  # fmt: skip
-    return Item(sample=sample, truth=truth or {}, category=category, group=group, options=options)
+    return Item(sample=sample, **item)
 
 
 def lettered(options: Sequence[str]) -> str:

@@ -115,10 +115,7 @@ class AudioCaptionRule(Rule):
 class AudioCaps(Benchmark):
     """``test.csv`` (audiocap_id, youtube_id, start_time, caption; several rows per recording) with the recordings
     beside it. An optional column ``events`` names the sounds that are really there, parted by semicolons, e.g.
-    AudioSet's labels of the recording.
-
-    Args:
-        audio: where a recording lies, relative to the list; fields are its columns.
+    AudioSet's labels of the recording. `audio` is where a recording lies, relative to the list; its fields are columns.
     """
 
     audio: str = "audio/{youtube_id}.wav"

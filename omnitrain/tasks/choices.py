@@ -100,11 +100,8 @@ def open_is_right(answers: Sequence[str], said: Sequence[float | str]) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class MMMURule(Accuracy):
     """``truth``: ``options`` and ``answer`` (a letter), or ``answers`` of an open question. A response that names no
-    option counts as a guess, as MMMU has it; the guess is drawn from the item's id, so that it repeats.
-
-    Args:
-        guess: False counts it as wrong.
-    """
+    option counts as a guess, as MMMU has it, which is drawn from the item's id, so that it repeats; without `guess`
+    as wrong."""
 
     guess: bool = True
 
@@ -172,11 +169,8 @@ def string_match(answer: str, prediction: str, options: Sequence[str]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class StringMatch(Accuracy):
-    """MMAU's `string_match` on the options' texts; ``truth``: ``answer`` (the text), ``options``.
-
-    Args:
-        letters: a response that is only an option's letter stands for its text. MMAU's own rule has this off.
-    """
+    """MMAU's `string_match` on the options' texts; ``truth``: ``answer`` (the text), ``options``. With `letters` (off
+    in MMAU's own rule) a response that is only an option's letter stands for its text."""
 
     letters: bool = False
 
@@ -192,11 +186,8 @@ class StringMatch(Accuracy):
 
 
 def extracted(response: str, truth: dict[str, Any]) -> str:
-    """What a response to MathVista gives as its answer.
-
-    MathVista asks a language model for this where its quick rules fail: the whole response, or ``The answer is "..."``.
-    Here the end of the response is taken instead: the last number, list, or parenthesised letter.
-    """
+    """What a response to MathVista gives as its answer. Where its quick rules fail (the whole response, or ``The answer
+    is "..."``), MathVista asks a language model; here the last number, list, or parenthesised letter is taken."""
     response = response.strip()
     options, kind = truth.get("options") or [], truth["answer_type"]
     if response in options or (not options and kind in ("integer", "float") and _number(response) is not None):

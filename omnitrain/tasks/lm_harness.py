@@ -11,8 +11,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, evaluating, pack
 from omnitrain.generation.sampling import Decoding
 from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Metric
-from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, Told, measured
+from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, Told
 from omnitrain.tasks.settings import RunOptions
 from omnitrain.vocabulary import TEXT
 
@@ -101,21 +100,18 @@ class OmniLM(TemplateLM):
     # --- log-likelihoods -------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        return self._log_probabilities(
-            [(context, continuation) for _, context, continuation in requests],
-            lambda index, result: self.cache_hook.add_partial("loglikelihood", requests[index][0], result),
-        )
-
-    def _log_probabilities(
-        self, pairs: Sequence[tuple[list[int], list[int]]], on_result: Callable[[int, tuple[float, bool]], None]
-    ) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), whether the model would have written it greedily) for each pair."""
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))  # the largest first
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        samples = (self._scored_sample(*pairs[index]) for index in order)
-        with evaluating(self.model) as device, self._bar("log-likelihoods", len(pairs)) as advance:
+        """(log p(continuation | context), whether the model would have written it greedily) for each request: its name
+        in the cache (None: it is not kept there), context, continuation."""
+        order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))  # the largest first
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        samples = (self._scored_sample(*requests[index][1:]) for index in order)
+        with evaluating(self.model) as device, progress_bar(self.progress) as bar:
+            ticker = bar.add_task("log-likelihoods", total=len(requests))
             for pack in packs(samples, DEFAULT_BUDGET):
                 batch = PackedBatch.pack([sample for _, sample in pack]).to(device)
                 hidden = self.model(**batch.model_inputs()).hidden
@@ -125,9 +121,11 @@ class OmniLM(TemplateLM):
                     at = labels != IGNORE
                     logits = self.model.thinker.logits(hidden[start:end][at]).float()  # [continuation, V]
                     log_p = torch.log_softmax(logits, -1).gather(1, labels[at][:, None]).double().sum()
-                    results[order[place]] = (float(log_p), bool((logits.argmax(-1) == labels[at]).all()))
-                    on_result(order[place], results[order[place]])
-                    advance(1)
+                    result = (float(log_p), bool((logits.argmax(-1) == labels[at]).all()))
+                    results[order[place]] = result
+                    if (name := requests[order[place]][0]) is not None:
+                        self.cache_hook.add_partial("loglikelihood", name, result)
+                    bar.advance(ticker)
         return results
 
     def _scored_sample(self, context: list[int], continuation: list[int]) -> EncodedSample:
@@ -142,15 +140,15 @@ class OmniLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of whole texts, in windows of `max_length` where they are longer."""
-        pairs: list[tuple[list[int], list[int]]] = []
+        parts: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            pairs += map(make_disjoint_window, windows)
-            owners += [index] * (len(pairs) - len(owners))
+            parts += ((None, *make_disjoint_window(window)) for window in windows)
+            owners += [index] * (len(parts) - len(owners))
         totals = [0.0] * len(requests)
-        for owner, (log_p, _) in zip(owners, self._log_probabilities(pairs, lambda *_: None), strict=True):
+        for owner, (log_p, _) in zip(owners, self._loglikelihood_tokens(parts), strict=True):
             totals[owner] += log_p
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -165,27 +163,23 @@ class OmniLM(TemplateLM):
         by_decoding: dict[Decoding, list[int]] = {}
         for index, request in enumerate(requests):
             by_decoding.setdefault(self._decoding(request.args[1]), []).append(index)
-        with self._bar("answers", len(requests)) as advance:
+        with progress_bar(self.progress) as bar:
+            ticker = bar.add_task("answers", total=len(requests))
             for decoding, indices in by_decoding.items():
                 room = max(1, self.max_length - decoding.max_new_tokens)
                 for start in range(0, len(indices), self.batch):
                     part = indices[start : start + self.batch]
-                    prompts = [self._prompt(self.tok_encode(requests[i].args[0])[-room:]) for i in part]
-                    answers = answer_prompts(
-                        self.model, self.encoder.tokenizer, prompts, decoding=decoding, strip=False
-                    )
+                    contexts = [self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in part]
+                    prompts = [_text_sample(np.array(ids), np.full(len(ids), IGNORE)) for ids in contexts]
+                    answers = answer_prompts(self.model, self.encoder.tokenizer, prompts, decoding=decoding)
                     for index, answer in zip(part, answers, strict=True):
                         until = requests[index].args[1].get("until") or []
                         for stop in [until] if isinstance(until, str) else until:
                             answer = answer.split(stop)[0] if stop else answer
                         results[index] = answer
                         self.cache_hook.add_partial("generate_until", requests[index].args, answer)
-                    advance(len(part))
+                    bar.advance(ticker, len(part))
         return results
-
-    def _prompt(self, ids: list[int]) -> EncodedSample:
-        ids = ids or [self.prefix_token_id]
-        return _text_sample(np.array(ids, dtype=np.int64), np.full(len(ids), IGNORE, dtype=np.int64))
 
     def _decoding(self, asked: dict[str, Any]) -> Decoding:
         sampled = asked.get("do_sample", False) and asked.get("temperature", 1.0) > 0
@@ -195,13 +189,6 @@ class OmniLM(TemplateLM):
             top_p=float(asked.get("top_p", 1.0)) if sampled else 1.0,
             top_k=int(asked.get("top_k", 0)) if sampled else 0,
         )
-
-    @contextmanager
-    def _bar(self, name: str, total: int) -> Generator[Callable[[int], None]]:
-        """A progress bar; yields what advances it."""
-        with progress_bar(self.progress) as bar:
-            task = bar.add_task(name, total=total)
-            yield lambda n: bar.advance(task, n)
 
 
 def _text_sample(ids: np.ndarray, labels: np.ndarray) -> EncodedSample:
@@ -220,7 +207,6 @@ class HarnessTask(RunnableTask):
     """Tasks of lm-evaluation-harness under one name.
 
     Args:
-        name: see `RunnableTask`.
         tasks: the harness's names, of tasks or groups.
         metric: the metric that is reported first, with the harness's filter behind a comma where a task has several.
         path: folder of further task files (YAML), which come before the harness's own of the same name.
@@ -261,27 +247,21 @@ class HarnessTask(RunnableTask):
         assert results is not None
         samples, directions = results["samples"], results.get("higher_is_better", {})
 
-        def record(label: str, task: str | None = None) -> dict[str, Any] | None:
+        def metric(label: str) -> Metric:
             own = label.partition(",")[0]
             higher = next((found[own] for found in directions.values() if own in found), True)
-            return measured(Metric(name=label, higher_is_better=higher), pooled[label, task], seed=options.seed)
+            return Metric(name=label, higher_is_better=higher)
 
         pooled = _pooled(samples)
         names = sorted({label for label, _ in pooled})
         if self.metric not in names:
             raise ValueError(f"eval.tasks.{self.name}.metric={self.metric}: these tasks have {', '.join(names)}")
-        overall = [label for label, task in pooled if task is None]
-        by_task = [task for label, task in pooled if label == self.metric and task is not None]
+        overall = sorted((place for place in pooled if place[1] is None), key=lambda place: place[0] != self.metric)
+        by_task = [place for place in pooled if place[0] == self.metric and place[1] is not None]
+        shown = [*overall, *(by_task if len(samples) > 1 else ())]
         return Outcome(
             rows=list(self._rows(samples)),
-            metrics=[
-                found for label in sorted(overall, key=lambda label: label != self.metric) if (found := record(label))
-            ],
-            categories=[
-                {"category": task, **found}
-                for task in (by_task if len(samples) > 1 else ())
-                if (found := record(self.metric, task))
-            ],
+            told={(metric(label), task): pooled[label, task] for label, task in shown},
             settings={"name": self.name, "metric": self.metric, **self._asked(options)},
             more={
                 "versions": {name: str(version) for name, version in results["versions"].items()},

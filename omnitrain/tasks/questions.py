@@ -27,11 +27,7 @@ class _Table(Benchmark):
 @dataclass(frozen=True, kw_only=True)
 class MMMU(_Table):
     """Columns id, question (with ``<image 1>`` where a picture belongs), options, answer, question_type, image_1 to
-    image_7. Prompt fields: question, options, instruction.
-
-    Args:
-        choice_instruction, open_instruction: `instruction` of the two kinds of questions.
-    """
+    image_7. Prompt fields: question, options, instruction (`choice_instruction` or `open_instruction`)."""
 
     split: str = "validation"
     choice_instruction: str = "Answer with the option's letter from the given choices directly."
@@ -41,10 +37,8 @@ class MMMU(_Table):
         id, answer = str(get(row, "id")), get(row, "answer")
         choice = get(row, "question_type") == "multiple-choice"
         options = listed(get(row, "options", default=[]), "options") if choice else []
-        truth: dict[str, Any]
-        if choice:
-            truth = {"options": options, "answer": str(answer)}
-        else:
+        truth: dict[str, Any] = {"options": options, "answer": str(answer)}
+        if not choice:
             several = isinstance(answer, list) or str(answer).startswith("[")
             truth = {"answers": listed(answer, "answer") if several else [str(answer)]}
         asked = fill(
@@ -54,25 +48,19 @@ class MMMU(_Table):
             instruction=self.choice_instruction if choice else self.open_instruction,
         )
         segments: list[Segment] = []
-        shown = 0
         for piece in re.split(r"(<image \d>)", re.sub(r"\n{3,}", "\n\n", asked)):
             if marker := re.fullmatch(r"<image (\d)>", piece):
                 segments.append(medium("image", row.get(f"image_{marker.group(1)}")))
-                shown += 1
             elif piece:
                 segments.append(text(piece))
-        if not shown:
+        if all(segment.type == "text" for segment in segments):
             segments.insert(0, medium("image", row.get("image_1")))
         parts = id.split("_")
         return question(
-            id,
-            segments,
-            truth.get("answer") or truth["answers"][0],
-            source="mmmu",
-            truth=truth,
+            id, segments, truth.get("answer") or truth["answers"][0], source="mmmu", truth=truth,
             category=str(get(row, "subject", default="_".join(parts[1:-1]))),  # validation_Art_Theory_12
             options=tuple(LETTERS[: len(options)]),
-        )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +163,7 @@ class _Numbered(Sequence):
 @dataclass(frozen=True, kw_only=True)
 class VideoMME(_Table):
     """Columns question_id, videoID, duration, question, options ("A. ..."), answer; videos are ``data/VIDEOID.mp4``
-    beside the table. Prompt fields: question, options.
-
-    Args:
-        with_audio: hear the sound track too.
-        videos: folder of the videos, relative to the table's.
+    beside the table, in the folder `videos`. `with_audio`: hear the sound track too. Prompt fields: question, options.
     """
 
     with_audio: bool = True

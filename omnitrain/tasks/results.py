@@ -41,6 +41,10 @@ ITEMS_SCHEMA = pa.schema([*ANSWERS_SCHEMA, ("answer", pa.string()), ("score", pa
 task's metric on this item alone; `digest` changes when question or truth do."""
 
 
+Told = tuple[Sequence[float], str]
+"""What one item says about a metric: statistics [S], and its group (see `bootstrap_interval`)."""
+
+
 class StaleAnswers(ValueError):
     """The folder holds answers of another model or of other settings."""
 
@@ -64,7 +68,7 @@ class Outcome:
 
     Attributes:
         rows: the items, as `ITEMS_SCHEMA` says.
-        metrics, categories: records (`measured`), of all items and of the task's metric by category.
+        told: by metric and category (None: all items), in the order of the table, what items say about it.
         settings: of the task, for people to read.
         skipped: items that could not be asked, by reason.
         more: further entries of ``NAME.json``.
@@ -72,8 +76,7 @@ class Outcome:
     """
 
     rows: Sequence[Mapping[str, Any]]
-    metrics: list[dict[str, Any]]
-    categories: list[dict[str, Any]]
+    told: Mapping[tuple[Metric, str | None], Sequence[Told]]
     settings: dict[str, Any]
     skipped: Mapping[str, int] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -123,18 +126,22 @@ class RunnableTask(ABC):
         summary: dict[str, Any] | None = files.done
         if summary is None or not self.is_done(summary):
             found = self.find_out(model, encoder, files, options)
+            records = [
+                record if category is None else {"category": category, **record}
+                for (metric, category), told in found.told.items()
+                if (record := measured(metric, told))
+            ]
             summary = {
                 "task": self.name, "metric": self.metric, "fingerprint": fingerprint,
                 "items": len({row["id"] for row in found.rows}), "limit": options.limit,
-                "metrics": found.metrics, "categories": found.categories,
+                "metrics": [record for record in records if "category" not in record],
+                "categories": [record for record in records if "category" in record],
                 "skipped": dict(sorted(found.skipped.items())), "settings": found.settings, **found.more,
                 "seconds": round(time.perf_counter() - started, 1),
             }  # fmt: skip
             files.finish(found.rows, summary, found.unused)
-        return TaskResult(
-            name=self.name, metric=self.metric, items=summary["items"], skipped=summary["skipped"],
-            metrics=summary["metrics"], categories=summary["categories"], path=files.items,
-        )  # fmt: skip
+        told_of = ("metric", "items", "skipped", "metrics", "categories")
+        return TaskResult(name=self.name, path=files.items, **{name: summary[name] for name in told_of})
 
 
 def model_fingerprint(model: OmniModel, encoder: SampleEncoder) -> str:
@@ -205,14 +212,10 @@ class TaskFiles:
             shutil.rmtree(self.parts, ignore_errors=True)
 
 
-Told = tuple[Sequence[float], str]
-"""What one item says about a metric: statistics [S], and its group (see `bootstrap_interval`)."""
-
-
-def measured(metric: Metric, told: Sequence[Told], *, seed: int) -> dict[str, Any] | None:
+def measured(metric: Metric, told: Sequence[Told]) -> dict[str, Any] | None:
     """A metric over items with its interval, as in ``NAME.json``; None where no item says anything about it."""
     statistics, groups = [values for values, _ in told], [group for _, group in told]
-    interval = bootstrap_interval(statistics, groups=groups, combine=metric.combine, seed=seed) if told else None
+    interval = bootstrap_interval(statistics, groups=groups, combine=metric.combine) if told else None
     if interval is None or math.isnan(interval.mean):
         return None
     return {
@@ -222,9 +225,9 @@ def measured(metric: Metric, told: Sequence[Told], *, seed: int) -> dict[str, An
     }  # fmt: skip
 
 
-def print_result(result: TaskResult, console: Console | None = None) -> None:
+def print_result(result: TaskResult) -> None:
     """Print the table of a task (fits 80 columns)."""
-    console = console or Console()
+    console = Console()
     table = Table(title=result.name, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("")
     for column in ("items", "score", "95 % interval", "better"):

@@ -40,7 +40,6 @@ class RunOptions:
         batch: items that are answered between two parts on disk.
         restart: throw away answers of another model or of other settings.
         fingerprint: of the model (`results.model_fingerprint`), if it is known already.
-        seed: of the bootstrap.
         progress: show a progress bar.
 
     Raises ValueError for a limit that leaves nothing.
@@ -50,7 +49,6 @@ class RunOptions:
     batch: int = 16
     restart: bool = False
     fingerprint: str | None = None
-    seed: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -15,11 +15,8 @@ from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics
 
 @dataclass(frozen=True, kw_only=True)
 class Shards(Benchmark):
-    """A folder of shards. Prompt field: question, the text of the sample's own last question.
-
-    Args:
-        split, where: which samples; see `SampleSource`.
-    """
+    """A folder of shards; `split` and `where` say which samples (see `SampleSource`). Prompt field: question, the text
+    of the sample's own last question."""
 
     split: str = "heldout_cell"
     where: Mapping[str, Any] | None = None

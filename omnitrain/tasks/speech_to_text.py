@@ -88,11 +88,8 @@ def chrf_statistics(prediction: str, references: Sequence[str]) -> tuple[float, 
 
 @dataclass(frozen=True, kw_only=True)
 class Translation(Rule):
-    """BLEU and chrF of the corpus by sacrebleu; ``truth["texts"]`` are the references.
-
-    Args:
-        tokenize: sacrebleu's tokenizer for BLEU: ``13a``, or ``zh``, ``char`` for what is written without spaces.
-    """
+    """BLEU and chrF of the corpus by sacrebleu; ``truth["texts"]`` are the references. `tokenize`: sacrebleu's
+    tokenizer for BLEU, ``13a``, or ``zh``, ``char`` for what is written without spaces."""
 
     tokenize: str = "13a"
 

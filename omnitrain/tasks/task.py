@@ -8,6 +8,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +25,7 @@ from omnitrain.evaluation.teacher_forced import sample_losses
 from omnitrain.generation.sampling import Decoding
 from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule
-from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles, measured
+from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles
 from omnitrain.tasks.settings import RunOptions
 
 _MOST_DETAILS = 20  # skipped items that are named one by one in NAME.json
@@ -74,7 +76,8 @@ class Task(RunnableTask):
         if not len(rows):
             raise ValueError(f"task {self.name}: {self.path} holds no rows")
         count = len(rows) if options.limit is None else min(options.limit, len(rows))
-        media = MediaReader(self.benchmark.media_folder(self.path))
+        path = Path(self.path)
+        media = MediaReader(path.parent if path.is_file() else path)
         skipped: Counter[str] = Counter()
         details: list[str] = []
         answers: dict[str, dict[str, str]] = {}
@@ -121,39 +124,36 @@ class Task(RunnableTask):
                 f"task {self.name}: none of {count} rows could be used; {dict(skipped)}; first: {details[0]}"
             )
         return replace(
-            self._scored(list(answers.values()), options.seed),
+            self._scored(list(answers.values())),
             skipped=skipped,
             more={"rows": len(rows), "skipped_details": details},
             unused=[row for id, row in done.items() if id not in answers],
         )
 
-    def _scored(self, rows: list[dict[str, str]], seed: int) -> Outcome:
+    def _scored(self, rows: list[dict[str, str]]) -> Outcome:
+        # Thoughts are kept in the file, but not scored.
+        said = [row["prediction"].rpartition("</think>")[2].strip() for row in rows]
         answered = [
-            Answered(id=row["id"], truth=json.loads(row["truth"]), prediction=_after_thinking(row["prediction"]))
-            for row in rows
+            Answered(id=row["id"], truth=json.loads(row["truth"]), prediction=prediction)
+            for row, prediction in zip(rows, said, strict=True)
         ]
-        scored = self.rule.score(answered)
+        scored = list(zip(rows, self.rule.score(answered), strict=True))
         own = next(metric for metric in self.rule.metrics if metric.name == self.metric)
-
-        def record(metric: Metric, category: str | None = None) -> dict[str, Any] | None:
-            told = [
-                (found.statistics[metric.name], row["group"])
-                for row, found in zip(rows, scored, strict=True)
-                if metric.name in found.statistics and category in (None, row["category"])
-            ]
-            return measured(metric, told, seed=seed)
-
+        of_all: list[tuple[Metric, str | None]] = [(metric, None) for metric in self.rule.metrics]
+        by_category = [(own, name) for name in sorted({row["category"] for row in rows} - {""})]
         return Outcome(
             rows=[
                 {**row, "answer": found.answer, "score": _alone(own, found.statistics.get(own.name))}
-                for row, found in zip(rows, scored, strict=True)
+                for row, found in scored
             ],
-            metrics=[found for metric in self.rule.metrics if (found := record(metric))],
-            categories=[
-                {"category": name, **found}
-                for name in sorted({row["category"] for row in rows} - {""})
-                if (found := record(own, name))
-            ],
+            told={
+                (metric, category): [
+                    (found.statistics[metric.name], row["group"])
+                    for row, found in scored
+                    if metric.name in found.statistics and category in (None, row["category"])
+                ]
+                for metric, category in (*of_all, *by_category)
+            },
             settings=self._settings(),
         )
 
@@ -194,12 +194,7 @@ def _likeliest(model: OmniModel, encoder: SampleEncoder, item: Item, media: Medi
     """The option with the highest log-probability as the answer, its end included."""
     if not item.options:
         raise BadSample("no_options", "scoring=likelihood needs options, and this item has none; use scoring=generate")
-    held: dict[int, bytes] = {}
-
-    def media_bytes(segment: Segment) -> bytes:  # every option asks for the same media
-        if id(segment) not in held:
-            held[id(segment)] = media(segment)
-        return held[id(segment)]
+    media_bytes = cache(media)  # every option asks for the same media
 
     def answered(option: str) -> EncodedSample:
         answer = Message(role="assistant", segments=(Segment(type="text", text=option),))
@@ -207,11 +202,6 @@ def _likeliest(model: OmniModel, encoder: SampleEncoder, item: Item, media: Medi
 
     losses = sample_losses(model, map(answered, item.options))
     return item.options[int(np.argmin([loss.nats for loss in losses]))]
-
-
-def _after_thinking(prediction: str) -> str:
-    """What a model answers once it has thought; thoughts are kept in the file, but not scored."""
-    return prediction.rpartition("</think>")[2].strip()
 
 
 def _alone(metric: Metric, statistics: tuple[float, ...] | None) -> float | None:

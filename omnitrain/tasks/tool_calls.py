@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omnitrain.data.sample import BadSample, Message, Role, Sample
+from omnitrain.data.sample import BadSample, Message, Sample
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, fill, get, text
 from omnitrain.tasks.choices import Accuracy
 from omnitrain.tasks.tables import read_table
@@ -190,8 +190,7 @@ def _message(turn: Mapping[str, Any], prompt: str, *, last: bool) -> Message:
     role, content = get(turn, "role"), get(turn, "content")
     if role not in ("system", "user", "assistant"):
         raise BadSample("row_invalid", f"a turn of role {role!r}")
-    known: Role = role
-    return Message(role=known, segments=(text(fill(prompt, question=content) if last and role == "user" else content),))
+    return Message(role=role, segments=(text(fill(prompt, question=content) if last and role == "user" else content),))
 
 
 def _as_json_schema(value: Any) -> Any:

@@ -121,7 +121,7 @@ def test_log_likelihoods_equal_a_direct_computation(model, encoder, monkeypatch)
         with torch.no_grad():
             hidden = model(**PackedBatch.pack([sample]).model_inputs()).hidden
         best = [*best, int(model.thinker.logits(hidden[-1:]).argmax())]
-    assert lm._log_probabilities([(best[:-2], best[-2:])], lambda *_: None)[0][1] is True
+    assert lm._loglikelihood_tokens([(None, best[:-2], best[-2:])])[0][1] is True
 
 
 def test_rolling_log_likelihood_in_windows(model, encoder):
