@@ -533,11 +533,9 @@ class MappedSource(IndexedSource):
     """Samples of a user's own data by index, described by a mapping file. The interface is that of `SampleSource`.
 
     JSONL and tars are indexed by one pass over the files when opened; Parquet and Hub data sets go through the
-    memory-mapped Arrow cache of `datasets`. With `split` or `where` every row is looked at once when opened.
-
-    Raises:
-        FileNotFoundError, ValueError: the mapping or its data are missing, a column is not there, nothing is left. The
-            message names file, field and fix.
+    memory-mapped Arrow cache of `datasets`. With `split` or `where` every row is looked at once when opened. Raises
+    FileNotFoundError, ValueError: the mapping or its data are missing, a column is not there, nothing is left. The
+    message names file, field and fix.
     """
 
     def __init__(

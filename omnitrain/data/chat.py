@@ -103,8 +103,7 @@ class ChatTokenizer:
     Args:
         tokenizer: a byte-level BPE whose added tokens contain all of :data:`SPECIAL_TOKENS`.
 
-    Raises:
-        ValueError: a special token is missing; the message names it.
+    Raises ValueError: a special token is missing; the message names it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -132,11 +131,8 @@ class ChatTokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> ChatTokenizer:
-        """Read a ``tokenizer.json`` (`tokenizers` library) or a ``*.tiktoken`` rank file.
-
-        Raises:
-            FileNotFoundError: no such file. ValueError: it is no byte-level BPE, or special tokens are missing.
-        """
+        """Read a ``tokenizer.json`` (`tokenizers` library) or a ``*.tiktoken`` rank file. Raises FileNotFoundError: no
+        such file. ValueError: it is no byte-level BPE, or special tokens are missing."""
         path = Path(path)
         if path.is_dir():
             return cls.from_dir(path)
@@ -154,10 +150,7 @@ class ChatTokenizer:
     @classmethod
     def from_dir(cls, folder: str | Path) -> ChatTokenizer:
         """Read ``tokenizer.json``, else ``vocab.json`` + ``merges.txt``, else one ``*.tiktoken`` file in `folder`.
-
-        Raises:
-            FileNotFoundError: none of these is there.
-        """
+        Raises FileNotFoundError: none of these is there."""
         folder = Path(folder)
         if (folder / "tokenizer.json").is_file():
             return cls.from_file(folder / "tokenizer.json")
@@ -191,11 +184,8 @@ class ChatTokenizer:
         return (self.special_ids["<|im_end|>"], self.special_ids["<|endoftext|>"])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text. Strings that look like special tokens stay text.
-
-        Raises:
-            BadSample: ``text_not_utf8`` for lone surrogates, which no UTF-8 text contains.
-        """
+        """Token ids of plain text. Strings that look like special tokens stay text. Raises BadSample: ``text_not_utf8``
+        for lone surrogates, which no UTF-8 text contains."""
         try:
             return self._plain.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
@@ -246,8 +236,7 @@ class ChatTokenizer:
                 (a document: without its end).
             merge: patches per token side; ids_per_second: TM-RoPE ids per second (order of audio-in-video tokens).
 
-        Raises:
-            ValueError: `media` does not match the segments.
+        Raises ValueError: `media` does not match the segments.
         """
         build = _Builder(self, merge=merge, ids_per_second=ids_per_second)
         turns = list(messages)
@@ -452,12 +441,9 @@ def _with_special_tokens(vocab: dict[str, int], merges: list[tuple[str, str]]) -
 def train_bpe(texts: Iterable[str], vocab_size: int) -> ChatTokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016) on `texts`, with Qwen's pre-tokenizer and NFC.
 
-    Deterministic: the same texts in any order give the same tokenizer. `vocab_size` includes the 256 bytes and the
-    33 special tokens, which take the last ids. If the texts hold fewer merges than fit, the vocabulary is smaller
-    (`.vocab_size` says how large).
-
-    Raises:
-        ValueError: `vocab_size` leaves no room for bytes and special tokens.
+    Deterministic: the same texts in any order give the same tokenizer. `vocab_size` includes the 256 bytes and the 33
+    special tokens, which take the last ids. If the texts hold fewer merges than fit, the vocabulary is smaller
+    (`.vocab_size` says how large). Raises ValueError: `vocab_size` leaves no room for bytes and special tokens.
     """
     room = vocab_size - len(SPECIAL_TOKENS)
     if room < 256:

@@ -43,8 +43,7 @@ class OmniDataModule(LightningDataModule):
         tokenizer: instead of the file that `config` names.
         rank, world_size: default: the trainer's.
 
-    Raises:
-        FileNotFoundError: a missing shard or tokenizer (on setup).
+    Raises FileNotFoundError: a missing shard or tokenizer (on setup).
     """
 
     def __init__(
@@ -221,13 +220,9 @@ class OmniDataModule(LightningDataModule):
         return {"settings": self._settings(), "ranks": ranks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`.
-
-        Raises:
-            ValueError: another number of ranks, or settings that make another stream; the message names them. The
-                number of workers may differ, and so may the end of the current stage (`until_tokens`) and all later
-                stages.
-        """
+        """Continue from `state_dict`. Raises ValueError: another number of ranks, or settings that make another stream;
+        the message names them. The number of workers may differ, and so may the end of the current stage
+        (`until_tokens`) and all later stages."""
         self._loaded = state_dict
         self._take_over_loaded()
 

@@ -55,9 +55,8 @@ class SampleEncoder:
         Args:
             media_bytes: gives the encoded file bytes of a segment (`Source.media_bytes`).
 
-        Raises:
-            BadSample: broken or oversized media; ``no_target`` if nothing in it is to be learnt;
-                ``token_out_of_range``; ``tools_invalid``; ``text_not_utf8``.
+        Raises BadSample: broken or oversized media; ``no_target`` if nothing in it is to be learnt;
+        ``token_out_of_range``; ``tools_invalid``; ``text_not_utf8``.
         """
         encoded = self._encode(sample, media_bytes, for_generation=False)
         if not (encoded.labels >= 0).any():

@@ -54,8 +54,7 @@ def log_mel(wave: np.ndarray, geometry: AudioGeometry = AudioGeometry()) -> np.n
     Returns:
         float32 [T // hop, n_mels]
 
-    Raises:
-        ValueError: `wave` is not one-dimensional or has no sample.
+    Raises ValueError: `wave` is not one-dimensional or has no sample.
     """
     if wave.ndim != 1 or not wave.size:
         raise ValueError(f"log_mel needs samples [T], T > 0, not {wave.shape}")
@@ -127,8 +126,7 @@ def image_patches(image: np.ndarray, geometry: VisionGeometry = VisionGeometry()
     Returns:
         patches float32 [P, patch_dim] and the grid int64 [3] = (1, H' / patch, W' / patch), P its product.
 
-    Raises:
-        BadSample: ``image_aspect_ratio``, sides that differ by more than 200.
+    Raises BadSample: ``image_aspect_ratio``, sides that differ by more than 200.
     """
     return _patches(torch.tensor(image)[None], "image", geometry.min_pixels, geometry.max_pixels, geometry)
 
@@ -142,8 +140,7 @@ def video_patches(frames: np.ndarray, geometry: VisionGeometry = VisionGeometry(
     Returns:
         patches float32 [P, patch_dim] and the grid int64 [3] = (ceil(T / temporal_patch), H' / patch, W' / patch).
 
-    Raises:
-        BadSample: ``video_no_frames``, ``video_aspect_ratio``.
+    Raises BadSample: ``video_no_frames``, ``video_aspect_ratio``.
     """
     if not len(frames):
         raise BadSample("video_no_frames", "the video has no frame")

@@ -155,10 +155,7 @@ def _damage_is(reason: str) -> Generator[None]:
 
 def decode_image(data: bytes, limits: MediaLimits = MediaLimits()) -> np.ndarray:
     """A picture as uint8 [H, W, 3], upright (EXIF), transparent parts on white; of an animation, the first frame.
-
-    Raises:
-        BadSample: ``wrong_type``, ``image_corrupt``, ``image_too_large``, ``image_aspect_ratio``.
-    """
+    Raises BadSample: ``wrong_type``, ``image_corrupt``, ``image_too_large``, ``image_aspect_ratio``."""
     _require(data, "image")
     with _damage_is("image_corrupt"):
         image = _open_image(data)
@@ -282,11 +279,8 @@ def _check_wave(wave: np.ndarray, reason: str) -> None:
 
 
 def decode_audio(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = MediaLimits()) -> np.ndarray:
-    """A recording as float32 [T], mono, at `sample_rate` Hz. The sound track of a video file is read too.
-
-    Raises:
-        BadSample: ``wrong_type``, ``audio_corrupt``, ``audio_empty``, ``audio_too_long``.
-    """
+    """A recording as float32 [T], mono, at `sample_rate` Hz. The sound track of a video file is read too. Raises
+    BadSample: ``wrong_type``, ``audio_corrupt``, ``audio_empty``, ``audio_too_long``."""
     name = _require(data, "audio")
     with _damage_is("audio_corrupt"):
         check_whole(data, name, "audio")
@@ -465,12 +459,8 @@ def _mux(container: Any, stream: Any, frames: Iterable[Any]) -> None:
 
 def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimits()) -> Video:
     """Frames sampled every 1 / fps seconds by their time stamps (a variable frame rate is read rightly), and the sound
-    track from the moment of the first frame on.
-
-    Raises:
-        BadSample: ``wrong_type``, ``video_corrupt``, ``video_no_frames``, ``video_too_large``, ``video_too_long``,
-            ``audio_too_long``.
-    """
+    track from the moment of the first frame on. Raises BadSample: ``wrong_type``, ``video_corrupt``,
+    ``video_no_frames``, ``video_too_large``, ``video_too_long``, ``audio_too_long``."""
     name = _require(data, "video")
     with _damage_is("video_corrupt"):
         check_whole(data, name, "video")
@@ -642,11 +632,8 @@ class MediaFacts:
 
 
 def probe(data: bytes, kind: Kind) -> MediaFacts:
-    """Size and length of a medium from its header, without decoding it.
-
-    Raises:
-        BadSample: ``wrong_type``, ``image_corrupt``, ``image_too_large``, ``audio_corrupt`` or ``video_corrupt``.
-    """
+    """Size and length of a medium from its header, without decoding it. Raises BadSample: ``wrong_type``,
+    ``image_corrupt``, ``image_too_large``, ``audio_corrupt`` or ``video_corrupt``."""
     name = _require(data, kind)
     with _damage_is(f"{kind}_corrupt"):
         if kind == "image":

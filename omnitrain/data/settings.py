@@ -28,8 +28,7 @@ class SourceConfig:
         limit: use only so many samples, evenly spaced over the source (for quick validation).
         samples: a ready `Source` instead of `path`, from Python alone.
 
-    Raises:
-        ValueError: a limit or a weight that cannot be.
+    Raises ValueError: a limit or a weight that cannot be.
     """
 
     name: str = ""
@@ -68,9 +67,7 @@ class AudioGeometry:
     """How a waveform becomes mel frames (Qwen3-Omni report section 2.2: 128 mels, 25 ms window, 10 ms hop at 16 kHz).
 
     `chunk_frames` is the length of the encoder's convolution chunks, which decides how many tokens an audio takes.
-
-    Raises:
-        ValueError: a number below 1.
+    Raises ValueError: a number below 1.
     """
 
     sample_rate: int = 16_000
@@ -89,10 +86,7 @@ class VisionGeometry:
 
     A picture is resized so that both sides are multiples of ``patch * merge`` and its area lies within `min_pixels` and
     `max_pixels`. A video is sampled at `fps`; its frames keep to `video_min_pixels` .. `video_max_pixels` each, and all
-    frames together to about ``video_total_pixels * temporal_patch``.
-
-    Raises:
-        ValueError: a number of zero or less.
+    frames together to about ``video_total_pixels * temporal_patch``. Raises ValueError: a number of zero or less.
     """
 
     patch: int = 16
@@ -134,11 +128,8 @@ class MediaLimits:
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """The most that one pack holds. None: no bound. `mel_frames` are 10 ms each; `patches` are counted before the
-    merge, so four of them become one token; `frames` are codec frames of spoken answers, 80 ms each.
-
-    Raises:
-        ValueError: a bound below 1.
-    """
+    merge, so four of them become one token; `frames` are codec frames of spoken answers, 80 ms each. Raises ValueError:
+    a bound below 1."""
 
     tokens: int = 4096
     mel_frames: int | None = None

@@ -174,8 +174,7 @@ def write_shards(
     Returns:
         The shards' paths; one empty shard for no samples.
 
-    Raises:
-        ValueError: a sample that does not fit the schema; the message names it.
+    Raises ValueError: a sample that does not fit the schema; the message names it.
     """
     from rich.progress import track
 
@@ -285,12 +284,9 @@ class MediaReader:
         self._groups = _RowGroups()
 
     def __call__(self, segment: Segment) -> bytes:
-        """The bytes of `segment`'s medium.
-
-        Raises:
-            BadSample: ``media_missing`` (no bytes and no path, nothing there, or nothing that can be read),
-                ``media_outside`` (an absolute path or one with ``..``), ``row_invalid`` (a data URI that is none).
-        """
+        """The bytes of `segment`'s medium. Raises BadSample: ``media_missing`` (no bytes and no path, nothing there, or
+        nothing that can be read), ``media_outside`` (an absolute path or one with ``..``), ``row_invalid`` (a data URI
+        that is none)."""
         if segment.media is not None:
             return segment.media
         if not segment.path:
@@ -468,11 +464,8 @@ class SampleSource(IndexedSource):
 
 
 def shard_files(path: Location) -> list[Path]:
-    """The shards that `path` (folder, file, glob or list) names, sorted by name; media tables are left out.
-
-    Raises:
-        FileNotFoundError: none there, or one of a numbered series (``-00001-of-00003``) is missing.
-    """
+    """The shards that `path` (folder, file, glob or list) names, sorted by name; media tables are left out. Raises
+    FileNotFoundError: none there, or one of a numbered series (``-00001-of-00003``) is missing."""
     if not isinstance(path, (str, Path)):
         files, nothing = [Path(file).expanduser() for file in path], "an empty list of shards"
     elif (given := Path(path).expanduser()).is_dir():
@@ -509,11 +502,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def read_conditions(where: Where, split: str | None = None) -> dict[str, list[Any]]:
-    """What `where` and `split` ask for: filter -> allowed values.
-
-    Raises:
-        ValueError: an unknown filter, or a share outside (0, 1].
-    """
+    """What `where` and `split` ask for: filter -> allowed values. Raises ValueError: an unknown filter, or a share
+    outside (0, 1]."""
     conditions = {
         key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         for key, value in (where or {}).items()
@@ -619,11 +609,8 @@ def _is_in(values: pa.Array, allowed: pa.Array) -> np.ndarray:
 
 
 def row_to_sample(row: pa.Table) -> Sample:
-    """The sample in a table of one row of `SCHEMA`.
-
-    Raises:
-        BadSample: ``text_not_utf8``, or ``row_invalid`` (unknown role or segment type, missing value, broken meta).
-    """
+    """The sample in a table of one row of `SCHEMA`. Raises BadSample: ``text_not_utf8``, or ``row_invalid`` (unknown
+    role or segment type, missing value, broken meta)."""
     try:
         values = row.to_pylist()[0]
     except UnicodeDecodeError as error:

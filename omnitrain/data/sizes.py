@@ -73,11 +73,8 @@ class SizedSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        """The `EncodedSample` number `index`: all token ids are 0, mel frames and patches have no values.
-
-        Raises:
-            BadSample: the real one is bad too.
-        """
+        """The `EncodedSample` number `index`: all token ids are 0, mel frames and patches have no values. Raises
+        BadSample: the real one is bad too."""
         row = self._rows[index]
         if row["bad"] is not None:
             raise BadSample(row["bad"], "found when the sizes were measured")

@@ -312,12 +312,9 @@ def _weights(stage: Stage, own: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def check_stages(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
-    """`stages`, or one endless stage if there is none.
-
-    Raises:
-        ValueError: ends that do not rise, an end in tokens on the last stage or none on another, weights or samples for
-            unknown sources, a stage with `samples` and `weights` or `until_tokens`, or without a sample.
-    """
+    """`stages`, or one endless stage if there is none. Raises ValueError: ends that do not rise, an end in tokens on
+    the last stage or none on another, weights or samples for unknown sources, a stage with `samples` and `weights` or
+    `until_tokens`, or without a sample."""
     stages = list(stages) or [Stage()]
     ends = [stage.until_tokens for stage in stages if stage.samples is None]
     if stages[-1].until_tokens is not None:

@@ -105,9 +105,8 @@ def talker_layout(
         codes: int64 [F, Q], the recording. F = 0 lays out the prompt of a generation: nothing is predicted in it.
         speaker_code: the voice's code.
 
-    Raises:
-        BadSample: "no_speakable_text" for an empty answer, "speech_shorter_than_text" if the recording ends before
-            its last word was given, "speech_bad_codes" for codes outside the codebook.
+    Raises BadSample: "no_speakable_text" for an empty answer, "speech_shorter_than_text" if the recording ends before
+    its last word was given, "speech_bad_codes" for codes outside the codebook.
     """
     answer, codes = np.asarray(answer_ids, dtype=np.int64), np.asarray(codes, dtype=np.int64)
     frames, words, users = len(codes), len(answer), len(user_ids)

@@ -33,10 +33,7 @@ class BadRow:
 
 def check_sample(sample: Sample, media_bytes: Callable[[Segment], bytes], limits: MediaLimits, fps: float) -> int:
     """Decode every medium of `sample`. Returns the number of its codec frames (which are read, not made sound of).
-
-    Raises:
-        BadSample: the first thing that is wrong with it.
-    """
+    Raises BadSample: the first thing that is wrong with it."""
     codec_frames = 0
     for segment in filter(has_medium, sample.segments):
         data = media_bytes(segment)

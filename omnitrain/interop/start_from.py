@@ -89,9 +89,8 @@ def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path
             `visual`, `thinker`), the other parts stay as they are. A Thinker may also come from a text model
             (`interop.text_model`).
 
-    Raises:
-        ValueError: an unknown part; a weight is missing, unknown or of another shape; parts that speak may be missing
-            as a whole. Others as `read_checkpoint`.
+    Raises ValueError: an unknown part; a weight is missing, unknown or of another shape; parts that speak may be
+    missing as a whole. Others as `read_checkpoint`.
     """
     notices = []
     for part, folder in init_from.items() if isinstance(init_from, Mapping) else [(None, init_from)]:

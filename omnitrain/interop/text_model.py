@@ -59,10 +59,8 @@ def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
     Word embeddings and output layer may be tied in the file; the Thinker's start equal and are trained apart. If the
     file has fewer rows than the model's vocabulary, the rows of further ids (special tokens, padding) are the mean of
     the file's rows: a token that nobody has seen is then as likely as an average one, not likelier than all others.
-
-    Raises:
-        CheckpointError: another architecture, other sizes than the model's (the message says which to set), more rows
-            than the model's vocabulary, a missing, unknown or wrong tensor.
+    Raises CheckpointError: another architecture, other sizes than the model's (the message says which to set), more
+    rows than the model's vocabulary, a missing, unknown or wrong tensor.
     """
     folder = Path(folder)
     section = Section.of(folder / "config.json")

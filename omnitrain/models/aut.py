@@ -106,9 +106,8 @@ class AuTEncoder(nn.Module):
         Returns:
             [T, out_dim], T = `output_lengths(mel_lengths).sum()`, recordings end to end.
 
-        Raises:
-            ValueError: if `mel_lengths` does not sum to F, a recording is empty, or the window is no whole number of
-                chunks.
+        Raises ValueError: if `mel_lengths` does not sum to F, a recording is empty, or the window is no whole number of
+        chunks.
         """
         config = self.config
         lengths = mel_lengths.tolist()

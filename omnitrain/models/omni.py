@@ -65,8 +65,7 @@ class OmniModel(nn.Module):
             aut_window_frames: attention window of the audio encoder (1 to 8 s), default the configuration's.
             cache: keys and values of earlier calls; the inputs are then the new positions only.
 
-        Raises:
-            ValueError: if the encoders make more or fewer features than `token_types` has places for.
+        Raises ValueError: if the encoders make more or fewer features than `token_types` has places for.
         """
         x, visual_mask, deepstack = self.embed(
             input_ids, token_types, mel, mel_lengths, patches, grid_thw, aut_window_frames=aut_window_frames

@@ -53,8 +53,7 @@ def build(
         talker, code2wav: fields to change, e.g. `talker={"layers": 2, "mtp": {"layers": 1}}`. Special codes follow
             `talker.codebook_size`; MTP's width, and the number and size of codebooks everywhere, follow the Talker's.
 
-    Raises:
-        ValueError: unknown preset or field (the message lists the valid ones), or fields of parts that are left out.
+    Raises ValueError: unknown preset or field (the message lists the valid ones), or fields of parts that are left out.
     """
     if preset not in PRESETS:
         raise ValueError(f"model.preset={preset!r}: no such preset; use one of {', '.join(PRESETS)}")

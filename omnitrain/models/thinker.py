@@ -62,8 +62,7 @@ class Thinker(nn.Module):
             visual_mask: bool [N], where `deepstack` goes.  deepstack: per level [visual_mask.sum(), D].
             cache: keys and values of earlier calls; `inputs_embeds` are then the new positions only.
 
-        Raises:
-            ValueError: if deepstack has more levels than there are layers, or not one row per visual position.
+        Raises ValueError: if deepstack has more levels than there are layers, or not one row per visual position.
         """
         config = self.config
         visual = _visual_rows(visual_mask, deepstack, config.layers)

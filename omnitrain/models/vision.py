@@ -130,8 +130,7 @@ class VisionEncoder(nn.Module):
         Returns:
             features [P / merge^2, out_dim], and deepstack features, one [P / merge^2, out_dim] per level.
 
-        Raises:
-            ValueError: if the grids do not sum to P, or a height or width is no multiple of `merge`.
+        Raises ValueError: if the grids do not sum to P, or a height or width is no multiple of `merge`.
         """
         config = self.config
         grids = grid_thw.tolist()

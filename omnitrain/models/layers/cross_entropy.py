@@ -29,8 +29,7 @@ def chunked_cross_entropy(
         after the forward pass if every position counts alike in the loss (`nll.sum() * c`); other weightings per
         position are exact too, at the price of computing the logits again.
 
-    Raises:
-        ValueError: if a label lies outside [0, V).
+    Raises ValueError: if a label lies outside [0, V).
     """
     rows = (labels != ignore_index).nonzero().squeeze(1)
     targets = labels[rows]
