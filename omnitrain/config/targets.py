@@ -194,6 +194,4 @@ def check_inside(node: Named, run_dir: Path, place: str) -> None:
         if not isinstance(value, str) or not ("/" in value or "\\" in value or ".." in value or "~" in value):
             continue
         if "://" in value or value.startswith("~") or not (run_dir / value).resolve().is_relative_to(run_dir.resolve()):
-            raise ForbiddenTarget(
-                f"{where}.{key}={value}: leads out of the run folder, where all that a run writes lies"
-            )
+            raise ForbiddenTarget(f"{where}.{key}={value}: leads out of the run folder, where a run writes")

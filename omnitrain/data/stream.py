@@ -318,9 +318,7 @@ def check_stages(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
     stages = list(stages) or [Stage()]
     ends = [stage.until_tokens for stage in stages if stage.samples is None]
     if stages[-1].until_tokens is not None:
-        raise ValueError(
-            f"the last data stage has until_tokens {ends[-1]}; leave it out, the trainer's max_steps ends a run"
-        )
+        raise ValueError(f"the last data stage has until_tokens {ends[-1]}; leave it out: max_steps ends a run")
     given = [end for end in ends if end is not None]
     endless = [number for number, stage in enumerate(stages[:-1]) if stage.samples is None is stage.until_tokens]
     if endless or sorted(set(given)) != given:

@@ -232,9 +232,7 @@ class Speaker:
     def __init__(self, model: OmniModel, tokenizer: ChatTokenizer, *, compile: bool = False) -> None:
         if model.talker is None or model.code2wav is None:
             lacks = " and ".join(n for n, part in (("Talker", model.talker), ("Code2Wav", model.code2wav)) if not part)
-            raise ValueError(
-                f"the model has no {lacks}, so it cannot speak; build it with speech=true, or load it with its speech"
-            )
+            raise ValueError(f"the model has no {lacks}, so it cannot speak; build or load it with speech=true")
         self.model, self.tokenizer = model, tokenizer
         self.talker, self.code2wav = model.talker, model.code2wav
         c, wave = self.talker.config, self.code2wav.config
@@ -569,9 +567,7 @@ def speak_batch(
     Raises ValueError: the sessions have several `Speaker`s.  Others as `SpeechSession.answer`.
     """
     if any(session.speaker is not sessions[0].speaker for session in sessions):
-        raise ValueError(
-            "sessions of one batch must share one Speaker: SpeechSession(..., speaker=Speaker(model, ...))"
-        )
+        raise ValueError("sessions of a batch must share one Speaker: SpeechSession(..., speaker=Speaker(model, ...))")
     answers: list[_Answer] = []
     try:
         for session, asked, text in zip(sessions, messages, texts or [None] * len(sessions), strict=True):

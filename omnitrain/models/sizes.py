@@ -90,9 +90,7 @@ class AuTConfig(_Sizes):
         """Convolution chunks in an attention window of so many mel frames. ValueError if they are no whole number."""
         chunks, rest = divmod(window_frames, self.chunk_frames)
         if rest or chunks < 1:
-            raise ValueError(
-                f"window_frames ({window_frames}) must be a positive multiple of {self.chunk_frames} frames"
-            )
+            raise ValueError(f"window_frames ({window_frames}) must be a positive multiple of {self.chunk_frames}")
         return chunks
 
 
@@ -223,9 +221,7 @@ class ThinkerConfig(DecoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.accept_hidden_layer < self.layers:
-            raise ValueError(
-                f"accept_hidden_layer ({self.accept_hidden_layer}) must lie in 0..{self.layers - 1} (layers - 1)"
-            )
+            raise ValueError(f"accept_hidden_layer ({self.accept_hidden_layer}) must lie in 0..layers - 1")
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has experts."""
@@ -484,9 +480,7 @@ class DiscriminatorConfig(_Sizes):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.periods and not self.stft_windows:
-            raise ValueError(
-                "discriminator.periods and discriminator.stft_windows are both empty: nothing would discriminate"
-            )
+            raise ValueError("discriminator.periods and discriminator.stft_windows are empty: nothing discriminates")
 
 
 # ------------------------------------------------------------------------------------------------------ the whole model

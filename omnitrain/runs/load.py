@@ -114,9 +114,7 @@ def _is_run(folder: Path, public: str, hint: str = "") -> bool:
     """Whether `folder` is that of a run with a checkpoint; if not, it has a config.json."""
     if (folder / CONFIG).is_file():
         if not (folder / LAST_CHECKPOINT).is_file():
-            raise FileNotFoundError(
-                f"{folder / LAST_CHECKPOINT} does not exist: this run has not written a checkpoint yet"
-            )
+            raise FileNotFoundError(f"{folder / LAST_CHECKPOINT} is missing: this run has not written a checkpoint yet")
         return True
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder{hint}")

@@ -57,9 +57,7 @@ def schedule_factor(config: OptimConfig, total_steps: int) -> Callable[[int], fl
     & Hutter 2017, arXiv 1608.03983. ValueError if a decaying schedule has no positive `total_steps`.
     """
     if config.schedule != "constant" and total_steps <= 0:
-        raise ValueError(
-            f"optim.schedule={config.schedule} needs its length: set trainer.max_steps or optim.total_steps"
-        )
+        raise ValueError(f"optim.schedule={config.schedule} needs a length: set trainer.max_steps or optim.total_steps")
     floor = config.min_lr_ratio
     decay_steps = max(1, round(total_steps * config.decay_fraction))
 

@@ -75,9 +75,7 @@ class CausalConv1d(StreamingModule):
     def step(self, x: Tensor, state: ConvState) -> Tensor:
         """[B, C, t] -> [B, C', t / stride]. ValueError if t is no multiple of the stride."""
         if x.shape[-1] % self.stride:
-            raise ValueError(
-                f"a piece of {x.shape[-1]} columns is no multiple of the convolution's stride {self.stride}"
-            )
+            raise ValueError(f"a piece of {x.shape[-1]} columns is no multiple of the stride {self.stride}")
         if x.shape[-1] == 0:
             return self(x)
         return self.conv(state.extend(x))
