@@ -157,11 +157,12 @@ class TrainingModule(L.LightningModule):
     def schedule(self, config: OptimConfig, *optimizers: Optimizer) -> LambdaLR:
         """The learning rate of the first of them. What the configuration says of each group of parameters is kept: a
         restored optimizer has what it was saved with."""
+        schedule = LambdaLR(optimizers[0], schedule_factor(config, config.total_steps or self.trainer.max_steps))
         self._configured = [
             [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in o.param_groups]
             for o in optimizers
         ]
-        return LambdaLR(optimizers[0], schedule_factor(config, config.total_steps or self.trainer.max_steps))
+        return schedule  # made first: it writes `initial_lr` into the groups
 
     def _apply_configured(self) -> None:
         """A resumed run goes on with its configuration's rates, decay and betas; and, where its length is another, with
