@@ -8,7 +8,7 @@ picture or a recording. All variants start from the same weights (a random model
 the public format). Each runs in its own process, so that peak memory is its own. transformers runs on the padded
 batch and also one document at a time (no padding; gradients accumulated), both with each of its expert
 implementations. One by one is another computation than the batch's in one respect: its balance loss is that of each
-document alone. All variants keep freed memory in the process (`omnitrain.training.allocator`), which helps them alike.
+document alone. All variants keep freed memory in the process (`speed.allocator`), which helps them alike.
 
 Columns. tokens/s: *real* tokens (padding is not counted) over the fastest of the steps after a warm-up. memory:
 growth of the process's peak resident memory (`ru_maxrss`; on CUDA `max_memory_allocated`) from after the imports, so
@@ -287,7 +287,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
         import transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe  # noqa: F401
 
     if args.device == "cpu":
-        from omnitrain.training.allocator import keep_freed_memory
+        from speed.allocator import keep_freed_memory
 
         keep_freed_memory()
     torch.manual_seed(0)

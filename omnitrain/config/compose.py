@@ -278,10 +278,13 @@ def check_command_line(
                 raise ConfigError(f"{text}: nothing reads a key '{key}'; did you mean +{near[0]}={value}?")
 
 
+_REFUSED = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a word as the index of a list
+
+
 def _composed(overrides: list[str], config_name: str) -> DictConfig:
     try:
         return compose(config_name, overrides=overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except _REFUSED as error:
         raise ConfigError(_explain(error, overrides, config_name)) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"a configuration file cannot be read: {' '.join(str(error).split())}") from error
@@ -405,9 +408,11 @@ def _explain(error: Exception, overrides: list[str], config_name: str) -> str:
     for text in overrides:
         try:
             compose(config_name, overrides=[*good, text])
-        except (HydraException, OmegaConfBaseException):
+        except _REFUSED as refusal:
             if hint := _nearest(text, good, config_name):
                 return f"{text}: {hint}"
+            if isinstance(refusal, ValueError):
+                return f"{text}: the key's parent is a list, whose keys are numbers ({refusal})"
         else:
             good.append(text)
     message = str(error).strip()
@@ -429,7 +434,7 @@ def _nearest(text: str, good: list[str], config_name: str) -> str | None:
         return f"there is no {key} '{value}'; {hint}"
     try:
         cfg = compose(config_name, overrides=good)
-    except (HydraException, OmegaConfBaseException):
+    except _REFUSED:
         return None
     tree = OmegaConf.to_container(cfg, resolve=False)
     keys = {f"{where}.{name}".lstrip("."): node for where, name, node in walk(tree)}

@@ -44,6 +44,7 @@ def test_cfg_job_prints_and_runs_nothing(tmp_path, monkeypatch, capsys) -> None:
         ("model.thinker.layer=3", "model.thinker.layers=3"),
         ("+debug=fastt", "+debug=fast"),
         ("sed=1", "seed=1"),
+        ("trainer.plugins.a=1", "no key 'trainer.plugins.a'"),
         ("optim.lr=[1", "optim.lr=[1"),
         ("data.vocab=${nothing.here}", "nothing.here"),
         ("nonsense", "neither an override"),
