@@ -368,6 +368,7 @@ def test_the_talker_may_end_and_says_no_other_special_code(models, monkeypatch) 
         return scores
 
     monkeypatch.setattr(models.speaker.talker, "logits", tempting)
+    monkeypatch.setattr(models.speaker, "forbidden", Speaker(models.model, models.tokenizer).forbidden)  # untouched
     found = Heard(session(models, chat).answer(chat[-1]))
     assert (len(found.pieces), found.reason) == (0, "end")
 
