@@ -296,7 +296,8 @@ def _needs_ffmpeg(data: bytes, name: str) -> bool:
     recordings are) it reads the first."""
     if name == "ogg":
         return any(next_begins and not begins for begins, next_begins in pairwise(ogg_pages(data)))
-    return name not in ("wav", "flac", "aiff", "au") or data[12:16] + data[20:22] == b"fmt U\0"  # MP3 in WAV
+    mp3_in_wav = data[12:16] + data[20:22] == b"fmt U\0"
+    return mp3_in_wav or name not in ("wav", "flac", "aiff", "au", "caf", "w64")
 
 
 _UNKNOWN = 2**48

@@ -88,6 +88,18 @@ def test_headers_that_lie_are_found_out(name) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
 
 
+@pytest.mark.parametrize(
+    "format", ["WAV/IMA_ADPCM", "AIFF/FLOAT", "AU/ULAW", "CAF/ALAC_16", "W64/FLOAT", "RF64/PCM_24"]
+)
+def test_uncommon_sound_files_give_all_their_samples(format) -> None:
+    container, codec = format.split("/")
+    tone, buffer = 0.3 * np.sin(np.arange(48_384) * 0.1), io.BytesIO()
+    soundfile.write(buffer, tone, 16_000, format=container, subtype=codec)
+    wave = decode_audio(buffer.getvalue())
+    assert len(wave) - 48_384 in range(512)  # ADPCM fills its last block
+    np.testing.assert_allclose(wave[1000:48_384], tone[1000:], atol=0.03)
+
+
 def test_no_file_is_taken_for_another_kind() -> None:
     for name, format in corrupt.FORMATS.items():
         data = format.make()
