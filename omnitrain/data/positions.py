@@ -5,11 +5,13 @@ constant and h, w are row and column; inside a video t follows the clock at `ids
 with its sound is one span whose audio and video tokens are merged in the order of their t ids, video first on ties.
 
 The numbers are those of the reference implementation (`get_rope_index` of `transformers`' `qwen3_omni_moe`), also in
-the two places where it is finer or coarser than the report's text:
+the three places where it is finer or coarser than the report's text:
 
 * ids are *real* numbers. A video of 4 frames/s has a grid every 0.5 s = 6.5 ids, the reference does not round, and
   whatever follows the video starts at a fraction too. Hence float32 arrays; ids are exact whenever
   `seconds_per_grid * ids_per_second` is (13 for the usual 2 frames/s).
+* tokens are merged by ids in double precision from 0, ids by themselves in float32 where the span stands: where the two
+  nearly tie (at 3 frames/s, not at the usual 2), a token of one may carry the id of its neighbour.
 * the span after a video with sound starts one after the largest id of that span's *last unmixed run*, the tokens left
   over once the other of the two ran out. This is the largest id of the span unless a picture side (in merged patches)
   exceeds the video's length in ids.
@@ -107,9 +109,10 @@ def span_tokens(span: Span, merge: int = 2) -> int:
 def audio_video_order(
     grid_thw: Grid, seconds_per_grid: float, n_audio: int, merge: int = 2, ids_per_second: float = 13
 ) -> np.ndarray:
-    """How the tokens of a video and of its sound are merged, by t id, on ties the video first: bool
-    [n_video + n_audio], True where a video token stands."""
-    return _merge_order(_grid_ids(grid_thw, seconds_per_grid, merge, ids_per_second)[0], n_audio)
+    """How the tokens of a video and of its sound are merged, by t id counted from 0 in double precision, on ties the
+    video first: bool [n_video + n_audio], True where a video token stands."""
+    grids = np.arange(grid_thw[0]).repeat(vision_tokens(grid_thw, merge) // int(grid_thw[0]))
+    return _merge_order(grids * seconds_per_grid * ids_per_second, np.arange(n_audio))
 
 
 def tm_rope_positions(spans: Sequence[Span], merge: int = 2, ids_per_second: float = 13) -> np.ndarray:
@@ -136,7 +139,7 @@ def tm_rope_positions(spans: Sequence[Span], merge: int = 2, ids_per_second: flo
                 ids = last = _grid_ids(grid_thw, seconds_per_grid, merge, ids_per_second)
             case AudioVideoSpan(grid_thw, seconds_per_grid, n_audio):
                 video = _grid_ids(grid_thw, seconds_per_grid, merge, ids_per_second)
-                is_video = _merge_order(video[0], n_audio)
+                is_video = _merge_order(video[0] + start, np.arange(n_audio, dtype=np.float32) + start)
                 ids = np.empty((3, len(is_video)), dtype=np.float32)
                 ids[:, is_video] = video
                 ids[:, ~is_video] = np.arange(n_audio, dtype=np.float32)
@@ -161,6 +164,6 @@ def _grid_ids(grid_thw: Grid, seconds_per_grid: float, merge: int, ids_per_secon
     return ids
 
 
-def _merge_order(video_t: np.ndarray, n_audio: int) -> np.ndarray:
-    t = np.concatenate([video_t, np.arange(n_audio, dtype=np.float32)])
+def _merge_order(video_t: np.ndarray, audio_t: np.ndarray) -> np.ndarray:
+    t = np.concatenate([video_t, audio_t])
     return np.argsort(t, kind="stable") < len(video_t)  # stable: on ties what comes first in `t`, the video

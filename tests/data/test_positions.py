@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -65,7 +67,8 @@ def reference():
     config.vision_end_token_id = VISION_END
     model = Qwen3OmniMoeThinkerForConditionalGeneration(config)
 
-    def ids(spans: list[Span], with_sound: bool) -> np.ndarray:
+    def ids(spans: list[Span], with_sound: bool, ids_per_second: int = 13) -> np.ndarray:
+        model.config.position_id_per_seconds = ids_per_second
         tokens: list[int] = []
         images, videos, seconds, audios = [], [], [], []
         for span in spans:
@@ -82,7 +85,7 @@ def reference():
                     tokens += [VISION_START, *[VIDEO] * vision_tokens(grid), VISION_END]
                     videos.append(grid), seconds.append(s)
                 case AudioVideoSpan(grid, s, n):
-                    order = audio_video_order(grid, s, n)
+                    order = audio_video_order(grid, s, n, ids_per_second=model.config.position_id_per_seconds)
                     tokens += [
                         VISION_START,
                         AUDIO_START,
@@ -106,6 +109,31 @@ def reference():
         return out[:, 0].numpy()
 
     return ids
+
+
+@pytest.mark.parametrize("ids_per_second", [13, 25])
+def test_ties_of_picture_and_sound(reference, ids_per_second: int) -> None:
+    """Order of the processor's placeholders and ids of the model, where some ids of the two nearly agree."""
+    from transformers import Qwen3OmniMoeProcessor
+
+    writer = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2), audio_bos_token="", audio_eos_token="", video_token="v",
+        audio_token="a",
+    )  # fmt: skip
+    for fps in range(1, 31):
+        for grids, before in ((4, 1), (30, 1), (30, 77)):
+            grid, per_grid = (grids, 2, 4), 2 / fps
+            n_audio = round(grids * per_grid * ids_per_second) + 3
+            placeholders = Qwen3OmniMoeProcessor.replace_video_with_audio_token(
+                writer,
+                {"video_grid_thw": [grid], "video_second_per_grid": [per_grid]}, 0,
+                {"num_audio_tokens": [n_audio]}, 0, position_id_per_seconds=ids_per_second,
+            )  # fmt: skip
+            order = audio_video_order(grid, per_grid, n_audio, ids_per_second=ids_per_second)
+            assert "".join(np.where(order, "v", "a")) == placeholders, (fps, grids)
+            spans: list[Span] = [TextSpan(before), AudioVideoSpan(grid, per_grid, n_audio), TextSpan(3)]
+            found = tm_rope_positions(marked(spans), ids_per_second=ids_per_second)
+            np.testing.assert_array_equal(found, reference(spans, True, ids_per_second), err_msg=str((fps, grids)))
 
 
 def marked(spans: list[Span]) -> list[Span]:
