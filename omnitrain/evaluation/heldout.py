@@ -300,15 +300,13 @@ def _text_scores(rows: Sequence[_Row]) -> dict[str, Any]:
 
 
 def _loss_scores(rows: Sequence[_Row], seed: int) -> dict[str, Any]:
-    """Loss over all targets, with an interval of the mean per sample weighted by its targets."""
+    """Loss over all targets with its interval, in nats per token, and in bits per byte."""
     losses = [r.loss for r in rows if r.loss is not None]
     nats, tokens = sum(x.nats for x in losses), sum(x.tokens for x in losses)
     size = sum(x.target_bytes for x in losses)
-    # Ratio estimator: nats_i * n / tokens averages to nats per token over all targets.
+    groups = [r.sample.concept or r.sample.id for r in rows if r.loss is not None]
     interval = bootstrap_interval(
-        [x.nats * len(losses) / tokens for x in losses],
-        groups=[r.sample.concept or r.sample.id for r in rows],
-        seed=seed,
+        [x.nats for x in losses], weights=[x.tokens for x in losses], groups=groups, seed=seed
     )
     scores: dict[str, Any] = {
         "samples": len(losses), "tokens": tokens, "bytes": size,
@@ -369,8 +367,8 @@ def _swap_records(
             gain = swap_gain(of, seed=seed)
             records.append({
                 "modality": modality, "split": split, "task": task, "pairs": len(of),
-                "own": float(np.mean([s.own for s in of])) if of else None,
-                "swapped": float(np.mean([s.swapped for s in of])) if of else None,
+                "own": float(np.average([s.own for s in of], weights=[s.tokens for s in of])) if of else None,
+                "swapped": float(np.average([s.swapped for s in of], weights=[s.tokens for s in of])) if of else None,
                 "gain": {**asdict(gain), "above_zero": gain.above_zero} if gain else None,
                 "without_partner": sum(test.without_partner for test in tests),
                 "skipped": dict(sum((Counter(test.skipped) for test in tests), Counter())),

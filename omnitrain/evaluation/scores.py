@@ -98,7 +98,7 @@ class Scores:
             "exact_match": (self.exact_match, ones),
             "chrf": (self.chrf, ones),
             "wer": (self.word_errors, self.words),
-            "swap_gain": (self.swapped_loss - self.loss, ones),
+            "swap_gain": ((self.swapped_loss - self.loss) * self.tokens, self.tokens),
         }[measure.name]
 
     def where(self, **conditions: Collection[str]) -> np.ndarray:
