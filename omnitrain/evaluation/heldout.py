@@ -30,16 +30,7 @@ from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import answer_samples
 from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, drawn_losses, media_segments, media_swap, swap_gain
-from omnitrain.evaluation.metrics import (
-    UnigramBaseline,
-    bits_per_byte,
-    cer,
-    chrf,
-    exact_match,
-    normalise,
-    sentence_chrf,
-    wer,
-)
+from omnitrain.evaluation.metrics import UnigramBaseline, bits_per_byte, cer, chrf, exact_match, normalise, wer
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import HeldoutEvaluation
 from omnitrain.evaluation.teacher_forced import SampleLoss
@@ -407,7 +398,7 @@ def write_predictions(rows: Iterable[_Row], path: Path) -> None:
                 "id": sample.id, "source": sample.source, "split": sample.split, "modality": sample.modality,
                 "task": sample.task, "concept": sample.concept, "languages": list(sample.languages),
                 "prompt": prompt_text(sample), "reference": reference, "prediction": prediction,
-                "chrf": None if prediction is None else sentence_chrf(prediction, reference),
+                "chrf": None if prediction is None else chrf([prediction], [reference]),
                 "exact_match": None if prediction is None else normalise(prediction) == normalise(reference),
                 "loss": loss.per_token, "tokens": loss.tokens, "bytes": loss.target_bytes,
                 "unigram_loss": None if row.unigram_nats is None else row.unigram_nats / max(1, loss.tokens),

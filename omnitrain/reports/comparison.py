@@ -136,7 +136,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _items(path: Path, name: str) -> pa.Table:
     table = read_table(path, SCORE_COLUMNS)
-    for column, value in (("match", ""), ("arm", name), ("seed", 0)):
+    for column, value in (("match", ""), ("arm", name), ("seed", 0), ("sentence", "")):
         table = table.append_column(column, pa.array([value] * len(table)))
     return table
 

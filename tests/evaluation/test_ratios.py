@@ -68,7 +68,7 @@ def runs(nats: np.ndarray, measure: Measure, seeds: int = 1) -> pa.Table:
             "modality": "image", "task": "caption", "concept": "", "languages": ["en"],
             "loss": 2.0 + (scale * own / tokens if arm == "omni_early" else 0.0), "tokens": int(tokens),
             "bytes": int(tokens), "exact_match": None, "chrf": None, "swapped_loss": None, "reference": "a",
-            "prediction": None,
+            "prediction": None, "sentence": "new",
         }
         for arm in ("vision", "omni_early") for seed in range(seeds)
         for i, (own, tokens) in enumerate(zip(nats, TOKENS, strict=True))
