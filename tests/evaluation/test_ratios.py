@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -123,6 +124,16 @@ def test_word_errors() -> None:
     heard = [" ".join(["no"] * 3 * k + ["yes"] * 7 * k) for k in range(1, 21)]
     words, _ = error_rates(heard, texts)
     assert (words.mean, words.low, words.high) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_one_concept_is_redrawn_as_a_whole() -> None:
+    rows = []
+    for i, (nats, tokens) in enumerate([(3.0, 1), (4.0, 2), (20.0, 4)]):
+        sample, loss = replace(text_sample(i), concept="one"), SampleLoss(nats=nats, tokens=tokens, target_bytes=tokens)
+        rows.append(heldout._Row(Drawn(sample, Samples([sample])), loss=loss, unigram_nats=5.0 * tokens))
+    found = heldout._loss_scores(rows, seed=0)
+    assert [found[name] for name in ("loss", "loss_low", "loss_high")] == pytest.approx([27 / 7] * 3)
+    assert found["unigram_loss"] == pytest.approx(5.0)
 
 
 def test_one_weight_for_each_value() -> None:

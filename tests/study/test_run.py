@@ -272,14 +272,19 @@ def test_sentences_that_were_read_are_found_in_whatever_text() -> None:
 
     class Broken(list):
         def __getitem__(self, index: Any) -> Any:
-            raise BadSample("media_missing", "no such file")
+            if index == 0:
+                raise BadSample("media_missing", "no such file")
+            return super().__getitem__(index)
 
-    trained = [[sample("Say this in Spanish: A sledge.", "Un trineo.")], [sample("Birds: a crow, and a red\nkite!")]]
+    trained = [
+        [sample("Say this in Spanish: A sledge.", "Un trineo.")],
+        Broken([0, sample("Birds: a crow, and a red\nkite!")]),
+    ]
     texts = {
         "A sledge.": "read", "un  TRINEO": "read", "A crow.": "read", "A red kite.": "read",
         "A crow and a sledge.": "new", "A red.": "read", "A kit.": "new", "Un trineo. Birds": "new", "Un oso.": "new",
     }  # fmt: skip
-    assert dict(zip(texts, sentences(texts, [*trained, Broken([1])]), strict=True)) == texts
+    assert dict(zip(texts, sentences(texts, trained), strict=True)) == texts
 
 
 def test_another_configuration_or_other_data_are_not_mixed_in(tmp_path: Path) -> None:
