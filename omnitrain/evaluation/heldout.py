@@ -30,16 +30,7 @@ from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import answer_samples
 from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, drawn_losses, media_segments, media_swap, swap_gain
-from omnitrain.evaluation.metrics import (
-    UnigramBaseline,
-    bits_per_byte,
-    cer,
-    chrf,
-    exact_match,
-    normalise,
-    sentence_chrf,
-    wer,
-)
+from omnitrain.evaluation.metrics import UnigramBaseline, bits_per_byte, cer, chrf, exact_match, normalise, wer
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import HeldoutEvaluation
 from omnitrain.evaluation.teacher_forced import SampleLoss
@@ -300,15 +291,13 @@ def _text_scores(rows: Sequence[_Row]) -> dict[str, Any]:
 
 
 def _loss_scores(rows: Sequence[_Row], seed: int) -> dict[str, Any]:
-    """Loss over all targets, with an interval of the mean per sample weighted by its targets."""
+    """Loss over all targets with its interval, in nats per token, and in bits per byte."""
     losses = [r.loss for r in rows if r.loss is not None]
     nats, tokens = sum(x.nats for x in losses), sum(x.tokens for x in losses)
     size = sum(x.target_bytes for x in losses)
-    # Ratio estimator: nats_i * n / tokens averages to nats per token over all targets.
+    groups = [r.sample.concept or r.sample.id for r in rows if r.loss is not None]
     interval = bootstrap_interval(
-        [x.nats * len(losses) / tokens for x in losses],
-        groups=[r.sample.concept or r.sample.id for r in rows],
-        seed=seed,
+        [x.nats for x in losses], weights=[x.tokens for x in losses], groups=groups, seed=seed
     )
     scores: dict[str, Any] = {
         "samples": len(losses), "tokens": tokens, "bytes": size,
@@ -369,8 +358,8 @@ def _swap_records(
             gain = swap_gain(of, seed=seed)
             records.append({
                 "modality": modality, "split": split, "task": task, "pairs": len(of),
-                "own": float(np.mean([s.own for s in of])) if of else None,
-                "swapped": float(np.mean([s.swapped for s in of])) if of else None,
+                "own": float(np.average([s.own for s in of], weights=[s.tokens for s in of])) if of else None,
+                "swapped": float(np.average([s.swapped for s in of], weights=[s.tokens for s in of])) if of else None,
                 "gain": {**asdict(gain), "above_zero": gain.above_zero} if gain else None,
                 "without_partner": sum(test.without_partner for test in tests),
                 "skipped": dict(sum((Counter(test.skipped) for test in tests), Counter())),
@@ -409,7 +398,7 @@ def write_predictions(rows: Iterable[_Row], path: Path) -> None:
                 "id": sample.id, "source": sample.source, "split": sample.split, "modality": sample.modality,
                 "task": sample.task, "concept": sample.concept, "languages": list(sample.languages),
                 "prompt": prompt_text(sample), "reference": reference, "prediction": prediction,
-                "chrf": None if prediction is None else sentence_chrf(prediction, reference),
+                "chrf": None if prediction is None else chrf([prediction], [reference]),
                 "exact_match": None if prediction is None else normalise(prediction) == normalise(reference),
                 "loss": loss.per_token, "tokens": loss.tokens, "bytes": loss.target_bytes,
                 "unigram_loss": None if row.unigram_nats is None else row.unigram_nats / max(1, loss.tokens),

@@ -20,7 +20,7 @@ LEVEL = 0.95  # of every interval
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean with its bootstrap interval. `n` samples in `groups` independently drawn groups."""
+    """A mean or a ratio of sums with its bootstrap interval. `n` samples in `groups` independently drawn groups."""
 
     mean: float
     low: float
@@ -96,25 +96,31 @@ def bootstrap(
 def bootstrap_interval(
     values: ArrayLike,
     *,
+    weights: ArrayLike | None = None,
     groups: Iterable[str] | None = None,
     combine: Callable[[np.ndarray], float] | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """A mean with its `bootstrap` interval, or a score that is made of sums over samples (word error rate, BLEU).
+    """A mean, sum of `values` / sum of `weights`, or another score of sums over samples (BLEU), with its `bootstrap`
+    interval. All of its sums are redrawn together.
 
     Args:
-        values: float [n], one per sample; with `combine` float [n, S], the statistics of each.
+        values: float [n], one per sample, e.g. its nats or its errors; with `combine` float [n, S], its statistics.
+        weights: float [n], e.g. its tokens, bytes or words; without it 1 each.
         groups: one name per sample, e.g. its concept. Samples of one group are not independent, so whole groups are
             redrawn (the mean stays the mean over samples); without it every sample is its own group.
         combine: sums of the statistics, float64 [S], to the score; NaN where there is none.
 
-    Raises ValueError if there are no values, or not one group per value.
+    Raises ValueError if there are no values, or not one weight and one group per value.
     """
     data = np.asarray(values, dtype=np.float64)
     if data.ndim != (1 if combine is None else 2) or not len(data):
         raise ValueError(f"an interval needs at least one value in one dimension, got shape {data.shape}")
-    columns = np.stack([data, np.ones(len(data))]) if combine is None else data.T
+    weight = np.ones(len(data)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weight.shape != data.shape[:1]:
+        raise ValueError(f"{len(data)} values but weights of shape {weight.shape}: give one weight per value")
+    columns = np.stack([data, weight]) if combine is None else data.T
     sums = columns if groups is None else _group_sums(columns, groups, "value")  # [S, groups]
     n_groups = sums.shape[1]
     by_group = np.ascontiguousarray(sums.T)
@@ -124,7 +130,7 @@ def bootstrap_interval(
             return (drawn @ sums[0]) / (drawn @ sums[1])
         return np.array([combine(row) for row in drawn @ by_group])
 
-    value = float(data.mean()) if combine is None else combine(data.sum(0))
+    value = float(data.sum() / weight.sum()) if combine is None else combine(data.sum(0))
     low, high = bootstrap(score, n_groups, resamples=resamples, seed=seed)
     return Interval(mean=value, low=low, high=high, n=len(data), groups=n_groups)
 

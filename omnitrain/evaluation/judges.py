@@ -154,25 +154,17 @@ def recognise(wav: np.ndarray, sample_rate: int, grammar_words: Sequence[str] | 
     return "" if found is None else re.sub(r"\(\d+\)", "", found.hypstr)
 
 
-def _rate_interval(counts: Sequence[tuple[int, int]]) -> Interval:
-    """Total edits over total length. Every word (or character) stands for itself, with its utterance as its group:
-    then the mean is the corpus's error rate, and whole utterances are redrawn."""
-    wrong, lengths = np.asarray(counts).T
-    values = np.repeat(wrong / lengths, lengths)
-    return bootstrap_interval(values, groups=[str(i) for i in np.repeat(np.arange(len(lengths)), lengths)])
-
-
 def error_rates(heard: Sequence[str], texts: Sequence[str]) -> tuple[Interval, Interval]:
     """Word and character error rate of recognised speech, as `metrics.wer` and `cer` of `spoken_form`, each with its
-    bootstrap interval over utterances (`n` counts words and characters). Raises ValueError where there is not one text
-    for each, or one without words."""
+    bootstrap interval over utterances. Raises ValueError where there is not one text for each, or one without words."""
     if len(heard) != len(texts) or not texts:
         raise ValueError(f"{len(heard)} recognised utterances against {len(texts)} texts: give one for each")
     if empty := [text for text in texts if not spoken_form(text)]:
         raise ValueError(f"an error rate needs texts with at least one word, got {empty[0]!r}")
     pairs = [(spoken_form(text), spoken_form(said)) for text, said in zip(texts, heard, strict=True)]
-    words, characters = ([edits(*pair, characters=letters) for pair in pairs] for letters in (False, True))
-    return _rate_interval(words), _rate_interval(characters)
+    counts = (np.array([edits(*pair, characters=letters) for pair in pairs]) for letters in (False, True))
+    words, characters = (bootstrap_interval(wrong, weights=lengths) for wrong, lengths in (of.T for of in counts))
+    return words, characters
 
 
 # ------------------------------------------------------------------------------------------------------ whose voice

@@ -105,13 +105,15 @@ def with_media_of(own: Drawn, partner: Drawn) -> Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Swap:
-    """One sample's losses, nats per target token, with its own medium and, on average, with its partners'."""
+    """One sample's losses, nats per target token, with its own medium and, on average, with its partners'; `tokens`:
+    how many targets it has."""
 
     id: str
     partners: tuple[str, ...]
     concept: str
     own: float
     swapped: float
+    tokens: int
 
     @property
     def gain(self) -> float:
@@ -123,8 +125,8 @@ class MediaSwap:
     """Result of the test over a set of samples.
 
     Attributes:
-        gain: mean of swapped - own, nats per target token, with its interval (resampled over concepts); None when
-            there was no pair.
+        gain: swapped - own over all targets, nats per target token, with its interval (resampled over concepts); None
+            when there was no pair.
         swaps: one per scored sample.
         without_partner: samples that no other was fit for.
         skipped: samples that could not be encoded, by reason.
@@ -166,6 +168,7 @@ def media_swap(
             partners=tuple(drawn[p].sample.id for p, _ in losses),
             concept=drawn[i].sample.concept or drawn[i].sample.id,
             own=loss.per_token,
+            tokens=loss.tokens,
             swapped=sum(nats for _, nats in losses) / len(losses),
         )
         for i, losses in found.items()
@@ -176,10 +179,11 @@ def media_swap(
 
 
 def swap_gain(swaps: Sequence[Swap], *, seed: int = 0) -> Interval | None:
-    """Mean gain with its bootstrap interval over concepts; None without swaps."""
+    """Gain over all targets, nats per target token, with its bootstrap interval over concepts; None without swaps."""
     if not swaps:
         return None
-    return bootstrap_interval([s.gain for s in swaps], groups=[s.concept for s in swaps], seed=seed)
+    tokens, groups = [s.tokens for s in swaps], [s.concept for s in swaps]
+    return bootstrap_interval([s.gain * s.tokens for s in swaps], weights=tokens, groups=groups, seed=seed)
 
 
 def drawn_losses(

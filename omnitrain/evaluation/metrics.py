@@ -39,11 +39,6 @@ def chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
     return float(_CHRF.corpus_score(list(predictions), [list(references)]).score)
 
 
-def sentence_chrf(prediction: str, reference: str) -> float:
-    """chrF2 of one sentence, 0 to 100."""
-    return float(_CHRF.sentence_score(prediction, [reference]).score)
-
-
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of predictions equal to their reference after `normalise`, 0 to 1."""
     _paired(predictions, references)

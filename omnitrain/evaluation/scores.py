@@ -24,7 +24,7 @@ SCORE_COLUMNS = (
 )  # fmt: skip
 """What is compared of ``eval/predictions.parquet`` (`heldout.PREDICTIONS_SCHEMA`)."""
 RUN_COLUMNS = ("match", "arm", "seed")
-"""Which run a row is of; outside a study its name is the arm."""
+"""Which run a row is of; outside a study its name is the arm, and `sentence` (what arms have read) is empty."""
 
 RunKey = tuple[str, str, int]
 """match, arm, seed"""
@@ -69,6 +69,7 @@ class Scores:
     Attributes:
         runs: match, arm, seed of each row.
         split, modality, task, concept, language: str [I]. `language` is the one that is written.
+        sentence: "read" where an arm has read the reference in training, "new" where none has, "" if nobody says.
         tokens, bytes, words: of the reference, float [I]. `words` is 0 where no error rate is asked for.
         loss, swapped_loss: nats per target token, float [R, I].
         exact_match, chrf, word_errors: of generated answers, float [R, I].
@@ -80,6 +81,7 @@ class Scores:
     task: np.ndarray
     concept: np.ndarray
     language: np.ndarray
+    sentence: np.ndarray
     tokens: np.ndarray
     bytes: np.ndarray
     words: np.ndarray
@@ -98,7 +100,7 @@ class Scores:
             "exact_match": (self.exact_match, ones),
             "chrf": (self.chrf, ones),
             "wer": (self.word_errors, self.words),
-            "swap_gain": (self.swapped_loss - self.loss, ones),
+            "swap_gain": ((self.swapped_loss - self.loss) * self.tokens, self.tokens),
         }[measure.name]
 
     def where(self, **conditions: Collection[str]) -> np.ndarray:
@@ -164,7 +166,7 @@ def scores_of(items: pa.Table) -> Scores:
         language=np.array([(rows["languages"][place] or ["unknown"])[-1] for place in first], dtype=str),
         words=words,
         word_errors=errors,
-        **{name: strings(name) for name in ("split", "modality", "task")},
+        **{name: strings(name) for name in ("split", "modality", "task", "sentence")},
         **{name: lengths(name) for name in ("tokens", "bytes")},
         **{name: numbers(name) for name in ("loss", "swapped_loss", "exact_match", "chrf")},
     )

@@ -77,8 +77,7 @@ def _line(
     n, groups = int(common.sum()), scores.concept[common]
 
     def interval(values: np.ndarray) -> Interval:
-        # A ratio estimator: these average to the sum of the values over the sum of the weights.
-        return bootstrap_interval(values[common] * (n / weight[common].sum()), groups=groups)
+        return bootstrap_interval(values[common], weights=weight[common], groups=groups)
 
     totals = [numerator[p] if p in scored and n > 0 else None for p in places]
     first, *others = totals
@@ -137,7 +136,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _items(path: Path, name: str) -> pa.Table:
     table = read_table(path, SCORE_COLUMNS)
-    for column, value in (("match", ""), ("arm", name), ("seed", 0)):
+    for column, value in (("match", ""), ("arm", name), ("seed", 0), ("sentence", "")):
         table = table.append_column(column, pa.array([value] * len(table)))
     return table
 

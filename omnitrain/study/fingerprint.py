@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import pyarrow.parquet as pq
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.typed import ConfigError, changes, plain, shown_change
 from omnitrain.data.datamodule import OmniDataModule
+from omnitrain.data.sample import BadSample
 from omnitrain.data.shards import Source
+from omnitrain.evaluation.metrics import normalise
 from omnitrain.files import read_json, write_json
 from omnitrain.study.results import FINGERPRINT
 
@@ -71,6 +75,25 @@ def data_fingerprint(data: OmniDataModule) -> dict[str, Any]:
             for which in ("sources", "validation_sources", "test_sources")
         },
     }
+
+
+def sentences(references: Iterable[str], sources: Iterable[Source]) -> list[str]:
+    """For each reference "read" where its words stand, in this order, in a text of the training data (a document, a
+    question or an answer), else "new". Case and punctuation do not count."""
+
+    def words(text: str) -> str:
+        return re.sub(r"\W+", " ", f" {normalise(text)} ")
+
+    texts: set[str] = set()
+    for source in sources:
+        for index in range(len(source)):
+            try:
+                segments = [segment for message in source[index].messages for segment in message.segments]
+            except BadSample:
+                continue  # training leaves it out as well
+            texts |= {words(segment.text) for segment in segments if segment.text}
+    whole = "\n".join(texts)
+    return ["read" if words(reference) in whole else "new" for reference in references]
 
 
 def _is_media_table(path: Path) -> bool:

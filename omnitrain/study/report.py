@@ -316,7 +316,8 @@ def _markdown(study: Study, tables: Mapping[str, Sequence[Comparison]], missing:
         "",
         "Losses on held-out items (lower is better) with 95 % intervals over seeds and items; differences are omni − "
         "unimodal, paired by seed and item. *no worse*: the whole interval lies below the margin; *worse*: above it; "
-        "else *not decided*.",
+        "else *not decided*. Items whose sentence some arm has read in training, with whatever medium, stand apart "
+        "and get no verdict.",
         "",
     ]
     for match, table in tables.items():
@@ -333,10 +334,11 @@ def _markdown(study: Study, tables: Mapping[str, Sequence[Comparison]], missing:
             scores_text = [_cell(row["unimodal"]), *(_cell(row["omni"][arm]) for arm in OMNI)]
             for arm in OMNI:
                 shown = row["differences"][arm]
-                scores_text += [_cell(shown), f"{shown['verdict']}; {shown['zero']}" if shown else "–"]
+                judged = [shown[key] for key in ("verdict", "zero") if shown[key]] if shown else ["–"]
+                scores_text += [_cell(shown), "; ".join(judged)]
             margin = f"{row['margin']:g}" if row["margin"] is not None else "–"
             lines.append("| " + " | ".join([f"{row['name']} ({row['unit']})", *scores_text, margin]) + " |")
-        counts = ", ".join(f"{c.row.name} {c.items:,}" for c in table)
+        counts = "; ".join(f"{c.row.name} {c.items:,}" for c in table)
         lines += ["", f"Items: {counts}.", ""]
         lines += [f"- {note}" for note in _notes(table)] + ([""] if _notes(table) else [])
     if missing:

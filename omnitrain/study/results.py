@@ -27,8 +27,9 @@ RUNS, CURVES, FINGERPRINT = "runs.json", "curves.parquet", "study.json"
 """Of the whole study; the first two where it is collected."""
 
 _KEYS = [("match", pa.string()), ("arm", pa.string()), ("seed", pa.int64())]
-ITEMS_SCHEMA = pa.schema([*_KEYS, *(PREDICTIONS_SCHEMA.field(name) for name in SCORE_COLUMNS)])
-"""One row per held-out sample. `loss`, `swapped_loss`: nats per target token."""
+_SCORES = [PREDICTIONS_SCHEMA.field(name) for name in SCORE_COLUMNS]
+ITEMS_SCHEMA = pa.schema([*_KEYS, *_SCORES, ("sentence", pa.string())])
+"""One row per held-out sample. `loss`, `swapped_loss`: nats per target token; `sentence`: "read" or "new"."""
 _COUNTS = [("step", pa.int64()), ("tokens", pa.int64()), ("flops", pa.float64())]
 CURVE_SCHEMA = pa.schema([*_KEYS, *_COUNTS, ("modality", pa.string()), ("loss", pa.float64())])
 """One row per validation and modality. `tokens`, `flops`: trained on so far; `loss`: nats per target token."""

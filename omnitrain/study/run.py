@@ -25,7 +25,7 @@ from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import OmniConfig
 from omnitrain.reports.run import read_run
 from omnitrain.runs.experiment import Experiment, build_data
-from omnitrain.study.fingerprint import check_same_study, data_fingerprint, digest, hashed_configuration
+from omnitrain.study.fingerprint import check_same_study, data_fingerprint, digest, hashed_configuration, sentences
 from omnitrain.study.plan import Plan, Planner, sample_sizes
 from omnitrain.study.results import CURVE, CURVE_SCHEMA, ITEMS, ITEMS_SCHEMA, RUN, StudyRun, csv_rows, validation_loss
 from omnitrain.study.spec import MATCHES, StudySpec
@@ -74,7 +74,10 @@ def run_arm(config: RunConfig, train: Callable[[RunConfig], Experiment]) -> floa
             f"the run was planned with {plan.steps} steps of {plan.samples}, and made {steps} of {drawn}; "
             "were the data changed while it ran?"
         )
-    items = read_table(run_dir / PREDICTIONS, SCORE_COLUMNS).to_pylist()
+    items = read_table(run_dir / PREDICTIONS, SCORE_COLUMNS)
+    opened = data.opened("sources")
+    trained = [opened[name] for name in sorted({name for of in spec.arms.values() for name in of.sources})]
+    items = items.append_column("sentence", pa.array(sentences(items["reference"].to_pylist(), trained))).to_pylist()
     write_parquet(run_dir / CURVE, _of_run(run, _curve(run_dir, plan), CURVE_SCHEMA))
     write_json(run_dir / RUN, asdict(replace(run, seconds=_seconds(run_dir), finished=True)))
     write_parquet(run_dir / ITEMS, _of_run(run, items, ITEMS_SCHEMA))

@@ -6,7 +6,7 @@ docs/nondegradation.md gives the equations and says how well the intervals cover
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -42,12 +42,14 @@ class Row:
     select: Mapping[str, tuple[str, ...]]
 
 
+_NEW = {"sentence": ("new",)}
 MAIN_ROWS = (
-    Row(name="text", measure=BITS_PER_BYTE, baseline="text", select={"modality": ("text",), "task": ("text",)}),
-    Row(name="vision", measure=NATS_PER_TOKEN, baseline="vision", select={"modality": ("image",)}),
-    Row(name="audio", measure=NATS_PER_TOKEN, baseline="audio", select={"modality": ("audio",)}),
+    Row(name="text", measure=BITS_PER_BYTE, baseline="text", select={**_NEW, "modality": ("text",), "task": ("text",)}),
+    Row(name="vision", measure=NATS_PER_TOKEN, baseline="vision", select={**_NEW, "modality": ("image",)}),
+    Row(name="audio", measure=NATS_PER_TOKEN, baseline="audio", select={**_NEW, "modality": ("audio",)}),
 )
-"""The rows of the main table, each with a margin of the same name. Everything else explores."""
+"""The rows of the main table, each with a margin of the same name, on items whose sentence no arm has read. Everything
+else explores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +158,15 @@ def compare(
 
 
 def main_table(study: Study, scores: Scores, match: str) -> list[Comparison]:
-    """The rows text, vision and audio under one matching, as far as they can be answered. Raises ValueError where the
-    study gives no margin for a row."""
+    """The rows text, vision and audio under one matching, as far as they can be answered, and beside each, without a
+    verdict, the items whose sentence an arm has read. Raises ValueError where the study gives no margin for a row."""
     found = []
     for row in MAIN_ROWS:
         if row.name not in study.margins:
             raise ValueError(f"{study.folder}: no margin for '{row.name}' in the runs; set study.margins.{row.name}")
+        read = replace(row, name=f"{row.name}, sentence read", select={**row.select, "sentence": ("read",)})
         found.append(compare(scores, row, match, margin=float(study.margins[row.name]), resamples=4000))
+        found.append(compare(scores, read, match, resamples=4000))
     return [compared for compared in found if compared is not None]
 
 
@@ -189,10 +193,10 @@ def inputs(scores: Scores) -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def details(scores: Scores, match: str) -> list[Detail]:
-    """Losses by split, task and language of the answer; scores of generated answers; what a swap of media costs."""
+    """Losses by split, task, language and novelty of answers; scores of generated ones; what a swap of media costs."""
     found: list[Detail | None] = []
     for kind, select in inputs(scores).items():
-        values = {cut: scores.values_of(cut, select) for cut in ("split", "task", "language")}
+        values = {cut: scores.values_of(cut, select) for cut in ("split", "task", "language", "sentence")}
         loss = BITS_PER_BYTE if kind == "documents" else NATS_PER_TOKEN
         questions = [(loss, "all", "")]
         questions += [(loss, cut, value) for cut in values if len(values[cut]) > 1 for value in values[cut]]

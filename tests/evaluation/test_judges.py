@@ -117,7 +117,7 @@ def test_error_rates_are_those_of_the_corpus() -> None:
     assert plain == ["the red bat", "one two", "a b c"]
     assert wer.mean == pytest.approx(metrics.wer(heard, plain)) == pytest.approx(5 / 8)
     assert cer.mean == pytest.approx(metrics.cer(heard, plain))
-    assert (wer.n, wer.groups) == (8, 3)
+    assert (wer.n, wer.groups) == (3, 3)
     assert wer.low < wer.mean < wer.high
     assert spoken_form("Don't -- 'stop' it, she said!") == "don't stop it she said"
     with pytest.raises(ValueError, match="at least one word"):
@@ -247,7 +247,7 @@ def test_all_scores(slt: list[tuple[str, np.ndarray]], words: list[str]) -> None
     assert good.stoi is not None
     assert good.mel_db is not None
     assert good.heard[0]["word_loop/generated"] == good.heard[0]["word_loop/reference"]
-    assert asdict(good)["wer"]["word_loop"]["reference"]["n"] > 4
+    assert asdict(good)["wer"]["word_loop"]["reference"]["n"] == 4
     with pytest.raises(ValueError, match="no utterances"):
         score_speech([])
 

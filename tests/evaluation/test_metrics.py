@@ -16,9 +16,9 @@ from omnitrain.evaluation.metrics import (
     bits_per_byte,
     cer,
     chrf,
+    edits,
     exact_match,
     normalise,
-    sentence_chrf,
     wer,
 )
 
@@ -32,8 +32,9 @@ def test_chrf_equals_sacrebleu_and_torchmetrics() -> None:
     score = 100 * float(other(PREDICTIONS, [[r] for r in REFERENCES]))
     assert chrf(PREDICTIONS, REFERENCES) == pytest.approx(score, abs=0.1)
     assert chrf(REFERENCES, REFERENCES) == pytest.approx(100)
-    assert sentence_chrf("a cat", "a cat") == pytest.approx(100)
-    assert sentence_chrf("", "a cat") < 1e-6
+    for prediction, reference in zip(["", *PREDICTIONS], ["a cat", *REFERENCES], strict=True):
+        of_sentence = sacrebleu.sentence_chrf(prediction, [reference]).score
+        assert chrf([prediction], [reference]) == pytest.approx(of_sentence, abs=1e-9)
 
 
 def test_error_rates_equal_jiwer() -> None:
@@ -43,12 +44,14 @@ def test_error_rates_equal_jiwer() -> None:
     assert wer([""], ["a b"]) == 1.0
     assert wer(["a b c d"], ["a b"]) == 1.0  # two insertions over two words
     assert wer(["A cat."], ["a cat"]) == 0.0
+    assert (edits("", "a b"), edits("", "a b", characters=True)) == ((2, 0), (3, 0))  # all that is there is wrong
     with pytest.raises(ValueError, match="reference"):
         wer(["something"], [""])
 
 
 def test_exact_match_ignores_case_spaces_and_the_last_stop() -> None:
     assert normalise("  A   Cat. ") == "a cat"
+    assert normalise("\uff21 \ufb01sh") == "a fish"  # a wide letter and a ligature: NFKC
     assert exact_match(["A cat.", "a dog"], ["a  cat", "a cat"]) == 0.5
     with pytest.raises(ValueError, match="1 predictions against 2 references"):
         exact_match(["a"], ["a", "b"])

@@ -73,7 +73,7 @@ def simulated_items(
                         "id": f"{modality}/{task}/{'-'.join(languages)}/{c}-{k}", "source": task, "modality": modality,
                         "split": "heldout_concept" if task == "text" else "heldout_cell", "task": task,
                         "concept": f"{task}{c}", "languages": list(languages), "tokens": tokens, "bytes": 3 * tokens,
-                        "reference": "uno dos tres", "base": base,
+                        "reference": "uno dos tres", "base": base, "sentence": "new",
                     }
                 )  # fmt: skip
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -108,7 +108,7 @@ _SCHEMA = pa.schema(
     + [(name, pa.string()) for name in ("id", "source", "split", "modality", "task", "concept")]
     + [("languages", pa.list_(pa.string())), ("loss", pa.float64()), ("tokens", pa.int64()), ("bytes", pa.int64())]
     + [("exact_match", pa.bool_()), ("chrf", pa.float64()), ("swapped_loss", pa.float64())]
-    + [("reference", pa.string()), ("prediction", pa.string())]
+    + [("reference", pa.string()), ("prediction", pa.string()), ("sentence", pa.string())]
 )
 
 

@@ -12,15 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from omnitrain.cli.report import main
+from omnitrain.config.locations import PACK
+from omnitrain.data.shards import SampleSource
 from omnitrain.evaluation.heldout import PREDICTIONS_SCHEMA
 from omnitrain.evaluation.scores import scores_of
 from omnitrain.reports.comparison import compare_runs, write_comparison
+from omnitrain.study.fingerprint import sentences
 from omnitrain.study.report import write_study_report
 from omnitrain.study.results import read_study
 from omnitrain.study.verdicts import main_table
 from tests.study.simulated_study import simulated_items, write_study
 
 OUTSIDE = re.compile(r"""(?:src|href|url|@import)\s*[=(]\s*["']?\s*(?:https?:)?//""", re.IGNORECASE)
+COMMITTED = Path(__file__).parents[2] / "docs/results/nondegradation"
 SECTIONS = ("answer", "forest", "curves", "cells", "details", "cost", "repeat")
 
 
@@ -99,6 +103,20 @@ def test_collected_files_give_the_same_table(study_dir: Path, page: str, tmp_pat
     assert place.sub("", again.read_text()) == place.sub("", page)
 
 
+def test_the_committed_table_is_that_of_the_committed_items(tmp_path: Path) -> None:
+    """And the sentences that arms have read are those of the data inside the package."""
+    write_study_report(COMMITTED, tmp_path / "page.html")
+    assert (tmp_path / "table.md").read_text() == (COMMITTED / "table.md").read_text()
+    study = read_study(COMMITTED)
+    sources = study.configuration["configuration"]["data"]["sources"].values()
+    opened = [SampleSource(PACK, source["split"], source["where"]) for source in sources]
+    assert study.items["sentence"].to_pylist() == sentences(study.items["reference"].to_pylist(), opened)
+    answers = {sample.reference for source in opened for sample in map(source.__getitem__, range(len(source)))}
+    same = [sentence for sentence, text in zip(*(study.items[c].to_pylist() for c in ("sentence", "reference")),
+            strict=True) if text in answers]  # fmt: skip
+    assert set(same) == {"read"}
+
+
 def test_a_report_can_be_made_at_the_very_beginning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_study(tmp_path, seeds={"text": 1}, concepts=2)
     (tmp_path / "data/text/seed=0/items.parquet").unlink()
@@ -149,7 +167,7 @@ def write_run(folder: Path, rows: list[dict], *, lr: float) -> Path:
     )
     predictions = [{**dict.fromkeys(PREDICTIONS_SCHEMA.names), **row} for row in rows]
     for row in predictions:
-        for name in ("match", "arm", "seed"):
+        for name in ("match", "arm", "seed", "sentence"):
             row.pop(name)
     pq.write_table(pa.Table.from_pylist(predictions, schema=PREDICTIONS_SCHEMA), folder / "eval/predictions.parquet")
     return folder
@@ -207,7 +225,7 @@ def test_differences_between_runs(runs: tuple[Path, Path, Path]) -> None:
     tables = []
     for folder, name in zip(runs[:2], names, strict=False):
         rows = pq.read_table(folder / "eval/predictions.parquet").to_pylist()
-        tables += [{**row, "match": "", "arm": name, "seed": 0} for row in rows]
+        tables += [{**row, "match": "", "arm": name, "seed": 0, "sentence": ""} for row in rows]
     lines = {
         (x.modality, x.part, x.measure.name): x for x in compare_runs(scores_of(pa.Table.from_pylist(tables)), names)
     }

@@ -19,11 +19,11 @@ from omnitrain.config.locations import PACK
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.typed import ConfigError, plain, typed
 from omnitrain.data.datamodule import OmniDataModule
-from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.settings import DataConfig
 from omnitrain.data.shards import write_shards
 from omnitrain.runs.experiment import build_data, build_experiment
-from omnitrain.study.fingerprint import check_same_study, data_fingerprint, hashed_configuration
+from omnitrain.study.fingerprint import check_same_study, data_fingerprint, hashed_configuration, sentences
 from omnitrain.study.plan import Planner, sample_sizes
 from omnitrain.study.results import CURVE_SCHEMA, ITEMS_SCHEMA
 from omnitrain.study.run import planning_model, read_spec, run_arm, run_configuration
@@ -261,6 +261,32 @@ def test_hash_of_the_data(tmp_path: Path) -> None:
     assert fingerprint() != first
 
 
+def test_sentences_that_were_read_are_found_in_whatever_text() -> None:
+    def sample(*texts: str) -> Sample:
+        roles = ("user", "assistant") if len(texts) == 2 else ("document",)
+        messages = [
+            Message(role=role, segments=(Segment(type="text", text=text),))
+            for role, text in zip(roles, texts, strict=True)
+        ]
+        return Sample(id="a", source="", split="train", task="", languages=(), messages=tuple(messages))
+
+    class Broken(list):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 0:
+                raise BadSample("media_missing", "no such file")
+            return super().__getitem__(index)
+
+    trained = [
+        [sample("Say this in Spanish: A sledge.", "Un trineo.")],
+        Broken([0, sample("Birds: a crow, and a red\nkite!")]),
+    ]
+    texts = {
+        "A sledge.": "read", "un  TRINEO": "read", "A crow.": "read", "A red kite.": "read",
+        "A crow and a sledge.": "new", "A red.": "read", "A kit.": "new", "Un trineo. Birds": "new", "Un oso.": "new",
+    }  # fmt: skip
+    assert dict(zip(texts, sentences(texts, trained), strict=True)) == texts
+
+
 def test_another_configuration_or_other_data_are_not_mixed_in(tmp_path: Path) -> None:
     hashes = check_same_study(tmp_path, {"optim": {"lr": 0.1}}, {"files": {"a.parquet": "1f"}})
     assert check_same_study(tmp_path, {"optim": {"lr": 0.1}}, {"files": {"a.parquet": "1f"}}) == hashes
@@ -278,6 +304,13 @@ def test_a_sweep_is_run_once(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     study = tmp_path / "study"
     line = ["fit", "-m", "+recipe=nondegradation", "arm=text,omni_late", "seed=1", *settings(study), *few_scores()]
+    trained: list[list[int]] = []  # of every run: the lengths of the sources that its items are looked up in
+
+    def looked_up(references: list[str], sources: list[Any]) -> list[str]:
+        trained.append(sorted(map(len, sources)))
+        return ["read" if i % 2 else "new" for i in range(len(references))]
+
+    monkeypatch.setattr("omnitrain.study.run.sentences", looked_up)
     assert main(line) == 0
     shown = capsys.readouterr().out
     for arm in ("text", "omni_late"):
@@ -293,11 +326,14 @@ def test_a_sweep_is_run_once(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mo
         assert set(items["arm"].to_pylist()) == {arm}
         scored = pq.read_table(run / "eval" / "predictions.parquet")
         assert items["loss"].to_pylist() == scored["loss"].to_pylist()
+        assert items["sentence"].to_pylist() == ["read" if i % 2 else "new" for i in range(len(items))]
         assert set(items["modality"].to_pylist()) == {"text", "image", "audio"}
         assert curve["tokens"].to_pylist()[-1] <= record["planned"]["tokens"]
         assert json.loads((run / "data.json").read_text())["drawn"] == record["planned"]["samples"]
     assert len({json.loads(path.read_text())["config_hash"] for path in study.rglob("study_run.json")}) == 1
     assert len({tuple(pq.read_table(path)["id"].to_pylist()) for path in study.rglob("items.parquet")}) == 1
+
+    assert trained == [sorted(LIMITS.values())] * 2  # all arms' sources, and not only those of this one
 
     before = {path: path.stat().st_mtime_ns for path in study.rglob("*.*") if path.name != "multirun.yaml"}
     assert main(line) == 0

@@ -13,6 +13,7 @@ import pytest
 
 from omnitrain.evaluation.intervals import Estimate, crossed_interval, t_quantile
 from omnitrain.evaluation.scores import BITS_PER_BYTE, EXACT_MATCH, NATS_PER_TOKEN, SWAP_GAIN, WER, scores_of
+from omnitrain.study.report import write_study_report
 from omnitrain.study.results import collect_study, read_study
 from omnitrain.study.spec import ARMS
 from omnitrain.study.verdicts import (
@@ -250,6 +251,33 @@ def test_values_equal_a_plain_computation(planted: Path) -> None:
         assert found == pytest.approx(sums["omni_early"] - sums["vision"])
     means = table["vision"].arms
     assert difference.value == pytest.approx(means["omni_early"].value - means["vision"].value)
+
+
+def test_sentences_that_an_arm_has_read_stand_apart(tmp_path: Path) -> None:
+    """Every other picture's sentence was read, and only these gain, 0.9 nats per token."""
+    write_study(tmp_path, item_sd=0.02)
+    for path in tmp_path.rglob("items.parquet"):
+        rows = pq.read_table(path).to_pylist()
+        for row in (row for row in rows if row["id"].startswith("image") and row["id"].endswith("0")):
+            row["sentence"] = "read"
+            row["loss"] -= 0.9 * row["arm"].startswith("omni")
+        pq.write_table(items_table(rows), path)
+    table = table_of(tmp_path)
+    assert list(table) == ["text", "vision", "vision, sentence read", "audio"]
+    new, read = (table[name].differences["omni_early"] for name in ("vision", "vision, sentence read"))
+    assert table["vision"].items == table["vision, sentence read"].items == 24
+    assert new.estimate.value == pytest.approx(0, abs=0.06)
+    assert (new.verdict, new.margin) == ("no worse", 0.10)
+    assert read.estimate.value == pytest.approx(-0.9, abs=0.06)
+    assert (read.verdict, read.margin, read.direction) == (None, None, "better")
+    found = details(scores_of(read_study(tmp_path).items), "data")
+    assert {(d.input, d.value) for d in found if d.cut == "sentence"} == {("image", "new"), ("image", "read")}
+    write_study_report(tmp_path)
+    for line in (tmp_path / "table.md").read_text().splitlines():
+        assert "None" not in line
+        if line.startswith("| vision, sentence read"):
+            assert "| measurably better than the vision arm |" in line
+            assert line.endswith("| – |")
 
 
 def test_answers_and_swaps(planted: Path) -> None:
