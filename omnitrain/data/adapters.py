@@ -1,23 +1,6 @@
-"""A user's own data without code: a YAML file says which column is what.
+"""A user's own data without code: a YAML file (`ColumnMapping`) says which column is what; docs/data.md shows them.
 
-.. code-block:: yaml
-
-    kind: jsonl                      # jsonl | parquet | webdataset | hub
-    path: recordings/*.jsonl         # beside this file (hub: the data set's name)
-    source: my-recordings
-    licence: CC-BY-4.0
-    task: asr
-    languages: ["{locale}"]
-    messages:
-      - user: [{audio: "clips/{file}"}, {text: ["Transcribe.", "What is said?"]}]
-      - assistant: "{sentence}"
-
-Every value is a template: ``{column}`` is a row's column, ``{a.b}`` a field (or list item, ``{a.0}``) in it,
-``{jpg|png}`` the first that is there, and ``{{`` a brace. A medium that is exactly one column may hold bytes, a path,
-or the struct ``{bytes, path}`` of the Hub's Image, Audio and Video columns; paths are relative to `media_root`. A list
-of texts is a choice, made by a hash of the sample's id.
-
-:class:`MappedSource` reads all this by index, with the interface of `SampleSource`. A streamed Hub data set has no
+:class:`MappedSource` reads such data by index, with the interface of `SampleSource`. A streamed Hub data set has no
 index: ``omnitrain data import`` writes it to shards (:func:`stream_samples`).
 """
 
@@ -68,21 +51,16 @@ def spaced(source: Source, limit: int | None) -> Source:
     return source if limit is None or limit >= len(source) else _Spaced(source, limit)
 
 
-class _Spaced:
+class _Spaced(IndexedSource):
     def __init__(self, source: Source, count: int) -> None:
-        self.name, self._source, self._count = source.name, source, count
+        self.name, self._source = source.name, source
+        self._kept = np.arange(count) * len(source) // count
 
-    def __len__(self) -> int:
-        return self._count
-
-    def _index(self, index: int) -> int:
-        return index * len(self._source) // self._count
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._source[self._index(index)]
+    def _read(self, index: int) -> Sample:
+        return self._source[int(self._kept[index])]
 
     def locate(self, index: int) -> tuple[str, int]:
-        return self._source.locate(self._index(index))
+        return self._source.locate(int(self._kept[index]))
 
     def media_bytes(self, segment: Segment) -> bytes:
         return self._source.media_bytes(segment)
@@ -93,7 +71,7 @@ class _Spaced:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnMapping:
-    """The contents of a mapping file; see the module's text. Strings, and the strings in lists, are templates.
+    """The contents of a mapping file. Strings, and the strings in lists, are templates.
 
     Attributes:
         kind, path: what is read. `path` is a file or glob relative to the mapping file; for ``hub`` a name on the Hub,
@@ -162,6 +140,12 @@ class _Template:
         except ValueError as error:
             raise ValueError(f"{where}: {text!r}: {error}; write {{{{ for a brace") from error
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Template) and self.pieces == other.pieces
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.pieces))
+
     def columns(self) -> Iterator[tuple[str, ...]]:
         """For each field, the columns of which one must exist."""
         return (tuple(path[0] for path in paths) for _, paths in self.pieces if paths)
@@ -221,10 +205,7 @@ class _SegmentMapping:
         if self.medium is None:
             return Segment(type=self.type, text=text)
         value = self.medium.value(row)
-        if isinstance(value, list):  # several pictures in one column: one for each marker
-            if occurrence >= len(value):
-                raise BadSample("row_invalid", f"{len(value)} media for more markers in the text")
-            value = value[occurrence]
+        value = value[occurrence] if isinstance(value, list) else value  # several in one column, in order
         media, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
         if isinstance(media, str):
             media, path = None, media
@@ -237,6 +218,39 @@ class _SegmentMapping:
         yield from self.texts
         if self.medium is not None:
             yield self.medium
+
+
+def _build(
+    messages: Iterable[tuple[Role, list[_SegmentMapping | str]]],
+    row: Mapping[str, Any],
+    id: str,
+    markers: Mapping[str, _SegmentMapping],
+) -> tuple[Message, ...]:
+    """The messages of a row; strings are text as it stands. The media of a column are used in order, all of them and
+    each once; but a single medium as often as a mapping without `markers` names it. Raises BadSample: ``row_invalid``,
+    with both counts."""
+    parts = [part for _, content in messages for part in content if isinstance(part, _SegmentMapping)]
+    used = Counter(part.medium for part in parts)
+    for part in (*parts, *markers.values()):
+        if part.medium is not None and any(part.medium.columns()):
+            try:
+                value = part.medium.value(row)
+            except BadSample:
+                value = None
+            there = len(value) if isinstance(value, list) else int(value not in (None, ""))
+            if used[part.medium] != there and (markers or isinstance(value, list)):
+                names = [name for name, marked in markers.items() if marked.medium == part.medium]
+                what = f"marker(s) {' '.join(names)} in the text" if markers else "segment(s) in the mapping"
+                raise BadSample("row_invalid", f"{used[part.medium]} {what} for {there} {part.type}(s) of the row")
+    seen: Counter[_Template | None] = Counter()
+
+    def segment(part: _SegmentMapping | str) -> Segment:
+        if isinstance(part, str):
+            return Segment(type="text", text=part)
+        seen[part.medium] += 1
+        return part.build(row, id, seen[part.medium] - 1)
+
+    return tuple(Message(role=role, segments=tuple(map(segment, content))) for role, content in messages)
 
 
 def _segment_mapping(spec: Any, where: str) -> _SegmentMapping:
@@ -260,7 +274,7 @@ class _Turns:
     """Messages written out in the mapping: ``[{user: [...]}, {assistant: ...}]``."""
 
     def __init__(self, spec: list[Any], where: str) -> None:
-        self.messages: list[tuple[Role, list[_SegmentMapping]]] = []
+        self.messages: list[tuple[Role, list[Any]]] = []
         for number, message in enumerate(spec):
             here = f"{where}[{number}]"
             if not isinstance(message, dict) or len(message) != 1:
@@ -275,10 +289,7 @@ class _Turns:
         return (template for _, segments in self.messages for segment in segments for template in segment.templates())
 
     def build(self, row: Mapping[str, Any], id: str) -> tuple[Message, ...]:
-        return tuple(
-            Message(role=role, segments=tuple(segment.build(row, id) for segment in segments))
-            for role, segments in self.messages
-        )
+        return _build(self.messages, row, id, {})
 
 
 class _Conversation:
@@ -307,22 +318,16 @@ class _Conversation:
         turns = self.turns.value(row)
         if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
             raise BadSample("row_invalid", "the conversation column is no list of turns")
-        seen: Counter[str] = Counter()
         messages = []
         for turn in turns:
             role, text = turn.get(self.role), turn.get(self.text)
             role = self.roles.get(role, role)
             if role not in ROLES or not isinstance(text, str):
                 raise BadSample("row_invalid", f"a turn with role {role!r} and {type(text).__name__} as text")
-            segments = []
-            for piece in self.markers.split(text) if self.markers else [text]:
-                if piece in self.media:
-                    segments.append(self.media[piece].build(row, id, seen[piece]))
-                    seen[piece] += 1
-                elif piece.strip():
-                    segments.append(Segment(type="text", text=piece.strip("\n") if self.media else piece))
-            messages.append(Message(role=role, segments=tuple(segments)))
-        return tuple(messages)
+            pieces = filter(str.strip, self.markers.split(text) if self.markers else [text])
+            parts = [self.media.get(piece) or (piece.strip("\n") if self.media else piece) for piece in pieces]
+            messages.append((role, parts))
+        return _build(messages, row, id, self.media)
 
 
 class _RowMapping:
@@ -426,9 +431,7 @@ class _Tars:
                             place = (member.offset_data, member.size)
                             groups.setdefault(f"{folder}/{key}".lstrip("/"), {})[extension.lower()] = place
             except tarfile.TarError as error:
-                raise ValueError(
-                    f"{file} is no plain tar ({error}); unpack compressed ones for random access"
-                ) from error
+                raise ValueError(f"{file} is no plain tar ({error}); unpack it for random access") from error
             self.rows += [(index, key, places) for key, places in groups.items()]
 
     def __len__(self) -> int:
@@ -490,13 +493,8 @@ def _hub_dataset(mapping: ColumnMapping, base: Path, streaming: bool) -> Any:
     if mapping.data_dir:
         options["data_dir"] = str(base / mapping.data_dir)
     local = base / mapping.path  # a repository that was downloaded
-    return datasets.load_dataset(
-        str(local) if local.is_dir() else mapping.path,
-        mapping.config,
-        split=mapping.hub_split,
-        streaming=streaming,
-        **options,
-    )
+    path = str(local) if local.is_dir() else mapping.path
+    return datasets.load_dataset(path, mapping.config, split=mapping.hub_split, streaming=streaming, **options)
 
 
 def _open_rows(mapping: ColumnMapping, base: Path) -> Any:
@@ -596,9 +594,6 @@ class _HubMedia(MediaReader):
             with fsspec.open(path, "rb") as file:
                 return file.read()
         return super().__call__(segment)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "repository": self.repository}
 
 
 def _check_columns(rows: _RowMapping, columns: set[str], file: Path) -> None:

@@ -21,12 +21,9 @@ def composition(source: Source) -> dict[str, Any] | None:
     if not isinstance(source, SampleSource):
         return None
     table = source.light()
+    modality = Counter(table["modality"].to_pylist())
     languages = Counter(">".join(row or ()) or "und" for row in table["languages"].to_pylist())
-    return {
-        "samples": len(source),
-        "modality": dict(Counter(table["modality"].to_pylist())),
-        "languages": dict(languages),
-    }
+    return {"samples": len(source), "modality": dict(modality), "languages": dict(languages)}
 
 
 def fingerprint(source: Source) -> str:
@@ -47,7 +44,7 @@ def fingerprint(source: Source) -> str:
         try:
             sample = source[i]
             digest.update(sample.id.encode())
-            for segment in (s for message in sample.messages for s in message.segments if s.path is not None):
+            for segment in (s for s in sample.segments if s.path is not None):
                 digest.update(source.media_bytes(segment))
         except BadSample as error:
             digest.update(error.reason.encode())

@@ -1,14 +1,6 @@
 """Parquet shards of the one schema: written once, then read row by row in any order.
 
-A shard holds one row per :class:`~omnitrain.data.sample.Sample`:
-
-| column | type | |
-|---|---|---|
-| id, source, split, task, licence, concept | string | as in `Sample` |
-| languages | list<string> | input languages, then the output language |
-| modality | string | derived from the messages, so that a filter need not read them |
-| meta | string | a JSON object of strings |
-| messages | list<struct<role, segments: list<struct<type, text, media, path, with_audio>>>> | `media` is binary |
+A shard holds one row per :class:`~omnitrain.data.sample.Sample`; docs/data.md says what its columns hold (`SCHEMA`).
 
 Rows are written in small row groups (a quarter of a megabyte), because one row is read by decoding its row group: this
 keeps random access at about a millisecond without a second copy of the data on disk.
@@ -21,7 +13,6 @@ by the path ``"media.parquet#NAME"``.
 from __future__ import annotations
 
 import base64
-import difflib
 import json
 import math
 import os
@@ -44,7 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from omnitrain.data.sample import ROLES, SEGMENT_TYPES, BadSample, Message, Sample, Segment
-from omnitrain.files import atomic, place, printable, unfinished
+from omnitrain.files import atomic, did_you_mean, place, printable, unfinished
 
 _TEXT = pa.string()
 _SEGMENT = pa.struct({"type": _TEXT, "text": _TEXT, "media": pa.binary(), "path": _TEXT, "with_audio": pa.bool_()})
@@ -307,9 +298,7 @@ class MediaReader:
             relative = str(Path(relative).relative_to(self.folder.absolute()))
         pure, windows = PurePosixPath(relative), PureWindowsPath(relative)
         if pure.is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\0" in relative:
-            raise BadSample(
-                "media_outside", f"path {relative!r} leads out of {self.folder}; paths must be relative to it"
-            )
+            raise BadSample("media_outside", f"path {relative!r} leads out of {self.folder}; make it relative to that")
         return self.folder / relative
 
     def _from_table(self, path: Path, name: str) -> bytes:
@@ -317,16 +306,14 @@ class MediaReader:
         if table not in self._tables:
             file = _open_parquet(path)
             if missing := {"name", "bytes"} - set(file.schema_arrow.names):
-                raise ValueError(
-                    f"{path}: a media table needs the columns name and bytes; {sorted(missing)} is missing"
-                )
+                raise ValueError(f"{path}: a media table has the columns name and bytes; {sorted(missing)} is missing")
             self._tables[table] = {key: row for row, key in enumerate(file.read(columns=["name"])["name"].to_pylist())}
         if name not in self._tables[table]:
             raise BadSample("media_missing", f"{table} holds no medium named {name!r}")
         return self._groups.row(path, self._tables[table][name])["bytes"][0].as_py()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_tables": {}, "_groups": _RowGroups()}
+        return {**vars(self), "_tables": {}}  # `_groups` empties itself
 
 
 LARGEST_FILE = 2**30
@@ -430,9 +417,8 @@ class SampleSource(IndexedSource):
             kept_rows.append(rows)
         self._file, self._kept = np.concatenate(kept_files), np.concatenate(kept_rows)
         if conditions and not len(self):
-            raise ValueError(
-                f"{self.name}: no row of {self.folder} has {conditions}; it holds {self._values(conditions)}"
-            )
+            there = self._values(conditions)
+            raise ValueError(f"{self.name}: no row of {self.folder} has {conditions}; it holds {there}")
         self._groups = _RowGroups()
         self._media = MediaReader(self.folder)
 
@@ -497,8 +483,8 @@ def _shards(folder: Path, pattern: str) -> list[Path]:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """`` (did you mean ...?)``, or nothing when no word is near."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    hint = did_you_mean(word, words, form="{!r}", otherwise="")
+    return f" ({hint})" if hint else ""
 
 
 def read_conditions(where: Where, split: str | None = None) -> dict[str, list[Any]]:
@@ -552,10 +538,8 @@ def _check_fields(
             raise ValueError(f"{path}: {what} {prefix + name!r} is missing; {fix}")
     for name in have:
         if name not in want:
-            raise ValueError(
-                f"{path}: {what} {prefix + name!r} is unknown{nearest(name, want)}; "
-                f"rename it, move it into meta, or {fix}"
-            )
+            near = f"{nearest(name, want)}; rename it, move it into meta, or {fix}"
+            raise ValueError(f"{path}: {what} {prefix + name!r} is unknown{near}")
     for name, kind in want.items():
         given = have[name]
         while _is_list(kind) and _is_list(given):

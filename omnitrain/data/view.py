@@ -135,9 +135,8 @@ def sample_panel(sample: Sample, place: tuple[str, int], shown: Iterable[list[Sh
             elif part.line:
                 lines.append(line(f"  [{part.type}] {part.line}", "dim"))
             if part.picture is not None:
-                lines.append(
-                    block_text(part.picture, min(72, width - 6), 6 if part.type in ("audio", "speech") else 12)
-                )
+                rows = 6 if part.type in ("audio", "speech") else 12
+                lines.append(block_text(part.picture, min(72, width - 6), rows))
             if part.text:
                 lines.append(line("  " + (part.text if len(part.text) <= 2000 else part.text[:2000] + " ...")))
     return Panel(
@@ -235,10 +234,7 @@ def html_page(title: str, total: int, rows: Iterable[tuple[Sample, tuple[str, in
     samples = []
     for sample, place, shown in rows:
         messages = [
-            (
-                message.role,
-                [{"type": p.type, "text": p.text, "line": p.line, "bad": p.bad, **browser_media(p)} for p in segments],
-            )
+            (message.role, [vars(part) | browser_media(part) for part in segments])
             for message, segments in zip(sample.messages, shown, strict=True)
         ]
         facts = _facts(sample, place, sample.source, sample.modality)

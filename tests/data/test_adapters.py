@@ -169,6 +169,40 @@ messages:
     assert source.media_bytes(user.segments[2]) == b"2"
 
 
+def test_markers_and_media_that_disagree(tmp_path: Path) -> None:
+    def row(question: str, answer: str, **media: object) -> dict:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"turns": turns, "pics": [], "sound": None, **media}
+
+    rows = [
+        (row("<image> and <image>", "Two.", pics=["1", "2"]), None),
+        (row("<image>?", "One.", pics=["1", "2"]), r"1 marker.* for 2 image"),
+        (row("What?", "None.", pics=["1"]), r"0 marker.* for 1 image"),
+        (row("<image> <image>", "Two.", pics=["1"]), r"2 marker.* for 1 image"),
+        (row("<image>?", "I see <image>.", pics=["1"]), r"2 marker.* for 1 image"),
+        (row("Write <image> in HTML.", "So."), r"1 marker.* for 0 image"),
+        (row("<audio>?", "A bell.", sound="a.wav"), None),
+        (row("<audio> <audio>", "A bell.", sound="a.wav"), r"2 marker.* for 1 audio"),
+        (row("Listen.", "A bell.", sound="a.wav"), r"0 marker.* for 1 audio"),
+        (row("<audio>?", "A bell."), r"1 marker.* for 0 audio"),
+    ]
+    jsonl(tmp_path, [row for row, _ in rows])
+    text = "kind: jsonl\npath: data.jsonl\nsource: chat\nmessages:\n"
+    media = '  column: turns\n  media: {"<image>": {image: "{pics}"}, "<audio>": {audio: "{sound}"}}\n'
+    source = MappedSource(mapping(tmp_path, text + media))
+    for index, (_, message) in enumerate(rows):
+        if message is None:
+            assert sum(segment.path is not None for segment in source[index].segments) == (1 if index else 2)
+            continue
+        with pytest.raises(BadSample, match=message) as error:
+            source[index]
+        assert error.value.reason == "row_invalid"
+    source = MappedSource(mapping(tmp_path, text + '  - user: [{image: "{pics}"}]\n  - assistant: Yes.\n'))
+    assert source[2].segments[0].path == "1"
+    with pytest.raises(BadSample, match=r"row_invalid: 1 segment.* for 2 image"):
+        source[0]
+
+
 CAPTION = """
 kind: webdataset
 path: "*.tar"
