@@ -257,9 +257,7 @@ def _segment_mapping(spec: Any, where: str) -> _SegmentMapping:
     if isinstance(spec, str):
         return _SegmentMapping("text", (_Template(spec, where),))
     if not isinstance(spec, dict):
-        raise ValueError(
-            f"{where} is {spec!r}; a segment is text or one of {{text: ...}}, {{image: ...}}, {{audio: ...}}"
-        )
+        raise ValueError(f"{where} is {spec!r}; a segment is text or such as {{image: ...}} or {{audio: ...}}")
     check_known(where, "segment type", spec, (*SEGMENT_TYPES, "with_audio"))
     media: list[Any] = [kind for kind in SEGMENT_TYPES if kind != "text" and kind in spec]
     if len(media) > 1 or not (media or "text" in spec) or (media and media[0] != "speech" and "text" in spec):
@@ -501,10 +499,8 @@ def _open_rows(mapping: ColumnMapping, base: Path) -> Any:
     """Rows with `len`, `[index]`, `columns()` and `locate(index)`."""
     if mapping.kind == "hub":
         if mapping.streaming:
-            raise ValueError(
-                f"{mapping.path} is streamed and has no random access; write it to shards first "
-                "(`omnitrain data import --mapping FILE --out DIR`), or set streaming: false"
-            )
+            fix = "write it to shards first (`omnitrain data import --mapping FILE --out DIR`), or set streaming: false"
+            raise ValueError(f"{mapping.path} is streamed and has no random access; {fix}")
         return _Table(_hub_dataset(mapping, base, False), mapping.path)
     files = _data_files(mapping.path, base)
     if mapping.kind == "parquet":
@@ -600,11 +596,8 @@ def _check_columns(rows: _RowMapping, columns: set[str], file: Path) -> None:
     for template in rows.templates():
         for alternatives in template.columns():
             if not columns & set(alternatives):
-                near = nearest(alternatives[0], columns)
-                raise ValueError(
-                    f"{file}: column {'|'.join(alternatives)!r} is not in the data{near}; "
-                    f"it has {', '.join(sorted(columns)) or 'no columns'}"
-                )
+                has = f"{nearest(alternatives[0], columns)}; it has {', '.join(sorted(columns)) or 'no columns'}"
+                raise ValueError(f"{file}: column {'|'.join(alternatives)!r} is not in the data{has}")
 
 
 def stream_samples(mapping_file: str | Path, bad: Callable[[int, BadSample], None]) -> Iterator[Sample]:

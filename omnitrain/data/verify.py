@@ -14,11 +14,6 @@ from omnitrain.data.media import MediaLimits, decode_audio, decode_image, decode
 from omnitrain.data.sample import BadSample, Sample, Segment, has_medium
 from omnitrain.data.shards import Source
 
-MEDIA = ("image", "audio", "video", "speech")
-
-
-# -------------------------------------------------------------------------------------------------------------- verify
-
 
 @dataclass(frozen=True)
 class BadRow:
@@ -91,9 +86,6 @@ def verify(
                     error = BadSample("id_twice", f"the id stands in {file}, row {row} too; ids are unique in a source")
                 file, row = source.locate(index)
                 yield None if error is None else BadRow(file, row, id, error.reason, error.detail)
-
-
-# --------------------------------------------------------------------------------------------------------------- stats
 
 
 @dataclass
