@@ -14,7 +14,7 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,8 @@ class ChatTokenizer:
 
         Args:
             messages: the conversation. A first message of role `system` is the persona. Consecutive `tool` messages
-                share one user turn, each in ``<tool_response>``.
+                share one user turn, each in ``<tool_response>``. What the assistant thought before a later question
+                of the user is left out, as the public template does.
             media: one span per image, audio and video segment, in order.
             tools: function signatures (JSON objects), announced in the system turn.
             for_generation: leave out a last assistant turn and end with the opening of one
@@ -278,6 +279,8 @@ class ChatTokenizer:
                 build.text("\n")
                 continue
             answer = message.role == "assistant"
+            if answer and any(later.role == "user" for later in turns[i:]):
+                message = _without_thought(message)
             build.special("<|im_start|>")
             build.text(f"{message.role}\n")
             if answer:
@@ -309,6 +312,15 @@ class ChatTokenizer:
             if span is None:
                 raise ValueError(f"no media span for a {segment.type} segment")
             build.media(span)
+
+
+def _without_thought(message: Message) -> Message:
+    """An assistant's turn from behind its last ``</think>`` on."""
+    for place, segment in reversed(list(enumerate(message.segments))):
+        _, end, said = (segment.text or "").rpartition("</think>")
+        if end:
+            return replace(message, segments=(replace(segment, text=said.lstrip("\n")), *message.segments[place + 1 :]))
+    return message
 
 
 _PLACEHOLDERS = {IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>", AUDIO: "<|audio_pad|>"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 
+import jinja2
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
@@ -157,6 +158,36 @@ def test_tools_and_their_answers(tokenizer):
     assert targets == f"{call}<|im_end|><think>\nwet\n</think>\n\nRain.<|im_end|>"
     for name in ("<tool_call>", "</tool_call>", "<think>", "</think>"):
         assert tokenizer.id_of(name) in chat.labels
+
+
+THOUGHTS = """{%- set last = namespace(question=messages|length - 1, found=false) %}
+{%- for message in messages[::-1] %}{% if not last.found and message.role == 'user' %}
+{%- set last.found = true %}{% set last.question = messages|length - 1 - loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}{% set content = message.content %}
+{%- if message.role == 'assistant' and '</think>' in content and loop.index0 <= last.question %}
+{%- set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}
+{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}"""
+"""The rule of the public templates of the Qwen3 family (tokenizer_config.json of Qwen3-8B): thoughts before the last
+question are not shown again. (That of Qwen3-Omni takes a question in parts, as pictures need them, for no question.)"""
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [
+            ("user", "a?"),
+            ("assistant", "<think>\nhm\n</think>\n\nA."),
+            ("user", "b?"),
+            ("assistant", "<think>so</think>B."),
+        ],
+        [("user", "a?"), ("assistant", "<think>\nhm\n</think>\n\nA."), ("user", "b?"), ("assistant", "B.")],
+        [("assistant", "<think>x</think>Hi."), ("user", "a?"), ("assistant", "A."), ("user", "b?")],
+    ],
+)
+def test_thoughts_before_the_last_question_are_not_shown_again(tokenizer, turns):
+    expected = jinja2.Template(THOUGHTS).render(messages=[{"role": role, "content": said} for role, said in turns])
+    chat = tokenizer.render([text(role, said) for role, said in turns])
+    assert tokenizer.decode(chat.input_ids, skip_special=False) == expected
 
 
 def test_media_placeholders_types_and_spans(tokenizer):
