@@ -9,6 +9,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,10 @@ from omnitrain.files import printable, write_text
 if TYPE_CHECKING:
     from omnitrain.data.sample import BadSample, Sample
     from omnitrain.data.shards import Source
-    from omnitrain.data.verify import Totals
+    from omnitrain.data.verify import BadRow, Totals
 
+SHOWN = 10
+"""Bad rows of one reason that `verify` prints."""
 PATH_HELP = "folder of shards, one shard, or a mapping (.yaml); default: the embedded pack"
 
 
@@ -68,6 +71,8 @@ def main(argv: list[str]) -> int:
         elif name == "verify":
             add("--fps", type=float, default=2.0, help="frames per second of videos (2)")
             add("--threads", type=int, help="decoders at work; default: one per core")
+            more = f"every bad row, as JSON lines, where a reason has more than the {SHOWN} that are printed"
+            add("--bad-rows", type=Path, metavar="FILE", default="bad_rows.jsonl", help=f"{more} (bad_rows.jsonl)")
         else:
             add("--tokenizer", type=Path, help="count tokens; default: tokenizer.json beside the shards")
             add("--json", action="store_true", help="print JSON")
@@ -154,6 +159,7 @@ def _verify(options: argparse.Namespace) -> int:
     from omnitrain.data.verify import verify
 
     source = _open(options)
+    found: list[BadRow] = []
     reasons: Counter[str] = Counter()
     frames: Counter[str] = Counter()
     checked = verify(source, fps=options.fps, threads=options.threads, codec_frames=lambda n: frames.update(codec=n))
@@ -161,10 +167,15 @@ def _verify(options: argparse.Namespace) -> int:
         for bad in checked:
             advance()
             if bad is not None:
+                found.append(bad)
                 reasons[bad.reason] += 1
-                line = f"{bad.file} row {bad.row} id {bad.id or '?'}: {bad.reason}: {bad.detail}"
-                print(printable(line), flush=True)
+                if reasons[bad.reason] <= SHOWN:
+                    line = f"{bad.file} row {bad.row} id {bad.id or '?'}: {bad.reason}: {bad.detail}"
+                    print(printable(line), flush=True)
     bad_rows = reasons.total()
+    if max(reasons.values(), default=0) > SHOWN:
+        write_text(options.bad_rows, "".join(json.dumps(asdict(bad)) + "\n" for bad in found))
+        print(f"the first {SHOWN} of each reason are shown; all {bad_rows}: {printable(str(options.bad_rows))}")
     print(
         f"{printable(source.name)}: {len(source)} rows, {bad_rows} bad"
         + (f" ({_by_reason(reasons)})" if bad_rows else "")

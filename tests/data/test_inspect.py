@@ -51,6 +51,22 @@ def test_verify_names_each_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "row 1 id png_cut_off: image_corrupt" in printed[0]
 
 
+def test_verify_of_many_bad_rows_prints_the_first_of_each_reason(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad = [corrupt.media_sample(f"b{i}", "image", b"") for i in range(700)]
+    bad += [corrupt.media_sample(f"p{i}", "image", None, f"none{i}.png") for i in range(3)]
+    write_shards([*bad, corrupt.media_sample("good", "image", corrupt.good_image())], tmp_path / "many", "many")
+    assert main(["verify", "many"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [sum(f": {reason}:" in line for line in printed) for reason in ("wrong_type", "media_missing")] == [10, 3]
+    assert printed[-2:] == [
+        "the first 10 of each reason are shown; all 703: bad_rows.jsonl",
+        "many: 704 rows, 703 bad (wrong_type 700, media_missing 3)",
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [sample.id for sample in bad]
+
+
 def test_verify_damage_in_a_shard_and_double_ids(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(good)]) == 0
     assert "good: 7 rows, 0 bad" in capsys.readouterr().out
