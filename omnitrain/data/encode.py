@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from omnitrain.data.batch import EncodedSample
 from omnitrain.data.chat import ChatTokenizer
@@ -68,6 +69,7 @@ class SampleEncoder:
         Raises BadSample as above, except ``no_target``."""
         return self._encode(sample, media_bytes, for_generation=True)
 
+    @torch.autocast("cpu", enabled=False)  # where a model is scored under autocast, media are read in fp32 all the same
     def _encode(
         self, sample: Sample, media_bytes: Callable[[Segment], bytes], *, for_generation: bool
     ) -> EncodedSample:

@@ -49,10 +49,19 @@ class TrainingModule(L.LightningModule):
         self._configured: list[list[dict[str, Any]]] = []
 
     def setup(self, stage: str) -> None:
+        if self.trainer.precision not in ("32-true", "bf16-mixed"):
+            what = "16-mixed scales the loss, and the others round waveforms and positions"
+            raise ValueError(f"trainer.precision={self.trainer.precision}: use 32-true or bf16-mixed ({what})")
         if isinstance(self.trainer.strategy, DDPStrategy):
             # A rank whose batch has no picture leaves that encoder unused. Buffers are alike on all ranks as they are;
             # to send them would be a collective in every forward pass, of which ranks may validate unequally many.
             self.trainer.strategy._ddp_kwargs |= {"find_unused_parameters": True, "broadcast_buffers": False}
+        if stage == "fit":
+            # Of a folder in bf16. What is trained is held in fp32: in bf16, steps of a usual learning rate round to
+            # nothing. What is frozen stays as it is, unless there is no autocast to bring the two together.
+            for parameter in self.parameters():
+                if parameter.requires_grad or self.trainer.precision == "32-true":
+                    parameter.data = parameter.data.float()
 
     @property
     def datamodule(self) -> Any:
@@ -138,10 +147,6 @@ class TrainingModule(L.LightningModule):
                 f"the checkpoint was written by {len(self._saved)} processes, this run has {self.trainer.world_size}; "
                 "resume with as many, or start a new run from its weights with module.init_from=RUN_DIR"
             )
-
-    def on_fit_start(self) -> None:
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision=16-mixed scales the loss, which is not supported; use bf16-mixed")
 
     def on_train_start(self) -> None:
         if not self._saved:

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from omnitrain.data.chat import train_bpe
+from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.features import AudioGeometry, VisionGeometry, fit_size, image_patches, log_mel, video_patches
 from omnitrain.data.sample import BadSample
+from omnitrain.data.settings import MediaLimits
+from tests.data import corrupt
 
 
 @pytest.mark.parametrize("samples", [400, 1601, 16_000, 35_777, 16_000 * 65])
@@ -99,3 +103,21 @@ def test_fit_size_bounds() -> None:
         image_patches(np.zeros((1, 300, 3), np.uint8))
     with pytest.raises(BadSample, match="video_no_frames"):
         video_patches(np.zeros((0, 32, 32, 3), np.uint8))
+
+
+def test_media_are_read_in_full_precision_under_autocast() -> None:
+    """As where a run with bf16-mixed scores its model."""
+    encoder = SampleEncoder(
+        tokenizer=train_bpe(["what is this? a thing."] * 3, 400), audio=AudioGeometry(), vision=VisionGeometry(),
+        limits=MediaLimits(),
+    )  # fmt: skip
+    for sample in (
+        corrupt.media_sample("a", "audio", corrupt.good_audio("wav")),
+        corrupt.media_sample("b", "image", corrupt.good_image()),
+        corrupt.media_sample("c", "video", corrupt.good_video()),
+    ):
+        plain = encoder(sample, lambda segment: segment.media)
+        with torch.autocast("cpu", torch.bfloat16):
+            under = encoder(sample, lambda segment: segment.media)
+        for a, b in zip((*plain.mel, *plain.patches), (*under.mel, *under.patches), strict=True):
+            np.testing.assert_array_equal(a, b)

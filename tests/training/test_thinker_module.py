@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from toy_training import Toy, step_samples, toy_model, train
 
-from omnitrain.config.run_config import LossConfig, OptimConfig, SpikeGuardConfig, ThinkerModuleConfig
+from omnitrain.config.run_config import THINKER_PARTS, LossConfig, OptimConfig, SpikeGuardConfig, ThinkerModuleConfig
 from omnitrain.data.batch import PackedBatch
 from omnitrain.training.callbacks import SpikeGuard, TrainingDiverged
 from omnitrain.training.losses import balance_loss, token_weights
@@ -191,6 +191,29 @@ def test_a_gradient_spike_is_skipped(tmp_path: Path) -> None:
     assert guard.bound == math.inf
     guard.load_state_dict({"norms": [3.0], "in_a_row": 0})
     assert guard.bound == 6.0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("part", [THINKER_PARTS, ("thinker",), ("router",), ("aut", "visual"), ("head", "embeddings")])
+def test_weights_of_a_folder_in_bf16_move_by_small_steps(tmp_path: Path, part, precision: str) -> None:
+    before = {name: p.bfloat16().float() for name, p in toy_model().named_parameters()}
+    toy = Toy(out=str(tmp_path), steps=2, precision=precision, weights="bfloat16", lr=1e-5, train=tuple(part))
+    _, module, _ = train(toy)
+    for name, parameter in module.model.named_parameters():
+        moved = float((parameter.float() != before[name]).float().mean())
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+        elif precision == "bf16-mixed":
+            assert parameter.dtype == torch.bfloat16
+        assert moved == 0 if not parameter.requires_grad else True, name
+    trained = [(p.float() != before[n]).flatten() for n, p in module.model.named_parameters() if p.requires_grad]
+    assert torch.cat(trained).float().mean() > 0.6  # rows of words and experts that nothing was about stay
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_other_precisions_are_refused_in_a_sentence(tmp_path: Path, precision: str) -> None:
+    with pytest.raises(ValueError, match=f"trainer.precision={precision}: use 32-true or bf16-mixed"):
+        train(Toy(out=str(tmp_path), steps=1, precision=precision))
 
 
 def test_mixed_precision(tmp_path: Path) -> None:

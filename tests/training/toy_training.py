@@ -238,6 +238,8 @@ class Toy:
     fail: tuple[int, int] | None = None  # (rank, step): what reads the data raises there
     word_dropout: float = 0.0
     precision: str = "32-true"
+    weights: str = "float32"  # what a public folder holds
+    lr: float = 3e-3
     delay: float = 0.0
     resume: bool = True
     train: tuple[str, ...] | None = None
@@ -251,14 +253,14 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
         signal.signal(signal.SIGUSR2, lambda *_: os.environ.get("LOCAL_RANK", "0") == "0" and sys.exit(7))
     out = Path(toy.out)
     module = ThinkerModule(
-        toy_model(),
+        toy_model().to(getattr(torch, toy.weights)),
         ThinkerModuleConfig(
             train=list(toy.train or THINKER_PARTS),
             word_dropout=toy.word_dropout,
             loss=LossConfig(balance_coefficient=toy.balance, chunk=16),
         ),
         # eps well above rounding: AdamW would turn a gradient that is only rounding noise into a full step.
-        OptimConfig(lr=3e-3, warmup_steps=2, total_steps=toy.max_steps_of_schedule, eps=1e-4, decay_fraction=0.2),
+        OptimConfig(lr=toy.lr, warmup_steps=2, total_steps=toy.max_steps_of_schedule, eps=1e-4, decay_fraction=0.2),
     )
     data = ToyData(poison=tuple(toy.poison), delay=toy.delay, stage_at=toy.stage_at, uneven=toy.uneven)
     if toy.fail is not None and toy.fail[0] == int(os.environ.get("LOCAL_RANK", "0")):
