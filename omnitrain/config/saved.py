@@ -52,9 +52,9 @@ def write_config(config: RunConfig, run_dir: Path) -> None:
     write_text(run_dir / CONFIG, text)
 
 
-def read_values(run_dir: Path) -> dict[str, Any]:
-    """The plain values of ``run_dir/config.yaml``, their own folder in place. Raises ConfigError if there is none, or
-    it is no configuration."""
+def read_values(run_dir: Path, *, of_any_version: bool = False) -> dict[str, Any]:
+    """The plain values of ``run_dir/config.yaml``, their own folder in place. Raises ConfigError if there is none, it
+    is no configuration, or (unless they are read `of_any_version`) one of before sizes stood in it."""
     path = run_dir / CONFIG
     try:
         if path.stat().st_size > _LARGEST:
@@ -66,7 +66,7 @@ def read_values(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as a configuration: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ConfigError(f"{path}: not the configuration of a run (it has no mapping `model`)")
-    if str(values["model"].get("_target_", "")).startswith("omnitrain.models.presets."):
+    if not of_any_version and str(values["model"].get("_target_", "")).startswith("omnitrain.models.presets."):
         raise ConfigError(
             f"{path}: written by an earlier version, without the model's sizes; `omnitrain report` still reads the "
             "run; for anything else, write its weights with version 0.1.0 (`interop.public_format.save_pretrained`) as "

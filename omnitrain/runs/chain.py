@@ -202,7 +202,7 @@ def stages_of(run_dir: Path) -> list[Stage] | None:
     they cannot be read."""
     if not (run_dir / CONFIG).is_file():
         return None
-    saved = read_values(run_dir)
+    saved = read_values(run_dir, of_any_version=True)
     return None if saved.get("stages") is None else read_stages(saved["stages"], saved.get("stage_overrides"))
 
 

@@ -37,7 +37,10 @@ def prediction(i: int, modality: str, **values: Any) -> dict[str, Any]:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     (folder / "eval").mkdir()
-    (folder / "config.yaml").write_text("name: fancy run\nseed: 3\nmodel: {preset: tiny}\nnote: </pre><script>\n")
+    (folder / "config.yaml").write_text(  # as before sizes stood in it: a report of such a run is still written
+        "name: fancy run\nseed: 3\nmodel: {_target_: omnitrain.models.presets.build, preset: tiny}\n"
+        "note: </pre><script>\n"
+    )
     (folder / "metrics.csv").write_text(
         "step,train/loss,train/loss/image,train/loss/text,validation/loss/image,experts/entropy,lr/aut,gradient_norm\n"
         "1,5.0,5.5,4.5,,0.9,0.1,1.0\n2,4.0,4.5,nan,,0.9,0.1,1.0\n2,,,,4.75,,,\n3,3.0,3.5,2.5,,0.9,0.1,1.0\n"
