@@ -408,11 +408,9 @@ def _explain(error: Exception, overrides: list[str], config_name: str) -> str:
     for text in overrides:
         try:
             compose(config_name, overrides=[*good, text])
-        except _REFUSED as refusal:
+        except _REFUSED:
             if hint := _nearest(text, good, config_name):
                 return f"{text}: {hint}"
-            if isinstance(refusal, ValueError):
-                return f"{text}: the key's parent is a list, whose keys are numbers ({refusal})"
         else:
             good.append(text)
     message = str(error).strip()

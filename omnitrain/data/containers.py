@@ -19,8 +19,9 @@ def check_whole(data: bytes, name: str, kind: str) -> None:
         missing = "no end is found" if declared is None else f"{len(data)} bytes, the header says {declared}"
         raise BadSample(f"{kind}_corrupt", f"cut off: {missing}")
     if name == "ogg":
-        for _ in ogg_pages(data, kind):
-            pass
+        for at, end in ogg_pages(data, kind):
+            if _ogg_checksum(data[at : at + 22] + bytes(4) + data[at + 26 : end]) != data[at + 22 : at + 26]:
+                raise BadSample(f"{kind}_corrupt", f"damaged: the Ogg page at byte {at} has another checksum")
     if name == "mpegts" and len(data) % 188:
         raise BadSample(f"{kind}_corrupt", "cut off within a packet of the transport stream")
 
@@ -88,8 +89,8 @@ def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
     return (0 if size == (1 << 7 * length) - 1 else size), at + length
 
 
-def ogg_pages(data: bytes, kind: str = "audio") -> Iterator[bool]:
-    """Of every page, whether a stream begins with it."""
+def ogg_pages(data: bytes, kind: str = "audio") -> Iterator[tuple[int, int]]:
+    """Where each page begins and ends. Raises BadSample: ``*_corrupt`` where one is not whole."""
     at = 0
     while at < len(data):
         if data[at : at + 4] != b"OggS":
@@ -98,9 +99,7 @@ def ogg_pages(data: bytes, kind: str = "audio") -> Iterator[bool]:
         end = at + 27 + segments + sum(data[at + 27 : at + 27 + segments])
         if at + 27 > len(data) or end > len(data):
             raise BadSample(f"{kind}_corrupt", f"cut off: the Ogg page at byte {at} is incomplete")
-        if _ogg_checksum(data[at : at + 22] + bytes(4) + data[at + 26 : end]) != data[at + 22 : at + 26]:
-            raise BadSample(f"{kind}_corrupt", f"damaged: the Ogg page at byte {at} has another checksum")
-        yield bool(data[at + 5] & 2)
+        yield at, end
         at = end
 
 

@@ -295,7 +295,8 @@ def _needs_ffmpeg(data: bytes, name: str) -> bool:
     """Whether libsndfile would misread it: it guesses the length of an MP3, and of Ogg files joined end to end (radio
     recordings are) it reads the first."""
     if name == "ogg":
-        return any(next_begins and not begins for begins, next_begins in pairwise(ogg_pages(data)))
+        begins = (data[at + 5] & 2 for at, _ in ogg_pages(data))  # whether a stream begins with the page
+        return any(following and not before for before, following in pairwise(begins))
     mp3_in_wav = data[12:16] + data[20:22] == b"fmt U\0"
     return mp3_in_wav or name not in ("wav", "flac", "aiff", "au", "caf", "w64")
 
@@ -334,15 +335,18 @@ def _decoder(stream: Any, kind: Kind) -> Any:
     return stream.codec_context
 
 
-def _declared_seconds(data: bytes, name: str, container: Any, stream: Any) -> float:
-    """The length that the file declares, 0 where it declares none (FFmpeg then guesses one from the bit rate)."""
-    if name in ("aac", "ac3") or (
-        name == "mp3" and not any(tag in data[:65536] for tag in (b"Xing", b"Info", b"VBRI"))
-    ):
-        return 0.0
+def _header_seconds(container: Any, stream: Any) -> float:
+    """The length by the header, or what FFmpeg guesses from the bit rate; 0 where it knows none."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return (container.duration or 0) / 1e6
+
+
+def _declared_seconds(data: bytes, name: str, container: Any, stream: Any) -> float:
+    """The length that the file declares, 0 where it declares none and FFmpeg would guess."""
+    tagged = any(tag in data[:65536] for tag in (b"Xing", b"Info", b"VBRI"))
+    guessed = name in ("aac", "ac3") or (name == "mp3" and not tagged)
+    return 0.0 if guessed else _header_seconds(container, stream)
 
 
 def _check_end(kind: Kind, seconds: float, declared: float) -> None:
@@ -371,7 +375,7 @@ class _Track:
         if frame.time is not None:
             missing = round((float(frame.time) - self.start) * self.rate) - self.samples
             if missing > self.rate // 10:  # a gap in the track is silence
-                _check_seconds("audio", (self.samples + missing) / self.rate, self.limits, self.rate)
+                self._check(self.samples + missing)
                 self.pieces.append(np.zeros(missing, np.float32))
                 self.samples += missing
         for plain in self.resampler.resample(frame):
@@ -379,12 +383,15 @@ class _Track:
             piece = _mono(rearrange(plain.to_ndarray(), "1 (t c) -> c t", c=plain.layout.nb_channels), names)
             self.pieces.append(piece)
             self.samples += len(piece)
-        _check_seconds("audio", self.samples / self.rate, self.limits, self.rate)
+        self._check(self.samples)
+
+    def _check(self, samples: int) -> None:
+        _check_seconds("audio", samples / self.rate, self.limits, self.rate)
 
     def wave_from(self, start: float) -> np.ndarray:
         """What is heard from `start` on, in seconds of the time stamps."""
         late = round(((self.start or 0.0) - start) * self.rate)
-        _check_seconds("audio", (self.samples + late) / self.rate, self.limits, self.rate)
+        self._check(self.samples + late)
         return np.concatenate([np.zeros(late, np.float32), self.wave()]) if late > 0 else self.wave()[-late:]
 
     def wave(self) -> np.ndarray:
@@ -515,8 +522,8 @@ def _decode_video(container: Any, stream: Any, declared: float, fps: float, limi
 
 def _seconds(data: bytes, name: str, container: Any, stream: Any) -> float:
     """The length that the header declares; where it declares none, as in a live recording, that of the packets."""
-    if stream.duration or container.duration:
-        return float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+    if seconds := _header_seconds(container, stream):
+        return seconds
     with _open(data, name) as again:
         packets = [p for p in again.demux(again.streams[stream.index]) if p.pts is not None]
         ends = [p.pts + (p.duration or 0) for p in packets]

@@ -88,10 +88,10 @@ def sentences(references: Iterable[str], sources: Iterable[Source]) -> list[str]
     for source in sources:
         for index in range(len(source)):
             try:
-                segments = [segment for message in source[index].messages for segment in message.segments]
+                sample = source[index]
             except BadSample:
                 continue  # training leaves it out as well
-            texts |= {words(segment.text) for segment in segments if segment.text}
+            texts |= {words(segment.text) for segment in sample.segments if segment.text}
     whole = "\n".join(texts)
     return ["read" if words(reference) in whole else "new" for reference in references]
 
