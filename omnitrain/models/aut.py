@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from omnitrain.models.layers.attention import varlen_attention
 from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.precision import residual
 from omnitrain.models.sizes import AuTConfig
 
 CHUNKS_PER_CONVOLUTION = 64
@@ -121,7 +122,7 @@ class AuTEncoder(nn.Module):
         if not lengths:
             return self.proj2.weight.new_zeros(0, config.out_dim)
 
-        x = self._convolve(mel, lengths)  # [T, D]
+        x = residual(self._convolve(mel, lengths), self.ln_post)  # [T, D]
         window = chunks_per_window * _halved(config.chunk_frames, 3)
         cu_seqlens = _window_borders(self.output_lengths(mel_lengths).tolist(), window).to(x.device)
         for layer in self.layers:

@@ -22,6 +22,7 @@ from omnitrain.models.layers.causal_conv import (
     step_through,
 )
 from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.precision import full_precision
 from omnitrain.models.layers.wave import (
     DILATIONS,
     Chain,
@@ -138,8 +139,11 @@ class Code2Wav(nn.Module):
         gradient."""
         checkpointed = self.activation_checkpointing
         x = rearrange(self.pre_transformer(x, checkpointed=checkpointed), "b t d -> b d t")
-        for stage in self._stages():
+        *stages, last = self._stages()
+        for stage in stages:
             x = run(stage, x, checkpointed=checkpointed)
+        with full_precision(x):  # 16 bit would be heard: 8 bits of sound
+            x = last(x.to(self.code_embedding.weight.dtype))
         wav = rearrange(x, "b 1 n -> b n")
         return wav.clamp(-1, 1) if clamp else wav
 

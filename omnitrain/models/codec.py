@@ -7,6 +7,7 @@ decoder is a `Code2Wav`, so that a trained codec is at the same time the last pa
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from omnitrain.models.code2wav import Code2Wav, Code2WavState
 from omnitrain.models.layers.causal_conv import CausalConv1d, StreamingModule, init_states, step_through
 from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.precision import full_precision
 from omnitrain.models.layers.wave import (
     DILATIONS,
     Chain,
@@ -66,8 +68,10 @@ class CodecEncoder(nn.Module):
     def forward(self, wav: Tensor) -> Tensor:
         """[B, samples] -> [B, T, D]. ValueError if the samples are no whole number of frames."""
         self._check(wav)
-        x = wav[:, None]
-        for stage in self.stages:
+        first, *stages = self.stages
+        with full_precision(wav):  # in 16 bit, 8 bits of sound would enter
+            x = first(wav[:, None])
+        for stage in stages:
             x = run(stage, x, checkpointed=self.activation_checkpointing)
         return self.transformer(rearrange(x, "b d t -> b t d"), checkpointed=self.activation_checkpointing)
 
@@ -119,6 +123,7 @@ class Codebooks(nn.Module):
         N_k <- decay N_k + (1 - decay) n_k,   m_k <- decay m_k + (1 - decay) s_k,
         e_k = m_k / N'_k,   N'_k = (N_k + eps) / (sum N + K eps) * sum N.
 
+    `forward` reads them and notes what they were given; `update` moves them, once the step is known to be a good one.
     The first batch in training mode sets them by k-means. After each update, a code of which N_k is less than
     `revive_below` times the mean becomes a vector of the batch, drawn at random, with the mean as its count; on a first
     batch of fewer vectors than codes, this is also what fills the codebook in the batches that follow.
@@ -145,11 +150,12 @@ class Codebooks(nn.Module):
         self.register_buffer("counts", torch.zeros(n, k))
         self.register_buffer("sums", torch.zeros(n, k, d))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+        self._noted: tuple[Tensor, Tensor] | None = None
 
     def forward(self, latent: Tensor, n_used: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         """latent [B, T, D], n_used int64 [B] of these codebooks -> quantized [B, T, D], codes int64 [B, T, n], given
-        and chosen fp32 [n, B, T, d], histogram int64 [n, K]. In training mode the codebooks are updated after use."""
-        z = self.input_proj(latent).float()  # distances and averages in fp32, whatever the model's precision
+        and chosen fp32 [n, B, T, d], histogram int64 [n, K]. In training mode, what `update` needs is noted."""
+        z = self._project(latent)
         if self.training and not self.initialised:
             self._initialise(rearrange(z.detach(), "b t d -> (b t) d"), generator)
         codes, residuals, chosen = self._assign(z)
@@ -163,22 +169,32 @@ class Codebooks(nn.Module):
         straight = straight * (n_used > 0)[:, None, None]
         histogram = torch.stack([torch.bincount(c.flatten(), minlength=self.counts.shape[1]) for c in codes.unbind(-1)])
         if self.training:
-            self._update(rearrange(residuals, "n b t d -> n (b t) d"), rearrange(codes, "b t n -> n (b t)"), generator)
-        return self.output_proj(straight.to(latent.dtype)), codes, given, chosen, histogram
+            self._noted = rearrange(residuals, "n b t d -> n (b t) d"), rearrange(codes, "b t n -> n (b t)")
+        return self._expand(straight), codes, given, chosen, histogram
 
     def encode(self, latent: Tensor) -> Tensor:
         """[B, T, D] -> int64 [B, T, n]"""
-        return self._assign(self.input_proj(latent).float())[0]
+        return self._assign(self._project(latent))[0]
 
     def decode(self, codes: Tensor) -> Tensor:
         """int64 [B, T, <= n] -> [B, T, D]"""
         n = codes.shape[-1]
         index = torch.arange(n, device=codes.device)
-        return self.output_proj(self.codebooks[index, codes].sum(dim=2))
+        return self._expand(self.codebooks[index, codes].sum(dim=2))
 
     def tables(self) -> Tensor:
         """[n, K, D]: what each code adds to the quantized latent."""
-        return self.output_proj(self.codebooks)
+        return self._expand(self.codebooks)
+
+    def _project(self, latent: Tensor) -> Tensor:
+        """[..., D] -> fp32 [..., d]: distances and averages are in fp32, whatever the model's precision."""
+        with full_precision(latent):
+            return self.input_proj(latent.to(self.input_proj.weight.dtype)).float()
+
+    def _expand(self, z: Tensor) -> Tensor:
+        """[..., d] -> [..., D], in the precision of the weights."""
+        with full_precision(z):
+            return self.output_proj(z.to(self.output_proj.weight.dtype))
 
     @torch.no_grad()
     def _assign(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,19 +220,23 @@ class Codebooks(nn.Module):
             counts, sums = self._sums(x, code)
             self.codebooks[i], self.counts[i], self.sums[i] = codebook, counts, sums
             x = x - F.embedding(code, codebook)
-        self.initialised.fill_(True)
 
     def _sums(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors assigned to each code and their sums over all ranks, for x [..., N, d] and codes [..., N]."""
         one_hot = F.one_hot(codes, self.counts.shape[1]).to(x.dtype)
-        with _full_precision(x):  # a product, since adding in place has no fixed order on CUDA
+        with full_precision(x):  # a product, since adding in place has no fixed order on CUDA
             counts, sums = one_hot.sum(dim=-2), one_hot.transpose(-1, -2) @ x
         both = _sum_over_ranks(torch.cat([counts[..., None], sums], dim=-1))
         return both[..., 0], both[..., 1:]
 
     @torch.no_grad()
-    def _update(self, x: Tensor, codes: Tensor, generator: torch.Generator | None) -> None:
-        """One step of the moving averages, from what the codebooks were given, x [n, N, d], and chose, codes [n, N]."""
+    def update(self, generator: torch.Generator | None = None) -> None:
+        """One step of the moving averages, from what the last `forward` in training mode was given and chose. Without
+        it that batch has left no trace, but for the first one: the next sets the codebooks again."""
+        if self._noted is None:
+            raise RuntimeError("Codebooks.update: no forward pass in training mode since the last update")
+        (x, codes), self._noted = self._noted, None  # [n, N, d] and [n, N]
+        self.initialised.fill_(True)
         decay = self.config.decay
         counts, sums = self._sums(x, codes)
         self.counts.lerp_(counts, 1 - decay)
@@ -237,13 +257,8 @@ class Codebooks(nn.Module):
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """Index int64 [...] of the row of codebook [K, d] next to each x [..., d]."""
-    with _full_precision(x):
+    with full_precision(x):
         return (codebook.square().sum(dim=1) - 2 * x @ codebook.T).argmin(dim=-1)
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    """No products in 16 bit: codes and averages would depend on the rounding."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _grouped() -> bool:
@@ -322,6 +337,11 @@ class ResidualVectorQuantizer(nn.Module):
             histogram=torch.cat(histogram),
         )
 
+    def update(self, generator: torch.Generator | None = None) -> None:
+        """Move the codebooks by the last batch in training mode (`Codebooks.update`)."""
+        self.semantic.update(generator)
+        self.acoustic.update(generator)
+
     def encode(self, latent: Tensor) -> Tensor:
         """[B, T, D] -> codes int64 [B, T, Q]"""
         return torch.cat([self.semantic.encode(latent), self.acoustic.encode(latent)], dim=-1)
@@ -373,9 +393,13 @@ class Codec(nn.Module):
         self.decoder = Code2Wav(config.decoder)
         self.decoder.code_embedding.requires_grad_(False)
 
+    def set_activation_checkpointing(self, parts: Collection[str]) -> None:
+        """As of `OmniModel`; the parts are `encoder` and `decoder`."""
+        self.encoder.activation_checkpointing = "encoder" in parts
+        self.decoder.activation_checkpointing = "decoder" in parts
+
     def forward(self, wav: Tensor, n_quantizers: int | None = None) -> CodecOutput:
-        """wav [B, samples] -> `CodecOutput`; `n_quantizers` as of the quantizer. In training mode the codebooks move
-        on."""
+        """wav [B, samples] -> `CodecOutput`; `n_quantizers` as of the quantizer, whose `update` moves the codebooks."""
         latent = self.encoder(self._whole_frames(wav))
         quantized = self.quantizer(latent, n_quantizers)
         reconstruction = self.decoder.decode(quantized.quantized, clamp=False)[:, : wav.shape[1]]

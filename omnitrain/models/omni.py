@@ -6,7 +6,7 @@ The only file of `models/` that knows all of the parts.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,13 @@ class OmniModel(nn.Module):
         self.talker = None if config.talker is None else Talker(config.talker)
         self.code2wav = None if config.code2wav is None else Code2Wav(config.code2wav)
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Whether each layer's activations are computed again in the backward pass (`layers.checkpointing`)."""
-        for part in self.modules():
-            if "activation_checkpointing" in vars(part):
-                vars(part)["activation_checkpointing"] = enabled
+    def set_activation_checkpointing(self, parts: Collection[str]) -> None:
+        """In which parts (`aut`, `visual`, `thinker`, `talker`, `mtp`, `code2wav`) activations are computed again in
+        the backward pass, layer by layer (`layers.checkpointing`); in the others they are kept."""
+        mtp = None if self.talker is None else self.talker.mtp
+        for name, part in {**dict(self.named_children()), "mtp": mtp}.items():
+            if part is not None:
+                vars(part)["activation_checkpointing"] = name in parts
 
     def forward(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.decoder import DecoderLayer, DecoderOutput, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
+from omnitrain.models.layers.precision import residual
 from omnitrain.models.layers.rope import tm_rope
 from omnitrain.models.mtp import MTP
 from omnitrain.models.sizes import TalkerConfig
@@ -125,7 +126,7 @@ class Talker(nn.Module):
         `cache` of earlier positions, over the new ones only. `codec_head` reads the output's `hidden`, and so does
         MTP."""
         rope = tm_rope(position_ids, self.config.mrope_sections, self.config.rope_theta)
-        x, counts, prob_sums = inputs_embeds, [], []
+        x, counts, prob_sums = residual(inputs_embeds, self.norm), [], []
         checkpointed = self.activation_checkpointing and cache is None
         for layer in self.layers:
             x, count, prob_sum = run(layer, x, rope, cu_seqlens, cache, checkpointed=checkpointed)

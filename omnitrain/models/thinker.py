@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.decoder import DecoderLayer, DecoderOutput, DenseMLP, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
+from omnitrain.models.layers.precision import residual
 from omnitrain.models.layers.rope import tm_rope
 from omnitrain.models.sizes import ThinkerConfig
 
@@ -67,7 +68,7 @@ class Thinker(nn.Module):
         config = self.config
         visual = _visual_rows(visual_mask, deepstack, config.layers)
         rope = tm_rope(position_ids, config.mrope_sections, config.rope_theta)
-        x, accept_hidden = inputs_embeds, inputs_embeds
+        x = accept_hidden = residual(inputs_embeds, self.norm)
         counts, prob_sums = [], []
         checkpointed = self.activation_checkpointing and cache is None  # a second run would grow the cache again
         for i, layer in enumerate(self.layers):

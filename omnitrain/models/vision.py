@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from omnitrain.models.layers.attention import varlen_attention
 from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.precision import residual
 from omnitrain.models.layers.rope import Rotation, rotate
 from omnitrain.models.sizes import VisionConfig
 
@@ -143,7 +144,7 @@ class VisionEncoder(nn.Module):
         frames = [h * w for t, h, w in grids for _ in range(t)]
         cu_seqlens = torch.tensor([0, *frames], device=patches.device).cumsum(0, dtype=torch.int32)
 
-        x = self.patch_embed(patches)
+        x = residual(self.patch_embed(patches), self.merger.ln_q)
         x = x + self._positions(grids).to(x.dtype)
         deepstack: list[Tensor] = []
         for i, block in enumerate(self.blocks):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from omnitrain.config.run_config import RunConfig, TalkerModuleConfig
+from omnitrain.config.run_config import RunConfig, TalkerModuleConfig, TrainerConfig
 from omnitrain.config.targets import LOOSE, build, check_inside
 from omnitrain.config.typed import ConfigError, Named
 from omnitrain.data.codec_frames import SpeechCodes
@@ -77,7 +78,7 @@ def has_fresh_weights(config: RunConfig) -> bool:
 def build_trainer(config: RunConfig) -> L.Trainer:
     """Lightning's Trainer with callbacks and loggers, all of which write into the run folder alone."""
     run_dir = Path(config.paths.run_dir)
-    arguments: dict[str, Any] = dict(vars(config.trainer))
+    arguments: dict[str, Any] = {**vars(config.trainer), "precision": precision(config.trainer)}
     for name in ("strategy", "profiler"):
         arguments[name] = _part(arguments[name], config, f"trainer.{name}")
     plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(config.trainer.plugins)]
@@ -88,6 +89,14 @@ def build_trainer(config: RunConfig) -> L.Trainer:
         return L.Trainer(**arguments, default_root_dir=run_dir)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {error}") from error
+
+
+def precision(config: TrainerConfig) -> str:
+    """What `trainer.precision=auto` means on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    fast = config.accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bf16-mixed" if fast else "32-true"
 
 
 def _part(node: Any, config: RunConfig, place: str) -> Any:

@@ -29,6 +29,7 @@ from omnitrain.training.codec_losses import (
     si_sdr,
 )
 from omnitrain.training.module import TrainingModule
+from omnitrain.training.optim import adamw, by_decay
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 
 
@@ -53,7 +54,10 @@ class CodecModule(TrainingModule):
         self.automatic_optimization = False
         self.config = config or CodecModuleConfig()
         self.model = model
+        model.set_activation_checkpointing(self.config.activation_checkpointing)
         self.optim_config = optim or OptimConfig()
+        if self.optim_config.lr_scale:
+            raise ValueError("optim.lr_scale: a codec learns as a whole, at optim.lr; remove it")
         self.loss_config = self.config.loss
         self.discriminators = Discriminators(self.config.discriminator)
         self.content = ContentHead(model.config.decoder.d_model)
@@ -79,12 +83,14 @@ class CodecModule(TrainingModule):
         self.samples_in_step = list(batch.sample_ids)
 
         output = self.model(batch.wav)
+        wav = batch.wav[:, : output.wav.shape[1]]
         terms = self._reconstruction(output, batch)
+        judged = torch.zeros(())
         if adversarial:
-            self._discriminator_step(batch.wav, output.wav.detach(), optimizers[1])
+            judged = self._discriminator_gradient(wav, output.wav.detach(), optimizers[1])
             self.discriminators.requires_grad_(False)
             with torch.no_grad():
-                real = self.discriminators(batch.wav)
+                real = self.discriminators(wav)
             fake = self.discriminators(output.wav)
             self.discriminators.requires_grad_(True)
             terms |= {"adversarial": gan_generator_loss(fake), "features": feature_matching_loss(real, fake)}
@@ -93,13 +99,20 @@ class CodecModule(TrainingModule):
         optimizers[0].zero_grad()
         self.manual_backward(loss)
         parameters = [p for p in (*self.model.parameters(), *self.content.parameters()) if p.grad is not None]
-        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.gradient_norm = float(norm if judged.isfinite() else judged)
         # Of all ranks, so that each comes to the same decision about a spike.
         self.step_loss = float(sum_over_ranks(loss.detach()) / self.trainer.world_size)
         optimizers[0].step()
         schedule.step()
 
-        if not self._discarded:
+        if not self._discarded:  # the spike guard has let the step pass: all that learns moves, or nothing does
+            self.model.quantizer.update()
+            if adversarial:
+                for group in optimizers[1].optimizer.param_groups:  # one schedule for both
+                    group["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+                # Past Lightning's wrapper, which would count this as a second step of training.
+                optimizers[1].optimizer.step()
             values = {name: float(term.detach()) for name, term in terms.items()} | {"loss": self.step_loss}
             _add(self._sums, {name: (value, 1.0) for name, value in values.items()})
             counts = sum_over_ranks(output.histogram.double())
@@ -114,25 +127,24 @@ class CodecModule(TrainingModule):
             self._log_row(self.global_step)
 
     def _reconstruction(self, output: Any, batch: WaveBatch) -> dict[str, Tensor]:
-        """The terms that need no discriminator."""
+        """The terms that need no discriminator. A decoder that trims as the public one gives fewer samples than it was
+        given: its sample i is still to be sample i of the recording."""
+        wav = batch.wav[:, : output.wav.shape[1]]
         terms = {
-            "mel": self.mel(output.wav, batch.wav),
-            "waveform": (output.wav - batch.wav).abs().mean(),
+            "mel": self.mel(output.wav, wav),
+            "waveform": (output.wav - wav).abs().mean(),
             "commitment": rvq_commitment_loss(output.given, output.chosen, output.n_used).mean(),
         }
         content = self.content(output.semantic, batch.spans) if self.loss_config.content else None
         return terms if content is None else terms | {"content": content}
 
-    def _discriminator_step(self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer) -> None:
+    def _discriminator_gradient(self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer) -> Tensor:
+        """Leaves the discriminators' gradients, clipped, where `optimizer` finds them; returns their norm."""
         loss = gan_discriminator_loss(self.discriminators(real), self.discriminators(fake))
         optimizer.zero_grad()
         self.manual_backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip)
-        for group in optimizer.optimizer.param_groups:  # one schedule for both
-            group["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        # Past Lightning's wrapper, which would count this as a second step of training.
-        optimizer.optimizer.step()
         _add(self._sums, {"discriminators": (float(loss.detach()), 1.0)})
+        return torch.nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip)
 
     def _log_row(self, step: int) -> None:
         ranks = gather_objects((self._sums, self._seen, self._skipped))
@@ -147,13 +159,7 @@ class CodecModule(TrainingModule):
     def configure_optimizers(self) -> Any:
         config = self.optim_config
         codec, discriminators = (
-            torch.optim.AdamW(
-                [p for p in parameters if p.requires_grad],
-                lr=config.lr,
-                betas=tuple(config.betas),
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-            )
+            adamw(by_decay([p for p in parameters if p.requires_grad], config), config)
             for parameters in ([*self.model.parameters(), *self.content.parameters()], self.discriminators.parameters())
         )
         return [codec, discriminators], [self.schedule(config, codec, discriminators)]
@@ -163,7 +169,7 @@ class CodecModule(TrainingModule):
             return
         output = self.model(batch.wav)
         terms = {name: float(term) for name, term in self._reconstruction(output, batch).items()}
-        terms["si_sdr"] = float(si_sdr(output.wav, batch.wav).mean())
+        terms["si_sdr"] = float(si_sdr(output.wav, batch.wav[:, : output.wav.shape[1]]).mean())
         self._evaluation.append({name: (value, 1.0) for name, value in terms.items()})
 
     def on_validation_epoch_end(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from omnitrain.models.discriminators import Opinion
+from omnitrain.models.layers.precision import full_precision
 
 Opinions = Sequence[Opinion]
 """What each of `Discriminators` says of the same audio."""
@@ -43,9 +44,11 @@ class MelDistance(nn.Module):
         return (amplitude.transpose(1, 2) @ self.get_buffer(f"bank_{window}")).clamp(min=self.floor).log10()
 
     def forward(self, wav: Tensor, target: Tensor) -> Tensor:
-        """wav, target [B, S] -> scalar, in powers of ten of amplitude (1 is 20 dB)"""
-        distances = [(self.log_mel(wav, w) - self.log_mel(target, w)).abs().mean() for w in self.windows]
-        return torch.stack(distances).mean()
+        """wav, target [B, S] -> scalar, in powers of ten of amplitude (1 is 20 dB); in fp32 also under autocast"""
+        with full_precision(wav):
+            wav, target = wav.float(), target.float()
+            distances = [(self.log_mel(wav, w) - self.log_mel(target, w)).abs().mean() for w in self.windows]
+            return torch.stack(distances).mean()
 
 
 def gan_discriminator_loss(real: Opinions, fake: Opinions) -> Tensor:

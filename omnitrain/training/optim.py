@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -24,29 +24,38 @@ def part_of(name: str) -> str:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Trained parameters grouped by part and by whether they are decayed. Each group has `name`, `lr`, `weight_decay`.
     ValueError if nothing is trained."""
-    groups: dict[tuple[str, bool], dict] = {}
+    parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part, decay = part_of(name), parameter.ndim >= 2
-        group = groups.setdefault(
-            (part, decay),
-            {
-                "name": part if decay else f"{part}.no_decay",
-                "params": [],
-                "lr": config.lr * config.lr_scale.get(part, 1.0),
-                "weight_decay": config.weight_decay if decay else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    if not groups:
+        if parameter.requires_grad:
+            parts.setdefault(part_of(name), []).append(parameter)
+    if not parts:
         raise ValueError("module.train: no parameter is trained; name at least one part of the model")
-    return list(groups.values())
+    return [
+        group | {"name": part + group["name"], "lr": config.lr * config.lr_scale.get(part, 1.0)}
+        for part, parameters in parts.items()
+        for group in by_decay(parameters, config)
+    ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over `parameter_groups`."""
-    groups = parameter_groups(model, config)
+def by_decay(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict]:
+    """Parameters that are decayed, group `""`, and those that never are, `".no_decay"`: norms, biases and other
+    vectors, also those of several dimensions (the lengths [C, 1, 1] of weight normalisation)."""
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.ndim >= 2 and parameter.numel() > len(parameter), []).append(parameter)
+    return [
+        {
+            "name": "" if decay else ".no_decay",
+            "params": group,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay if decay else 0.0,
+        }
+        for decay, group in groups.items()
+    ]
+
+
+def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=config.fused)
 
 

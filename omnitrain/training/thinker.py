@@ -30,7 +30,7 @@ from omnitrain.models.thinker import ThinkerOutput
 from omnitrain.training.flops import BatchSizes, training_flops
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import build_optimizer, part_of
+from omnitrain.training.optim import adamw, parameter_groups, part_of
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
 
@@ -61,6 +61,7 @@ class ThinkerModule(TrainingModule):
         super().__init__()
         self.config = config or ThinkerModuleConfig()
         self.model: OmniModel = model
+        model.set_activation_checkpointing(self.config.activation_checkpointing)
         self.optim_config = optim or OptimConfig()
         self.loss_config = self.config.loss
         self.seed = seed if self.config.seed is None else self.config.seed
@@ -216,7 +217,7 @@ class ThinkerModule(TrainingModule):
         self._row_sums, self._row_counts = LossSums(), {}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_optimizer(self.model, self.optim_config)
+        optimizer = adamw(parameter_groups(self.model, self.optim_config), self.optim_config)
         schedule = self.schedule(self.optim_config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

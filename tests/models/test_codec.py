@@ -57,6 +57,7 @@ def trained(config: CodecConfig = CONFIG, seed: int = 0) -> Codec:
     with torch.no_grad():
         for _ in range(3):
             codec(torch.randn(4, 20 * FRAME))
+            codec.quantizer.update()
     return codec.eval()
 
 
@@ -71,10 +72,13 @@ def test_the_moving_averages_against_explicit_sums() -> None:
     torch.manual_seed(0)
     books = Codebooks(replace(CONFIG, revive_below=0.0), n=3)
     books.train()(torch.randn(2, 40, 24), torch.full((2,), 3), None)  # initialises
+    books.update()
     before = {name: buffer.clone().double().numpy() for name, buffer in books.named_buffers()}
     latent = torch.randn(2, 30, 24)
     n_used = torch.tensor([3, 1])
     _, codes, given, chosen_vectors, histogram = books(latent, n_used, None)
+    assert all(np.array_equal(buffer.numpy(), before[name]) for name, buffer in books.named_buffers())
+    books.update()
     commitment = rvq_commitment_loss(given, chosen_vectors, n_used)
 
     x = books.input_proj(latent).detach().double().numpy().reshape(60, 8)
@@ -151,13 +155,15 @@ def test_dead_codes_become_vectors_of_the_batch() -> None:
     torch.manual_seed(0)
     books = Codebooks(CONFIG, n=1).train()
     books(torch.randn(2, 40, 24), torch.ones(2, dtype=torch.int64), None)
+    books.update()
     books.codebooks[0, 3:9] = 100.0  # nothing is near them
     books.counts[0, 3:9] = 1e-3
     books.sums[0, 3:9] = 0.1
     latent = torch.randn(2, 40, 24)
     twin = copy.deepcopy(books)
     for each in (books, twin):
-        each(latent, torch.ones(2, dtype=torch.int64), torch.Generator().manual_seed(1))
+        each(latent, torch.ones(2, dtype=torch.int64), None)
+        each.update(torch.Generator().manual_seed(1))
     assert torch.equal(books.codebooks, twin.codebooks)
     vectors = books.input_proj(latent).reshape(80, 8)
     distance = torch.cdist(books.codebooks[0, 3:9], vectors).min(dim=1)
@@ -182,7 +188,22 @@ def test_the_first_batch_sets_the_codebooks_by_k_means() -> None:
         np.testing.assert_allclose(books.counts[i].numpy(), np.bincount(code, minlength=16))
         np.testing.assert_allclose(books.sums[i].numpy()[3], rest[code == 3].sum(0), atol=1e-5)
         rest = rest - codebook[code]
-    assert books.initialised
+
+
+def test_a_batch_that_is_not_learned_leaves_no_trace() -> None:
+    """The spike guard calls no `update`: the codebooks stay, and a first batch does not set them."""
+    torch.manual_seed(0)
+    books, ones = Codebooks(CONFIG, n=1).train(), torch.ones(2, dtype=torch.int64)
+    books(torch.full((2, 40, 24), torch.nan), ones, None)
+    good = torch.randn(2, 40, 24)
+    books(good, ones, None)
+    books.update()
+    assert books.codebooks.isfinite().all()
+    before = {name: buffer.clone() for name, buffer in books.named_buffers()}
+    books(torch.full((2, 40, 24), torch.nan), ones, None)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in books.named_buffers())
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        Codebooks(CONFIG, n=1).update()
 
 
 def test_a_short_first_batch_is_made_up_for_by_later_ones() -> None:
@@ -191,6 +212,7 @@ def test_a_short_first_batch_is_made_up_for_by_later_ones() -> None:
     one = torch.ones(1, dtype=torch.int64)
     for _ in range(10):
         books(torch.randn(1, 8, 24), one, None)  # 8 vectors, 16 codes
+        books.update()
     _, codes, *_ = books.eval()(torch.randn(1, 500, 24), one, None)
     assert len(codes.unique()) >= 14
 
@@ -210,6 +232,8 @@ def test_a_saved_quantizer_goes_on_exactly(tmp_path: Path) -> None:
     for step in range(3):
         latent = torch.randn(3, 20, 24) * (1 + step)
         outputs = [q(latent, generator=torch.Generator().manual_seed(step)) for q in (quantizer, restored)]
+        for q in (quantizer, restored):
+            q.update(torch.Generator().manual_seed(step))
         assert torch.equal(outputs[0].quantized, outputs[1].quantized)
         assert torch.equal(outputs[0].codes, outputs[1].codes)
     for (name, a), b in zip(quantizer.state_dict().items(), restored.state_dict().values(), strict=True):
@@ -232,6 +256,7 @@ def test_two_processes_have_the_codebooks_of_one(tmp_path: Path) -> None:
         quantizer = ResidualVectorQuantizer(replace(CONFIG, dropout=0.0, revive_below=0.5)).train()
         for latent in latents:
             quantizer(latent)
+            quantizer.update()
         return [b.clone() for b in quantizer.buffers()]
 
     generator = torch.Generator().manual_seed(5)
@@ -342,6 +367,7 @@ def test_a_batch_is_learned() -> None:
         (loss + 0.1 * rvq_commitment_loss(out.given, out.chosen, out.n_used).sum()).backward()
         assert all(p.grad is not None for p in parameters)  # in a process group each must have one
         optimizer.step()
+        codec.quantizer.update()
         errors.append(loss.item())
     assert errors[-1] < 0.5 * min(errors[0], wav.square().mean().item())
 

@@ -97,6 +97,28 @@ def test_experts_are_the_weighted_sum(n: int, n_experts: int, top_k: int) -> Non
     torch.testing.assert_close(routing.prob_sums, (x @ router.weight.T).softmax(-1).sum(0))
 
 
+def test_grouped_experts_are_the_same() -> None:
+    """The path of GPUs in 16 bit, here in fp32: sorted by expert and back, one gather each way."""
+    router, experts = TopKRouter(12, 5, 2), SwiGLUExperts(12, 8, 5)
+    for p in (*router.parameters(), *experts.parameters()):
+        torch.nn.init.normal_(p, std=0.5)
+    x = torch.randn(9, 12, requires_grad=True)
+    routing = router(x)
+    of = [x, experts.gate_up, experts.down, router.weight]
+    gradients_agree(experts._grouped(x, routing, torch.float32), expert_sum(x, experts, routing), of)
+
+
+def test_a_frozen_router_is_not_balanced() -> None:
+    router = TopKRouter(12, 5, 2)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(9, 12, requires_grad=True)
+    assert router(x).prob_sums.requires_grad
+    router.requires_grad_(False)
+    routing = router(x)
+    assert not routing.prob_sums.requires_grad
+    assert routing.weights.requires_grad  # what stands before it still learns through the mixing weights
+
+
 def test_frozen_experts_pass_the_gradient_on() -> None:
     router, experts = TopKRouter(12, 4, 2), SwiGLUExperts(12, 7, 4)
     for p in (*router.parameters(), *experts.parameters()):

@@ -1,11 +1,14 @@
-"""Every recipe composes, builds its objects, trains a few steps, and ends with scores and a report."""
+"""Every recipe composes, builds its objects, trains a few steps, and ends with scores and a report; with PyTorch's
+deterministic algorithms, which also fill memory that nobody has written with NaN."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from omnitrain.__main__ import main
 from omnitrain.config.locations import PACK, PACK_SPEECH, RECIPES
@@ -18,6 +21,14 @@ PRETRAIN = {name for name in NAMES if name.startswith("pretrain")}
 SEARCH = {"nondegradation_lr", "nondegradation_lr_arm"}
 """Sweeps of `nondegradation`, in tests/cli/test_sweeps.py."""
 
+EXACT = "trainer.deterministic=true"
+
+
+@pytest.fixture(autouse=True)
+def algorithms() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH))
@@ -26,7 +37,13 @@ def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for folder in ("stamps", "moving_stamps"):
         (tmp_path / folder).symlink_to(PACK)
     monkeypatch.chdir(tmp_path)
-    few = ["data.num_workers=0", "data.max_tokens=512", "evaluation.max_samples=2", "evaluation.max_generated=1"]
+    few = [
+        "trainer.deterministic=true",
+        "data.num_workers=0",
+        "data.max_tokens=512",
+        "evaluation.max_samples=2",
+        "evaluation.max_generated=1",
+    ]
     line = ["fit", f"+recipe={name}", "+debug=fast", f"paths.data_dir={tmp_path}", "paths.run_dir=run", *few]
     assert main(line) == 0
     scores = json.loads((tmp_path / "run" / "eval" / "scores.json").read_text())
@@ -34,7 +51,13 @@ def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
-FEW = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.num_workers=0", "evaluation.max_samples=2"]
+FEW = [
+    "trainer.deterministic=true",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "data.num_workers=0",
+    "evaluation.max_samples=2",
+]
 SHORT = ["data.max_frames=120", "evaluation.players=1", "evaluation.seconds_limit=0.4"]
 
 

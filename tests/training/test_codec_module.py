@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -21,7 +22,7 @@ from omnitrain.data.waveforms import WaveformDataModule
 from omnitrain.models.codec import Codec
 from omnitrain.models.presets import build_codec, init_codec_weights
 from omnitrain.models.sizes import DiscriminatorConfig
-from omnitrain.training.callbacks import AtomicCheckpoint
+from omnitrain.training.callbacks import AtomicCheckpoint, SpikeGuard
 from omnitrain.training.codec import CodecModule, codebook_use
 from omnitrain.training.codec_losses import (
     ContentHead,
@@ -37,7 +38,7 @@ TOKENIZER = Path(__file__).parents[2] / "omnitrain/pack/tokenizer.json"
 WORDS = ("one red cat", "two blue dogs", "three old birds")
 
 
-def tiny_codec(seed: int = 0) -> Codec:
+def tiny_codec(seed: int = 0, trim: str = "causal") -> Codec:
     codec = build_codec(
         "tiny",
         encoder_dim=2,
@@ -55,6 +56,7 @@ def tiny_codec(seed: int = 0) -> Codec:
             "kv_heads": 2,
             "ffn": 16,
             "decoder_dim": 16,
+            "trim": trim,
         },
     )
     init_codec_weights(codec, seed)
@@ -244,11 +246,15 @@ def test_codebook_use() -> None:
 # ------------------------------------------------------------------------------------------------------- the training
 
 
-def fit(folder: Path, shards: Path, steps: int, *, resume: bool = False, after: int = 3) -> CodecModule:
+def fit(
+    folder: Path, shards: Path, steps: int, *, resume: bool = False, after: int = 3, precision: str = "32-true",
+    callbacks: Sequence[L.Callback] = (), codec: Codec | None = None, recomputed: Sequence[str] = (),
+) -> CodecModule:  # fmt: skip
     L.seed_everything(1, verbose=False)
     module = CodecModule(
-        tiny_codec(),
+        codec or tiny_codec(),
         CodecModuleConfig(
+            activation_checkpointing=list(recomputed),
             loss=CodecLossConfig(adversarial_after=after, windows=(512, 128), n_mels=(20, 10)),
             discriminator=SMALL_DISCRIMINATORS,
         ),
@@ -256,6 +262,7 @@ def fit(folder: Path, shards: Path, steps: int, *, resume: bool = False, after: 
     )
     trainer = L.Trainer(
         accelerator="cpu",
+        precision=precision,
         max_steps=steps,
         max_epochs=-1,
         log_every_n_steps=2,
@@ -264,7 +271,7 @@ def fit(folder: Path, shards: Path, steps: int, *, resume: bool = False, after: 
         num_sanity_val_steps=0,
         limit_val_batches=2,
         logger=[ExactCsvLogger(run_dir=folder)],
-        callbacks=[AtomicCheckpoint(CheckpointConfig(every_n_steps=1), run_dir=folder)],
+        callbacks=[AtomicCheckpoint(CheckpointConfig(every_n_steps=1), run_dir=folder), *callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -298,11 +305,95 @@ def test_discriminators_learn_only_once_they_come_in(shards: Path, tmp_path: Pat
     fresh = CodecModule(tiny_codec(), CodecModuleConfig(discriminator=SMALL_DISCRIMINATORS)).discriminators
     pairs = list(zip(fresh.parameters(), untouched.parameters(), learnt.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
-    assert all(not torch.equal(a, c) for a, _, c in pairs)
+    # A bias before the hinge has no gradient while both its sides are active: one pulls it up, the other down.
+    assert all(not torch.equal(a, c) for a, _, c in pairs if a.ndim > 1)
     text = (tmp_path / "after/metrics.csv").read_text()
     assert "train/discriminators" in text
     assert "train/features" in text
     assert "train/discriminators" not in (tmp_path / "before/metrics.csv").read_text()
+
+
+def state(module: CodecModule) -> dict[str, torch.Tensor]:
+    """Weights, codebooks and moments of all that learns."""
+    found = dict(module.state_dict())
+    for i, optimizer in enumerate(module.trainer.optimizers):
+        for j, moments in enumerate(optimizer.state.values()):
+            found |= {f"{i}/{j}/{name}": value for name, value in moments.items()}
+    return {name: value.clone() for name, value in found.items()}
+
+
+class Poisoned(L.Callback):
+    """From the fourth step on, the recordings of a batch, or what the discriminators say of them, are not finite."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.before: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, batch_idx: int) -> None:
+        assert isinstance(module, CodecModule)
+        if batch_idx == 3:
+            self.before = state(module)
+        if batch_idx >= 3 and self.what == "recording":
+            batch.wav[0, 100] = torch.nan
+        if batch_idx == 3 and self.what == "discriminator":
+            d = module.discriminators
+            d.register_forward_hook(lambda *args: [(verdict * torch.nan, f) for verdict, f in args[2]])
+
+
+@pytest.mark.parametrize("what", ["recording", "discriminator"])
+def test_a_step_that_is_skipped_moves_nothing(shards: Path, tmp_path: Path, what: str) -> None:
+    poison = Poisoned(what)
+    module = fit(tmp_path, shards, 5, after=2, callbacks=[SpikeGuard(run_dir=tmp_path), poison])
+    after = state(module)
+    assert module.skipped_steps == 2
+    assert "1/0/exp_avg" in after
+    assert after.keys() == poison.before.keys()
+    for name, value in after.items():
+        if not name.endswith("decoder.code_embedding.weight"):  # made from the codebooks when a checkpoint is written
+            assert torch.equal(value, poison.before[name]), name
+
+
+def test_what_is_decayed(shards: Path, tmp_path: Path) -> None:
+    """Matrices alone: no bias, no snake's frequency, no length of weight normalisation [C, 1, 1]."""
+    module = fit(tmp_path, shards, 1)
+    groups = [group for optimizer in module.trainer.optimizers for group in optimizer.param_groups]
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            matrix = p.ndim >= 2 and p.numel() > 1 and not name.endswith("original0")  # of weight normalisation
+            assert decay[id(p)] == (0.1 if matrix else 0.0), name
+    with pytest.raises(ValueError, match=r"optim\.lr_scale: a codec learns as a whole"):
+        CodecModule(tiny_codec(), optim=OptimConfig(lr_scale={"code2wav": 0.5}))
+
+
+def test_a_decoder_that_trims_as_the_public_one_trains(shards: Path, tmp_path: Path) -> None:
+    codec = tiny_codec(trim="public")
+    module = fit(tmp_path, shards, 4, after=2, codec=codec)
+    assert module.skipped_steps == 0
+    assert np.isfinite(module.last_loss)
+    assert np.isfinite(module.evaluation["si_sdr"])
+    wav = torch.from_numpy(tone(200, 0.96))[None]
+    assert codec.eval()(wav).wav.shape[1] == codec.config.decoder.samples(12) < 12 * 1920
+
+
+def test_recomputed_activations_change_no_step(shards: Path, tmp_path: Path) -> None:
+    plain = fit(tmp_path / "kept", shards, 3, after=1)
+    again = fit(tmp_path / "recomputed", shards, 3, after=1, recomputed=["encoder", "decoder"])
+    assert again.model.encoder.activation_checkpointing
+    for (name, a), b in zip(plain.state_dict().items(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+    with pytest.raises(ValueError, match=r"module\.activation_checkpointing: no part 'thinker'.*encoder, decoder"):
+        CodecModuleConfig(activation_checkpointing=["thinker"])
+
+
+def test_mixed_precision(shards: Path, tmp_path: Path) -> None:
+    """The same losses as in fp32, to what bf16 products leave of them, and weights in fp32."""
+    plain, mixed = (
+        fit(tmp_path / precision, shards, 4, after=2, precision=precision) for precision in ("32-true", "bf16-mixed")
+    )
+    assert all(p.dtype == torch.float32 for p in mixed.parameters())
+    assert mixed.evaluation["mel"] == pytest.approx(plain.evaluation["mel"], rel=5e-3)
+    assert mixed.evaluation["mel"] != plain.evaluation["mel"]
 
 
 def test_the_checkpoint_holds_a_code2wav_that_decodes_codes(shards: Path, tmp_path: Path) -> None:

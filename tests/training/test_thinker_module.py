@@ -18,7 +18,7 @@ from omnitrain.config.run_config import THINKER_PARTS, LossConfig, OptimConfig, 
 from omnitrain.data.batch import PackedBatch
 from omnitrain.training.callbacks import SpikeGuard, TrainingDiverged
 from omnitrain.training.losses import balance_loss, token_weights
-from omnitrain.training.optim import build_optimizer, schedule_factor
+from omnitrain.training.optim import adamw, parameter_groups, schedule_factor
 from omnitrain.training.thinker import ThinkerModule, hide_words
 
 
@@ -40,7 +40,7 @@ def plain_training(steps: int, accumulate: int, balance: float) -> tuple[dict[st
     """The same training, written down without Lightning, without chunks and without running sums."""
     model = toy_model()
     config = OptimConfig(lr=3e-3, warmup_steps=2, total_steps=20, eps=1e-4, decay_fraction=0.2)
-    optimizer = build_optimizer(model, config)
+    optimizer = adamw(parameter_groups(model, config), config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(config, 20))
     losses = []
     for step in range(steps):
@@ -223,6 +223,17 @@ def test_mixed_precision(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in module.parameters())
 
 
+def test_recomputed_activations_change_no_step(tmp_path: Path) -> None:
+    _, kept, _ = train(Toy(out=str(tmp_path / "kept"), steps=3))
+    _, again, _ = train(Toy(out=str(tmp_path / "again"), steps=3, recomputed=("thinker", "visual")))
+    parts = {name: part.activation_checkpointing for name, part in again.model.named_children()}
+    assert parts == {"aut": False, "visual": True, "thinker": True}
+    for (name, a), b in zip(kept.state_dict().items(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+    with pytest.raises(ValueError, match=r"module\.activation_checkpointing: no part 'vision'.*aut, visual, thinker"):
+        ThinkerModuleConfig(activation_checkpointing=["vision"])
+
+
 def test_frozen_parts_stay(tmp_path: Path) -> None:
     _, module, _ = train(Toy(out=str(tmp_path), steps=2, train=("aut_adapter", "visual_adapter")))
     fresh = toy_model().state_dict()
@@ -310,7 +321,7 @@ def test_schedules() -> None:
 
 def test_parameter_groups() -> None:
     model = toy_model()
-    optimizer = build_optimizer(model, OptimConfig(lr=1.0, lr_scale={"aut": 0.5}))
+    optimizer = adamw(parameter_groups(model, OptimConfig(lr=1.0, lr_scale={"aut": 0.5})), OptimConfig())
     groups = {g["name"]: g for g in optimizer.param_groups}
     assert groups["aut"]["lr"] == 0.5
     assert groups["aut_adapter"]["lr"] == 1.0

@@ -243,6 +243,7 @@ class Toy:
     delay: float = 0.0
     resume: bool = True
     train: tuple[str, ...] | None = None
+    recomputed: tuple[str, ...] = ()
 
 
 def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
@@ -257,6 +258,7 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
         ThinkerModuleConfig(
             train=list(toy.train or THINKER_PARTS),
             word_dropout=toy.word_dropout,
+            activation_checkpointing=list(toy.recomputed),
             loss=LossConfig(balance_coefficient=toy.balance, chunk=16),
         ),
         # eps well above rounding: AdamW would turn a gradient that is only rounding noise into a full step.

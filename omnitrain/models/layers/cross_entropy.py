@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnitrain.models.layers.precision import full_precision
+
 
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = 1024, ignore_index: int = -100
@@ -38,53 +40,65 @@ def chunked_cross_entropy(
             f"labels must lie in [0, {weight.shape[0]}) (the rows of weight) or be {ignore_index}, "
             f"found {int(targets.min())} to {int(targets.max())}"
         )
-    nll = _ChunkedCrossEntropy.apply(hidden[rows], weight, targets, chunk)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    nll = _ChunkedCrossEntropy.apply(hidden[rows], weight, targets, chunk, dtype)
     return torch.zeros(len(labels), dtype=torch.float32, device=hidden.device).index_copy(0, rows, nll)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         need = ctx.needs_input_grad[:2]
-        ctx.chunk = chunk
-        d_hidden, d_weight = _passes(hidden, weight, targets, chunk, nll, None, need)
+        ctx.chunk, ctx.dtype = chunk, dtype
+        d_hidden, d_weight = _passes(hidden, weight, targets, (chunk, dtype), nll, None, need)
         ctx.save_for_backward(hidden, weight, targets, d_hidden, d_weight)
         return nll
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, targets, d_hidden, d_weight = ctx.saved_tensors
         grad = grads[0]
         if len(grad) and not bool((grad == grad[0]).all()):
-            d_hidden, d_weight = _passes(hidden, weight, targets, ctx.chunk, None, grad, ctx.needs_input_grad[:2])
+            how = ctx.chunk, ctx.dtype
+            d_hidden, d_weight = _passes(hidden, weight, targets, how, None, grad, ctx.needs_input_grad[:2])
         else:
             # Not in place: the saved tensors must survive a second backward pass.
             scale = grad[0] if len(grad) else grad.new_zeros(())
             d_hidden, d_weight = (None if part is None else part * scale for part in (d_hidden, d_weight))
         d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b added up in fp32, and kept so: fp32 [M, N], for matrices of any precision."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _passes(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    chunk: int,
+    how: tuple[int, torch.dtype],
     nll: Tensor | None,
     scale: Tensor | None,
     need: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fill `nll` if given; return the gradients of sum(scale * nll) in `hidden` and `weight` as far as needed."""
+    """Fill `nll` if given; return the gradients of sum(scale * nll) in `hidden` and `weight` as far as needed. `how`:
+    positions per product, and the type of its factors."""
+    chunk, dtype = how
     d_hidden = torch.empty_like(hidden) if need[0] else None
     d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need[1] else None
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = weight.to(hidden.dtype)
+    with full_precision(hidden):
+        head = weight.to(dtype)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            h, target = hidden[part], targets[part].unsqueeze(1)
-            logits = (h @ head.T).float()  # [chunk, V]; what follows happens in place
+            h, target = hidden[part].to(dtype), targets[part].unsqueeze(1)
+            logits = _product(h, head.T)  # [chunk, V]; what follows happens in place
             logits -= logits.amax(-1, keepdim=True)
             chosen = logits.gather(1, target)
             total = logits.exp_().sum(-1, keepdim=True)
@@ -93,14 +107,14 @@ def _passes(
             if not any(need):
                 continue
             # softmax - one hot = (exp(logits) - total * one hot) / total: the division is left to the [chunk, D] side.
-            d_logits = logits.scatter_add_(1, target, -total).to(hidden.dtype)
+            d_logits = logits.scatter_add_(1, target, -total).to(dtype)
             share = 1 / total if scale is None else scale[part].unsqueeze(1) / total
             if d_hidden is not None:
-                d_hidden[part] = (d_logits @ head).mul_(share)
+                d_hidden[part] = _product(d_logits, head).mul_(share)
             if d_weight is not None:
-                product = (h * share).to(hidden.dtype)
+                product = (h * share).to(dtype)
                 if d_weight.dtype == product.dtype:
                     d_weight.addmm_(d_logits.T, product)
-                else:  # add 16-bit products up in fp32
-                    d_weight.add_(d_logits.T @ product)
+                else:
+                    d_weight.add_(_product(d_logits.T, product))
     return d_hidden, d_weight

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omnitrain.models.layers.precision import full_precision
+
 FEW_TOKENS = 2
 """Up to here tokens are not sorted by expert where nothing is learnt: less than half the time for one token (one CPU
 core, 8 experts of width 192), nothing gained from four on."""
@@ -25,8 +27,8 @@ class Routing:
 
     experts: int64 [N, k].  weights: [N, k], the mixing weights.
     counts: fp32 [E], tokens sent to each expert (no gradient).  prob_sums: fp32 [E], sum over tokens of the router's
-    softmax (with gradient). Both are *sums* over this pack: the balance loss adds them up over the whole global batch
-    before it multiplies them.
+    softmax (with gradient, unless the router is frozen). Both are *sums* over this pack: the balance loss adds them up
+    over the whole global batch before it multiplies them.
     """
 
     experts: Tensor
@@ -46,12 +48,15 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x [N, D] -> Routing of N tokens."""
-        probs = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)  # [N, E]
+        with full_precision(x):  # in 16 bit, rounding would choose among close experts
+            probs = F.linear(x.float(), self.weight.float()).softmax(-1)  # [N, E]
         weights, experts = probs.topk(self.top_k, dim=-1)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
         counts = torch.bincount(experts.flatten(), minlength=probs.shape[1]).float()
-        return Routing(experts=experts, weights=weights.to(x.dtype), counts=counts, prob_sums=probs.sum(0))
+        # A frozen router cannot be balanced; its loss would teach what stands before it to look like other tokens.
+        balanced = probs if self.weight.requires_grad else probs.detach()
+        return Routing(experts=experts, weights=weights.to(x.dtype), counts=counts, prob_sums=balanced.sum(0))
 
 
 class SwiGLUExperts(nn.Module):
@@ -87,14 +92,44 @@ class SwiGLUExperts(nn.Module):
         return torch.stack(rows)
 
     def _grouped(self, x: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
-        order, _, counts = sort_by_expert(routing)
+        order, inverse, counts = sort_by_expert(routing)
         ends = counts.cumsum(0).to(torch.int32)
-        token = order // routing.experts.shape[1]
-        gate_up = F.grouped_mm(x[token], self.gate_up.to(dtype).transpose(1, 2), offs=ends)
+        gate_up = F.grouped_mm(_ToExperts.apply(x, order, inverse), self.gate_up.to(dtype).transpose(1, 2), offs=ends)
         gate, up = gate_up.chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate) * up, self.down.to(dtype).transpose(1, 2), offs=ends)
-        y = y * routing.weights.flatten()[order].unsqueeze(1).to(dtype)
-        return torch.zeros_like(x).index_add(0, token, y)
+        # Summed in the order of each token's choices, inside a product: added where they land, in 16 bit, the sums
+        # would depend on which expert is ready first.
+        rows = _FromExperts.apply(y, order, inverse)  # [N, k, D]
+        return torch.einsum("nk, nkd -> nd", routing.weights.to(dtype), rows)
+
+
+class _ToExperts(torch.autograd.Function):
+    """x [N, D] -> [N * k, D], a row for each of a token's choices, sorted by expert; see `sort_by_expert`. Its backward
+    pass, and that of `_FromExperts`, gather: what adds up in place has no fixed order on CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[order // inverse.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0][inverse].sum(1), None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    """The reverse: y [N * k, D], sorted by expert -> [N, k, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return y[inverse]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0].flatten(0, 1)[order], None, None
 
 
 def sort_by_expert(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:

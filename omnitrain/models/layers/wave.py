@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from omnitrain.models.layers.causal_conv import CausalConv1d, ConvState, StreamingModule, init_states, step_through
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.norms import RMSNorm
+from omnitrain.models.layers.precision import residual
 from omnitrain.models.layers.rope import Rotation, rotate
 from omnitrain.models.sizes import TransformerConfig
 
@@ -126,6 +127,7 @@ class SlidingWindowTransformer(nn.Module):
     def forward(self, x: Tensor, *, checkpointed: bool = False) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
         rotation, mask = self._geometry(x, first=0, past=0)
+        x = residual(x, self.norm)
         for layer in self.layers:
             x = run(layer, x, rotation, mask, checkpointed=checkpointed)
         return self.norm(x)
