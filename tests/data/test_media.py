@@ -321,6 +321,13 @@ def test_sound_is_read_to_its_true_end() -> None:
     assert probe(bytes(flac), "audio").seconds < 10
 
 
+def test_sound_that_changes_its_rate_is_refused() -> None:
+    wave = np.zeros(16_000, np.float32)
+    joined = encode_audio(wave, 16_000, "mp3") + encode_audio(wave, 44_100, "mp3", 128_000)
+    with pytest.raises(BadSample, match=r"audio_corrupt.*changes its form"):
+        decode_audio(joined)
+
+
 @pytest.mark.parametrize("rate", [7_999, 15_999, 44_101, 655_350, 999_983])
 def test_any_rate_is_resampled_in_little_memory(rate: int) -> None:
     tone = [0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * r) / r) for r in (rate, 16_000)]
