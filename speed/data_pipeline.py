@@ -145,7 +145,7 @@ def _pyav_decoders() -> dict[str, Callable[[bytes], Any]]:
 
 
 def _torchcodec_decoders() -> dict[str, Callable[[bytes], Any]]:
-    from torchcodec.decoders import AudioDecoder, VideoDecoder, decode_image
+    from torchcodec.decoders import AudioDecoder, VideoDecoder, decode_image  # ty: ignore[import-not-found]
 
     def sound(data: bytes) -> np.ndarray:
         return AudioDecoder(data, sample_rate=RATE, num_channels=1).get_all_samples().data[0].numpy()
