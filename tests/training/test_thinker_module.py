@@ -17,6 +17,7 @@ from toy_training import Toy, step_samples, toy_model, train
 from omnitrain.config.run_config import THINKER_PARTS, LossConfig, OptimConfig, SpikeGuardConfig, ThinkerModuleConfig
 from omnitrain.data.batch import PackedBatch
 from omnitrain.training.callbacks import SpikeGuard, TrainingDiverged
+from omnitrain.training.flops import BatchSizes, training_flops
 from omnitrain.training.losses import balance_loss, token_weights
 from omnitrain.training.optim import build_optimizer, schedule_factor
 from omnitrain.training.thinker import ThinkerModule, hide_words
@@ -135,9 +136,14 @@ def test_logged_rows(tmp_path: Path) -> None:
     assert float(rows[-1]["validation/loss"]) == pytest.approx(total[0] / total[1])
     assert float(rows[-1]["validation/bits_per_byte/text"]) > 0
     timing = read_csv(tmp_path / "throughput.csv")
-    assert 0 < float(timing[-1]["mfu"]) < 100
-    assert float(timing[-1]["tokens_per_second"]) > 0
-    assert 0 <= float(timing[-1]["data_wait"]) < 1
+    for measured in timing:
+        batch = PackedBatch.pack(step_samples(int(measured["step"]) - 1))
+        seconds = float(measured["seconds_per_step"])
+        assert float(measured["tokens_per_second"]) * seconds == pytest.approx(batch.n_tokens)
+        assert float(measured["samples_per_second"]) * seconds == pytest.approx(len(batch))
+        flops = training_flops(module.model, BatchSizes.of(batch))
+        assert float(measured["mfu"]) * seconds * 0.1e12 == pytest.approx(flops)  # the peak that the toy is told
+        assert 0 <= float(measured["data_wait"]) < 1
     data = json.loads((tmp_path / "data.json").read_text())
     assert data["planned"][0]["shares"] == {"toy": 1.0}
     assert data["seen"]["source"]["samples"] == {"toy": 32}
