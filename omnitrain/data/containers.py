@@ -36,6 +36,9 @@ def _declared_bytes(data: bytes, name: str) -> int | None:
     if name == "au":
         begin, size = struct.unpack_from(">II", data, 4)
         return begin + size if size < _LIVE else 0
+    if name == "asf":  # its header, then its data, of nearly no bytes in a live recording
+        header = struct.unpack_from("<Q", data, 16)[0]
+        return header + struct.unpack_from("<Q", data, header + 16)[0]
     if name == "matroska":
         header, at = _ebml_size(data, 4)
         size, begin = _ebml_size(data, at + header + 4)

@@ -106,15 +106,15 @@ def _patches(
         frames = image_ops.resize(frames, list(size), image_ops.InterpolationMode.BICUBIC, antialias=True)
     if missing := -len(frames) % geometry.temporal_patch:  # an odd last frame is repeated
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-    values = frames.to(torch.float32).sub_(127.5).div_(127.5)  # mean and deviation 0.5
     p, m = geometry.patch, geometry.merge
-    patches = rearrange(
-        values,
+    patches = rearrange(  # of bytes, which is a third of the time that it takes of floats
+        frames,
         "(t tp) c (h mh ph) (w mw pw) -> (t h w mh mw) (c tp ph pw)",
         tp=geometry.temporal_patch, mh=m, mw=m, ph=p, pw=p,
     )  # fmt: skip
     grid = np.array([len(frames) // geometry.temporal_patch, size[0] // p, size[1] // p], dtype=np.int64)
-    return patches.contiguous().numpy(), grid
+    values = torch.sub(patches.contiguous(), 127.5).div_(127.5)  # mean and deviation 0.5
+    return values.numpy(), grid
 
 
 def image_patches(image: np.ndarray, geometry: VisionGeometry = VisionGeometry()) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any, Literal
 
@@ -35,7 +36,6 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
-from einops import rearrange
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from omnitrain.data.containers import check_whole, ogg_pages
@@ -201,14 +201,15 @@ def _open_image(data: bytes) -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    """The loaded picture, which is turned in place."""
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -258,11 +259,17 @@ def _resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
         return wave
     common = math.gcd(rate, target)
     if (rate // common) * (target // common) <= _LARGEST_KERNEL:
-        return torchaudio.functional.resample(torch.from_numpy(wave), rate, target).numpy()
+        return _resampler(rate, target)(torch.from_numpy(wave)).numpy()
     # Of rates such as 44,101 Hz, torchaudio's filter has a row for every sample of the output's period: gigabytes.
     converter = av.AudioResampler(format="fltp", layout="mono", rate=target)
     converted = chain(converter.resample(_audio_frame(wave, rate)), converter.resample(None))
     return np.concatenate([frame.to_ndarray()[0] for frame in converted])
+
+
+@lru_cache(maxsize=4)
+def _resampler(rate: int, target: int) -> torchaudio.transforms.Resample:
+    """Keeps its filter, which takes longer to make than to use on a second of sound."""
+    return torchaudio.transforms.Resample(rate, target, dtype=torch.float32)
 
 
 _LARGEST_KERNEL = 2**23
@@ -361,6 +368,9 @@ class _Track:
         self.limits = limits
         # Keeps rate and layout. Interleaved: of planes PyAV reads eight, and beyond them whatever lies there.
         self.resampler = av.AudioResampler(format="flt")
+        self.form: tuple[str, str, int] | None = None  # sample format, layout and rate: of the first frame, and of all
+        self.names: list[str] = []
+        self.waiting: list[np.ndarray] = []  # a frame has too few samples to mix it by itself: that takes as long
         self.pieces: list[np.ndarray] = []
         self.rate = 0
         self.samples = 0
@@ -372,18 +382,30 @@ class _Track:
                 raise BadSample("audio_corrupt", f"{frame.layout.nb_channels} channels; at most 64 are mixed")
             self.start = float(frame.time) if frame.time is not None else 0.0
             self.rate = frame.sample_rate
+            self.form = (frame.format.name, frame.layout.name, self.rate)
+        if self.form != (frame.format.name, frame.layout.name, frame.sample_rate):
+            raise BadSample("audio_corrupt", f"the sound changes its form at {frame.time} s")
         if frame.time is not None:
             missing = round((float(frame.time) - self.start) * self.rate) - self.samples
             if missing > self.rate // 10:  # a gap in the track is silence
                 self._check(self.samples + missing)
+                self._mix()
                 self.pieces.append(np.zeros(missing, np.float32))
                 self.samples += missing
-        for plain in self.resampler.resample(frame):
-            names = [channel.name for channel in plain.layout.channels]
-            piece = _mono(rearrange(plain.to_ndarray(), "1 (t c) -> c t", c=plain.layout.nb_channels), names)
-            self.pieces.append(piece)
-            self.samples += len(piece)
+        direct = self.form[0] == "fltp" and frame.layout.nb_channels <= 8  # what most decoders give
+        for plain in [frame] if direct else self.resampler.resample(frame):
+            self.names = self.names or [channel.name for channel in plain.layout.channels]
+            samples = plain.to_ndarray()
+            self.waiting.append(samples if direct else samples.reshape(-1, len(self.names)).T)
+            self.samples += plain.samples
+        if len(self.waiting) >= 128:
+            self._mix()
         self._check(self.samples)
+
+    def _mix(self) -> None:
+        if self.waiting:
+            self.pieces.append(_mono(np.concatenate(self.waiting, axis=1), self.names))
+            self.waiting.clear()
 
     def _check(self, samples: int) -> None:
         _check_seconds("audio", samples / self.rate, self.limits, self.rate)
@@ -395,6 +417,7 @@ class _Track:
         return np.concatenate([np.zeros(late, np.float32), self.wave()]) if late > 0 else self.wave()[-late:]
 
     def wave(self) -> np.ndarray:
+        self._mix()
         return np.concatenate(self.pieces) if self.pieces else np.zeros(0, np.float32)
 
 

@@ -158,6 +158,8 @@ def _encoded(format: str, picture: str | None, sound: str | None, rate: int = 16
     with av.open(buffer, "w", format=format) as container:
         video = container.add_stream(picture, rate=fps) if picture else None
         audio = container.add_stream(sound, rate=rate, layout="mono") if sound else None
+        if sound == "wmav2":
+            audio.bit_rate = 64_000  # it refuses less than 24,000, and what it is given by default
         if video is not None:
             video.width, video.height, video.pix_fmt = 48, 32, "rgb8" if picture == "gif" else "yuv420p"
             pixels = np.random.default_rng(0).integers(0, 256, (seconds * fps, 32, 48, 3), dtype=np.uint8)
@@ -228,6 +230,7 @@ FORMATS: dict[str, Format] = {
     "aac": Format("audio", lambda: _encoded("adts", None, "aac"), checked=True),
     "m4a": Format("audio", lambda: _encoded("ipod", None, "aac"), checked=True),
     "ac3": Format("audio", lambda: _encoded("ac3", None, "ac3", 48_000), checked=True),
+    "wma": Format("audio", lambda: _encoded("asf", None, "wmav2")),
     "webm_sound": Format("audio", lambda: _encoded("webm", None, "libopus", 48_000), checked=True),
     "mp4": Format("video", good_video, checked=True),
     "mp4_index_first": Format("video", video_index_first, checked=True),
@@ -235,6 +238,7 @@ FORMATS: dict[str, Format] = {
     "matroska": Format("video", lambda: _encoded("matroska", "libx264", "aac"), checked=True),
     "webm": Format("video", lambda: _encoded("webm", "libvpx", "libopus", 48_000)),
     "avi": Format("video", lambda: _encoded("avi", "mpeg4", "libmp3lame")),
+    "wmv": Format("video", lambda: _encoded("asf", "wmv2", "wmav2")),
     "flv": Format("video", lambda: _encoded("flv", "flv1", "libmp3lame", 44_100)),
     "mpegts": Format("video", lambda: _encoded("mpegts", "libx264", "aac"), ends=False),
     "mpeg": Format("video", lambda: _encoded("mpeg", "mpeg2video", "mp2", 44_100, 25), checked=True, ends=False),

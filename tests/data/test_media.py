@@ -100,6 +100,29 @@ def test_uncommon_sound_files_give_all_their_samples(format) -> None:
     np.testing.assert_allclose(wave[1000:48_384], tone[1000:], atol=0.03)
 
 
+def test_windows_media_give_all_whole_frames() -> None:
+    """FFmpeg's encoder leaves out what is no whole frame at the end, and its decoder the first, which overlaps none."""
+    frame, n = 512, 5 * 16_000
+    wave = decode_audio(corrupt.FORMATS["wma"].make())
+    assert len(wave) == n // frame * frame
+    tone = 0.3 * np.sin(np.arange(n) / 16)
+    np.testing.assert_allclose(wave[: n - 2 * frame], tone[frame:-frame], atol=0.02)
+    video = decode_video(corrupt.FORMATS["wmv"].make(), fps=8)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 48, 3), dtype=np.uint8)
+    assert video.frames.shape == pixels.shape
+    grey = [x.mean(-1).reshape(24, -1) for x in (video.frames, pixels)]
+    assert [np.corrcoef(frame, grey[1])[0, 1:].argmax() for frame in grey[0]] == list(range(24))  # each in its place
+    assert video.audio is not None
+    assert len(video.audio) == 1024 + 48_000 // frame * frame  # its time stamps begin behind two frames
+
+
+def test_a_live_windows_recording_declares_no_end() -> None:
+    data = corrupt.FORMATS["wma"].make()
+    header = struct.unpack_from("<Q", data, 16)[0]
+    live = data[: header + 16] + struct.pack("<Q", 50) + data[header + 24 :]
+    np.testing.assert_array_equal(decode_audio(live), decode_audio(data))
+
+
 @pytest.mark.parametrize("name", corrupt.FORMATS)
 def test_no_file_is_taken_for_another_kind(name) -> None:
     format = corrupt.FORMATS[name]
@@ -296,6 +319,13 @@ def test_sound_is_read_to_its_true_end() -> None:
     flac[22:26] = bytes(4)
     assert len(decode_audio(bytes(flac))) == 40_000
     assert probe(bytes(flac), "audio").seconds < 10
+
+
+def test_sound_that_changes_its_rate_is_refused() -> None:
+    wave = np.zeros(16_000, np.float32)
+    joined = encode_audio(wave, 16_000, "mp3") + encode_audio(wave, 44_100, "mp3", 128_000)
+    with pytest.raises(BadSample, match=r"audio_corrupt.*changes its form"):
+        decode_audio(joined)
 
 
 @pytest.mark.parametrize("rate", [7_999, 15_999, 44_101, 655_350, 999_983])

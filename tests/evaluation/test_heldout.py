@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from rich.console import Console
 
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.sample import BadSample, Sample
+from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import SampleSource, write_shards
 from omnitrain.evaluation import answers as evaluation_answers
 from omnitrain.evaluation import heldout
 from omnitrain.evaluation.heldout import draw, evaluate, print_table, prompt_text, targets, unigram_baselines
+from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.evaluation.settings import HeldoutEvaluation
 
 from .conftest import WORDS, Reader, Samples, grey_sample, text_sample
@@ -86,6 +88,31 @@ def test_media_swap_is_in_the_scores(scored: tuple[dict[str, Any], Path]) -> Non
     assert records["image", "all", "all"]["gain"]["above_zero"]
     full = json.loads((folder / "media_swap.json").read_text())
     assert len(full[0]["samples"]) == records["image", "all", "all"]["pairs"] == 32
+
+
+def test_long_answers_weigh_more(tokenizer: ChatTokenizer, encoder: SampleEncoder, tmp_path: Path) -> None:
+    """Losses of all scores are over targets, not over samples: answers of one to four words, of unequal loss."""
+    samples = []
+    for i in range(8):
+        sample = grey_sample(i)
+        answer = Segment(type="text", text=WORDS[i] + f" {WORDS[i + 8]}" * (i % 4))  # the first word alone is seen
+        messages = (sample.messages[0], Message(role="assistant", segments=(answer,)))
+        samples.append(replace(sample, messages=messages))
+    settings = HeldoutEvaluation(max_generated=0)
+    model = Reader(tokenizer, reads=True)
+    scores = evaluate(model, encoder, {"memory": Samples(samples)}, settings, tmp_path, progress=False)
+    rows = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
+    tokens = [r["tokens"] for r in rows]
+    means = {key: sum(r[key] * r["tokens"] for r in rows) / sum(tokens) for key in ("loss", "swapped_loss")}
+    assert abs(means["loss"] - sum(r["loss"] for r in rows) / 8) > 0.1
+    assert abs(means["swapped_loss"] - sum(r["swapped_loss"] for r in rows) / 8) > 0.1
+    record, score = scores["media_swap"][0], row(scores, modality="image", split="all", task="all")
+    assert record["own"] == pytest.approx(means["loss"])
+    assert record["swapped"] == pytest.approx(means["swapped_loss"])
+    assert record["gain"]["mean"] == pytest.approx(means["swapped_loss"] - means["loss"])
+    assert score["loss"] == pytest.approx(means["loss"])
+    interval = bootstrap_interval([r["loss"] * r["tokens"] for r in rows], weights=tokens, groups="abcdefgh")
+    assert (score["loss_low"], score["loss_high"]) == pytest.approx((interval.low, interval.high))
 
 
 def test_predictions(scored: tuple[dict[str, Any], Path]) -> None:

@@ -12,7 +12,7 @@ from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.evaluation.media_swap import PARTNERS, Drawn, media_segments, media_swap, swap_partners, with_media_of
 from omnitrain.evaluation.teacher_forced import sample_losses
 
-from .conftest import Reader, Samples, grey_sample
+from .conftest import WORDS, Reader, Samples, grey_sample
 
 SAMPLES = [grey_sample(i) for i in range(40)]
 
@@ -20,6 +20,14 @@ SAMPLES = [grey_sample(i) for i in range(40)]
 def drawn(samples: list[Sample]) -> list[Drawn]:
     source = Samples(samples)
     return [Drawn(sample, source) for sample in samples]
+
+
+def answering(sample: Sample, text: str) -> Sample:
+    """The same question with another answer."""
+    return replace(
+        sample,
+        messages=(sample.messages[0], Message(role="assistant", segments=(Segment(type="text", text=text),))),
+    )
 
 
 def test_a_model_that_looks_is_found(tokenizer: ChatTokenizer, encoder: SampleEncoder) -> None:
@@ -74,6 +82,19 @@ def test_the_only_one_of_its_language_takes_a_partner_of_its_task() -> None:
     assert partners[4][0] in (0, 1, 2, 3)
 
 
+def test_no_partner_has_the_same_answer_though_its_concept_is_another() -> None:
+    samples = [replace(grey_sample(0), id=f"same/{i}", concept=f"concept {i}") for i in range(5)]
+    assert swap_partners(samples) == [()] * 5
+    assert swap_partners([*samples, grey_sample(1)]) == [(5,)] * 5 + [(0, 1, 2, 3, 4)]
+
+
+def test_the_only_one_of_its_language_takes_the_partner_of_nearest_length() -> None:
+    lengths = (1, 9, 4, 20)  # neither the first nor the last, the shortest nor the longest is nearest to 5
+    samples = [answering(replace(grey_sample(i), languages=("fr", "en")), WORDS[i] * n) for i, n in enumerate(lengths)]
+    alone = answering(replace(grey_sample(4), languages=("ru", "en")), WORDS[4] * 5)
+    assert swap_partners([*samples, alone])[4] == (2,)
+
+
 def test_one_concept_alone_has_no_partner() -> None:
     samples = [replace(grey_sample(0), id=f"same/{i}") for i in range(5)]
     assert swap_partners(samples) == [()] * 5
@@ -108,6 +129,20 @@ def test_the_swapped_loss_is_the_mean_over_partners(tokenizer: ChatTokenizer, en
     exchanged = [with_media_of(by_id[swap.id], by_id[partner]) for partner in swap.partners]
     losses = sample_losses(model, [encoder(sample, samples[0].source.media_bytes) for sample in exchanged])
     assert swap.swapped == pytest.approx(sum(loss.per_token for loss in losses) / PARTNERS, rel=1e-6)
+
+
+def test_partners_that_cannot_be_decoded_are_not_in_the_mean(tokenizer: ChatTokenizer, encoder: SampleEncoder) -> None:
+    model, samples = Reader(tokenizer, reads=True), drawn(SAMPLES[:8])
+    user, assistant = samples[0].sample.messages
+    picture = replace(user.segments[0], media=b"\x89PNG\r\n\x1a\n nothing")
+    messages = (replace(user, segments=(picture, user.segments[1])), assistant)
+    broken = Drawn(replace(samples[0].sample, messages=messages), samples[0].source)
+    numbers = [encoder(d.sample, d.source.media_bytes) for d in samples]
+    result = media_swap(model, encoder, [broken, *samples[1:]], own_losses=sample_losses(model, numbers))
+    assert result.skipped == {"image_corrupt": 7}
+    assert [len(swap.partners) for swap in result.swaps] == [7] + [6] * 7
+    # A wrong picture costs every answer as much as any other.
+    assert [swap.swapped for swap in result.swaps] == pytest.approx([result.swaps[0].swapped] * 8, rel=1e-6)
 
 
 def test_all_media_are_exchanged_and_nothing_else() -> None:

@@ -10,7 +10,7 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.packing import Budget
 from omnitrain.data.sample import Message, Sample, Segment
-from omnitrain.evaluation.teacher_forced import packs, sample_losses
+from omnitrain.evaluation.teacher_forced import evaluating, packs, sample_losses
 from omnitrain.models.presets import build, init_weights
 
 from .conftest import Samples, grey_sample, text_sample
@@ -52,12 +52,19 @@ def test_a_long_document_is_cut_and_loses_no_target(model: torch.nn.Module, enco
     budget = Budget(tokens=50)
     assert all(len(piece) <= 50 for pack in packs([numbers], budget) for _, piece in pack)
     (loss,) = sample_losses(model, [numbers], budget=budget)
+    pieces = [piece for pack in packs([numbers], budget) for _, piece in pack]
+    assert len(pieces) > 2
+    assert loss.nats == pytest.approx(sum(sample_losses(model, [piece])[0].nats for piece in pieces), rel=1e-5)
     assert loss.tokens == int((numbers.labels >= 0).sum())
     assert loss.target_bytes == numbers.target_bytes
 
 
-def test_training_mode_is_restored(model: torch.nn.Module, encoder: SampleEncoder) -> None:
-    model.train()
-    sample = text_sample(0)
-    sample_losses(model, [encoder(sample, Samples([]).media_bytes)])
-    assert model.training
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored(model: torch.nn.Module, training: bool) -> None:
+    model.train(training)
+    with evaluating(model):
+        assert not model.training
+    assert model.training is training
+    with pytest.raises(KeyError), evaluating(model):
+        raise KeyError
+    assert model.training is training

@@ -32,11 +32,20 @@ def test_rms_norm_is_its_equation() -> None:
 
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32() -> None:
+    """And rounded once, at the end: to the nearest number of 8 bits, forward and backward."""
+    torch.manual_seed(0)
     norm = RMSNorm(24)
+    torch.nn.init.normal_(norm.weight)
     x = torch.randn(7, 24, dtype=torch.bfloat16, requires_grad=True)
-    norm(x).float().sum().backward()
-    assert norm(x).dtype == x.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(norm(x).float(), norm(x.float()), rtol=1e-2, atol=1e-2)
+    upstream = torch.randn(7, 24, dtype=torch.bfloat16)
+    (gradient,) = torch.autograd.grad(norm(x), x, upstream)
+    exact = x.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(norm(exact), exact, upstream.float())
+    assert norm(x).dtype == gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x).float(), norm(exact), rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(gradient.float(), expected, rtol=2**-8, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x).float(), norm(exact), rtol=2**-8, atol=1e-6)
 
 
 def test_axes_are_dealt_out_in_turn() -> None:

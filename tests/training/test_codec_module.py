@@ -229,10 +229,13 @@ def test_adversarial_losses() -> None:
 
 def test_si_sdr_ignores_scale_and_is_the_ratio_in_decibels() -> None:
     torch.manual_seed(0)
-    target = torch.randn(1, 48_000)
-    noise = torch.randn(1, 48_000)
-    assert float(si_sdr(3 * (target + 0.1 * noise), target)) == pytest.approx(20.0, abs=0.2)
-    assert float(si_sdr(target + 0.1 * noise + 5, target)) == pytest.approx(20.0, abs=0.2)  # a constant is not heard
+    sound, noise = torch.randn(2, 1, 4_800, dtype=torch.float64)
+    sound, noise = sound - sound.mean(), noise - noise.mean()
+    noise -= (noise * sound).sum() / sound.square().sum() * sound  # a part of the target in it would be no noise
+    noise *= 0.1 * sound.norm() / noise.norm()
+    target = sound + 2
+    assert float(si_sdr(3 * (target + noise), target)) == pytest.approx(20.0, abs=1e-6)
+    assert float(si_sdr(target + noise + 5, target)) == pytest.approx(20.0, abs=1e-6)  # a constant is not heard
 
 
 def test_codebook_use() -> None:
