@@ -9,7 +9,7 @@ import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -166,7 +166,7 @@ def _load_public(
     tokenizer = ChatTokenizer.from_dir(folder)
     model = load_pretrained(folder, dtype=dtype, device=device, speech=speech)
     config, sizes = model.config, model.config.vision
-    bounds = _pixel_bounds(folder / "preprocessor_config.json")
+    bounds = _pixel_bounds(folder / "preprocessor_config.json") | _video(folder / "video_preprocessor_config.json")
     encoder = SampleEncoder(
         tokenizer=tokenizer,
         audio=AudioGeometry(n_mels=config.aut.n_mels, chunk_frames=config.aut.chunk_frames),
@@ -178,14 +178,27 @@ def _load_public(
     return model, encoder
 
 
-def _pixel_bounds(path: Path) -> dict[str, int]:
+def _pixel_bounds(path: Path) -> dict[str, Any]:
     """`min_pixels` and `max_pixels` of the public preprocessor's configuration, where it states them."""
     if not path.is_file():
         return {}
     stored = Section.of(path)
-    size = stored.section("size") if stored.get("size", None) else Section({}, path)
+    size = stored.section("size", optional=True)
     bounds = {
         "min_pixels": stored.get("min_pixels", size.get("shortest_edge", None)),
         "max_pixels": stored.get("max_pixels", size.get("longest_edge", None)),
     }
     return {name: int(value) for name, value in bounds.items() if value}
+
+
+def _video(path: Path) -> dict[str, Any]:
+    """How videos are read, from a file such as `interop.public_files` writes. One that does not bound each frame by
+    itself counts otherwise and is not followed."""
+    stored = Section.of(path) if path.is_file() else Section({}, path)
+    if not stored.get("cap_pixels_per_frame", False):
+        return {}
+    bounds = {f"video_{name}": value for name, value in _pixel_bounds(path).items()}
+    tokens, side = stored.get("max_video_tokens", None), stored.get("patch_size", 16) * stored.get("merge_size", 2)
+    if tokens:
+        bounds["video_total_pixels"] = round(0.9 * tokens * side**2)
+    return bounds | ({"fps": float(fps)} if (fps := stored.get("fps", None)) else {})
