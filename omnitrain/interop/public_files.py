@@ -69,6 +69,7 @@ def write_companions(
 
 def copy_companions(source: Path, folder: Path) -> set[str]:
     """Copy what stands beside configuration and weights in `source`; the names of these files."""
+    folder.mkdir(exist_ok=True)
     files = [path for path in source.iterdir() if path.is_file() and path.name not in ("config.json", RECORD)]
     files = [path for path in files if "safetensors" not in path.name and not path.name.startswith(".")]
     for path in files:
