@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from omnitrain.interop.public_config import read_config
+from omnitrain.interop.public_config import FILE, CheckpointError, read_config
 from omnitrain.interop.public_format import TensorFiles, Track, empty_model, left_out
 
 
@@ -39,6 +39,8 @@ class KeyTable:
 
 def key_table(folder: Path, track: Track = iter) -> KeyTable:
     """The table of a public folder. Raises CheckpointError if its configuration or a file cannot be read."""
+    if not (folder / FILE).is_file():
+        raise CheckpointError(f"{folder}: no folder in the public format (it has no {FILE}); `to-hf` writes one")
     config, prefix = read_config(folder)
     parameters = list(empty_model(config, folder / "config.json").named_parameters())
     rows, missing, misshapen = list[Row](), list[str](), list[str]()

@@ -147,6 +147,8 @@ def _check_places(stage: Stage, run_dir: Path) -> None:
     words = stage.command
     written = [b for a, b in pairwise(words) if a in ("--out", "--html", "--collect")]
     written += [word.partition("=")[2] for word in words if word.startswith(("--out=", "--html=", "--collect="))]
+    if words[0] == "convert":  # OUT is the last word that is no option, nor the value of --layout
+        written += [word for word in words[2:] if not word.startswith("-") and word not in ("full", "thinker")][-1:]
     for place in (*written, *(words[1:2] if words[0] == "search" else ())):
         if not any(Path(place).resolve().is_relative_to(root.resolve()) for root in (Path.cwd(), run_dir)):
             raise ForbiddenTarget(

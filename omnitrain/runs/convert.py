@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
 from omnitrain.config.compose import run_config
@@ -30,6 +31,8 @@ from omnitrain.runs.load import is_run, public_encoder, run_tokenizer
 
 PUBLIC = "public"
 """Folder in a run that `from_hf` has made: the public folder's other files, for the way back."""
+_UNTRAINED = {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0}
+"""What Lightning asks of a checkpoint of which it reads the weights alone."""
 
 
 def to_hf(source: Path, out: Path, *, layout: public_config.Layout | None = None, track: Track = iter) -> None:
@@ -68,7 +71,7 @@ def from_hf(source: Path, out: Path, *, track: Track = iter) -> None:
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
         for _name, path in track([(LAST_CHECKPOINT, partial / LAST_CHECKPOINT)]):  # for the time that it takes
             path.parent.mkdir()
-            torch.save({"state_dict": state}, path)
+            torch.save({"state_dict": state, **_UNTRAINED}, path)
 
 
 def _run_of(sizes: OmniConfig, encoder: SampleEncoder, folder: Path) -> RunConfig:

@@ -185,6 +185,10 @@ def test_fit_starts_from_it(capsys, toy: list[str], tmp_path: Path):
     run(capsys, "to-hf", second, tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").read_text() == "free"
 
+    assert main(["validate", str(start), "data.validation_sources.pack.limit=2"]) == 0
+    assert main(["fit", str(start), "trainer.max_steps=1"]) == 1
+    assert "start a new run from it with module.init_from=RUN_DIR" in capsys.readouterr().err
+
     third = tmp_path / "third"
     own = [word for word in line if not word.startswith("+model.")]
     pretrained = ["model=pretrained", f"model.folder={public}", f"paths.run_dir={third}"]
@@ -220,6 +224,7 @@ def test_what_cannot_be_converted(capsys, run_dir: Path, tmp_path: Path):
     assert "no such folder" in fail(capsys, "to-hf", tmp_path / "nothing", out)
     assert "neither a run folder" in fail(capsys, "to-hf", tmp_path, out)
     assert "no folder in the public format" in fail(capsys, "from-hf", run_dir, out)
+    assert "no folder in the public format" in fail(capsys, "table", run_dir)
     stray = tmp_path / "stray.ckpt"
     shutil.copy(run_dir / "checkpoints" / "last.ckpt", stray)
     assert "stray.ckpt: no checkpoint in the folder of its run" in fail(capsys, "to-hf", stray, out)

@@ -599,6 +599,8 @@ STAGES = {
     "report": "[report, THEIRS, --out, OUTSIDE/victim.txt]",
     "collect": "[report, --study, THEIRS, --collect, OUTSIDE]",
     "search": "[search, OUTSIDE]",
+    "convert": "[convert, from-hf, THEIRS, OUTSIDE/x]",
+    "convert_option": "[convert, to-hf, --layout=full, THEIRS, OUTSIDE/x, --layout, thinker]",
 }
 """Command of a stage in a recipe."""
 
