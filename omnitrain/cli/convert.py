@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
         if name == "to-hf":
             speaks = "default: full, if the model can speak"
             verb.add_argument("--layout", choices=("full", "thinker"), help=f"with Talker, or without; {speaks}")
+            rest = "full public folder that the run began as, for what it was trained without (Talker, Code2Wav)"
+            verb.add_argument("--base", type=Path, metavar="DIR", help=rest)
     options = parser.parse_args(argv)
 
     if options.verb == "table":
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
 
     with _progress(f"writing {printable(options.out)}") as track:
         if options.verb == "to-hf":
-            to_hf(options.source, options.out, layout=options.layout, track=track)
+            to_hf(options.source, options.out, layout=options.layout, base=options.base, track=track)
         else:
             from_hf(options.source, options.out, track=track)
     print(printable(options.out))

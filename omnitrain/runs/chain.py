@@ -147,8 +147,8 @@ def _check_places(stage: Stage, run_dir: Path) -> None:
     words = stage.command
     written = [b for a, b in pairwise(words) if a in ("--out", "--html", "--collect")]
     written += [word.partition("=")[2] for word in words if word.startswith(("--out=", "--html=", "--collect="))]
-    if words[0] == "convert":  # OUT is the last word that is no option, nor the value of --layout
-        written += [word for word in words[2:] if not word.startswith("-") and word not in ("full", "thinker")][-1:]
+    if words[0] == "convert":  # OUT stands somewhere behind its verb and the source; so options go in front of these
+        written += words[3:]
     for place in (*written, *(words[1:2] if words[0] == "search" else ())):
         if not any(Path(place).resolve().is_relative_to(root.resolve()) for root in (Path.cwd(), run_dir)):
             raise ForbiddenTarget(

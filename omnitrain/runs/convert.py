@@ -35,9 +35,17 @@ _UNTRAINED = {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_st
 """What Lightning asks of a checkpoint of which it reads the weights alone."""
 
 
-def to_hf(source: Path, out: Path, *, layout: public_config.Layout | None = None, track: Track = iter) -> None:
+def to_hf(
+    source: Path,
+    out: Path,
+    *,
+    layout: public_config.Layout | None = None,
+    base: Path | None = None,
+    track: Track = iter,
+) -> None:
     """Write a run (its last checkpoint), one of its checkpoints or a public folder to `out` in the public layout, with
-    tokenizer, processor, chat template and generation files of the model that it came from.
+    tokenizer, processor, chat template and generation files of the model that it came from. `layout` and `base` as in
+    `save_pretrained`.
 
     Raises ValueError or FileNotFoundError: no such thing, or `out` holds something else; one line that says which.
     """
@@ -47,7 +55,7 @@ def to_hf(source: Path, out: Path, *, layout: public_config.Layout | None = None
     else:
         model, encoder = load_pretrained(source, track=track), None
     with _written(out, record) as partial:
-        save_pretrained(model, partial, layout=layout, encoder=encoder, track=track)
+        save_pretrained(model, partial, layout=layout, base=base, encoder=encoder, track=track)
 
 
 def from_hf(source: Path, out: Path, *, track: Track = iter) -> None:
@@ -118,9 +126,14 @@ def _sizes(config: RunConfig, run: Path) -> OmniConfig:
 
 
 def came_from(run: Path, before: tuple[Path, ...] = ()) -> Path | None:
-    """The public folder that the model of a run began as, be it some runs ago; None if there is none."""
-    if (run / PUBLIC).is_dir():
-        return run / PUBLIC
+    """The public folder that the model of a run began as, be it some runs ago; None if there is none. Its files will
+    be copied and passed on, so a stranger's run folder may name nothing else: ValueError if its own ones are links that
+    lead out of it."""
+    if (own := run / PUBLIC).is_dir():
+        for path in (own, *own.iterdir()):
+            if not path.resolve().is_relative_to(run.resolve()):
+                raise ValueError(f"{path} is a link that leads out of the run folder; put the file itself there")
+        return own
     try:
         config = read_config(run)
     except ConfigError:  # a run that has been deleted since
@@ -131,7 +144,10 @@ def came_from(run: Path, before: tuple[Path, ...] = ()) -> Path | None:
     start = Path(start.get("thinker", "")) if isinstance(start, Mapping) else Path(start or "")
     if (start / CONFIG).is_file() and start.resolve() not in before:
         return came_from(start, (*before, start.resolve()))
-    return start if (start / public_config.FILE).is_file() and not is_text_model(start) else None
+    if not (start / public_config.FILE).is_file():
+        return None
+    architecture = public_config.architecture_of(public_config.Section.of(start / public_config.FILE))
+    return start if architecture in (public_config.FULL, public_config.THINKER) else None
 
 
 def _record(source: Path, out: Path, verb: str) -> dict[str, Any]:
@@ -146,7 +162,9 @@ def _record(source: Path, out: Path, verb: str) -> dict[str, Any]:
         record = read_json(out / RECORD) if RECORD in there else {}
         if not isinstance(record, dict) or {key: record.get(key) for key in made} != made:
             raise ValueError(f"{out} is not empty, and no conversion of {source}; name a new folder, or empty it")
-        if added := sorted(there - {*record.get("files", ()), RECORD}):
+        files = record.get("files")
+        known = [RECORD, *files] if isinstance(files, list) else [RECORD]
+        if added := sorted(there.difference(map(str, known))):
             raise ValueError(f"{out} holds {added[0]}, which no conversion wrote; name a new folder, or move it away")
     return made
 

@@ -14,12 +14,13 @@ from omnitrain.__main__ import main
 from omnitrain.config.saved import read_config
 from omnitrain.data.batch import PackedBatch
 from omnitrain.data.chat import ChatTokenizer, train_bpe
-from omnitrain.interop.public_format import save_pretrained
+from omnitrain.interop.public_format import load_pretrained, save_pretrained
 from omnitrain.interop.start_from import model_weights
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.presets import build, init_weights
 from omnitrain.runs import convert
 from omnitrain.runs.load import load
+from tests.conftest import save_run
 from tests.interop.public_models import public_sample, save_public_model
 
 SMALL = {
@@ -169,6 +170,22 @@ def test_a_public_folder_there_and_back(capsys, tokenizer: ChatTokenizer, tmp_pa
     torch.testing.assert_close(mine.thinker.logits(hidden), logits[0][0], rtol=0, atol=1e-4)
 
 
+def test_a_thinker_gets_its_talker_back(capsys, tokenizer: ChatTokenizer, tmp_path: Path):
+    theirs, thinker = tmp_path / "theirs", tmp_path / "run"
+    save_public_model(theirs, kind="full")
+    (theirs / "tokenizer.json").write_text(tokenizer.to_json())
+    model = load_pretrained(theirs, speech=False)
+    with torch.no_grad():
+        model.thinker.norm.weight.mul_(2)
+    save_run(thinker, model, tokenizer, ["model=pretrained", f"model.folder={theirs}"])
+    run(capsys, "to-hf", thinker, tmp_path / "alone")
+    run(capsys, "to-hf", thinker, tmp_path / "whole", "--base", theirs)
+    folders = theirs, tmp_path / "alone", tmp_path / "whole"
+    before, alone, whole = (load_file(folder / "model.safetensors") for folder in folders)
+    assert {key for key in before if not before[key].equal(whole[key])} == {"thinker.model.norm.weight"}
+    assert {f"thinker.{key}" for key in alone} == {key for key in before if key.startswith("thinker.")}
+
+
 def test_fit_starts_from_it(capsys, toy: list[str], tmp_path: Path):
     """fit -> to-hf -> from-hf -> fit: at learning rate 0 the weights arrive as they left, and the third generation
     still finds the files that the first one came with."""
@@ -197,6 +214,27 @@ def test_fit_starts_from_it(capsys, toy: list[str], tmp_path: Path):
     run(capsys, "to-hf", third, tmp_path / "out3")
     assert (tmp_path / "out3" / "LICENSE").read_text() == "free"
     assert same(load_file(public / "model.safetensors"), load_file(tmp_path / "out3" / "model.safetensors"))
+
+
+def test_a_strangers_run_hands_nothing_on(capsys, run_dir: Path, tmp_path: Path):
+    """Neither by a link nor by a folder that its configuration names."""
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "key").write_text("secret")
+    (secrets / "config.json").write_text("{}")
+    copy = Path(shutil.copytree(run_dir, tmp_path / "copy"))
+    config = (copy / "config.yaml").read_text()
+    assert "init_from: null" in config
+    (copy / "config.yaml").write_text(config.replace("init_from: null", f"init_from: {secrets}"))
+    run(capsys, "to-hf", copy, tmp_path / "out")
+    assert not (tmp_path / "out" / "key").exists()
+    (copy / "public").mkdir()
+    (copy / "public" / "LICENSE").symlink_to(secrets / "key")
+    assert "LICENSE is a link" in fail(capsys, "to-hf", copy, tmp_path / "other")
+    shutil.rmtree(copy / "public")
+    (copy / "public").symlink_to(secrets)
+    assert "public is a link" in fail(capsys, "to-hf", copy, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_there_is_kept(capsys, run_dir: Path, public_dir: Path, tmp_path: Path, monkeypatch):
