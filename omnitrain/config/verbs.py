@@ -16,6 +16,7 @@ TOOL_VERBS = {
     "generate": "answer a prompt with pictures, audio or video",
     "talk": "answer aloud, or speak a text; writes a WAV file as it goes",
     "data": "inspect, verify, summarise or import data",
+    "convert": "to and from the public Qwen3-Omni format; table of its keys",
     "report": "one HTML file about a run",
     "search": "the best learning rate of each arm of a search",
 }

@@ -179,6 +179,11 @@ class ChatTokenizer:
         return self.special_ids[name]
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Id of every token, special ones among them, by its spelling."""
+        return self._full.get_vocab()
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
         return (self.special_ids["<|im_end|>"], self.special_ids["<|endoftext|>"])

@@ -18,6 +18,7 @@ import torch
 from omnitrain.models import sizes
 
 FULL, THINKER = "Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration"
+FILE = "config.json"
 Layout = Literal["full", "thinker"]
 
 LARGEST = 2**17

@@ -12,8 +12,7 @@ theirs. `_pieces` says which, in both directions.
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from omnitrain.data.encode import SampleEncoder
 from omnitrain.files import atomic, write_json
 from omnitrain.interop.public_config import (
     FULL,
@@ -34,6 +34,7 @@ from omnitrain.interop.public_config import (
     public_config,
     read_config,
 )
+from omnitrain.interop.public_files import write_companions
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import OmniConfig
 
@@ -43,34 +44,45 @@ SPEECH_PARTS = ("talker.", "code2wav.")
 Pieces = list[tuple[str, tuple[int | slice, ...]]]
 """Public key, and which part of our tensor it is."""
 
+Track = Callable[[list[tuple[str, Any]]], Iterable[tuple[str, Any]]]
+"""Passes named parameters on, one after the other, and may show how far it is."""
+
 
 def load_pretrained(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", speech: bool = True
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    speech: bool = True,
+    track: Track = iter,
 ) -> OmniModel:
     """The Thinker with its encoders, and Talker and Code2Wav where they are, from a folder in the public layout.
 
     Args:
         dtype: None keeps the stored one.
         speech: False leaves Talker and Code2Wav out; they are not even read.
+        track: shows progress.
 
     Raises CheckpointError: a file, key or field is missing, unknown or of the wrong shape.
     """
     folder = Path(folder)
     config, prefix = read_config(folder, speech=speech)
-    model = _empty_model(config, folder / "config.json")
+    model = empty_model(config, folder / "config.json")
     with TensorFiles(folder, prefix) as checkpoint:
-        tensors = {name: checkpoint.assemble(name, x, config, dtype, device) for name, x in model.named_parameters()}
-        checkpoint.check_all_read(_without(config))
+        parameters = track(list(model.named_parameters()))
+        tensors = {name: checkpoint.assemble(name, x, config, dtype, device) for name, x in parameters}
+        checkpoint.check_all_read(left_out(config))
     model.load_state_dict(tensors, assign=True)
+    model.source = folder
     return model.requires_grad_(True)
 
 
-def _without(config: OmniConfig) -> tuple[str, ...]:
+def left_out(config: OmniConfig) -> tuple[str, ...]:
     """Of `SPEECH_PARTS` those that the model lacks."""
     return tuple(part for part in SPEECH_PARTS if getattr(config, part.removesuffix(".")) is None)
 
 
-def _empty_model(config: OmniConfig, path: Path) -> OmniModel:
+def empty_model(config: OmniConfig, path: Path) -> OmniModel:
     """The model on `meta`: no memory is needed yet."""
     try:
         with torch.device("meta"):
@@ -131,17 +143,31 @@ class TensorFiles(ExitStack):
         except SafetensorError as error:
             raise CheckpointError(f"{path}: key {key!r} cannot be read: {error}") from error
 
+    def header(self, key: str) -> tuple[list[int], str]:
+        """Shape and dtype of a tensor that is there; its numbers are not read."""
+        path = self.file_of[key]
+        if path not in self.files:
+            self.files[path] = self.enter_context(_open(path))
+        self.read.add(key)
+        try:
+            stored = self.files[path].get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: key {key!r} cannot be read: {error}") from error
+        return stored.get_shape(), stored.get_dtype()
+
+    def pieces(self, name: str, parameter: Tensor, config: OmniConfig) -> Pieces:
+        """The keys that make up our tensor `name`. Experts are also read as one tensor per layer, as transformers has
+        them in memory."""
+        pieces = _pieces(name, parameter, config, self.prefix)
+        stacked = f"{pieces[0][0].partition('.experts.')[0]}.experts.{name.rpartition('.')[2]}_proj"
+        return [(stacked, ())] if stacked in self.file_of else pieces
+
     def assemble(
         self, name: str, parameter: Tensor, config: OmniConfig, dtype: torch.dtype | None, device: torch.device | str
     ) -> Tensor:
         """Our tensor `name` from its pieces."""
-        pieces = _pieces(name, parameter, config, self.prefix)
-        # Experts are also read as one tensor per layer, as transformers has them in memory.
-        stacked = f"{pieces[0][0].partition('.experts.')[0]}.experts.{name.rpartition('.')[2]}_proj"
-        if stacked in self.file_of:
-            pieces = [(stacked, ())]
         out: Tensor | None = None
-        for key, index in pieces:
+        for key, index in self.pieces(name, parameter, config):
             tensor = self.get(key)
             if out is None:
                 out = torch.empty(parameter.shape, dtype=dtype or tensor.dtype, device=device)
@@ -154,13 +180,16 @@ class TensorFiles(ExitStack):
         assert out is not None
         return out
 
+    def unread(self, left_out: tuple[str, ...]) -> list[str]:
+        """Keys that nobody asked for, but those of parts that are left out of a full checkpoint."""
+        return [key for key in sorted(set(self.file_of) - self.read) if not (self.prefix and key.startswith(left_out))]
+
     def check_all_read(self, left_out: tuple[str, ...]) -> None:
-        """Refuse keys that nobody asked for, but those of parts that are left out of a full checkpoint."""
-        for key in sorted(set(self.file_of) - self.read):
-            if not (self.prefix and key.startswith(left_out)):
-                raise CheckpointError(
-                    f"{self.file_of[key]}: unknown key {key!r}; config.json describes no tensor of that name"
-                )
+        """Refuse keys that nobody asked for (`unread`)."""
+        for key in self.unread(left_out):
+            raise CheckpointError(
+                f"{self.file_of[key]}: unknown key {key!r}; config.json describes no tensor of that name"
+            )
 
 
 def _open(path: Path) -> Any:
@@ -226,10 +255,10 @@ def _pieces(name: str, parameter: Tensor, config: OmniConfig, prefix: str) -> Pi
     return [(f"{layer}{_RENAMED[module]}.{kind}", ())]
 
 
-def public_tensors(model: OmniModel, layout: Layout = "thinker") -> Iterator[tuple[str, Tensor]]:
+def public_tensors(model: OmniModel, layout: Layout = "thinker", track: Track = iter) -> Iterator[tuple[str, Tensor]]:
     """The model's parameters under their public names, as views; without Talker and Code2Wav in layout "thinker"."""
     prefix = "thinker." if layout == "full" else ""
-    for name, parameter in model.named_parameters():
+    for name, parameter in track(list(model.named_parameters())):
         if layout == "full" or not name.startswith(SPEECH_PARTS):
             for key, index in _pieces(name, parameter, model.config, prefix):
                 yield key, parameter.detach()[index]
@@ -241,16 +270,23 @@ def save_pretrained(
     *,
     layout: Layout | None = None,
     base: str | Path | None = None,
+    encoder: SampleEncoder | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    track: Track = iter,
 ) -> None:
-    """Write the model in the public layout.
+    """Write the model in the public layout, with tokenizer, chat template, preprocessors and generation settings: those
+    of the folder that the model was loaded from (`OmniModel.source`), or made for it (`public_files`).
 
     Args:
         layout: "full", or "thinker" (then without Talker and Code2Wav). Default: "full" if the model can speak.
         base: a full checkpoint that the model was loaded from. What the model was loaded without (Talker, Code2Wav),
             configuration and other files (tokenizer, chat template) go along, so that the folder replaces it. Sets
             layout "full".
+        encoder: of the model's prompts, which says its tokenizer and how media are read. Without it, and without a
+            folder that the model came from, the tokenizer is that of the embedded pack, if it has the model's size and
+            special tokens, or none is written.
         max_shard_bytes: weights beyond this many bytes go to several files with an index.
+        track: shows progress.
 
     Raises CheckpointError: `base` is no full checkpoint, or one of other sizes than the model's.
     """
@@ -269,16 +305,14 @@ def save_pretrained(
             if any(size is not None and size != getattr(base_config, part) for part, size in sizes.items()):
                 raise CheckpointError(f"{base / 'config.json'}: describes a model of other sizes than the one to save")
             checkpoint = stack.enter_context(TensorFiles(base, prefix))
-            theirs = _without(model.config)
+            theirs = left_out(model.config)
             others = ((k, checkpoint.get(k)) for k in sorted(checkpoint.file_of) if k.startswith(theirs))
             config = Section.of(base / "config.json").values
-            for path in base.iterdir():
-                if path.is_file() and path.name != "config.json" and "safetensors" not in path.name:
-                    shutil.copy2(path, folder / path.name)
         else:
             config = public_config(model.config, layout, model.thinker.lm_head.weight.dtype)
-        _write_shards(folder, chain(public_tensors(model, layout), others), max_shard_bytes)
+        _write_shards(folder, chain(public_tensors(model, layout, track), others), max_shard_bytes)
     write_json(folder / "config.json", config)
+    write_companions(folder, model.config, model.source if base is None else Path(base), encoder)
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:

@@ -61,14 +61,15 @@ def model_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")}
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Replace all weights of `module` by those read from `checkpoint`. Raises CheckpointError if they do not fit."""
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path, *, assign: bool = False) -> None:
+    """Replace all weights of `module` by those read from `checkpoint`; with `assign` they stay where and as they are,
+    and the module needs none of its own. Raises CheckpointError if they do not fit."""
     if wrong := _differences(module.state_dict(), weights):
         raise CheckpointError(
             f"{checkpoint} does not fit the model of its configuration: {len(wrong)} weights differ. First: "
             f"{'; '.join(wrong[:3])}"
         )
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, assign=assign)
 
 
 def _differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,12 @@ class OmniModel(nn.Module):
 
     `forward` runs the Thinker's side; Talker and Code2Wav are called on their own, since their inputs depend on what
     is to be said.
+
+    `source` is the public folder that the weights were read from, if it was one: whoever writes them takes the other
+    files (tokenizer, chat template) from there.
     """
+
+    source: Path | None = None
 
     def __init__(self, config: OmniConfig) -> None:
         super().__init__()

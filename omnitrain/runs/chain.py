@@ -147,6 +147,8 @@ def _check_places(stage: Stage, run_dir: Path) -> None:
     words = stage.command
     written = [b for a, b in pairwise(words) if a in ("--out", "--html", "--collect")]
     written += [word.partition("=")[2] for word in words if word.startswith(("--out=", "--html=", "--collect="))]
+    if words[0] == "convert":  # OUT stands behind its verb and the source; options may lie between
+        written += words[3:]
     for place in (*written, *(words[1:2] if words[0] == "search" else ())):
         if not any(Path(place).resolve().is_relative_to(root.resolve()) for root in (Path.cwd(), run_dir)):
             raise ForbiddenTarget(

@@ -9,7 +9,7 @@ import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from omnitrain.interop.start_from import load_weights, model_weights
 from omnitrain.models.code2wav import fingerprint
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
-from omnitrain.models.sizes import CodecConfig
+from omnitrain.models.sizes import CodecConfig, OmniConfig
 
 SAMPLE_RATE = 24_000
 """Hz of the waveforms that every codec here takes and gives."""
@@ -58,7 +58,7 @@ def load(
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if _is_run(folder, "a folder in the public format"):
+    if is_run(folder):
         model, encoder = _load_run(folder)
     else:
         model, encoder = _load_public(folder, device, dtype, speech)
@@ -70,7 +70,7 @@ def load_codec(folder: str | Path) -> Codec | MimiCodec:
     CPU, in eval mode and frozen. Its decoder can speak codes by itself. Raises as `load`; ValueError also if its
     codebooks are still empty, ImportError for a Mimi without transformers."""
     folder = Path(folder)
-    if _is_run(folder, "a Mimi", "; name the run folder of `omnitrain fit +recipe=codec`"):
+    if is_run(folder, "a Mimi", "; name the run folder of `omnitrain fit +recipe=codec`"):
         codec = _load_codec_run(folder)
     else:
         codec = MimiCodec.from_folder(folder)
@@ -110,8 +110,8 @@ def bits_per_frame(codec: Codec | MimiCodec) -> float:
     return codec.quantizers * math.log2(codec.model.config.codebook_size)
 
 
-def _is_run(folder: Path, public: str, hint: str = "") -> bool:
-    """Whether `folder` is that of a run with a checkpoint; if not, it has a config.json."""
+def is_run(folder: Path, public: str = "a folder in the public format", hint: str = "") -> bool:
+    """Whether `folder` is that of a run with a checkpoint; if not, it has a config.json. Raises as `load`."""
     if (folder / CONFIG).is_file():
         if not (folder / LAST_CHECKPOINT).is_file():
             raise FileNotFoundError(f"{folder / LAST_CHECKPOINT} is missing: this run has not written a checkpoint yet")
@@ -126,9 +126,7 @@ def _is_run(folder: Path, public: str, hint: str = "") -> bool:
 def _load_run(folder: Path) -> tuple[OmniModel, SampleEncoder]:
     from omnitrain.runs.experiment import build_data
 
-    tokenizer = folder / TOKENIZER
-    if not tokenizer.is_file():
-        raise FileNotFoundError(f"{tokenizer} does not exist: copy the tokenizer that the run was trained with there")
+    tokenizer = run_tokenizer(folder)
     config = read_config(folder)
     data = replace(config.data, config=replace(config.data.config, tokenizer=str(tokenizer)))
     encoder: SampleEncoder = build_data(replace(config, data=data)).encoder
@@ -137,6 +135,14 @@ def _load_run(folder: Path) -> tuple[OmniModel, SampleEncoder]:
         raise ValueError(f"{folder} is the run of a codec, which has no language model to ask")
     load_weights(model, model_weights(folder / LAST_CHECKPOINT), folder / LAST_CHECKPOINT)
     return model, encoder
+
+
+def run_tokenizer(folder: Path) -> Path:
+    """The file of the tokenizer in a run folder. Raises FileNotFoundError if it has none."""
+    tokenizer = folder / TOKENIZER
+    if not tokenizer.is_file():
+        raise FileNotFoundError(f"{tokenizer} does not exist: copy the tokenizer that the run was trained with there")
+    return tokenizer
 
 
 def _load_codec_run(folder: Path) -> Codec:
@@ -165,9 +171,14 @@ def _load_public(
 ) -> tuple[OmniModel, SampleEncoder]:
     tokenizer = ChatTokenizer.from_dir(folder)
     model = load_pretrained(folder, dtype=dtype, device=device, speech=speech)
-    config, sizes = model.config, model.config.vision
-    bounds = _pixel_bounds(folder / "preprocessor_config.json")
-    encoder = SampleEncoder(
+    return model, public_encoder(folder, model.config, tokenizer)
+
+
+def public_encoder(folder: Path, config: OmniConfig, tokenizer: ChatTokenizer) -> SampleEncoder:
+    """The encoder of prompts for the model in a folder in the public format."""
+    sizes = config.vision
+    bounds = _pixel_bounds(folder / "preprocessor_config.json") | _video(folder / "video_preprocessor_config.json")
+    return SampleEncoder(
         tokenizer=tokenizer,
         audio=AudioGeometry(n_mels=config.aut.n_mels, chunk_frames=config.aut.chunk_frames),
         vision=VisionGeometry(patch=sizes.patch, temporal_patch=sizes.temporal_patch, merge=sizes.merge, **bounds),
@@ -175,17 +186,29 @@ def _load_public(
         ids_per_second=config.position_id_per_seconds,
         vocab_size=config.thinker.vocab_size,
     )
-    return model, encoder
 
 
-def _pixel_bounds(path: Path) -> dict[str, int]:
+def _pixel_bounds(path: Path) -> dict[str, Any]:
     """`min_pixels` and `max_pixels` of the public preprocessor's configuration, where it states them."""
     if not path.is_file():
         return {}
     stored = Section.of(path)
-    size = stored.section("size") if stored.get("size", None) else Section({}, path)
+    size = stored.section("size", optional=True)
     bounds = {
         "min_pixels": stored.get("min_pixels", size.get("shortest_edge", None)),
         "max_pixels": stored.get("max_pixels", size.get("longest_edge", None)),
     }
     return {name: int(value) for name, value in bounds.items() if value}
+
+
+def _video(path: Path) -> dict[str, Any]:
+    """How videos are read, from a file such as `interop.public_files` writes. One that does not bound each frame by
+    itself counts otherwise and is not followed."""
+    stored = Section.of(path) if path.is_file() else Section({}, path)
+    if not stored.get("cap_pixels_per_frame", False):
+        return {}
+    bounds = {f"video_{name}": value for name, value in _pixel_bounds(path).items()}
+    tokens, side = stored.get("max_video_tokens", None), stored.get("patch_size", 16) * stored.get("merge_size", 2)
+    if tokens:
+        bounds["video_total_pixels"] = round(0.9 * tokens * side**2)
+    return bounds | ({"fps": float(fps)} if (fps := stored.get("fps", None)) else {})

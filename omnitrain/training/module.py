@@ -134,13 +134,18 @@ class TrainingModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("omnitrain")
-        if state is None:
-            raise ValueError(f"the checkpoint holds no 'omnitrain' entry: no {type(self).__name__} wrote it")
+        if state is None and self.trainer.training:
+            raise ValueError(
+                f"the checkpoint holds weights alone: no {type(self).__name__} wrote it, so that there is nothing to "
+                "continue; start a new run from it with module.init_from=RUN_DIR paths.run_dir=FOLDER"
+            )
         ours, theirs = self.state_dict(), checkpoint["state_dict"]
         for name in {**ours, **theirs}:  # torch would list them all
             found = [tuple(x[name].shape) if name in x else "not there" for x in (theirs, ours)]
             if found[0] != found[1]:
                 raise ValueError(f"the checkpoint is of another model: {name} is {found[0]} in it, and {found[1]} here")
+        if state is None:  # as of `omnitrain convert`: enough to be scored
+            return
         self._saved, self.skipped_steps = state["ranks"], state["skipped_steps"]
         if len(self._saved) != self.trainer.world_size:
             raise ValueError(

@@ -599,6 +599,10 @@ STAGES = {
     "report": "[report, THEIRS, --out, OUTSIDE/victim.txt]",
     "collect": "[report, --study, THEIRS, --collect, OUTSIDE]",
     "search": "[search, OUTSIDE]",
+    "convert": "[convert, from-hf, THEIRS, OUTSIDE/x]",
+    "convert_option": "[convert, to-hf, --layout=full, THEIRS, OUTSIDE/x, --layout, thinker]",
+    "convert_dash": "[convert, to-hf, --, THEIRS, -/../../x]",
+    "convert_base": "[convert, to-hf, --base, a, THEIRS, OUTSIDE/x, --base, b]",
 }
 """Command of a stage in a recipe."""
 
