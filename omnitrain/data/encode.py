@@ -18,7 +18,7 @@ from omnitrain.data.batch import EncodedSample
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes, spoken_answers
 from omnitrain.data.features import AudioGeometry, VisionGeometry, image_patches, log_mel, video_patches
-from omnitrain.data.media import MediaLimits, decode_audio, decode_image, decode_video
+from omnitrain.data.media import MediaLimits, Video, decode_audio, decode_image, decode_video
 from omnitrain.data.positions import AudioSpan, AudioVideoSpan, ImageSpan, VideoSpan, audio_tokens, tm_rope_positions
 from omnitrain.data.sample import MEDIA, BadSample, Sample, Segment
 
@@ -74,12 +74,12 @@ class SampleEncoder:
         self, sample: Sample, media_bytes: Callable[[Segment], bytes], *, for_generation: bool
     ) -> EncodedSample:
         left_out = for_generation and sample.messages and sample.messages[-1].role == "assistant"
-        media = [
-            self._medium(segment, media_bytes(segment))
+        media = self._media([
+            (segment, media_bytes(segment))
             for message in (sample.messages[:-1] if left_out else sample.messages)
             for segment in message.segments
             if segment.type in MEDIA
-        ]
+        ])  # fmt: skip
         spans = [medium.span for medium in media]
         geometry: Any = {"merge": self.vision.merge, "ids_per_second": self.ids_per_second}
         chat = self.tokenizer.render(
@@ -112,19 +112,34 @@ class SampleEncoder:
             spoken=spoken,
         )
 
-    def _medium(self, segment: Segment, data: bytes) -> _Medium:
+    def _media(self, files: list[tuple[Segment, bytes]]) -> list[_Medium]:
+        if not self.audio.reference_padding:
+            return [self._medium(segment, data) for segment, data in files]
+        heard = [w for segment, data in files if (w := self._wave(segment, data)) is not None]
+        longest = max(map(len, heard), default=0)
+        return [self._medium(segment, data, longest) for segment, data in files]
+
+    def _wave(self, segment: Segment, data: bytes) -> np.ndarray | None:
         if segment.type == "audio":
-            mel = log_mel(decode_audio(data, self.audio.sample_rate, self.limits), self.audio)
+            return decode_audio(data, self.audio.sample_rate, self.limits)
+        return self._video(data).audio if segment.type == "video" and segment.with_audio else None
+
+    def _video(self, data: bytes) -> Video:
+        return decode_video(data, self.vision.fps, self.limits, self.vision.sampling)
+
+    def _medium(self, segment: Segment, data: bytes, longest: int = 0) -> _Medium:
+        if segment.type == "audio":
+            mel = log_mel(decode_audio(data, self.audio.sample_rate, self.limits), self.audio, longest)
             return _Medium(AudioSpan(audio_tokens(len(mel), self.audio.chunk_frames)), mel)
         if segment.type == "image":
             patches, grid = image_patches(decode_image(data, self.limits), self.vision)
             return _Medium(ImageSpan(tuple(grid.tolist())), patches=patches)
-        video = decode_video(data, self.vision.fps, self.limits)
+        video = self._video(data)
         patches, grid = video_patches(video.frames, self.vision)
         place = tuple(grid.tolist()), self.vision.temporal_patch / video.fps
         if not segment.with_audio or video.audio is None:  # a silent clip is still a video
             return _Medium(VideoSpan(*place), patches=patches)
-        mel = log_mel(video.audio, self.audio)
+        mel = log_mel(video.audio, self.audio, longest)
         return _Medium(AudioVideoSpan(*place, audio_tokens(len(mel), self.audio.chunk_frames)), mel, patches)
 
 

@@ -44,23 +44,25 @@ def _mel_filters(geometry: AudioGeometry) -> tuple[Tensor, Tensor]:
 _BLOCK_FRAMES = 6000  # one minute: spectra of a 40-minute recording need not lie in memory at once
 
 
-def log_mel(wave: np.ndarray, geometry: AudioGeometry = AudioGeometry()) -> np.ndarray:
+def log_mel(wave: np.ndarray, geometry: AudioGeometry = AudioGeometry(), padded_to: int = 0) -> np.ndarray:
     """Log-mel frames of a waveform with Whisper's scaling (Radford et al. 2022): log10 of the mel power, at most 8
     below the recording's maximum, then ``(x + 4) / 4``.
 
     Args:
         wave: float32 [T] in [-1, 1] at `geometry.sample_rate`; one shorter than a window is filled up with silence.
+        padded_to: samples to fill it up to (`AudioGeometry.reference_padding`).
 
     Returns:
-        float32 [T // hop, n_mels]
+        float32 [T // hop, n_mels]; rounded up where silence follows.
 
     Raises ValueError: `wave` is not one-dimensional or has no sample.
     """
     if wave.ndim != 1 or not wave.size:
         raise ValueError(f"log_mel needs samples [T], T > 0, not {wave.shape}")
     signal = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
-    if len(signal) < geometry.n_fft:
-        signal = torch.nn.functional.pad(signal, (0, geometry.n_fft - len(signal)))
+    kept = -(-len(signal) // geometry.hop) if padded_to > len(signal) else None
+    if missing := max(0, max(geometry.n_fft, padded_to) - len(signal)):
+        signal = torch.nn.functional.pad(signal, (0, missing))
     window, filters = _mel_filters(geometry)
     frames, half = len(signal) // geometry.hop, geometry.n_fft // 2
     signal = torch.nn.functional.pad(signal[None], (half, half), mode="reflect")[0]
@@ -73,7 +75,7 @@ def log_mel(wave: np.ndarray, geometry: AudioGeometry = AudioGeometry()) -> np.n
         blocks.append(power.T @ filters)
     mel = torch.cat(blocks).clamp_(min=1e-10).log10_()
     mel = torch.maximum(mel, mel.max() - 8.0)
-    return ((mel + 4.0) / 4.0).numpy()
+    return ((mel + 4.0) / 4.0)[:kept].numpy()
 
 
 def fit_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

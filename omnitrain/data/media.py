@@ -488,9 +488,10 @@ def _mux(container: Any, stream: Any, frames: Iterable[Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------- video
 
 
-def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimits()) -> Video:
-    """Frames sampled every 1 / fps seconds by their time stamps (a variable frame rate is read rightly), and the sound
-    track from the moment of the first frame on. Raises BadSample: ``wrong_type``, ``video_corrupt``,
+def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimits(), sampling: str = "times") -> Video:
+    """Frames sampled every 1 / fps seconds by their time stamps (a variable frame rate is read rightly), or as the
+    reference does (`VisionGeometry.sampling`), and the sound track from the moment of the first frame on. Raises
+    BadSample: ``wrong_type``, ``video_corrupt``,
     ``video_no_frames``, ``video_too_large``, ``video_too_long``, ``audio_too_long``."""
     name = _require(data, "video")
     with _damage_is("video_corrupt"):
@@ -500,25 +501,50 @@ def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimit
         if not streams:
             raise BadSample("video_no_frames", f"the {name} file has no picture track with frames in it")
         seconds = _seconds(data, name, container, streams[0])
-        return _decode_video(container, streams[0], seconds, fps, limits)
+        spread = None
+        if sampling == "reference":
+            total = streams[0].frames or _count_frames(data, name, streams[0].index)
+            rate = float(streams[0].average_rate or total / max(seconds, 1e-3))
+            spread = reference_frames(total, rate, fps, most=limits.max_video_frames)
+        return _decode_video(container, streams[0], seconds, fps, spread, limits)
 
 
-def _decode_video(container: Any, stream: Any, declared: float, fps: float, limits: MediaLimits) -> Video:
+def reference_frames(total: int, rate: float, fps: float, *, least: int = 4, most: int = 768) -> list[int]:
+    """Which of a clip's `total` frames, `rate` a second, the reference's video processor takes at `fps`: an even number
+    between `least` and `most`, spread evenly from the first on. It takes none of a single frame; here that is one."""
+    count = min(max(total / rate * fps, least), most // 2 * 2, total // 2 * 2)
+    count = int(count) // 2 * 2
+    if not count:
+        return [0]
+    return torch.arange(0, total, total / count).int().tolist()  # its rounding, in fp32
+
+
+def _count_frames(data: bytes, name: str, index: int) -> int:
+    """Of a file whose header does not count them, as Matroska's."""
+    with _open(data, name) as again:
+        return sum(packet.size > 0 for packet in again.demux(again.streams[index]))
+
+
+def _decode_video(
+    container: Any, stream: Any, declared: float, fps: float, spread: list[int] | None, limits: MediaLimits
+) -> Video:
     codec = _decoder(stream, "video")
     _check_pixels("video", codec.width, codec.height, limits)
     pixels = codec.width * codec.height
     _check_seconds("video", declared, limits)
-    if declared * fps > limits.max_video_frames:
+    if spread is None and declared * fps > limits.max_video_frames:
         fps = limits.max_video_frames / declared
-    if min(max(declared * fps, 1), limits.max_video_frames) * pixels > limits.max_video_pixels:
+    expected = min(max(declared * fps, 1), limits.max_video_frames) if spread is None else len(spread)
+    if expected * pixels > limits.max_video_pixels:
         raise BadSample(
             "video_too_large",
-            f"{declared * fps:.0f} frames of {pixels} pixels; at most {limits.max_video_pixels} are allowed in all "
+            f"{expected:.0f} frames of {pixels} pixels; at most {limits.max_video_pixels} are allowed in all "
             "(max_video_pixels): lower fps or scale the video down",
         )
     sound = container.streams.audio[0] if container.streams.audio else None
     track = _Track(limits)
-    sampler = _FrameSampler(fps, float(1 / (stream.average_rate or stream.guessed_rate or 25)), limits)
+    frame_seconds = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+    sampler = _FrameSampler(fps, frame_seconds, limits, spread)
     for packet in container.demux([s for s in (stream, sound) if s is not None]):
         if packet.is_corrupt:
             raise BadSample("video_corrupt", f"a damaged packet at byte {packet.pos}")
@@ -565,10 +591,11 @@ def _as_displayed(frame: Any) -> np.ndarray:
 
 
 class _FrameSampler:
-    """Keeps, for each time k / fps, the frame that is on screen then."""
+    """Keeps, for each time k / fps, the frame that is on screen then; or the frames numbered in `spread`, the last one
+    for those that the clip lacks."""
 
-    def __init__(self, fps: float, frame_seconds: float, limits: MediaLimits) -> None:
-        self.fps, self.frame_seconds, self.limits = fps, frame_seconds, limits
+    def __init__(self, fps: float, frame_seconds: float, limits: MediaLimits, spread: list[int] | None = None) -> None:
+        self.fps, self.frame_seconds, self.limits, self.spread = fps, frame_seconds, limits, spread
         self.kept: list[np.ndarray] = []
         self.current: Any = None
         self.start = self.time = self.end = 0.0
@@ -580,8 +607,8 @@ class _FrameSampler:
         time = float(frame.time) if frame.time is not None else self.seen * self.frame_seconds
         if self.current is None:
             self.start = time
-        self.seen += 1
         self._show_until(time - self.start)
+        self.seen += 1
         self.current, self.time = frame, time - self.start
         if self.time > self.limits.max_video_seconds:
             raise BadSample("video_too_long", f"more than {self.limits.max_video_seconds:g} s (max_video_seconds)")
@@ -591,12 +618,19 @@ class _FrameSampler:
             last = self.current
             seconds = float(last.duration * last.time_base) if last.duration else self.frame_seconds
             self.end = self.time + seconds
-            self._show_until(self.end)
+            self._show_until(self.end, last=True)
         return np.stack(self.kept) if self.kept else np.zeros((0, 0, 0, 3), np.uint8)
 
-    def _show_until(self, time: float) -> None:
+    def _is_due(self, time: float, last: bool) -> bool:
+        """Whether the frame that was on screen until `time`, number `seen` - 1, is the next to be kept."""
+        k = len(self.kept)
+        if self.spread is None:
+            return k / self.fps < time - 1e-4
+        return k < len(self.spread) and (self.spread[k] <= self.seen - 1 or last)
+
+    def _show_until(self, time: float, last: bool = False) -> None:
         picture: np.ndarray | None = None
-        while self.current is not None and len(self.kept) / self.fps < time - 1e-4:
+        while self.current is not None and self._is_due(time, last):
             if len(self.kept) >= self.limits.max_video_frames:
                 return
             if picture is None:

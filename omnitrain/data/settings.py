@@ -6,9 +6,9 @@ structured configurations take (OmegaConf 2.3).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from omnitrain.data.shards import Source
@@ -67,7 +67,8 @@ class AudioGeometry:
     """How a waveform becomes mel frames (Qwen3-Omni report section 2.2: 128 mels, 25 ms window, 10 ms hop at 16 kHz).
 
     `chunk_frames` is the length of the encoder's convolution chunks, which decides how many tokens an audio takes.
-    Raises ValueError: a number below 1.
+    `reference_padding` fills all recordings of a sample up to the longest before they become frames, as `transformers`
+    does; else what becomes of a recording does not depend on its neighbours. Raises ValueError: a number below 1.
     """
 
     sample_rate: int = 16_000
@@ -75,9 +76,10 @@ class AudioGeometry:
     hop: int = 160
     n_mels: int = 128
     chunk_frames: int = 100
+    reference_padding: bool = False
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "audio")
+        _at_least_one(self, "audio", but=("reference_padding",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,9 @@ class VisionGeometry:
     A picture is resized so that both sides are multiples of ``patch * merge`` and its area lies within `min_pixels` and
     `max_pixels`. A video is sampled at `fps`; its frames keep to `video_min_pixels` .. `video_max_pixels` each, and all
     frames together to about ``video_total_pixels * temporal_patch``. Raises ValueError: a number of zero or less.
+
+    `sampling`: "times" takes what is on screen every 1 / fps seconds; "reference" as many frames as `transformers`
+    takes, an even number of at least 4, spread evenly over the clip's frames, and counts 1 / fps from one to the next.
     """
 
     patch: int = 16
@@ -98,11 +103,12 @@ class VisionGeometry:
     video_max_pixels: int = 768 * 32 * 32
     video_total_pixels: int = 115_200 * 32 * 32
     fps: float = 2.0
+    sampling: Literal["times", "reference"] = "times"
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
             raise ValueError(f"vision: fps is {self.fps}; it must be above 0")
-        _at_least_one(self, "vision", but="fps")
+        _at_least_one(self, "vision", but=("fps", "sampling"))
 
     @property
     def patch_dim(self) -> int:
@@ -172,9 +178,9 @@ class Stage:
     max_patches: int | None = None
 
 
-def _at_least_one(settings: Any, name: str, but: str = "") -> None:
+def _at_least_one(settings: Any, name: str, but: Sequence[str] = ()) -> None:
     for key, value in vars(settings).items():
-        if value is not None and key != but and value < 1:
+        if value is not None and key not in but and value < 1:
             raise ValueError(f"{name}: {key} is {value}; it must be at least 1")
 
 

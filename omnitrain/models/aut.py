@@ -73,7 +73,7 @@ class AuTEncoder(nn.Module):
     end of a short last chunk see zeros in the place of the missing frames; in a recording of less than 1 s, whose only
     chunk is short, they see the convolutions' own zero padding, as in the reference when it encodes that recording
     alone. (The reference pads to the longest chunk of its *batch*, so there the last column of such a recording depends
-    on its neighbours.)
+    on its neighbours. `reference_padding`, off unless set, does the same among the recordings of a call.)
     """
 
     def __init__(self, config: AuTConfig) -> None:
@@ -88,7 +88,7 @@ class AuTEncoder(nn.Module):
         self.ln_post = nn.LayerNorm(config.d_model)
         self.proj1 = nn.Linear(config.d_model, config.d_model)
         self.proj2 = nn.Linear(config.d_model, config.out_dim)
-        self.activation_checkpointing = False
+        self.activation_checkpointing = self.reference_padding = False
 
     def output_lengths(self, mel_lengths: Tensor) -> Tensor:
         """Features per recording, int64 [A], from mel frames per recording [A]: 13 per full second, 1 to 13 for the
@@ -136,7 +136,8 @@ class AuTEncoder(nn.Module):
         for n in lengths:
             full, rest = divmod(n, size)
             chunk_lengths += [size] * full + [rest] * (rest > 0)
-            edges += [min(n, size)] * (full + (rest > 0))
+            edge = max(lengths) if self.reference_padding else n
+            edges += [min(edge, size)] * (full + (rest > 0))
         length = torch.tensor(chunk_lengths, device=mel.device)
         edge = torch.tensor(edges, device=mel.device) if min(edges) < size else None
 

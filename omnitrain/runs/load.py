@@ -39,6 +39,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
     speech: bool = False,
+    as_reference: bool = False,
 ) -> tuple[OmniModel, SampleEncoder]:
     """A model in eval mode and the encoder of its prompts, from a run folder (its last checkpoint) or a folder in the
     public format.
@@ -48,6 +49,8 @@ def load(
         dtype: of the weights, as "float32" or `torch.float32`; None keeps the stored one, "auto" is float32 on a CPU
             and bfloat16 elsewhere.
         speech: also load what speaks from a folder in the public format. A run has what it was trained with.
+        as_reference: read media as `transformers` does where omnitrain does otherwise: recordings padded together
+            (`AudioGeometry.reference_padding`), videos sampled by number of frames (`VisionGeometry.sampling`).
 
     Raises:
         FileNotFoundError: there is no such folder, or something in it is missing.
@@ -62,6 +65,10 @@ def load(
         model, encoder = _load_run(folder)
     else:
         model, encoder = _load_public(folder, device, dtype, speech)
+    if as_reference:
+        audio, vision = replace(encoder.audio, reference_padding=True), replace(encoder.vision, sampling="reference")
+        encoder = replace(encoder, audio=audio, vision=vision)
+        model.aut.reference_padding = True
     return model.to(device=device, dtype=dtype).eval(), encoder
 
 
