@@ -130,6 +130,13 @@ def write_json(path: str | os.PathLike[str], value: Any, *, replace: bool = True
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", replace=replace)
 
 
+def encoding_hint(data: bytes) -> str:
+    """What text that is no UTF-8 probably is, and what to do about it."""
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:1000]
+    name = "UTF-16" if wide else "WINDOWS-1252"
+    return f"it looks like {name if wide else 'Latin-1'}: convert it with `iconv -f {name} -t UTF-8 OLD > NEW`"
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """What a file of JSON says; a ValueError names the file if it is none."""
     try:

@@ -7,6 +7,8 @@ index: ``omnitrain data import`` writes it to shards (:func:`stream_samples`).
 from __future__ import annotations
 
 import glob
+import json
+import math
 import re
 import tarfile
 import zlib
@@ -34,6 +36,7 @@ from omnitrain.data.shards import (
     parse_json,
     read_conditions,
 )
+from omnitrain.files import encoding_hint
 
 KINDS = ("jsonl", "parquet", "webdataset", "hub")
 _LOOK_AT = 100  # rows of a format without a schema, for its columns
@@ -188,6 +191,8 @@ def _as_text(value: Any, name: str) -> str:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadSample("text_not_utf8", f"{name} holds {value[:40]!r}") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadSample("row_invalid", f"{name} is {value}, a missing value that was written as a number")
     if isinstance(value, (str, int, float)):
         return str(value)
     raise BadSample("row_invalid", f"{name} is {type(value).__name__}, not text")
@@ -221,12 +226,12 @@ class _SegmentMapping:
 
 
 def _build(
-    messages: Iterable[tuple[Role, list[_SegmentMapping | str]]],
+    messages: Iterable[tuple[Role, list[_SegmentMapping | Segment]]],
     row: Mapping[str, Any],
     id: str,
     markers: Mapping[str, _SegmentMapping],
 ) -> tuple[Message, ...]:
-    """The messages of a row; strings are text as it stands. The media of a column are used in order, all of them and
+    """The messages of a row; segments stand as they are. The media of a column are used in order, all of them and
     each once; but a single medium as often as a mapping without `markers` names it. Raises BadSample: ``row_invalid``,
     with both counts."""
     parts = [part for _, content in messages for part in content if isinstance(part, _SegmentMapping)]
@@ -244,9 +249,9 @@ def _build(
                 raise BadSample("row_invalid", f"{used[part.medium]} {what} for {there} {part.type}(s) of the row")
     seen: Counter[_Template | None] = Counter()
 
-    def segment(part: _SegmentMapping | str) -> Segment:
-        if isinstance(part, str):
-            return Segment(type="text", text=part)
+    def segment(part: _SegmentMapping | Segment) -> Segment:
+        if isinstance(part, Segment):
+            return part
         seen[part.medium] += 1
         return part.build(row, id, seen[part.medium] - 1)
 
@@ -291,7 +296,9 @@ class _Turns:
 
 
 class _Conversation:
-    """Messages in a column: a list of turns with a role and a text, in which markers stand for media."""
+    """Messages in a column: a list of turns (or its JSON) with a role and a content. That is a text in which markers
+    stand for media, or a list of parts as OpenAI's and TRL's; one without a medium of its own stands for the next one
+    of the mapping's `media`."""
 
     def __init__(self, spec: dict[str, Any], where: str) -> None:
         check_known(where, "field", spec, ("column", "role", "text", "roles", "media"))
@@ -314,18 +321,55 @@ class _Conversation:
 
     def build(self, row: Mapping[str, Any], id: str) -> tuple[Message, ...]:
         turns = self.turns.value(row)
+        if isinstance(turns, str):
+            turns = parse_json(turns, "the conversation column", of=list)
         if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
             raise BadSample("row_invalid", "the conversation column is no list of turns")
         messages = []
         for turn in turns:
             role, text = turn.get(self.role), turn.get(self.text)
             role = self.roles.get(role, role)
-            if role not in ROLES or not isinstance(text, str):
+            if role not in ROLES or not isinstance(text, str | list):
                 raise BadSample("row_invalid", f"a turn with role {role!r} and {type(text).__name__} as text")
+            if isinstance(text, list):
+                messages.append((role, [self._part(part) for part in text]))
+                continue
             pieces = filter(str.strip, self.markers.split(text) if self.markers else [text])
-            parts = [self.media.get(piece) or (piece.strip("\n") if self.media else piece) for piece in pieces]
-            messages.append((role, parts))
+            texts = ((piece, piece.strip("\n") if self.media else piece) for piece in pieces)
+            messages.append((role, [self.media.get(p) or Segment(type="text", text=text) for p, text in texts]))
         return _build(messages, row, id, self.media)
+
+    def _part(self, part: Any) -> _SegmentMapping | Segment:
+        """``{type: text, text: ...}``, ``{type: image_url, image_url: {url: ...}}``, ``{type: input_audio, input_audio:
+        {data: BASE64}}``, ``{type: image, image: PATH}``, ``{type: image}`` and the like."""
+        if isinstance(part, str):
+            return Segment(type="text", text=part)
+        kind = str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
+        name: Any = kind.removeprefix("input_").removeprefix("output_").removesuffix("_url")
+        if name not in SEGMENT_TYPES or name == "speech":
+            raise BadSample("row_invalid", f"a part of type {kind!r}; known are text, image, audio and video")
+        # Tables give every part all the keys that any of them has.
+        keys = (kind, f"{name}_url", f"input_{name}", name, "url", "path")
+        value = next((v for key in keys if (v := part.get(key)) is not None), None)
+        if name == "text":
+            if not isinstance(value, str):
+                raise BadSample("row_invalid", f"a part of type text whose text is {type(value).__name__}")
+            return Segment(type="text", text=value)
+        if value is None:
+            found = next((medium for medium in self.media.values() if medium.type == name), None)
+            if found is None:
+                fix = f'name its column in the mapping, as media: {{"<{name}>": {{{name}: "{{{name}s}}"}}}}'
+                raise BadSample("row_invalid", f"a part of type {kind} without {name}; {fix}")
+            return found
+        if isinstance(value, Mapping):
+            value = next((v for key in ("url", "bytes", "path") if (v := value.get(key))), None) or (
+                f"data:;base64,{value['data']}" if isinstance(value.get("data"), str) else None
+            )
+        if isinstance(value, bytes):
+            return Segment(type=name, media=value)
+        if not isinstance(value, str):
+            raise BadSample("media_missing", f"a part of type {kind} is {type(value).__name__} without bytes or path")
+        return Segment(type=name, path=value.removeprefix("file://"))
 
 
 class _RowMapping:
@@ -371,22 +415,22 @@ def _data_files(pattern: str, base: Path) -> list[Path]:
 
 
 class _JsonLines:
-    """Rows of JSONL files by their byte offsets."""
+    """Rows of JSONL files, or of files of one JSON array, by their byte offsets."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
-        number, offset = [], []
+        rows: list[tuple[int, int, int]] = []  # number of the file, first byte, bytes
         for index, file in enumerate(files):
             if file.suffix in (".gz", ".zst", ".bz2"):
                 raise ValueError(f"{file} is compressed; unpack it for random access")
-            at = 0
             with file.open("rb") as lines:
-                for line in lines:
-                    if line.strip():
-                        number.append(index)
-                        offset.append(at)
-                    at += len(line)
-        self.number, self.offset = np.array(number, np.int32), np.array(offset, np.int64)
+                head = lines.read(1000)
+                if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+                    raise ValueError(f"{file} is not UTF-8; {encoding_hint(head)}")
+                lines.seek(0)
+                whole = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+                rows += ((index, at, size) for at, size in (_elements(file) if whole else _lines(lines)))
+        self.number, self.offset, self.size = np.array(rows, np.int64).reshape(-1, 3).T
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -394,13 +438,13 @@ class _JsonLines:
     def __getitem__(self, index: int) -> dict[str, Any]:
         with self.files[self.number[index]].open("rb") as file:
             file.seek(int(self.offset[index]))
-            line = file.readline()
+            line = file.read(int(self.size[index]))
         return parse_json(line, "the line")
 
-    def columns(self) -> set[str]:
-        """Those of the first rows."""
+    def columns(self, look_at: int | None = None) -> set[str]:
+        """Those of the first rows, or of all."""
         seen: set[str] = set()
-        for index in range(min(_LOOK_AT, len(self))):
+        for index in range(len(self) if look_at is None else min(look_at, len(self))):
             with suppress(BadSample):
                 seen |= self[index].keys()
         return seen
@@ -410,6 +454,51 @@ class _JsonLines:
         return str(self.files[file]), index - int(np.searchsorted(self.number, file))
 
 
+def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, int]]:
+    """(first byte, bytes) of every line that is not blank."""
+    at = 0
+    for line in file:
+        if line.strip():
+            yield at, len(line)
+        at += len(line)
+
+
+def _elements(file: Path) -> Iterator[tuple[int, int]]:
+    """(first byte, bytes) of every element of a JSON array. Raises ValueError: it is not UTF-8, or breaks off."""
+    data = file.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}); {encoding_hint(data)}") from error
+    if re.fullmatch(r"[\ufeff\s]*\[\s*\]\s*", text):
+        return
+    at = text.index("[") + 1
+    byte, decoder = len(text[:at].encode()), json.JSONDecoder()
+    while True:
+        start = _next_mark(text, at)
+        try:
+            _, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is an array of JSON that cannot be read: {error}") from error
+        byte += len(text[at:start].encode())
+        size = len(text[start:end].encode())
+        yield byte, size
+        at = _next_mark(text, end)
+        byte += size + len(text[end:at].encode()) + 1
+        mark, at = text[at : at + 1], at + 1
+        if mark == "]":
+            return
+        if mark != ",":
+            raise ValueError(f"{file} is an array of JSON that breaks off at character {at - 1}")
+
+
+def _next_mark(text: str, at: int) -> int:
+    """Where the first character at or behind `at` stands that is no space."""
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
+
+
 class _Tars:
     """Rows of WebDataset tars: files that share a name up to its first dot are one row, columns are the extensions."""
 
@@ -417,6 +506,7 @@ class _Tars:
         self.files = files
         self.rows: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
         self.starts: list[int] = []
+        self.twice: dict[tuple[int, str], str] = {}
         for index, file in enumerate(files):
             self.starts.append(len(self.rows))
             groups: dict[str, dict[str, tuple[int, int]]] = {}
@@ -426,8 +516,12 @@ class _Tars:
                         if member.isfile():
                             folder, _, name = member.name.rpartition("/")
                             key, _, extension = name.partition(".")
-                            place = (member.offset_data, member.size)
-                            groups.setdefault(f"{folder}/{key}".lstrip("/"), {})[extension.lower()] = place
+                            key, extension = f"{folder}/{key}".lstrip("/"), extension.lower()
+                            places = groups.setdefault(key, {})
+                            if extension in places:
+                                first = f"at bytes {places[extension][0]} and {member.offset_data}"
+                                self.twice[index, key] = f"{key}.{extension} stands twice in {file}, {first}"
+                            places[extension] = (member.offset_data, member.size)
             except tarfile.TarError as error:
                 raise ValueError(f"{file} is no plain tar ({error}); unpack it for random access") from error
             self.rows += [(index, key, places) for key, places in groups.items()]
@@ -437,6 +531,8 @@ class _Tars:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, key, places = self.rows[index]
+        if (number, key) in self.twice:  # two samples of one name, or one whose names differ in case
+            raise BadSample("row_invalid", self.twice[number, key] + "; give every sample a name of its own")
         row: dict[str, Any] = {"__key__": key}
         with self.files[number].open("rb") as file:
             for extension, (offset, size) in places.items():
@@ -450,8 +546,8 @@ class _Tars:
                 row[extension] = parse_json(row[extension], f"{key}.{extension}", of=object)
         return row
 
-    def columns(self) -> set[str]:
-        return {"__key__"}.union(*(places for _, _, places in self.rows[:_LOOK_AT]))
+    def columns(self, look_at: int | None = None) -> set[str]:
+        return {"__key__"}.union(*(places for _, _, places in self.rows))
 
     def locate(self, index: int) -> tuple[str, int]:
         number = self.rows[index][0]
@@ -470,7 +566,7 @@ class _Table:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return _plain_row(self.dataset[index])
 
-    def columns(self) -> set[str]:
+    def columns(self, look_at: int | None = None) -> set[str]:
         return set(self.dataset.column_names)
 
     def locate(self, index: int) -> tuple[str, int]:
@@ -504,11 +600,37 @@ def _open_rows(mapping: ColumnMapping, base: Path) -> Any:
         return _Table(_hub_dataset(mapping, base, False), mapping.path)
     files = _data_files(mapping.path, base)
     if mapping.kind == "parquet":
-        import datasets
-
-        table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-        return _Table(table, str(files[0]) if len(files) == 1 else mapping.path)
+        return _Table(_parquet(files), str(files[0]) if len(files) == 1 else mapping.path)
     return (_JsonLines if mapping.kind == "jsonl" else _Tars)(files)
+
+
+def _parquet(files: list[Path]) -> Any:
+    """The rows of Parquet files as one `datasets.Dataset`; a column that a file lacks is null there. Raises ValueError:
+    a file is no Parquet, or has a column of another type than the others."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features, first, names = datasets.Features(), dict[str, Path](), list[str]()
+    for file in files:
+        try:
+            found = datasets.Features.from_arrow_schema(pq.read_schema(file))
+            if pq.read_metadata(file).num_rows:
+                names.append(str(file))
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = "it is empty" if not file.stat().st_size else str(error).splitlines()[0]
+            raise ValueError(f"{file} is no Parquet file: {reason}; remove it, or write it again") from error
+        for name, feature in found.items():
+            null = datasets.Value("null")
+            if features.get(name, null) == null:
+                features[name], first[name] = feature, file
+            elif feature not in (features[name], null):
+                raise ValueError(
+                    f"{file}: column {name!r} is {feature}, but {features[name]} in {first[name]}; write both alike"
+                )
+    if not names:
+        return datasets.Dataset(features.arrow_schema.empty_table())
+    return datasets.load_dataset("parquet", data_files=names, split="train", features=features)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -540,7 +662,7 @@ class MappedSource(IndexedSource):
         self.name = name or self.mapping.source
         self._sample = _RowMapping(self.mapping, str(self.file))
         self._rows = _open_rows(self.mapping, self.file.parent)
-        _check_columns(self._sample, self._rows.columns(), self.file)
+        _check_rows(self._sample, self._rows, self.file)
         self._media = _media_reader(self.mapping, self.file.parent)
         self._kept = np.arange(len(self._rows))
         conditions = read_conditions(where, split)
@@ -592,6 +714,16 @@ class _HubMedia(MediaReader):
         return super().__call__(segment)
 
 
+def _check_rows(mapping: _RowMapping, rows: Any, file: Path) -> None:
+    """ValueError if there are none, or a column is in none of them. All are looked at only if the first lack one."""
+    if not len(rows):
+        raise ValueError(f"{file}: there is no row in {mapping.mapping.path}; mend `path`, or write the data again")
+    try:
+        _check_columns(mapping, rows.columns(_LOOK_AT), file)
+    except ValueError:
+        _check_columns(mapping, rows.columns(), file)
+
+
 def _check_columns(rows: _RowMapping, columns: set[str], file: Path) -> None:
     for template in rows.templates():
         for alternatives in template.columns():
@@ -618,7 +750,7 @@ def stream_samples(mapping_file: str | Path, bad: Callable[[int, BadSample], Non
         rows = ((lambda table=table: _plain_row(table)) for table in dataset.with_format("arrow"))
     else:
         opened = _open_rows(mapping, file.parent)
-        _check_columns(to_sample, opened.columns(), file)
+        _check_rows(to_sample, opened, file)
         rows = ((lambda index=index: opened[index]) for index in range(len(opened)))
     for number, row in enumerate(rows):
         try:

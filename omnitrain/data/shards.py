@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from omnitrain.data.sample import ROLES, SEGMENT_TYPES, BadSample, Message, Sample, Segment
-from omnitrain.files import atomic, did_you_mean, place, printable, unfinished
+from omnitrain.files import atomic, did_you_mean, encoding_hint, place, printable, unfinished
 
 _TEXT = pa.string()
 _SEGMENT = pa.struct({"type": _TEXT, "text": _TEXT, "media": pa.binary(), "path": _TEXT, "with_audio": pa.bool_()})
@@ -632,7 +632,8 @@ def parse_json(data: str | bytes, name: str, of: type = dict) -> Any:
     try:
         value = json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise BadSample("text_not_utf8", f"{name} holds {error.object[error.start : error.start + 20]!r}") from error
+        found = error.object[error.start : error.start + 20]
+        raise BadSample("text_not_utf8", f"{name} holds {found!r}; {encoding_hint(error.object)}") from error
     except (ValueError, RecursionError) as error:
         raise BadSample("row_invalid", f"{name} is no JSON: {error}") from error
     if not isinstance(value, of):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omnitrain.files import encoding_hint
+
 
 class ArrowRows(Sequence):
     """Rows of a `datasets.Dataset` as plain values: media stay encoded bytes."""
@@ -81,7 +83,7 @@ def _read_file(file: Path, columns: Sequence[str] | None) -> Sequence[dict[str, 
                 return list(csv.DictReader(lines, fieldnames=columns, delimiter=delimiter, quoting=quoting))
         content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error})") from error
+        raise ValueError(f"{file} is not UTF-8 ({error}); {encoding_hint(file.read_bytes()[:4000])}") from error
     if kind not in (".json", ".jsonl"):
         raise ValueError(f"{file}: its ending is none of .json, .jsonl, .parquet, .csv, .tsv")
     try:

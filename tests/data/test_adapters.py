@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import pickle
@@ -346,3 +347,170 @@ messages:
 def test_mapping_needs_a_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"mapping .*none\.yaml is missing"):
         load_mapping(tmp_path / "none.yaml")
+
+
+# ----------------------------------------------------------------------------- other people's formats, and broken ones
+
+CHAT = """\
+kind: {kind}
+path: {path}
+source: chat
+messages: {{column: messages, media: {{"<image>": {{image: "{{images}}"}}}}}}
+"""
+PICTURE = corrupt.good_image()
+URI = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
+SOUND = base64.b64encode(corrupt.good_audio()).decode()
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [
+        {"type": "text", "text": "Look at <this>:"},
+        {"type": "image_url", "image_url": {"url": URI}},
+        {"type": "input_audio", "input_audio": {"data": SOUND, "format": "wav"}},
+        {"type": "image"},
+        {"type": "input_text", "text": "and say."},
+    ]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "indented array", "as text", "parquet"])
+def test_parts_of_openai_and_trl(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    row = {"messages": json.dumps(TURNS) if form == "as text" else TURNS, "images": ["a.png"], "ñ": "é"}
+    rows = [row, {**row, "images": []}, {**row, "images": ["a.png", "a.png"]}]
+    file = tmp_path / ("data.parquet" if form == "parquet" else "data.json")
+    if form == "parquet":  # a column of one type: parts with all keys of all of them
+        empty = dict.fromkeys(("text", "image_url", "input_audio"))
+        full = [{**t, "content": [{**empty, **part} for part in t["content"]]} for t in TURNS[1:]]
+        rows = [{"messages": full, "images": r["images"]} for r in rows]
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif "array" in form:
+        file.write_text(json.dumps(rows, indent=2 if "indented" in form else None, ensure_ascii=False), "utf-8")
+    else:
+        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    kind = "parquet" if form == "parquet" else "jsonl"
+    source = MappedSource(mapping(tmp_path, CHAT.format(kind=kind, path=file.name)))
+    assert len(source) == 3
+    user, answer = source[0].messages[-2:]
+    assert [s.type for s in user.segments] == ["text", "image", "audio", "image", "text"]
+    assert [s.text for s in user.segments] == ["Look at <this>:", None, None, None, "and say."]
+    heard = [source.media_bytes(s) for s in user.segments if s.type != "text"]
+    assert heard == [PICTURE, corrupt.good_audio(), PICTURE]
+    assert (answer.role, answer.segments[0].text) == ("assistant", "A cat.")
+    for number, there in ((1, 0), (2, 2)):
+        with pytest.raises(BadSample, match=rf"row_invalid: 1 marker\(s\) <image> in the text for {there} image"):
+            source[number]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image"}, r'a part of type image without image; .* media: {"<image>": {image: "{images}"}}'),
+        ({"type": "tool_use"}, "a part of type 'tool_use'; known are text, image, audio and video"),
+        ({"type": "text"}, "a part of type text whose text is NoneType"),
+        ({"type": "audio", "audio": {"array": [0.1]}}, "media_missing: a part of type audio is NoneType"),
+        (3, "a part of type 'int'"),
+    ],
+)
+def test_parts_that_cannot_be_read(tmp_path: Path, part: object, message: str) -> None:
+    jsonl(tmp_path, [{"messages": [{"role": "user", "content": [part]}]}])
+    source = MappedSource(mapping(tmp_path, "kind: jsonl\npath: data.jsonl\nsource: s\nmessages: {column: messages}\n"))
+    with pytest.raises(BadSample, match=message):
+        source[0]
+
+
+TEXT = 'kind: {kind}\npath: "{path}"\nsource: s\nmessages: [{{document: "{{text}}"}}]\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"map\.yaml: there is no row in data\.json; mend `path`"),
+        (b" [ ]\n", r"map\.yaml: there is no row in data\.json"),
+        (b'[{"text": "a"}, {"text": ', r"data\.json is an array of JSON that cannot be read"),
+        (b'[{"text": "a"} {"text": "b"}]', r"data\.json is an array of JSON that breaks off at character 15"),
+        ('[{"text": "é"}]'.encode("latin-1"), r"data\.json is not UTF-8.*looks like Latin-1: .*iconv -f WINDOWS-1252"),
+        ('{"text": "é"}\n'.encode("utf-16"), r"data\.json is not UTF-8; it looks like UTF-16: .*iconv -f UTF-16"),
+        ('{"text": "é"}\n'.encode("utf-16-le"), r"data\.json is not UTF-8; it looks like UTF-16"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "data.json").write_bytes(content)
+    file = mapping(tmp_path, TEXT.format(kind="jsonl", path="data.json"))
+    with pytest.raises(ValueError, match=message):
+        MappedSource(file)
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, array: bool) -> None:
+    text = '{"text": "é"}\n{"text": "b"}\n'
+    text = "\ufeff" + (f"[{text.strip()}]".replace("\n", ",\n") if array else text)
+    (tmp_path / "data.json").write_text(text, encoding="utf-8")
+    source = MappedSource(mapping(tmp_path, TEXT.format(kind="jsonl", path="data.json")))
+    assert [s.messages[0].segments[0].text for s in source] == ["é", "b"]
+
+
+def test_a_line_of_latin_1(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_bytes('{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"))
+    source = MappedSource(mapping(tmp_path, TEXT.format(kind="jsonl", path="data.json")))
+    with pytest.raises(BadSample, match=r"text_not_utf8: .*looks like Latin-1: convert it with `iconv"):
+        source[1]
+
+
+def test_what_is_no_number_is_no_text(tmp_path: Path) -> None:
+    values = ("NaN", "-Infinity", "null", '"NaN"', "1.5")
+    (tmp_path / "data.json").write_text("".join(f'{{"text": {value}, "unused": NaN}}\n' for value in values))
+    source = MappedSource(mapping(tmp_path, TEXT.format(kind="jsonl", path="data.json")))
+    for row, message in [(0, "{text} is nan"), (1, "{text} is -inf"), (2, "no value for {text}")]:
+        with pytest.raises(BadSample, match=f"row_invalid: .*{message}"):
+            source[row]
+    assert [source[row].messages[0].segments[0].text for row in (3, 4)] == ["NaN", "1.5"]
+
+
+def test_a_column_that_comes_late(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("".join('{"other": 1}\n' for _ in range(150)) + '{"text": "late"}\n')
+    source = MappedSource(mapping(tmp_path, TEXT.format(kind="jsonl", path="data.json")))
+    assert source[150].messages[0].segments[0].text == "late"
+    with pytest.raises(BadSample, match=r"no value for \{text\}"):
+        source[0]
+    with pytest.raises(ValueError, match=r"column 'txt' is not in the data .did you mean 'text'"):
+        MappedSource(mapping(tmp_path, TEXT.format(kind="jsonl", path="data.json").replace("{text}", "{txt}")))
+
+
+def test_parquet_files_whose_columns_differ(tmp_path: Path) -> None:
+    def write(name: str, **columns: object) -> None:
+        pq.write_table(pa.table(columns), tmp_path / name)
+
+    write("0.parquet", text=["a", "b"], n=[1, 2])
+    write("1.parquet", other=[0.5], text=["c"])
+    write("2.parquet", text=pa.array([], pa.string()))
+    file = mapping(tmp_path, TEXT.format(kind="parquet", path="*.parquet"))
+    assert [s.messages[0].segments[0].text for s in MappedSource(file)] == ["a", "b", "c"]
+    write("3.parquet", text=[7])
+    with pytest.raises(ValueError, match=r"3\.parquet: column 'text' is .*int64.*, but .*string.* in .*0\.parquet"):
+        MappedSource(file)
+    (tmp_path / "3.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"3\.parquet is no Parquet file: it is empty; remove it"):
+        MappedSource(file)
+    (tmp_path / "3.parquet").write_bytes(b"PAR1 something else")
+    with pytest.raises(ValueError, match=r"3\.parquet is no Parquet file: .*; remove it"):
+        MappedSource(file)
+    with pytest.raises(ValueError, match=r"there is no row in 2\.parquet"):
+        MappedSource(mapping(tmp_path, TEXT.format(kind="parquet", path="2.parquet")))
+
+
+def test_two_samples_of_one_name_in_a_tar(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        for name, text in [("a.txt", b"one"), ("b.txt", b"two"), ("a.txt", b"three"), ("c.txt", b"4"), ("c.TXT", b"5")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    source = MappedSource(mapping(tmp_path, TEXT.format(kind="webdataset", path="data.tar").replace("{text}", "{txt}")))
+    assert len(source) == 3
+    assert source[1].messages[0].segments[0].text == "two"
+    for row, message in [
+        (0, r"a\.txt stands twice in .*data\.tar, at bytes 512 and 2560"),
+        (2, r"c\.txt .* twice"),
+    ]:
+        with pytest.raises(BadSample, match=f"row_invalid: {message}.*a name of its own"):
+            source[row]
