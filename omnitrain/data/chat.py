@@ -224,6 +224,7 @@ class ChatTokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         for_generation: bool = False,
+        thinking: bool = False,
         merge: int = 2,
         ids_per_second: float = 13,
     ) -> RenderedChat:
@@ -240,6 +241,8 @@ class ChatTokenizer:
             tools: function signatures (JSON objects), announced in the system turn.
             for_generation: leave out a last assistant turn and end with the opening of one
                 (a document: without its end).
+            thinking: of a model that thinks first: a last answer without thoughts begins with empty ones, as the public
+                template writes it.
             merge: patches per token side; ids_per_second: TM-RoPE ids per second (order of audio-in-video tokens).
 
         Raises ValueError: `media` does not match the segments.
@@ -290,6 +293,8 @@ class ChatTokenizer:
             build.text(f"{message.role}\n")
             if answer:
                 build.flush()  # the header is tokenized as a prompt would be, apart from the answer
+                if thinking and i + 1 == len(turns) and not any("</think>" in (s.text or "") for s in message.segments):
+                    build.text("<think>\n\n</think>\n\n", target=True, markup=_ASSISTANT_MARKUP)
             self._contents(build, message, spans, target=answer, markup=_ASSISTANT_MARKUP if answer else None)
             build.special("<|im_end|>", target=answer)
             build.text("\n")

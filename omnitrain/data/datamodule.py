@@ -95,6 +95,7 @@ class OmniDataModule(LightningDataModule):
             ids_per_second=self.ids_per_second,
             vocab_size=self.vocab_size,
             speech=self.speech,
+            thinking=self.config.thinking,
         )
 
     @cached_property

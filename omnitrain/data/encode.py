@@ -40,6 +40,7 @@ class SampleEncoder:
         ids_per_second: TM-RoPE ids per second (Qwen3-Omni: 13).
         vocab_size: size of the model's embedding; a larger token id is ``token_out_of_range``. Default: no check.
         speech: how the Talker numbers codes and voices. None: a spoken answer is its text.
+        thinking: see `ChatTokenizer.render`.
     """
 
     tokenizer: ChatTokenizer
@@ -49,6 +50,7 @@ class SampleEncoder:
     ids_per_second: float = 13
     vocab_size: int | None = None
     speech: SpeechCodes | None = None
+    thinking: bool = False
 
     def __call__(self, sample: Sample, media_bytes: Callable[[Segment], bytes]) -> EncodedSample:
         """Encode for training or for a loss: the whole conversation with its labels.
@@ -83,7 +85,12 @@ class SampleEncoder:
         spans = [medium.span for medium in media]
         geometry: Any = {"merge": self.vision.merge, "ids_per_second": self.ids_per_second}
         chat = self.tokenizer.render(
-            sample.messages, spans, tools=_tools(sample), for_generation=for_generation, **geometry
+            sample.messages,
+            spans,
+            tools=_tools(sample),
+            for_generation=for_generation,
+            thinking=self.thinking,
+            **geometry,
         )
         worst = int(chat.input_ids.max(initial=0))
         if self.vocab_size is not None and worst >= self.vocab_size:

@@ -205,6 +205,7 @@ class DataConfig:
         num_workers: processes that decode media; batches do not depend on it.
         worker_buffer: encoded samples that each keeps ready; more than a pack holds, or training waits.
         max_bad_fraction: more unreadable samples than this stop the run.
+        thinking: the model is one that thinks first: a last answer without thoughts begins with empty ones.
         audio, vision: geometry of the features; must match the model's encoders.
         limits: largest picture, longest recording, ...
         seed: of the order; null: the run's.
@@ -226,6 +227,7 @@ class DataConfig:
     num_workers: int = 1
     worker_buffer: int = 64
     max_bad_fraction: float = 0.01
+    thinking: bool = False
     audio: AudioGeometry = field(default_factory=AudioGeometry)
     vision: VisionGeometry = field(default_factory=VisionGeometry)
     limits: MediaLimits = field(default_factory=MediaLimits)

@@ -190,6 +190,24 @@ def test_thoughts_before_the_last_question_are_not_shown_again(tokenizer, turns)
     assert tokenizer.decode(chat.input_ids, skip_special=False) == expected
 
 
+def test_a_model_that_thinks_answers_with_empty_thoughts(tokenizer):
+    """The last turn alone, as the template of Qwen3-8B has it (`loop.last or reasoning_content`), and it is learnt."""
+    turns = [text("user", "a?"), text("assistant", "A."), text("user", "b?"), text("assistant", "B.")]
+    chat = tokenizer.render(turns, thinking=True)
+    shown = tokenizer.decode(chat.input_ids, skip_special=False)
+    assert shown.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nB.<|im_end|>\n")
+    assert shown.count("<think>") == 1
+    assert chat.input_ids.tolist().count(tokenizer.special_ids["<think>"]) == 1
+    assert tokenizer.decode(chat.labels[chat.labels >= 0], skip_special=False).endswith(
+        "<think>\n\n</think>\n\nB.<|im_end|>"
+    )
+    thought = [turns[2], text("assistant", "<think>\nhm\n</think>\n\nB.")]
+    plain = tokenizer.render(thought).input_ids
+    assert tokenizer.render(thought, thinking=True).input_ids.tolist() == plain.tolist()
+    asked = tokenizer.render(turns, thinking=True, for_generation=True)
+    assert "<think>" not in tokenizer.decode(asked.input_ids, skip_special=False)
+
+
 def test_media_placeholders_types_and_spans(tokenizer):
     def medium(kind, **kwargs):
         return Segment(type=kind, media=b"", **kwargs)

@@ -280,6 +280,17 @@ def test_modality_weights() -> None:
         assert torch.equal(weights[part], expected.float())
 
 
+def test_weights_that_sum_below_one_normalise(tmp_path: Path) -> None:
+    """What counts is how weights compare, not what they sum to."""
+    _, plain, _ = train(Toy(out=str(tmp_path / "plain"), steps=2, clip=None))
+    _, light, _ = train(Toy(out=str(tmp_path / "light"), steps=2, clip=None, weight=2**-12))
+    assert [r["train/loss"] for r in read_csv(tmp_path / "light/metrics.csv")] == [
+        r["train/loss"] for r in read_csv(tmp_path / "plain/metrics.csv")
+    ]
+    assert light.gradient_norm == pytest.approx(plain.gradient_norm, rel=1e-5)
+    assert light.gradient_norm > 0.1
+
+
 def test_word_dropout_hides_words_of_answers_about_media_alone() -> None:
     batch = PackedBatch.pack(step_samples(0) * 40)
     torch.manual_seed(0)

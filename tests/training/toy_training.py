@@ -31,6 +31,7 @@ from omnitrain.config.run_config import (
 )
 from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.data.positions import AudioSpan, ImageSpan, TextSpan, audio_tokens, tm_rope_positions
+from omnitrain.data.sample import MODALITIES
 from omnitrain.data.stream import TooManyBadSamples
 from omnitrain.models.aut import AuTConfig
 from omnitrain.models.omni import OmniConfig, OmniModel
@@ -229,6 +230,7 @@ class Toy:
     log_every: int = 1
     max_steps_of_schedule: int = 20
     balance: float = 0.01
+    weight: float = 1.0  # of every target
     clip: float | None = 1.0
     poison: tuple[int, ...] = ()
     stage_at: int = 10**9  # from this step on the data are of another stage
@@ -259,7 +261,9 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
             train=list(toy.train or THINKER_PARTS),
             word_dropout=toy.word_dropout,
             activation_checkpointing=list(toy.recomputed),
-            loss=LossConfig(balance_coefficient=toy.balance, chunk=16),
+            loss=LossConfig(
+                balance_coefficient=toy.balance, chunk=16, modality_weights=dict.fromkeys(MODALITIES, toy.weight)
+            ),
         ),
         # eps well above rounding: AdamW would turn a gradient that is only rounding noise into a full step.
         OptimConfig(lr=toy.lr, warmup_steps=2, total_steps=toy.max_steps_of_schedule, eps=1e-4, decay_fraction=0.2),
