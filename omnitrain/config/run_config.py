@@ -223,7 +223,8 @@ class CodecModuleConfig:
     """``module=codec``: encoder, quantizer and Code2Wav learn from spectrograms, then also from discriminators.
 
     Attributes:
-        init_from: folder of a codec's run; its codec, discriminators and content head are where this one starts.
+        init_from: folder of a codec's run; its codec, discriminators and content head are where this one starts. Or one
+            in the public format; its Code2Wav is where the decoder starts.
         clip: largest gradient norm of the codec, and of the discriminators.
         activation_checkpointing: parts whose activations are computed again in the backward pass: encoder, decoder.
         loss: weights of the terms.

@@ -77,6 +77,19 @@ def load_pretrained(
     return model.requires_grad_(True)
 
 
+def load_code2wav(folder: str | Path) -> dict[str, Tensor]:
+    """The weights of the Code2Wav in a folder in the public layout, fp32, by their names in `Code2Wav`; nothing else is
+    read. Raises CheckpointError as `load_pretrained`, and if there is none."""
+    folder = Path(folder)
+    config, prefix = read_config(folder)
+    code2wav = empty_model(config, folder / "config.json").code2wav
+    if code2wav is None:
+        raise CheckpointError(f"{folder / 'config.json'}: describes no Code2Wav; a full checkpoint ({FULL}) has one")
+    with TensorFiles(folder, prefix) as checkpoint:
+        named = ((name, x, f"code2wav.{name}") for name, x in code2wav.named_parameters())
+        return {name: checkpoint.assemble(full, x, config, torch.float32, "cpu") for name, x, full in named}
+
+
 def left_out(config: OmniConfig) -> tuple[str, ...]:
     """Of `SPEECH_PARTS` those that the model lacks."""
     return tuple(part for part in SPEECH_PARTS if getattr(config, part.removesuffix(".")) is None)

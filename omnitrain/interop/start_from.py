@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from omnitrain.files import LAST_CHECKPOINT, did_you_mean
 from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
 from omnitrain.interop.public_config import CheckpointError
-from omnitrain.interop.public_format import SPEECH_PARTS, load_pretrained
+from omnitrain.interop.public_format import SPEECH_PARTS, load_code2wav, load_pretrained
 from omnitrain.interop.text_model import is_text_model, load_text_model
 from omnitrain.models.omni import OmniModel
 
@@ -119,12 +119,19 @@ def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path
 
 
 def start_codec_from(module: nn.Module, folder: str | Path) -> None:
-    """Replace all weights of a codec's training module (codec, discriminators, content head) by those of a run. Raises
-    ValueError if it is no run of a codec, or one of other sizes."""
-    checkpoint = Path(folder) / LAST_CHECKPOINT
-    if not checkpoint.is_file():
-        raise ValueError(f"module.init_from: there is no {checkpoint}; give the folder of a codec's run")
-    load_weights(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
+    """Replace all weights of a codec's training module (codec, discriminators, content head) by those of a run; or
+    those of its decoder by the Code2Wav of a folder in the public format, whose codes the new encoder and quantizer do
+    not know. Raises ValueError if it is neither, or one of other sizes."""
+    folder = Path(folder)
+    checkpoint = folder / LAST_CHECKPOINT
+    if checkpoint.is_file():
+        load_weights(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
+    elif (folder / "config.json").is_file():
+        load_weights(module.get_submodule("model.decoder"), load_code2wav(folder), folder)
+    else:
+        raise ValueError(
+            f"module.init_from: there is no {checkpoint}; give the folder of a codec's run, or one in the public format"
+        )
 
 
 def _weights_in(model: OmniModel, folder: Path, part: str | None, key: str) -> tuple[Mapping[str, Tensor], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -19,6 +20,7 @@ from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.settings import WaveformsConfig
 from omnitrain.data.shards import write_shards
 from omnitrain.data.waveforms import WaveformDataModule
+from omnitrain.interop.public_format import load_pretrained
 from omnitrain.models.codec import Codec
 from omnitrain.models.presets import build_codec, init_codec_weights
 from omnitrain.models.sizes import DiscriminatorConfig
@@ -33,6 +35,7 @@ from omnitrain.training.codec_losses import (
     si_sdr,
 )
 from omnitrain.training.logging import ExactCsvLogger
+from tests.interop.public_models import save_public_model
 
 TOKENIZER = Path(__file__).parents[2] / "omnitrain/pack/tokenizer.json"
 WORDS = ("one red cat", "two blue dogs", "three old birds")
@@ -377,6 +380,27 @@ def test_a_decoder_that_trims_as_the_public_one_trains(shards: Path, tmp_path: P
     assert np.isfinite(module.evaluation["si_sdr"])
     wav = torch.from_numpy(tone(200, 0.96))[None]
     assert codec.eval()(wav).wav.shape[1] == codec.config.decoder.samples(12) < 12 * 1920
+
+
+def test_the_decoder_starts_from_a_public_code2wav(shards: Path, tmp_path: Path) -> None:
+    reference = save_public_model(tmp_path / "public", kind="full")
+    sizes = load_pretrained(tmp_path / "public").config.code2wav
+    assert sizes is not None
+    codec = Codec(replace(tiny_codec().config, decoder=sizes, downsample_rates=(2, 2), downsampling_ratios=(2,)))
+    init_codec_weights(codec, 0)
+    config = CodecModuleConfig(init_from=str(tmp_path / "public"), discriminator=SMALL_DISCRIMINATORS)
+    CodecModule(codec, config)
+    codes = torch.randint(0, sizes.codebook_size, (1, 9, sizes.quantizers))
+    with torch.no_grad():
+        expected = reference.code2wav(codes.transpose(1, 2))[:, 0]
+        torch.testing.assert_close(codec.decoder.eval()(codes), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="does not fit the model of its configuration"):
+        CodecModule(tiny_codec(), config)
+    save_public_model(tmp_path / "thinker")
+    with pytest.raises(ValueError, match="describes no Code2Wav"):
+        CodecModule(codec, CodecModuleConfig(init_from=str(tmp_path / "thinker")))
+    with pytest.raises(ValueError, match="give the folder of a codec's run, or one in the public format"):
+        CodecModule(codec, CodecModuleConfig(init_from=str(tmp_path)))
 
 
 def test_recomputed_activations_change_no_step(shards: Path, tmp_path: Path) -> None:
