@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omnitrain.data.shards import Source
@@ -103,11 +103,13 @@ class VisionGeometry:
     video_max_pixels: int = 768 * 32 * 32
     video_total_pixels: int = 115_200 * 32 * 32
     fps: float = 2.0
-    sampling: Literal["times", "reference"] = "times"
+    sampling: str = "times"
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
             raise ValueError(f"vision: fps is {self.fps}; it must be above 0")
+        if self.sampling not in ("times", "reference"):
+            raise ValueError(f"vision: sampling is {self.sampling!r}; it must be 'times' or 'reference'")
         _at_least_one(self, "vision", but=("fps", "sampling"))
 
     @property

@@ -68,6 +68,11 @@ def test_a_clip_whose_header_counts_no_frames(tmp_path: Path) -> None:
     assert np.array_equal(*frames)
 
 
+def test_another_sampling_is_refused() -> None:
+    with pytest.raises(ValueError, match="vision: sampling is 'linspace'; it must be 'times' or 'reference'"):
+        VisionGeometry(sampling="linspace")
+
+
 def test_a_clip_of_one_frame_is_one_frame() -> None:
     assert len(decode_video(clip(1, 10), 2, sampling="reference").frames) == 1
 

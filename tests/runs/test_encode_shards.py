@@ -57,6 +57,7 @@ def save_codec(run_dir: Path, seed: int = 0, fold: bool = True) -> Path:
     torch.manual_seed(seed)
     with torch.no_grad():
         codec.train()(torch.from_numpy(np.stack([tone(1.6, pitch=150 + 50 * i) for i in range(4)])))
+        codec.quantizer.update()
     if fold:
         codec.fold_codebooks()
     state = {f"model.{name}": value for name, value in codec.state_dict().items()}
