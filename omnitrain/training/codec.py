@@ -17,7 +17,7 @@ from torch import Tensor
 from omnitrain.config.run_config import CodecModuleConfig, OptimConfig
 from omnitrain.data.waveforms import WaveBatch
 from omnitrain.interop.start_from import start_codec_from
-from omnitrain.models.codec import Codec
+from omnitrain.models.codec import Codec, CodecOutput
 from omnitrain.models.discriminators import Discriminators
 from omnitrain.training.codec_losses import (
     ContentHead,
@@ -83,11 +83,14 @@ class CodecModule(TrainingModule):
         self.samples_in_step = list(batch.sample_ids)
 
         output = self.model(batch.wav)
-        wav = batch.wav[:, : output.wav.shape[1]]
-        terms = self._reconstruction(output, batch)
-        judged = torch.zeros(())
+        wav = _heard(output, batch)
+        terms = self._reconstruction(output, wav, batch)
+        values: dict[str, float] = {}
+        discriminators_norm = torch.zeros(())
         if adversarial:
-            judged = self._discriminator_gradient(wav, output.wav.detach(), optimizers[1])
+            values["discriminators"], discriminators_norm = self._discriminator_gradient(
+                wav, output.wav.detach(), optimizers[1]
+            )
             self.discriminators.requires_grad_(False)
             with torch.no_grad():
                 real = self.discriminators(wav)
@@ -100,12 +103,10 @@ class CodecModule(TrainingModule):
         self.manual_backward(loss)
         parameters = [p for p in (*self.model.parameters(), *self.content.parameters()) if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
-        self.gradient_norm = float(norm if judged.isfinite() else judged)
+        self.gradient_norm = float(norm if discriminators_norm.isfinite() else discriminators_norm)
         # Of all ranks, so that each comes to the same decision about a spike.
         self.step_loss = float(sum_over_ranks(loss.detach()) / self.trainer.world_size)
         optimizers[0].step()
-        schedule.step()
-
         if not self._discarded:  # the spike guard has let the step pass: all that learns moves, or nothing does
             self.model.quantizer.update()
             if adversarial:
@@ -113,11 +114,12 @@ class CodecModule(TrainingModule):
                     group["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
                 # Past Lightning's wrapper, which would count this as a second step of training.
                 optimizers[1].optimizer.step()
-            values = {name: float(term.detach()) for name, term in terms.items()} | {"loss": self.step_loss}
+            values |= {name: float(term.detach()) for name, term in terms.items()} | {"loss": self.step_loss}
             _add(self._sums, {name: (value, 1.0) for name, value in values.items()})
             counts = sum_over_ranks(output.histogram.double())
             self._histogram = counts if self._histogram is None else self._histogram + counts
             self.last_loss = self.step_loss
+        schedule.step()
         self._discarded = False
         self._seen["frames"] += batch.frames
         self._seen["samples"] += len(batch)
@@ -126,10 +128,8 @@ class CodecModule(TrainingModule):
         if self.row_is_due(self.global_step):
             self._log_row(self.global_step)
 
-    def _reconstruction(self, output: Any, batch: WaveBatch) -> dict[str, Tensor]:
-        """The terms that need no discriminator. A decoder that trims as the public one gives fewer samples than it was
-        given: its sample i is still to be sample i of the recording."""
-        wav = batch.wav[:, : output.wav.shape[1]]
+    def _reconstruction(self, output: CodecOutput, wav: Tensor, batch: WaveBatch) -> dict[str, Tensor]:
+        """The terms that need no discriminator."""
         terms = {
             "mel": self.mel(output.wav, wav),
             "waveform": (output.wav - wav).abs().mean(),
@@ -138,13 +138,15 @@ class CodecModule(TrainingModule):
         content = self.content(output.semantic, batch.spans) if self.loss_config.content else None
         return terms if content is None else terms | {"content": content}
 
-    def _discriminator_gradient(self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer) -> Tensor:
-        """Leaves the discriminators' gradients, clipped, where `optimizer` finds them; returns their norm."""
+    def _discriminator_gradient(
+        self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer
+    ) -> tuple[float, Tensor]:
+        """Leaves the discriminators' gradients, clipped, where `optimizer` finds them; returns loss and norm."""
         loss = gan_discriminator_loss(self.discriminators(real), self.discriminators(fake))
         optimizer.zero_grad()
         self.manual_backward(loss)
-        _add(self._sums, {"discriminators": (float(loss.detach()), 1.0)})
-        return torch.nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip)
+        return float(loss.detach()), norm
 
     def _log_row(self, step: int) -> None:
         ranks = gather_objects((self._sums, self._seen, self._skipped))
@@ -168,8 +170,9 @@ class CodecModule(TrainingModule):
         if self.ending:
             return
         output = self.model(batch.wav)
-        terms = {name: float(term) for name, term in self._reconstruction(output, batch).items()}
-        terms["si_sdr"] = float(si_sdr(output.wav, batch.wav[:, : output.wav.shape[1]]).mean())
+        wav = _heard(output, batch)
+        terms = {name: float(term) for name, term in self._reconstruction(output, wav, batch).items()}
+        terms["si_sdr"] = float(si_sdr(output.wav, wav).mean())
         self._evaluation.append({name: (value, 1.0) for name, value in terms.items()})
 
     def on_validation_epoch_end(self) -> None:
@@ -208,6 +211,12 @@ class CodecModule(TrainingModule):
         self._sums = {name: (value, count) for name, (value, count) in state["sums"].items()}
         self._histogram = None if state["histogram"] is None else state["histogram"].to(self.device)
         self._seen, self._skipped = dict(state["seen"]), dict(state["skipped"])
+
+
+def _heard(output: CodecOutput, batch: WaveBatch) -> Tensor:
+    """What `output.wav` is compared with. A decoder that trims as the public one gives fewer samples than it was given:
+    its sample i is still to be sample i of the recording."""
+    return batch.wav[:, : output.wav.shape[1]]
 
 
 def _add(totals: dict[str, tuple[float, float]], sums: Mapping[str, tuple[float, float]]) -> None:

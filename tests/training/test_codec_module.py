@@ -359,6 +359,25 @@ def test_a_step_that_is_skipped_moves_nothing(shards: Path, tmp_path: Path, what
             assert torch.equal(value, poison.before[name]), name
 
 
+class Rates(L.Callback):
+    """Learning rates of both optimizers, step by step."""
+
+    def __init__(self) -> None:
+        self.codec: list[float] = []
+        self.discriminators: list[float] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for optimizer, found in zip(trainer.optimizers, (self.codec, self.discriminators), strict=True):
+            optimizer.register_step_pre_hook(lambda o, *_, f=found: f.append(o.param_groups[0]["lr"]))
+
+
+def test_both_optimizers_step_at_the_rate_of_the_step(shards: Path, tmp_path: Path) -> None:
+    rates = Rates()
+    fit(tmp_path, shards, 8, after=1, callbacks=[rates])
+    assert rates.discriminators == rates.codec[1:]
+    assert len(set(rates.codec)) >= 3  # warm-up, stable, decay
+
+
 def test_what_is_decayed(shards: Path, tmp_path: Path) -> None:
     """Matrices alone: no bias, no snake's frequency, no length of weight normalisation [C, 1, 1]."""
     module = fit(tmp_path, shards, 1)
