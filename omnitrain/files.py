@@ -130,11 +130,15 @@ def write_json(path: str | os.PathLike[str], value: Any, *, replace: bool = True
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", replace=replace)
 
 
+def looks_like_utf16(data: bytes) -> bool:
+    """Whether text that begins so has two bytes a letter."""
+    return data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:1000]
+
+
 def encoding_hint(data: bytes) -> str:
     """What text that is no UTF-8 probably is, and what to do about it."""
-    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:1000]
-    name = "UTF-16" if wide else "WINDOWS-1252"
-    return f"it looks like {name if wide else 'Latin-1'}: convert it with `iconv -f {name} -t UTF-8 OLD > NEW`"
+    name, known_as = ("UTF-16", "UTF-16") if looks_like_utf16(data) else ("WINDOWS-1252", "Latin-1")
+    return f"it looks like {known_as}: convert it with `iconv -f {name} -t UTF-8 OLD > NEW`"
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -8,7 +8,7 @@ torch, so that the command line answers at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,17 +40,11 @@ THINKER_PARTS = tuple(PARTS)[:8]
 TALKER_PARTS = ("mtp", "talker_router", "talker")
 
 
-def check_parts(names: Iterable[str], key: str) -> None:
+def check_parts(names: Iterable[str], key: str, parts: Collection[str] = PARTS) -> None:
     """Raise ValueError, naming `key`, if one of `names` is no part."""
     for name in names:
-        if name not in PARTS:
-            raise ValueError(f"{key}: no part {name!r}; the parts are {', '.join(PARTS)}")
-
-
-def _check_recomputed(names: Iterable[str], parts: Iterable[str]) -> None:
-    for name in names:
         if name not in parts:
-            raise ValueError(f"module.activation_checkpointing: no part {name!r}; the parts are {', '.join(parts)}")
+            raise ValueError(f"{key}: no part {name!r}; the parts are {', '.join(parts)}")
 
 
 def _check_share(value: float, key: str) -> None:
@@ -185,7 +179,8 @@ class ThinkerModuleConfig:
 
     def __post_init__(self) -> None:
         check_parts(self.train, "module.train")
-        _check_recomputed(self.activation_checkpointing, ("aut", "visual", "thinker", "talker", "mtp", "code2wav"))
+        layered = ("aut", "visual", "thinker", "talker", "mtp", "code2wav")
+        check_parts(self.activation_checkpointing, "module.activation_checkpointing", layered)
         _check_share(self.word_dropout, "module.word_dropout")
 
 
@@ -238,7 +233,7 @@ class CodecModuleConfig:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self) -> None:
-        _check_recomputed(self.activation_checkpointing, ("encoder", "decoder"))
+        check_parts(self.activation_checkpointing, "module.activation_checkpointing", ("encoder", "decoder"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -36,7 +37,7 @@ from omnitrain.data.shards import (
     parse_json,
     read_conditions,
 )
-from omnitrain.files import encoding_hint
+from omnitrain.files import encoding_hint, looks_like_utf16
 
 KINDS = ("jsonl", "parquet", "webdataset", "hub")
 _LOOK_AT = 100  # rows of a format without a schema, for its columns
@@ -419,18 +420,20 @@ class _JsonLines:
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
-        rows: list[tuple[int, int, int]] = []  # number of the file, first byte, bytes
-        for index, file in enumerate(files):
+        places: list[np.ndarray] = []  # of each file: first byte and bytes of every row
+        for file in files:
             if file.suffix in (".gz", ".zst", ".bz2"):
                 raise ValueError(f"{file} is compressed; unpack it for random access")
             with file.open("rb") as lines:
                 head = lines.read(1000)
-                if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+                if looks_like_utf16(head):
                     raise ValueError(f"{file} is not UTF-8; {encoding_hint(head)}")
                 lines.seek(0)
                 whole = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-                rows += ((index, at, size) for at, size in (_elements(file) if whole else _lines(lines)))
-        self.number, self.offset, self.size = np.array(rows, np.int64).reshape(-1, 3).T
+                found = chain.from_iterable(_elements(file) if whole else _lines(lines))
+                places.append(np.fromiter(found, np.int64).reshape(-1, 2))
+        self.number = np.repeat(np.arange(len(files)), [len(rows) for rows in places])
+        self.offset, self.size = np.concatenate(places).T
 
     def __len__(self) -> int:
         return len(self.offset)

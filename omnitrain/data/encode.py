@@ -7,7 +7,7 @@ instead of data in its state.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,12 +76,12 @@ class SampleEncoder:
         self, sample: Sample, media_bytes: Callable[[Segment], bytes], *, for_generation: bool
     ) -> EncodedSample:
         left_out = for_generation and sample.messages and sample.messages[-1].role == "assistant"
-        media = self._media([
-            (segment, media_bytes(segment))
+        media = self._media(
+            (segment, media_bytes(segment))  # one file at a time
             for message in (sample.messages[:-1] if left_out else sample.messages)
             for segment in message.segments
             if segment.type in MEDIA
-        ])  # fmt: skip
+        )
         spans = [medium.span for medium in media]
         geometry: Any = {"merge": self.vision.merge, "ids_per_second": self.ids_per_second}
         chat = self.tokenizer.render(
@@ -119,9 +119,10 @@ class SampleEncoder:
             spoken=spoken,
         )
 
-    def _media(self, files: list[tuple[Segment, bytes]]) -> list[_Medium]:
+    def _media(self, files: Iterable[tuple[Segment, bytes]]) -> list[_Medium]:
         if not self.audio.reference_padding:
             return [self._medium(segment, data) for segment, data in files]
+        files = list(files)  # to be decoded twice: the longest recording is not known before
         heard = [w for segment, data in files if (w := self._wave(segment, data)) is not None]
         longest = max(map(len, heard), default=0)
         return [self._medium(segment, data, longest) for segment, data in files]

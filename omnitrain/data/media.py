@@ -491,8 +491,8 @@ def _mux(container: Any, stream: Any, frames: Iterable[Any]) -> None:
 def decode_video(data: bytes, fps: float = 2.0, limits: MediaLimits = MediaLimits(), sampling: str = "times") -> Video:
     """Frames sampled every 1 / fps seconds by their time stamps (a variable frame rate is read rightly), or as the
     reference does (`VisionGeometry.sampling`), and the sound track from the moment of the first frame on. Raises
-    BadSample: ``wrong_type``, ``video_corrupt``,
-    ``video_no_frames``, ``video_too_large``, ``video_too_long``, ``audio_too_long``."""
+    BadSample: ``wrong_type``, ``video_corrupt``, ``video_no_frames``, ``video_too_large``, ``video_too_long``,
+    ``audio_too_long``."""
     name = _require(data, "video")
     with _damage_is("video_corrupt"):
         check_whole(data, name, "video")

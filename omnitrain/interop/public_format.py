@@ -143,30 +143,27 @@ class TensorFiles(ExitStack):
         self.files: dict[Path, Any] = {}
 
     def get(self, key: str) -> Tensor:
-        path = self.file_of.get(key)
-        if path is None:
+        if key not in self.file_of:
             near = sorted(k for k in self.file_of if k.rpartition(".")[0] == key.rpartition(".")[0])
             beside = f"; beside it there are {', '.join(near[:4])}" if near else ""
             raise CheckpointError(f"{self.folder}: key {key!r} is missing{beside}")
-        if path not in self.files:
-            self.files[path] = self.enter_context(_open(path))
-        self.read.add(key)
-        try:
-            return self.files[path].get_tensor(key)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: key {key!r} cannot be read: {error}") from error
+        return self._ask(key, "get_tensor")
 
     def header(self, key: str) -> tuple[list[int], str]:
         """Shape and dtype of a tensor that is there; its numbers are not read."""
+        stored = self._ask(key, "get_slice")
+        return stored.get_shape(), stored.get_dtype()
+
+    def _ask(self, key: str, method: str) -> Any:
+        """What a method of the file that holds `key` says of it."""
         path = self.file_of[key]
         if path not in self.files:
             self.files[path] = self.enter_context(_open(path))
         self.read.add(key)
         try:
-            stored = self.files[path].get_slice(key)
+            return getattr(self.files[path], method)(key)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: key {key!r} cannot be read: {error}") from error
-        return stored.get_shape(), stored.get_dtype()
 
     def pieces(self, name: str, parameter: Tensor, config: OmniConfig) -> Pieces:
         """The keys that make up our tensor `name`. Experts are also read as one tensor per layer, as transformers has

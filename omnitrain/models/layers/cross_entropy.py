@@ -52,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         need = ctx.needs_input_grad[:2]
         ctx.chunk, ctx.dtype = chunk, dtype
-        d_hidden, d_weight = _passes(hidden, weight, targets, (chunk, dtype), nll, None, need)
+        d_hidden, d_weight = _passes(hidden, weight, targets, chunk, dtype, nll, None, need)
         ctx.save_for_backward(hidden, weight, targets, d_hidden, d_weight)
         return nll
 
@@ -61,8 +61,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, targets, d_hidden, d_weight = ctx.saved_tensors
         grad = grads[0]
         if len(grad) and not bool((grad == grad[0]).all()):
-            how = ctx.chunk, ctx.dtype
-            d_hidden, d_weight = _passes(hidden, weight, targets, how, None, grad, ctx.needs_input_grad[:2])
+            need = ctx.needs_input_grad[:2]
+            d_hidden, d_weight = _passes(hidden, weight, targets, ctx.chunk, ctx.dtype, None, grad, need)
         else:
             # Not in place: the saved tensors must survive a second backward pass.
             scale = grad[0] if len(grad) else grad.new_zeros(())
@@ -83,14 +83,14 @@ def _passes(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    how: tuple[int, torch.dtype],
+    chunk: int,
+    dtype: torch.dtype,
     nll: Tensor | None,
     scale: Tensor | None,
     need: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fill `nll` if given; return the gradients of sum(scale * nll) in `hidden` and `weight` as far as needed. `how`:
-    positions per product, and the type of its factors."""
-    chunk, dtype = how
+    """Fill `nll` if given; return the gradients of sum(scale * nll) in `hidden` and `weight` as far as needed. `dtype`
+    is that of the products' factors."""
     d_hidden = torch.empty_like(hidden) if need[0] else None
     d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need[1] else None
     with full_precision(hidden):
