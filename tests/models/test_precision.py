@@ -103,6 +103,7 @@ def test_a_codec_hears_quantizes_and_speaks_in_fp32() -> None:
         spoken = codec.decode(codes)
     assert {*ends, *projections, out.wav.dtype, spoken.dtype} == {torch.float32}
     assert torch.equal(out.codes, codec.quantizer.encode(latents[0]))
+    assert torch.equal(out.given[0], codec.quantizer.semantic.input_proj(latents[0]))  # nothing was rounded
     assert torch.equal(codes, out.codes)
     assert inner  # between the ends, convolutions take what autocast gives them
     assert out.wav.unique().numel() > 0.9 * out.wav.numel()  # 16 bit would have few hundred values
