@@ -97,7 +97,16 @@ class AuTEncoder(nn.Module):
         return mel_lengths // chunk * _halved(chunk, 3) + _halved(mel_lengths % chunk, 3)
 
     def forward(self, mel: Tensor, mel_lengths: Tensor, window_frames: int | None = None) -> Tensor:
-        """Encode recordings.
+        """Encode recordings for the Thinker; arguments and errors as in `encode`.
+
+        Returns:
+            [T, out_dim], T = `output_lengths(mel_lengths).sum()`, recordings end to end.
+        """
+        return self.proj2(F.gelu(self.proj1(self.encode(mel, mel_lengths, window_frames))))
+
+    def encode(self, mel: Tensor, mel_lengths: Tensor, window_frames: int | None = None) -> Tensor:
+        """Steps 1 to 3 and the LayerNorm: what AuT's own decoder reads. The projection that follows it belongs to the
+        Thinker, and is not trained with AuT.
 
         Args:
             mel: [F, n_mels], log-mel frames of 10 ms, recordings end to end.
@@ -105,7 +114,7 @@ class AuTEncoder(nn.Module):
             window_frames: attention window in mel frames, a multiple of `chunk_frames`; default: the configuration's.
 
         Returns:
-            [T, out_dim], T = `output_lengths(mel_lengths).sum()`, recordings end to end.
+            [T, d_model], recordings end to end.
 
         Raises ValueError: if `mel_lengths` does not sum to F, a recording is empty, or the window is no whole number of
         chunks.
@@ -120,14 +129,14 @@ class AuTEncoder(nn.Module):
                 raise ValueError(f"mel_lengths[{i}] is {n}: a recording without frames")
         chunks_per_window = config.chunks(window_frames or config.window_frames)
         if not lengths:
-            return self.proj2.weight.new_zeros(0, config.out_dim)
+            return self.ln_post.weight.new_zeros(0, config.d_model)
 
         x = residual(self._convolve(mel, lengths), self.ln_post)  # [T, D]
         window = chunks_per_window * _halved(config.chunk_frames, 3)
         cu_seqlens = _window_borders(self.output_lengths(mel_lengths).tolist(), window).to(x.device)
         for layer in self.layers:
             x = run(layer, x, cu_seqlens, checkpointed=self.activation_checkpointing)
-        return self.proj2(F.gelu(self.proj1(self.ln_post(x))))
+        return self.ln_post(x)
 
     def _convolve(self, mel: Tensor, lengths: list[int]) -> Tensor:
         """[F, n_mels] -> [T, D], positions added."""
