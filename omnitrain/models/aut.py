@@ -164,8 +164,9 @@ class AuTEncoder(nn.Module):
                 for part, edge_part in zip(parts, edge_parts, strict=True)
             ]
         )  # [chunks, 13, D]
-        columns = columns + _sinusoids(columns.shape[1], columns.shape[2], columns.device).to(columns.dtype)
-        kept = torch.arange(columns.shape[1], device=mel.device) < _halved(length, 3)[:, None]
+        place = torch.arange(columns.shape[1], device=mel.device)
+        columns = columns + sinusoids(place, columns.shape[2]).to(columns.dtype)
+        kept = place < _halved(length, 3)[:, None]
         return columns[kept]
 
     def _three_convolutions(self, x: Tensor, edge: Tensor | None) -> Tensor:
@@ -184,10 +185,10 @@ def _halved(n, times: int):
     return n
 
 
-def _sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
-    """fp32 [length, channels]: sines, then cosines, of wave lengths from 2 pi to 20000 pi (Whisper's positions)."""
-    frequency = torch.exp(-math.log(10000) / (channels // 2 - 1) * torch.arange(channels // 2, device=device).float())
-    angle = torch.arange(length, device=device)[:, None] * frequency
+def sinusoids(positions: Tensor, channels: int) -> Tensor:
+    """fp32 [N, channels] of positions [N]: sines, then cosines, of wave lengths from 2 pi to 20000 pi (Whisper's)."""
+    half = torch.arange(channels // 2, device=positions.device)
+    angle = positions[:, None] * torch.exp(-math.log(10000) / (channels // 2 - 1) * half.float())
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
