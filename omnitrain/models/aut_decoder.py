@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,8 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class AuTOutput:
-    """hidden [N, D]: after the final norm, 0 where a recording stands.  encoded [T, D]: the encoder's features, of which
-    document b has those from cu_seqlens_audio[b] to cu_seqlens_audio[b + 1], int32 [B + 1]."""
+    """hidden [N, D]: after the final norm, 0 where a recording stands.  encoded [T, D]: the encoder's features; document
+    b has those from cu_seqlens_audio[b] to cu_seqlens_audio[b + 1], int32 [B + 1]."""
 
     hidden: Tensor
     encoded: Tensor
@@ -86,6 +87,10 @@ class AuTDecoderLayer(nn.Module):
         self.fc1 = nn.Linear(c.d_model, c.ffn)
         self.fc2 = nn.Linear(c.ffn, c.d_model)
 
+    def keys_values(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """What cross-attention looks at: [T, D] -> keys and values, each [T, heads, head_dim]"""
+        return self.encoder_attn.keys_values(encoded)
+
     def forward(
         self, x: Tensor, cu_seqlens: Tensor, memory: Memory, listeners: Tensor, cache: KVCache | None
     ) -> Tensor:
@@ -116,8 +121,7 @@ class AuTDecoder(nn.Module):
     def memory(self, encoded: Tensor, cu_seqlens: Tensor) -> Memory:
         """The keys and values that all layers will look at, made once for a recording: encoded [T, D], the documents'
         borders in it int32 [B + 1]."""
-        pairs = [layer.encoder_attn.keys_values(encoded) for layer in self.layers]
-        keys, values = zip(*pairs, strict=True)
+        keys, values = zip(*(cast(AuTDecoderLayer, layer).keys_values(encoded) for layer in self.layers), strict=True)
         return Memory(keys=keys, values=values, cu_seqlens=cu_seqlens)
 
     def forward(
@@ -135,8 +139,8 @@ class AuTDecoder(nn.Module):
         Args:
             input_ids: int64 [N].  positions: int64 [N], each token's place in its document, from 0.
             cu_seqlens: int32 [B + 1], the documents among them.
-            listeners: int32 [M + 1], which tokens listen to which of the M documents of `memory`; default: `cu_seqlens`.
-                Several texts about one recording (the beams of a search) stand next to each other in one span of it.
+            listeners: int32 [M + 1], which tokens listen to which of the M documents of `memory`: several texts about
+                one recording (the beams of a search) stand next to each other in one span. Default: `cu_seqlens`.
             cache: keys and values of the tokens before; the inputs are then the new ones only.
         """
         width = self.config.d_model
@@ -218,8 +222,8 @@ class AuT(nn.Module):
         deaf = (counts == 0).nonzero()
         if len(deaf) or mel is None or mel_lengths is None:
             raise ValueError(
-                f"document {int(deaf[0]) if len(deaf) else 0} of the batch has no recording, and AuT only hears: choose "
-                "samples with recordings, as with where={modality: [audio]}"
+                f"document {int(deaf[0]) if len(deaf) else 0} of the batch has no recording, and AuT only hears: "
+                "choose samples with recordings, as with where={modality: [audio]}"
             )
         encoded = self.aut.encode(mel, mel_lengths, aut_window_frames)
         if int(counts.sum()) != len(encoded):

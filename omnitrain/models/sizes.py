@@ -120,7 +120,7 @@ class AuTModelConfig(_Sizes):
     """Sizes of an `AuT`: encoder and decoder.
 
     Attributes:
-        encoder, decoder: sizes of the parts. `encoder.out_dim` is not used: the projection to a Thinker is the Thinker's.
+        encoder, decoder: sizes of the parts. `encoder.out_dim` is not used: projecting to a Thinker is the Thinker's.
         ctc: a CTC head on the encoder, for the loss of that name and for alignments
     """
 
