@@ -8,14 +8,15 @@ from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import BadSample, Sample, Segment
-from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, evaluating, packs
+from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, Writer, evaluating, packs
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.text import generate
-from omnitrain.models.omni import OmniModel
+from omnitrain.generation.transcribe import transcribe
+from omnitrain.models.aut_decoder import AuT
 
 
 def answer_prompts(
-    model: OmniModel, tokenizer: ChatTokenizer, prompts: Sequence[EncodedSample], *, decoding: Decoding
+    model: Writer, tokenizer: ChatTokenizer, prompts: Sequence[EncodedSample], *, decoding: Decoding
 ) -> list[str]:
     """The answer to each prompt (`SampleEncoder.encode_prompt`), in their order. Prompts are answered together within
     `DEFAULT_BUDGET`; one that is larger is answered alone."""
@@ -23,14 +24,19 @@ def answer_prompts(
     with evaluating(model):
         for pack in packs(prompts, DEFAULT_BUDGET):
             batch = PackedBatch.pack([prompt for _, prompt in pack])
-            written = generate(model, batch, decoding=decoding, stop_ids=tokenizer.stop_ids)
-            for (index, _), ids in zip(pack, written, strict=True):
+            for (index, _), ids in zip(pack, _write(model, batch, decoding, tokenizer.stop_ids), strict=True):
                 answers[index] = tokenizer.decode(ids)
     return answers
 
 
+def _write(model: Writer, batch: PackedBatch, decoding: Decoding, stop_ids: Sequence[int]) -> list[list[int]]:
+    if isinstance(model, AuT):
+        return transcribe(model, batch, decoding=decoding, stop_ids=stop_ids)
+    return generate(model, batch, decoding=decoding, stop_ids=stop_ids)
+
+
 def answer_samples(
-    model: OmniModel,
+    model: Writer,
     encoder: SampleEncoder,
     asked: Sequence[tuple[Sample, Callable[[Segment], bytes]]],
     *,
