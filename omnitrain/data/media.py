@@ -180,8 +180,8 @@ def _check_seconds(kind: Kind, seconds: float, limits: MediaLimits, rate: int = 
     """`seconds` at `rate` Hz, before they take memory."""
     name = f"max_{kind}_seconds"
     if seconds > getattr(limits, name):
-        shown = f"{seconds:.1f} s; at most {getattr(limits, name):g} s are allowed ({name})"
-        raise BadSample(f"{kind}_too_long", shown)
+        most = f"at most {getattr(limits, name):g} s are allowed (data.limits.{name})"
+        raise BadSample(f"{kind}_too_long", f"{seconds:.1f} s; {most}: cut it into shorter files")
     if seconds * rate > _MOST_SAMPLES:
         raise BadSample(f"{kind}_too_long", f"{seconds:.1f} s at {rate} Hz; resample it to at most 48,000 Hz")
 
@@ -368,7 +368,8 @@ def audio_blocks(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = M
         blocks = _libsndfile(data, name, limits) or _ffmpeg_audio(data, name, limits)
         for piece in _resampled(_checked(blocks), sample_rate):
             samples += len(piece)
-            yield piece
+            if len(piece):
+                yield piece
         if not samples:
             raise BadSample("audio_empty", "the recording has no samples")
 
