@@ -7,7 +7,13 @@ from pathlib import Path
 from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.targets import built
 from omnitrain.config.typed import ConfigError, named, typed
-from omnitrain.evaluation.settings import CodecEvaluation, Evaluation, HeldoutEvaluation, SpeechEvaluation
+from omnitrain.evaluation.settings import (
+    CodecEvaluation,
+    Evaluation,
+    HeldoutEvaluation,
+    SpeechEvaluation,
+    TranscriptEvaluation,
+)
 from omnitrain.files import EVALUATION, TASK_RESULTS
 from omnitrain.interop.start_from import load_weights, read_checkpoint
 from omnitrain.models.codec import Codec
@@ -79,6 +85,12 @@ def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -
 
         assert isinstance(model, OmniModel)
         print_table(evaluate(model, data.encoder, test, settings, out, train_sources=data.opened("sources")))
+    elif isinstance(settings, TranscriptEvaluation):
+        from omnitrain.evaluation.transcripts import evaluate_transcripts, print_transcripts
+
+        assert isinstance(model, OmniModel)
+        heard = data.opened("sources")
+        print_transcripts(evaluate_transcripts(model, data.encoder, test, settings, out, train_sources=heard))
     elif isinstance(settings, CodecEvaluation):
         from omnitrain.evaluation.listening import judge_codec
 
