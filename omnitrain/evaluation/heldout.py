@@ -33,10 +33,9 @@ from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, drawn_losses
 from omnitrain.evaluation.metrics import UnigramBaseline, bits_per_byte, cer, chrf, exact_match, normalise, wer
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import HeldoutEvaluation
-from omnitrain.evaluation.teacher_forced import SampleLoss
+from omnitrain.evaluation.teacher_forced import SampleLoss, Writer
 from omnitrain.files import write_json, write_parquet
 from omnitrain.generation.sampling import Decoding
-from omnitrain.models.omni import OmniModel
 
 ERROR_RATE_TASKS = ("asr",)
 """Tasks whose answer is what was said: they get word and character error rates."""
@@ -170,7 +169,7 @@ def prompt_text(sample: Sample) -> str:
 
 
 def evaluate(
-    model: OmniModel,
+    model: Writer,
     encoder: SampleEncoder,
     sources: Mapping[str, Source],
     settings: HeldoutEvaluation,

@@ -51,6 +51,7 @@ class TranscriptEvaluation(Evaluation):
         max_swapped: of each task, samples whose loss is also computed with others' recordings (the media swap).
         window_seconds: attention windows of the audio encoder, whole seconds; everything is answered with each.
         max_new_tokens: of an answer.
+        beam: hypotheses of a beam search (AuT alone); 1: the likeliest token each time.
         players: recordings that can be heard in the report.
         seed: of which samples are drawn, and of the bootstrap; the same for every run, so that runs compare.
     """
@@ -60,6 +61,7 @@ class TranscriptEvaluation(Evaluation):
     max_swapped: int = 48
     window_seconds: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     max_new_tokens: int = 64
+    beam: int = 1
     players: int = 12
     seed: int = 0
 

@@ -42,9 +42,10 @@ from omnitrain.evaluation.metrics import (
 )
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import TranscriptEvaluation
+from omnitrain.evaluation.teacher_forced import Writer
 from omnitrain.files import HEARD, TRANSCRIPTS, write_json, write_parquet
 from omnitrain.generation.sampling import Decoding
-from omnitrain.models.omni import OmniModel
+from omnitrain.generation.transcribe import BeamSearch
 
 MODEL, FREQUENT, CONSTANT = "model", "most frequent", "best constant"
 """Who answers: the model; whoever always gives the most frequent training answer of that task and language; whoever
@@ -253,7 +254,7 @@ def score(answers: Iterable[Answer], seed: int = 0) -> list[dict[str, Any]]:
 
 
 def evaluate_transcripts(
-    model: OmniModel,
+    model: Writer,
     encoder: SampleEncoder,
     sources: Mapping[str, Source],
     settings: TranscriptEvaluation,
@@ -278,13 +279,15 @@ def evaluate_transcripts(
     if not drawn:
         raise ValueError(f"evaluation: no recording with an answer in {', '.join(sources)}; check data.test_sources")
     heard = {task: _first(groups, task, settings.max_swapped) for task in {kind[0] for kind in groups}}
-    windows = settings.window_seconds
+    windows, decoding = settings.window_seconds, Decoding(max_new_tokens=settings.max_new_tokens)
+    if settings.beam > 1:
+        decoding = BeamSearch(width=settings.beam, max_new_tokens=settings.max_new_tokens)
     with progress_bar(progress, f"answering about {len(drawn)} recordings, {len(windows)} windows") as bar:
         task = bar.add_task("transcripts", total=len(drawn) * len(windows))
         answers = []
         for window in windows:
             bar.update(task, description=f"window of {window} s")
-            for found in _answers(model, encoder, drawn, window, settings.max_new_tokens, skipped):
+            for found in _answers(model, encoder, drawn, window, decoding, skipped):
                 answers += found
                 bar.advance(task, _BATCH)
         bar.update(task, description="media swap", completed=len(drawn) * len(windows))
@@ -317,7 +320,12 @@ def _first(groups: Mapping[Kind, Sequence[Drawn]], task: str, most: int) -> list
 
 
 def _answers(
-    model: OmniModel, encoder: SampleEncoder, drawn: Sequence[Drawn], window: int, most: int, skipped: Counter[str]
+    model: Writer,
+    encoder: SampleEncoder,
+    drawn: Sequence[Drawn],
+    window: int,
+    decoding: Decoding | BeamSearch,
+    skipped: Counter[str],
 ) -> Iterator[list[Answer]]:
     def count_bad(bad: BadSample, _: str) -> None:
         skipped[bad.reason] += 1
@@ -326,7 +334,7 @@ def _answers(
         part = drawn[start : start + _BATCH]
         said = answer_samples(
             model, encoder, [(one.sample, one.source.media_bytes) for one in part],
-            decoding=Decoding(max_new_tokens=most), on_bad=count_bad, aut_window_frames=100 * window,
+            decoding=decoding, on_bad=count_bad, aut_window_frames=100 * window,
         )  # fmt: skip
         yield [Answer.of(one.sample, text, window) for one, text in zip(part, said, strict=True) if text is not None]
 

@@ -8,6 +8,7 @@ A document that is done leaves the batch; nothing is padded, so a document's tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,26 +49,75 @@ def generate(
 
     Raises ValueError: for a nonsensical option or an empty prompt, naming it.
     """
-    documents = len(batch.cu_seqlens) - 1
+    generators = seeded(decoding, seeds, len(batch.cu_seqlens) - 1)
+    batch = batch.to(model.thinker.embed_tokens.weight.device)
+    texts = _Answers(model, batch, prefill_chunk, aut_window_frames)
+    prompts = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
+    return write(texts, prompts, decoding, generators, frozenset(stop_ids), on_token)
+
+
+class Texts(Protocol):
+    """Texts that a model is writing, with what it has read of each."""
+
+    logits: Tensor
+    """[B, V], of each text's next token."""
+
+    def keep(self, texts: list[int]) -> None:
+        """Go on with these texts (indices) alone, in this order."""
+        ...
+
+    def step(self, token: Tensor) -> None:
+        """Read each text's next token, int64 [B]."""
+        ...
+
+
+class _Answers:
+    """Of a Thinker (protocol `Texts`)."""
+
+    def __init__(
+        self, model: OmniModel, batch: PackedBatch, prefill_chunk: int | None, aut_window_frames: int | None
+    ) -> None:
+        self.model, self.cache = model, PackedKVCache()
+        options = {"chunk": prefill_chunk, "aut_window_frames": aut_window_frames}
+        hidden, _ = read_prompts(model, batch, self.cache, **options)  # [B, D]
+        self.logits = model.thinker.logits(hidden)
+        self.position = next_positions(batch)  # [B]
+
+    def keep(self, texts: list[int]) -> None:
+        self.cache.keep(texts)
+        self.position = self.position[texts]
+
+    def step(self, token: Tensor) -> None:
+        hidden = step(self.model, token, self.position, self.cache)
+        self.logits = self.model.thinker.logits(hidden)
+        self.position = self.position + 1
+
+
+def seeded(decoding: Decoding, seeds: Sequence[int] | None, documents: int) -> list[torch.Generator]:
+    """Each document's generator, from its seed or from `decoding.seed`. Raises ValueError: not a seed for each."""
     seeds = [decoding.seed + i for i in range(documents)] if seeds is None else seeds
     if len(seeds) != documents:
         raise ValueError(f"{len(seeds)} seeds for {documents} prompts; give one for each")
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    stop = frozenset(stop_ids)
+    return [torch.Generator().manual_seed(s) for s in seeds]
 
-    batch = batch.to(model.thinker.embed_tokens.weight.device)
-    cache = PackedKVCache()
-    hidden, _ = read_prompts(model, batch, cache, chunk=prefill_chunk, aut_window_frames=aut_window_frames)  # [B, D]
-    position = next_positions(batch)  # [B]
+
+def write(
+    texts: Texts,
+    prompts: Sequence[Tensor],
+    decoding: Decoding,
+    generators: Sequence[torch.Generator],
+    stop: frozenset[int],
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Write `texts` token by token; what of `generate` this is for, is explained there. `prompts`: int64 [n] of each,
+    whose tokens count as repeated."""
     occurred = None  # bool [B, V], tokens of each document so far
     if decoding.repetition_penalty != 1:
-        prompts = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
-        occurred = torch.stack([occurring(prompt, model.config.thinker.vocab_size) for prompt in prompts])
-
-    new: list[list[int]] = [[] for _ in range(documents)]
-    alive = list(range(documents))
+        occurred = torch.stack([occurring(prompt, texts.logits.shape[1]) for prompt in prompts])
+    new: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
     while alive:
-        token = decoding.choose(model.thinker.logits(hidden), occurred, [generators[b] for b in alive])  # [B]
+        token = decoding.choose(texts.logits, occurred, [generators[b] for b in alive])  # [B]
         for document, index in zip(alive, token.tolist(), strict=True):
             new[document].append(index)
             if on_token is not None:
@@ -79,11 +129,10 @@ def generate(
             alive = [alive[i] for i in going]
             if not alive:
                 break
-            cache.keep(going)
-            token, position = token[going], position[going]
+            texts.keep(going)
+            token = token[going]
             occurred = None if occurred is None else occurred[going]
-        hidden = step(model, token, position, cache)
-        position = position + 1
+        texts.step(token)
     return new
 
 
