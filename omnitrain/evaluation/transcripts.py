@@ -69,10 +69,11 @@ class Measure:
     Attributes:
         statistics: of one answer: what it says, the right answers, the language; what a corpus sums.
         combine: the sums to the score; None: the first over the second.
-        form: how it is printed.
+        title, form: how it is printed.
     """
 
     name: str
+    title: str
     statistics: Callable[[str, Sequence[str], str], tuple[float, ...]]
     combine: Callable[[np.ndarray], float] | None = None
     lower_is_better: bool = False
@@ -112,14 +113,16 @@ def _bleu(prediction: str, references: Sequence[str], language: str) -> tuple[fl
 
 
 WER = Measure(
-    name="wer", statistics=lambda p, r, lang: _errors(p, r, lang, characters=False), lower_is_better=True, form=".1%"
-)
+    name="wer", title="WER", form=".1%", lower_is_better=True,
+    statistics=lambda p, r, language: _errors(p, r, language, characters=False),
+)  # fmt: skip
 CER = Measure(
-    name="cer", statistics=lambda p, r, lang: _errors(p, r, lang, characters=True), lower_is_better=True, form=".1%"
-)
-ACCURACY = Measure(name="accuracy", statistics=_right, form=".1%")
-BLEU = Measure(name="bleu", statistics=_bleu, combine=bleu_from)
-CHRF = Measure(name="chrf", statistics=lambda p, r, _: chrf_statistics(p, r), combine=chrf_from)
+    name="cer", title="CER", form=".1%", lower_is_better=True,
+    statistics=lambda p, r, language: _errors(p, r, language, characters=True),
+)  # fmt: skip
+ACCURACY = Measure(name="accuracy", title="right", form=".1%", statistics=_right)
+BLEU = Measure(name="bleu", title="BLEU", statistics=_bleu, combine=bleu_from)
+CHRF = Measure(name="chrf", title="chrF", statistics=lambda p, r, _: chrf_statistics(p, r), combine=chrf_from)
 MEASURES = {measure.name: measure for measure in (WER, CER, ACCURACY, BLEU, CHRF)}
 OF_TASK = {"asr": (CER, WER), "s2tt": (CHRF, BLEU)}
 """The measures of a task, the most telling one first."""
@@ -414,9 +417,9 @@ def print_transcripts(scores: Mapping[str, Any], console: Console | None = None)
         table.add_row(
             row["task"] if whole else f"  {row['languages']}",
             str(row["samples"]),
-            f"{_name(first)} {_value(of, first)}",
+            f"{first.title} {_value(of, first)}",
             _range(of, first),
-            f"{_name(second)} {_value(of, second)}",
+            f"{second.title} {_value(of, second)}",
             *(_value(other, first) for other in others),
             style="bold" if whole else "dim",
         )
@@ -424,7 +427,7 @@ def print_transcripts(scores: Mapping[str, Any], console: Console | None = None)
     for task in dict.fromkeys(row["task"] for row in rows):
         first = measures_of(task)[0]
         values = [f"{w} s {_value(found.get((task, 'all', MODEL, w), {}), first)}" for w in windows]
-        console.print(f"{task}, {_name(first)} by window: {', '.join(values)}", highlight=False)
+        console.print(f"{task}, {first.title} by window: {', '.join(values)}", highlight=False)
     for swap in (s for s in scores["media_swap"] if s["gain"]):
         gain = swap["gain"]
         shown = f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
@@ -435,10 +438,6 @@ def print_transcripts(scores: Mapping[str, Any], console: Console | None = None)
         style="dim",
         highlight=False,
     )
-
-
-def _name(measure: Measure) -> str:
-    return {"chrf": "chrF", "accuracy": "right"}.get(measure.name, measure.name.upper())
 
 
 def _value(measures: Mapping[str, Any], measure: Measure) -> str:
