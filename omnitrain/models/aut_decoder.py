@@ -9,6 +9,7 @@ Names of the decoder's parameters are those of Whisper's decoder in `transformer
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import cast
 
@@ -171,6 +172,11 @@ class AuT(nn.Module):
         self.decoder = AuTDecoder(config.decoder)
         # Tokens, and behind them the blank (Graves et al. 2006).
         self.ctc = nn.Linear(config.encoder.d_model, config.decoder.vocab_size + 1) if config.ctc else None
+
+    def set_activation_checkpointing(self, parts: Collection[str]) -> None:
+        """In which parts (`aut`, `decoder`) activations are computed again in the backward pass."""
+        self.aut.activation_checkpointing = "aut" in parts
+        self.decoder.activation_checkpointing = "decoder" in parts
 
     @property
     def output_embedding(self) -> Tensor:
