@@ -30,14 +30,18 @@ PARTS: dict[str, str] = {
     "talker_router": r"^talker\..*\.router\.",
     "talker": r"^talker\.",
     "code2wav": r"^code2wav\.",
+    "aut_decoder": r"^decoder\.",
+    "ctc": r"^ctc\.",
 }
-"""Part -> pattern of the `OmniModel` parameter names in it; the first match wins. The adapters are what stands between
-an encoder and the Thinker (report section 3: stage S1 trains them before the encoders). `module.train` and
-`optim.lr_scale` use these names."""
+"""Part -> pattern of the names of its parameters in an `OmniModel` or `AuT`; the first match wins. The adapters are
+what stands between an encoder and the Thinker (report section 3: stage S1 trains them before the encoders).
+`module.train` and `optim.lr_scale` use these names."""
 
 THINKER_PARTS = tuple(PARTS)[:8]
 """The parts that writing text needs."""
 TALKER_PARTS = ("mtp", "talker_router", "talker")
+AUT_PARTS = ("aut_adapter", "aut", "aut_decoder", "ctc")
+"""Those of an `AuT`; of the adapter to a Thinker it has the norm alone."""
 
 
 def check_parts(names: Iterable[str], key: str, parts: Collection[str] = PARTS) -> None:
@@ -211,6 +215,69 @@ class TalkerModuleConfig(ThinkerModuleConfig):
                 f"module.cached_thinker needs a frozen Thinker, but module.train has its parts {learning}: leave them "
                 "out, or set module.cached_thinker=false"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuTLossConfig(LossConfig):
+    """AuT's loss.
+
+    Attributes:
+        ctc: weight of the CTC loss of transcripts from the encoder alone (Graves et al. 2006) against the decoder's;
+            needs `model.ctc=true`. 0: none.
+    """
+
+    ctc: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.ctc) and self.ctc >= 0):
+            raise ValueError(f"module.loss.ctc={self.ctc}: must be a finite number >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecAugmentConfig:
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779): stripes of a recording's mel frames are set to their mean.
+
+    Attributes:
+        time_stripes: of each recording; 0: none.
+        time_width: widest of them, frames of 10 ms.
+        time_share: of a recording, at most so much is hidden by one stripe.
+        frequency_stripes: of each recording; 0: none.
+        frequency_width: widest of them, mel bands.
+    """
+
+    time_stripes: int = 2
+    time_width: int = 40
+    time_share: float = 0.15
+    frequency_stripes: int = 2
+    frequency_width: int = 27
+
+    def __post_init__(self) -> None:
+        _check_share(self.time_share, "module.spec_augment.time_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuTModuleConfig(ThinkerModuleConfig):
+    """``module=aut``: the audio encoder with its own decoder, from scratch (report section 2.2): transcription,
+    translation and understanding of sounds, told apart by the prompt.
+
+    Attributes:
+        train: parts that learn, of aut_adapter (its norm), aut, aut_decoder, ctc.
+        activation_checkpointing: of aut and decoder.
+        spec_augment: of the mel frames, in training; null: none.
+        validation_transcripts: so many samples of each validation are written down, greedily, for the error rates that
+            are logged; 0: none.
+    """
+
+    train: list[str] = field(default_factory=lambda: list(AUT_PARTS))
+    loss: AuTLossConfig = field(default_factory=AuTLossConfig)
+    spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
+    validation_transcripts: int = 48
+
+    def __post_init__(self) -> None:
+        check_parts(self.train, "module.train", AUT_PARTS)
+        check_parts(self.activation_checkpointing, "module.activation_checkpointing", ("aut", "decoder"))
+        _check_share(self.word_dropout, "module.word_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ class SampleEncoder:
         vocab_size: size of the model's embedding; a larger token id is ``token_out_of_range``. Default: no check.
         speech: how the Talker numbers codes and voices. None: a spoken answer is its text.
         thinking: see `ChatTokenizer.render`.
+        augment: changes the waveform of a recording, (float32 [T], Hz) -> float32 [T'], before it becomes mel frames.
     """
 
     tokenizer: ChatTokenizer
@@ -51,6 +52,7 @@ class SampleEncoder:
     vocab_size: int | None = None
     speech: SpeechCodes | None = None
     thinking: bool = False
+    augment: Callable[[np.ndarray, int], np.ndarray] | None = None
 
     def __call__(self, sample: Sample, media_bytes: Callable[[Segment], bytes]) -> EncodedSample:
         """Encode for training or for a loss: the whole conversation with its labels.
@@ -129,7 +131,8 @@ class SampleEncoder:
 
     def _wave(self, segment: Segment, data: bytes) -> np.ndarray | None:
         if segment.type == "audio":
-            return decode_audio(data, self.audio.sample_rate, self.limits)
+            wave = decode_audio(data, self.audio.sample_rate, self.limits)
+            return wave if self.augment is None else self.augment(wave, self.audio.sample_rate)
         return self._video(data).audio if segment.type == "video" and segment.with_audio else None
 
     def _video(self, data: bytes) -> Video:
@@ -137,7 +140,9 @@ class SampleEncoder:
 
     def _medium(self, segment: Segment, data: bytes, longest: int = 0) -> _Medium:
         if segment.type == "audio":
-            mel = log_mel(decode_audio(data, self.audio.sample_rate, self.limits), self.audio, longest)
+            wave = self._wave(segment, data)
+            assert wave is not None
+            mel = log_mel(wave, self.audio, longest)
             return _Medium(AudioSpan(audio_tokens(len(mel), self.audio.chunk_frames)), mel)
         if segment.type == "image":
             patches, grid = image_patches(decode_image(data, self.limits), self.vision)

@@ -67,8 +67,9 @@ class StreamingTranscriber:
         prompt: Sequence[int],
         *,
         stop_ids: Iterable[int] = (),
-        options: StreamingOptions = StreamingOptions(),
+        options: StreamingOptions | None = None,
     ) -> None:
+        options = options or StreamingOptions()
         model.config.encoder.chunks(options.window_frames)
         if not prompt:
             raise ValueError("the prompt has no token; it needs at least one")

@@ -17,6 +17,7 @@ from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.interop.public_format import SPEECH_PARTS, load_code2wav, load_pretrained
 from omnitrain.interop.text_model import is_text_model, load_text_model
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.omni import OmniModel
 
 INIT_PARTS = ("aut", "visual", "thinker")
@@ -82,7 +83,7 @@ def _differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> li
     ]
 
 
-def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path]) -> list[str]:
+def start_from(model: OmniModel | AuT, init_from: str | Path | Mapping[str, str | Path]) -> list[str]:
     """Replace `model`'s weights, or those of some parts. Returns what the user should know about it, a sentence each.
 
     Args:
@@ -134,7 +135,9 @@ def start_codec_from(module: nn.Module, folder: str | Path) -> None:
         )
 
 
-def _weights_in(model: OmniModel, folder: Path, part: str | None, key: str) -> tuple[Mapping[str, Tensor], list[str]]:
+def _weights_in(
+    model: OmniModel | AuT, folder: Path, part: str | None, key: str
+) -> tuple[Mapping[str, Tensor], list[str]]:
     """All weights that `folder` holds, by their names in `OmniModel`, and what is to be said about them."""
     if (folder / LAST_CHECKPOINT).is_file():
         return model_weights(folder / LAST_CHECKPOINT), []
@@ -144,8 +147,9 @@ def _weights_in(model: OmniModel, folder: Path, part: str | None, key: str) -> t
             "(config.json)"
         )
     if not is_text_model(folder):
-        return load_pretrained(folder, speech=model.talker is not None and part is None).state_dict(), []
-    if part != "thinker":
+        speaks = isinstance(model, OmniModel) and model.talker is not None and part is None
+        return load_pretrained(folder, speech=speaks).state_dict(), []
+    if part != "thinker" or not isinstance(model, OmniModel):
         raise ValueError(f"{key}={folder}: it holds a text model; write module.init_from={{thinker: {folder}}}")
     text = load_text_model(folder, model)
     if text.missing_rows is None:

@@ -9,6 +9,7 @@ Names of the decoder's parameters are those of Whisper's decoder in `transformer
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import cast
 
@@ -40,8 +41,8 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class AuTOutput:
-    """hidden [N, D]: after the final norm, 0 where a recording stands.  encoded [T, D]: the encoder's features, of
-    which document b has the rows from cu_seqlens_audio[b] to cu_seqlens_audio[b + 1], int32 [B + 1]."""
+    """hidden [N, D]: after the final norm, 0 where a recording stands.  encoded [T, D]: the encoder's features.
+    cu_seqlens_audio: int32 [B + 1], the documents' borders in them."""
 
     hidden: Tensor
     encoded: Tensor
@@ -177,6 +178,11 @@ class AuT(nn.Module):
         self.decoder = AuTDecoder(config.decoder)
         # Tokens, and behind them the blank (Graves et al. 2006).
         self.ctc = nn.Linear(config.encoder.d_model, config.decoder.vocab_size + 1) if config.ctc else None
+
+    def set_activation_checkpointing(self, parts: Collection[str]) -> None:
+        """In which parts (`aut`, `decoder`) activations are computed again in the backward pass."""
+        self.aut.activation_checkpointing = "aut" in parts
+        self.decoder.activation_checkpointing = "decoder" in parts
 
     @property
     def output_embedding(self) -> Tensor:
