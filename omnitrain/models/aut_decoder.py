@@ -41,8 +41,8 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class AuTOutput:
-    """hidden [N, D]: after the final norm, 0 where a recording stands.  encoded [T, D]: the encoder's features.
-    cu_seqlens_audio: int32 [B + 1], the documents' borders in them."""
+    """hidden [N, D]: after the final norm, 0 where a recording stands.  encoded [T, D]: the encoder's features, of
+    which document b has the rows from cu_seqlens_audio[b] to cu_seqlens_audio[b + 1], int32 [B + 1]."""
 
     hidden: Tensor
     encoded: Tensor

@@ -45,7 +45,7 @@ class OmniModel(nn.Module):
 
     @property
     def output_embedding(self) -> Tensor:
-        """[vocabulary, D]: the Thinker's hidden states times it are logits."""
+        """[vocabulary, D]: hidden states of the Thinker times it are logits."""
         return self.thinker.lm_head.weight
 
     def set_activation_checkpointing(self, parts: Collection[str]) -> None:

@@ -134,6 +134,10 @@ class AuTModule(ThinkerModule[AuT]):
             if task == TRANSCRIPTION
         ]
 
+    def write(self, batch: PackedBatch) -> list[list[int]]:
+        decoding = Decoding(**vars(self.config.generation))
+        return transcribe(self.model, batch, decoding, stop_ids=self.datamodule.tokenizer.stop_ids)
+
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         rows = [row for rank in gather_objects(self._transcripts) for row in rank]

@@ -279,14 +279,18 @@ class ThinkerModule(TrainingModule, Generic[M]):
 
     def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Answers to a batch of prompts: `id`, `source`, `task`, `modality` and `text` of each sample."""
+        texts = map(self.datamodule.tokenizer.decode, self.write(batch))
+        rows = zip(batch.sample_ids, batch.sources, batch.tasks, batch.modalities, texts, strict=True)
+        return [dict(zip(("id", "source", "task", "modality", "text"), row, strict=True)) for row in rows]
+
+    def write(self, batch: PackedBatch) -> list[list[int]]:
+        """The tokens of an answer to each prompt of `batch`, as `module.generation` says."""
         from omnitrain.generation.sampling import Decoding
         from omnitrain.generation.text import generate
 
-        tokenizer = self.datamodule.tokenizer
+        assert isinstance(self.model, OmniModel)
         decoding = Decoding(**vars(self.config.generation))
-        texts = map(tokenizer.decode, generate(self.model, batch, decoding, stop_ids=tokenizer.stop_ids))
-        rows = zip(batch.sample_ids, batch.sources, batch.tasks, batch.modalities, texts, strict=True)
-        return [dict(zip(("id", "source", "task", "modality", "text"), row, strict=True)) for row in rows]
+        return generate(self.model, batch, decoding, stop_ids=self.datamodule.tokenizer.stop_ids)
 
     def extra_state(self) -> dict[str, Any]:
         return {

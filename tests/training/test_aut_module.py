@@ -1,8 +1,9 @@
-"""AuT's training: from shards to its losses, beside torch's and torchaudio's own; what learns; resume to the last bit."""
+"""AuT's training: from shards to its losses, beside torch's own; what learns; resume to the last bit."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_ctc_is_torchs_on_padded_batches() -> None:
     log_probs = torch.randn(28, 11).log_softmax(-1)
     ours = torch.stack(ctc_losses(log_probs, borders, targets))
     padded = torch.zeros(12, 3, 11)
-    for i, (a, b) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(borders)):
         padded[: b - a, i] = log_probs[a:b]
     lengths = torch.tensor([9, 7, 12]), torch.tensor([3, 2, 4])
     flat = torch.tensor([token for target in targets for token in target])
@@ -137,7 +138,8 @@ def run(folder: Path, steps: int, resume: bool = False) -> AuTModule:
     made = AuTModule(tiny_aut(), AuTModuleConfig(), OptimConfig(lr=3e-3, warmup_steps=1, schedule="constant"))
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, logger=[ExactCsvLogger(run_dir=folder)],
-        callbacks=[AtomicCheckpoint(CheckpointConfig(every_n_steps=2), run_dir=folder)], log_every_n_steps=1, val_check_interval=4, limit_val_batches=2,
+        callbacks=[AtomicCheckpoint(CheckpointConfig(every_n_steps=2), run_dir=folder)],
+        log_every_n_steps=1, val_check_interval=4, limit_val_batches=2,
         check_val_every_n_epoch=None, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         use_distributed_sampler=False, default_root_dir=folder,
     )  # fmt: skip
