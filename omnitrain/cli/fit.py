@@ -64,7 +64,7 @@ def train(config: RunConfig) -> Experiment:
     vars(trainer)["callbacks"].insert(0, LambdaCallback(on_train_start=begin))
     if trainer.is_global_zero:
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
-        if config.evaluation.after_fit and config.evaluation.scores != "heldout":
+        if config.evaluation.after_fit and config.evaluation.scores in ("codec", "speech"):
             from omnitrain.evaluation.judges import missing_judges, missing_judges_notice
 
             if missing := missing_judges():  # said now, while it can still be mended before the end

@@ -7,9 +7,16 @@ from pathlib import Path
 from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.targets import built
 from omnitrain.config.typed import ConfigError, named, typed
-from omnitrain.evaluation.settings import CodecEvaluation, Evaluation, HeldoutEvaluation, SpeechEvaluation
+from omnitrain.evaluation.settings import (
+    CodecEvaluation,
+    Evaluation,
+    HeldoutEvaluation,
+    SpeechEvaluation,
+    TranscriptEvaluation,
+)
 from omnitrain.files import EVALUATION, TASK_RESULTS
 from omnitrain.interop.start_from import load_weights, read_checkpoint
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 from omnitrain.runs.experiment import Experiment, build_experiment, trained_checkpoint
@@ -59,7 +66,7 @@ def evaluate_and_report(experiment: Experiment, config: RunConfig) -> None:
 
     settings = config.evaluation
     trainer, model = experiment.trainer, experiment.module.model
-    assert isinstance(model, OmniModel | Codec)
+    assert isinstance(model, OmniModel | AuT | Codec)
     model.to(trainer.strategy.root_device).eval()
     if experiment.datamodule.test_sources:
         with trainer.precision_plugin.forward_context():
@@ -77,8 +84,14 @@ def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -
     if isinstance(settings, HeldoutEvaluation):
         from omnitrain.evaluation.heldout import evaluate, print_table
 
-        assert isinstance(model, OmniModel)
+        assert isinstance(model, OmniModel | AuT)
         print_table(evaluate(model, data.encoder, test, settings, out, train_sources=data.opened("sources")))
+    elif isinstance(settings, TranscriptEvaluation):
+        from omnitrain.evaluation.transcripts import evaluate_transcripts, print_transcripts
+
+        assert isinstance(model, OmniModel | AuT)
+        heard = data.opened("sources")
+        print_transcripts(evaluate_transcripts(model, data.encoder, test, settings, out, train_sources=heard))
     elif isinstance(settings, CodecEvaluation):
         from omnitrain.evaluation.listening import judge_codec
 

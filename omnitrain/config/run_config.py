@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from omnitrain.config.typed import Named
 from omnitrain.data.sample import MODALITIES
-from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation
+from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation, TranscriptEvaluation
 from omnitrain.models.sizes import DiscriminatorConfig
 
 PARTS: dict[str, str] = {
@@ -540,7 +540,9 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     callbacks: dict[str, Named | None] = field(default_factory=dict)
     logger: dict[str, Named | None] = field(default_factory=dict)
-    evaluation: HeldoutEvaluation | CodecEvaluation | SpeechEvaluation = field(default_factory=HeldoutEvaluation)
+    evaluation: HeldoutEvaluation | TranscriptEvaluation | CodecEvaluation | SpeechEvaluation = field(
+        default_factory=HeldoutEvaluation
+    )
     paths: PathsConfig = field(default_factory=PathsConfig)
     eval: dict[str, Any] | None = None
     stages: list[Any] | None = None

@@ -32,6 +32,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     on_token: Callable[[int, int], None] | None = None,
     prefill_chunk: int | None = None,
+    aut_window_frames: int | None = None,
 ) -> list[list[int]]:
     """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers. Returns the new
     tokens of every document, a stop token included.
@@ -44,12 +45,13 @@ def generate(
         on_token: called as on_token(document, token) as soon as a token is chosen.
         prefill_chunk: prompts are read at most so many tokens per document at a time, which bounds the memory of
             long ones; default: in one piece. The result is the same.
+        aut_window_frames: attention window of the audio encoder; default: the configuration's.
 
     Raises ValueError: for a nonsensical option or an empty prompt, naming it.
     """
     generators = seeded(decoding, seeds, len(batch.cu_seqlens) - 1)
     batch = batch.to(model.thinker.embed_tokens.weight.device)
-    texts = _Answers(model, batch, prefill_chunk)
+    texts = _Answers(model, batch, prefill_chunk, aut_window_frames)
     prompts = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
     return write(texts, prompts, decoding, generators, frozenset(stop_ids), on_token)
 
@@ -72,9 +74,12 @@ class Texts(Protocol):
 class _Answers:
     """Of a Thinker (protocol `Texts`)."""
 
-    def __init__(self, model: OmniModel, batch: PackedBatch, prefill_chunk: int | None) -> None:
+    def __init__(
+        self, model: OmniModel, batch: PackedBatch, prefill_chunk: int | None, aut_window_frames: int | None
+    ) -> None:
         self.model, self.cache = model, PackedKVCache()
-        hidden, _ = read_prompts(model, batch, self.cache, chunk=prefill_chunk)  # [B, D]
+        options = {"chunk": prefill_chunk, "aut_window_frames": aut_window_frames}
+        hidden, _ = read_prompts(model, batch, self.cache, **options)  # [B, D]
         self.logits = model.thinker.logits(hidden)
         self.position = next_positions(batch)  # [B]
 
@@ -133,7 +138,12 @@ def write(
 
 @torch.no_grad()
 def read_prompts(
-    model: OmniModel, batch: PackedBatch, cache: KVCache, *, chunk: int | None = None
+    model: OmniModel,
+    batch: PackedBatch,
+    cache: KVCache,
+    *,
+    chunk: int | None = None,
+    aut_window_frames: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read the prompts into `cache`, at most `chunk` tokens of each document per pass. Returns hidden [B, D], of each
     document's last token (times the head = logits of its next one), and accept_hidden [N, D], what the Talker hears.
@@ -142,7 +152,9 @@ def read_prompts(
     if 0 in lengths:
         raise ValueError(f"document {lengths.index(0)} has no tokens; a prompt needs at least one")
     media = batch.mel, batch.mel_lengths, batch.patches, batch.grid_thw
-    x, visual_mask, deepstack = model.embed(batch.input_ids, batch.token_types, *media)
+    x, visual_mask, deepstack = model.embed(
+        batch.input_ids, batch.token_types, *media, aut_window_frames=aut_window_frames
+    )
     accept_hidden = torch.empty_like(x)
     visual_index = None if visual_mask is None else visual_mask.long().cumsum(0) - 1  # row in the deepstack features
     for rows, borders in passes(batch.cu_seqlens, chunk):

@@ -210,6 +210,28 @@ def lines(series: Columns, ylabel: str, *, share: bool = False) -> Markup:
 
 
 @_styled
+def by_window(panels: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """A score over the attention window of the audio encoder, a panel for each task: title -> ``unit``, ``points``
+    (seconds, value, low, high) of all languages, ``languages``, name -> (seconds, value), and ``constant``, the score
+    of who never listens, or None."""
+    figure, axes_of = _axes(len(panels), 3, (2.9, 2.4), (0.4, 0))
+    for axes, (name, panel) in zip(axes_of, panels.items(), strict=False):
+        windows, values, lows, highs = np.array(panel["points"]).T
+        place = np.arange(len(windows))
+        for _, points in sorted(panel["languages"].items()):
+            axes.plot(place, [value for _, value in points], color=_OTHER, linewidth=0.8, alpha=0.5)
+        axes.fill_between(place, lows, highs, color=_GREEN, alpha=0.18, linewidth=0)
+        axes.plot(place, values, "o-", color=_GREEN, linewidth=1.8, markersize=4.5)
+        if panel["constant"] is not None:
+            axes.axhline(panel["constant"], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xticks(place, [f"{w:g}" for w in windows])
+        axes.set_title(title(name), fontweight="bold")
+        axes.set_xlabel("attention window, s")
+        axes.set_ylabel(panel["unit"])
+    return _svg(figure, "scores by attention window")
+
+
+@_styled
 def forest(panels: Sequence[Mapping[str, Any]]) -> Markup:
     """Differences with their intervals against a margin, one panel per row of a table: each has ``title``, ``unit``,
     ``margin``, and ``lines``: label, arm, value, low, high (None: no interval)."""
