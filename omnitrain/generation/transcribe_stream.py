@@ -70,45 +70,40 @@ class StreamingTranscriber:
         options: StreamingOptions | None = None,
     ) -> None:
         options = options or StreamingOptions()
-        model.config.encoder.chunks(options.window_frames)
         if not prompt:
             raise ValueError("the prompt has no token; it needs at least one")
         self.model, self.prompt, self.options = model, list(prompt), options
         self.segments: list[list[int]] = [[]]
         """What is final, segment by segment; a space belongs between the texts of two of them."""
         self._stop = frozenset(stop_ids)
-        self._waiting = torch.zeros(0, model.config.encoder.n_mels)  # frames whose window is not yet full
-        self._last_chunk: Tensor | None = None  # the frames before those
+        self._state = model.aut.init_state(options.window_frames, projected=False)
+        self._window = int(model.aut.output_lengths(torch.tensor(options.window_frames)))  # features
         self._features: list[Tensor] = []  # of this segment's windows
         self._written: list[int] = []  # of this segment, when it was last written
 
     @torch.no_grad()
     def push(self, mel: Tensor) -> list[int]:
-        """Hear the next mel frames [F, n_mels], any number; returns the tokens that became final."""
-        self._waiting = torch.cat([self._waiting, mel.to(self._waiting)])
-        size, new = self.options.window_frames, []
-        while len(self._waiting) >= size:
-            window, self._waiting = self._waiting[:size], self._waiting[size:].clone()
-            new += self._hear(self._encode(window))
-            self._last_chunk = window[-self.model.config.encoder.chunk_frames :]
-        return new
+        """Hear the next mel frames [F, n_mels], any number; returns the tokens that became final. Raises ValueError as
+        `AuTEncoder.step`."""
+        features = self.model.aut.step(mel.to(self.model.output_embedding.device), self._state)
+        return self._hear(features)
 
     @torch.no_grad()
     def finish(self) -> list[int]:
         """The recording is over: returns the remaining tokens."""
-        new = []
-        if len(self._waiting):
-            new = self._hear(self._encode(self._waiting))
-            self._waiting = self._waiting[:0]
-        return new + self._close_segment()
+        return self._hear(self.model.aut.finish(self._state)) + self._close_segment()
 
     def _hear(self, features: Tensor) -> list[int]:
-        """The next window's features [T, D] -> the tokens that became final."""
-        self._features.append(features)
-        before, self._written = self._written, self._write()
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(before, self._written, strict=False))
-        new = self._finalise([token for token, _ in alike])
-        return new + (self._close_segment() if len(self._features) == self.options.segment_windows else [])
+        """The features [T, D] of the next windows -> the tokens that became final."""
+        new = []
+        for window in features.split(self._window) if len(features) else ():
+            self._features.append(window)
+            before, self._written = self._written, self._write()
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(before, self._written, strict=False))
+            new += self._finalise([token for token, _ in alike])
+            if len(self._features) == self.options.segment_windows:
+                new += self._close_segment()
+        return new
 
     def _finalise(self, text: list[int]) -> list[int]:
         """`text`, of which what was final before is the beginning, is final; returns what is new in it."""
@@ -138,14 +133,3 @@ class StreamingTranscriber:
         texts = Transcripts(decoder, memory, ids, torch.arange(len(ids), device=device), one)
         (new,) = write(texts, [ids], Decoding(max_new_tokens=left), [torch.Generator()], self._stop)
         return [*final, *takewhile(lambda token: token not in self._stop, new)]
-
-    def _encode(self, mel: Tensor) -> Tensor:
-        """Features [T, D] of one window, [F, n_mels], as the whole recording has them: windows do not see each other.
-        The last chunk of a recording has another border where it is the only one, and then only."""
-        encoder, chunk = self.model.aut, self.model.config.encoder.chunk_frames
-        mel = mel.to(self.model.output_embedding.device)
-        if self._last_chunk is None or len(mel) >= chunk:
-            return encoder.encode(mel, torch.tensor([len(mel)]), self.options.window_frames)
-        joined = torch.cat([self._last_chunk.to(mel), mel])
-        features = encoder.encode(joined, torch.tensor([len(joined)]), chunk)  # so each chunk is a window
-        return features[int(encoder.output_lengths(torch.tensor(chunk))) :]

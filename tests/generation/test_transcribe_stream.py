@@ -101,7 +101,7 @@ def test_a_segment_is_forgotten_when_it_ends(model):
     for part, segment in zip(mel.split(200), live.segments, strict=False):
         assert heard(model, part, prompt, 200, segment_windows=2)[1].segments[0] == segment
     assert not live._features
-    assert len(live._waiting) == 0
+    assert len(live._state.waiting) == 0
 
 
 def test_errors_name_what_is_wrong(model):
