@@ -122,12 +122,13 @@ class VisionGeometry:
 class MediaLimits:
     """What is accepted. Pixels count height x width; of a video, `max_video_pixels` counts all sampled frames.
 
-    A video that would give more than `max_video_frames` is sampled more sparsely, over its whole length.
+    A video that would give more than `max_video_frames` is sampled more sparsely, over its whole length. The longest
+    recording has 40 minutes, and what a codec adds to fill its last frame.
     """
 
     max_pixels: int = 64 << 20
     max_aspect_ratio: float = 200.0
-    max_audio_seconds: float = 40 * 60
+    max_audio_seconds: float = 40 * 60 + 1
     max_video_seconds: float = 60 * 60
     max_video_frames: int = 768
     max_video_pixels: int = 512 << 20
