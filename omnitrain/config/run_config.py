@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from omnitrain.config.typed import Named
 from omnitrain.data.sample import MODALITIES
@@ -150,15 +150,53 @@ class GenerationConfig:
     temperature: float = 0.0
 
 
+LORA_PARTS = ("aut", "visual", "thinker", "talker", "mtp")
+LORA_TARGETS = ("attention", "mlp", "experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen matrices (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x.
+
+    Attributes:
+        rank: rows of A, columns of B.
+        alpha: over rank the weight of the product; twice the rank is usual.
+        dropout: share of x that A does not see. Of experts it must be 0: their product B A is added to W.
+        parts: which learn so, of aut, visual, thinker, talker and mtp; all else of them is frozen.
+        targets: which matrices of their layers: attention, mlp (dense, and the encoders' own) and experts (one A and B
+            for each expert).
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    parts: list[str] = field(default_factory=lambda: ["thinker"])
+    targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"module.lora.rank={self.rank}: must be at least 1")
+        check_parts(self.parts, "module.lora.parts", LORA_PARTS)
+        if wrong := [name for name in self.targets if name not in LORA_TARGETS]:
+            raise ValueError(f"module.lora.targets: no target {wrong[0]!r}; the targets are {', '.join(LORA_TARGETS)}")
+        _check_share(self.dropout, "module.lora.dropout")
+        if self.dropout and "experts" in self.targets:
+            raise ValueError(
+                f"module.lora.dropout={self.dropout}: experts have none, since their product B A is added to their "
+                "matrices; set it to 0, or leave experts out of module.lora.targets"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ThinkerModuleConfig:
     """``module=thinker``: the Thinker and its encoders learn to predict text.
 
     Attributes:
-        train: parts that learn; leave one out to freeze it.
+        train: parts that learn; leave one out to freeze it. null: all of them, or with `lora` none beside it.
+        lora: train low-rank adapters, as in {rank: 16, parts: [thinker, aut]}; needs the extra `lora`.
         init_from: a run folder, or one in the public format, whose weights replace the fresh ones. Or such folders by
             part, as in {thinker: DIR, aut: DIR}; DIR of `thinker` may hold a text model (Qwen3ForCausalLM,
-            Qwen3MoeForCausalLM).
+            Qwen3MoeForCausalLM), DIR of `aut` a Qwen3-ASR.
         aut_window_seconds: attention window of the audio encoder, drawn anew for each optimizer step from these bounds
             (whole seconds, inclusive; report section 3: 1 to 8 s). null: the encoder's own. Evaluation uses its own.
         word_dropout: share of the words of an answer about a picture or a sound that are hidden from the words after
@@ -172,7 +210,11 @@ class ThinkerModuleConfig:
         generation: for `predict`.
     """
 
-    train: list[str] = field(default_factory=lambda: list(THINKER_PARTS))
+    ALL: ClassVar[tuple[str, ...]] = THINKER_PARTS
+    LAYERED: ClassVar[tuple[str, ...]] = ("aut", "visual", "thinker", "talker", "mtp", "code2wav")
+
+    train: list[str] | None = None
+    lora: LoraConfig | None = None
     init_from: str | dict[str, str] | None = None
     aut_window_seconds: tuple[int, int] | None = (1, 8)
     word_dropout: float = 0.0
@@ -182,10 +224,23 @@ class ThinkerModuleConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
-        check_parts(self.train, "module.train")
-        layered = ("aut", "visual", "thinker", "talker", "mtp", "code2wav")
-        check_parts(self.activation_checkpointing, "module.activation_checkpointing", layered)
+        if self.train is None:
+            object.__setattr__(self, "train", [] if self.lora else list(self.ALL))
+        check_parts(self.whole_parts, "module.train")
+        if both := [part for part in self.lora_parts if part in self.whole_parts]:
+            raise ValueError(f"module.lora.parts has {both[0]}, which module.train trains as a whole; name it in one")
+        check_parts(self.activation_checkpointing, "module.activation_checkpointing", self.LAYERED)
         _check_share(self.word_dropout, "module.word_dropout")
+
+    @property
+    def whole_parts(self) -> list[str]:
+        """Parts of which every weight learns."""
+        return self.train or []
+
+    @property
+    def lora_parts(self) -> list[str]:
+        """Parts that learn through low-rank adapters."""
+        return [] if self.lora is None else self.lora.parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,15 +248,16 @@ class TalkerModuleConfig(ThinkerModuleConfig):
     """``module=talker``: the Talker with MTP learns to say the answers' text (report section 4).
 
     Attributes:
-        train: with a part of the Thinker among them the two are trained jointly, and gradients of speech reach the word
-            embeddings and, at user media, the Thinker's lower layers.
+        train: null: the Talker's. With a part of the Thinker among them (or in `lora`) the two are trained jointly, and
+            gradients of speech reach the word embeddings and, at user media, the Thinker's lower layers.
         frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone. A
             Talker that always sees true codes learns to continue sounds and hardly listens to the text.
         cached_thinker: the frozen Thinker is not run; its hidden states at media are read from the shards, where
             `omnitrain data encode` wrote them with its option --thinker (with the audio encoder's own window).
     """
 
-    train: list[str] = field(default_factory=lambda: list(TALKER_PARTS))
+    ALL: ClassVar[tuple[str, ...]] = TALKER_PARTS
+
     frame_dropout: float = 0.5
     cached_thinker: bool = False
     loss: TalkerLossConfig = field(default_factory=TalkerLossConfig)
@@ -209,7 +265,7 @@ class TalkerModuleConfig(ThinkerModuleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share(self.frame_dropout, "module.frame_dropout")
-        learning = ", ".join(part for part in self.train if part in THINKER_PARTS)
+        learning = ", ".join(part for part in self.whole_parts + self.lora_parts if part in THINKER_PARTS)
         if self.cached_thinker and learning:
             raise ValueError(
                 f"module.cached_thinker needs a frozen Thinker, but module.train has its parts {learning}: leave them "
@@ -262,22 +318,23 @@ class AuTModuleConfig(ThinkerModuleConfig):
     translation and understanding of sounds, told apart by the prompt.
 
     Attributes:
-        train: parts that learn, of aut_adapter (its norm), aut, aut_decoder, ctc.
+        train: parts that learn, of aut_adapter (its norm), aut, aut_decoder and ctc; null: all.
         activation_checkpointing: of aut and decoder.
         spec_augment: of the mel frames, in training; null: none.
         validation_transcripts: so many samples of each validation are written down, greedily, for the error rates that
             are logged; 0: none.
     """
 
-    train: list[str] = field(default_factory=lambda: list(AUT_PARTS))
+    ALL: ClassVar[tuple[str, ...]] = AUT_PARTS
+    LAYERED: ClassVar[tuple[str, ...]] = ("aut", "decoder")
+
     loss: AuTLossConfig = field(default_factory=AuTLossConfig)
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
     validation_transcripts: int = 48
 
     def __post_init__(self) -> None:
-        check_parts(self.train, "module.train", AUT_PARTS)
-        check_parts(self.activation_checkpointing, "module.activation_checkpointing", ("aut", "decoder"))
-        _check_share(self.word_dropout, "module.word_dropout")
+        super().__post_init__()
+        check_parts(self.whole_parts, "module.train", AUT_PARTS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -342,6 +342,11 @@ def read_config(folder: str | Path, *, speech: bool = True) -> tuple[sizes.OmniC
     full = architecture == FULL
     thinker = root.section("thinker_config") if full else root
     thinker.require("tie_word_embeddings", False)
+    for section in (root, thinker):
+        if section.get("quantization_config", None):
+            raise section.error(
+                "quantization_config", "is set; quantised weights are not read: use the folder that they were made from"
+            )
     text, talker = (c.section(key, optional=True) for c, key in ((thinker, "text_config"), (root, "talker_config")))
     layers = text.checked("num_hidden_layers", int, TEXT.defaults["num_hidden_layers"], LARGEST_OF["layers"], least=1)
     described = talker.get("text_config", None)

@@ -39,7 +39,7 @@ class TalkerModule(ThinkerModule[OmniModel]):
         if model.talker is None:
             raise ValueError("module=talker: the model has no Talker; choose one with it, as model=tiny_speech")
         super().__init__(model, config or TalkerModuleConfig(), optim, seed=seed)
-        self.joint = any(part in THINKER_PARTS for part in self.config.train)
+        self.joint = any(part in THINKER_PARTS for part in self.config.whole_parts + self.config.lora_parts)
 
     @property
     def talker(self) -> Talker:

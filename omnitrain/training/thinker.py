@@ -29,6 +29,7 @@ from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.thinker import ThinkerOutput
 from omnitrain.training.flops import BatchSizes, training_flops
+from omnitrain.training.lora import add_lora
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.optim import adamw, parameter_groups, part_of
@@ -72,9 +73,10 @@ class ThinkerModule(TrainingModule, Generic[M]):
         if self.config.init_from is not None:
             for notice in start_from(model, self.config.init_from):
                 rank_zero_warn(notice)
-        train = self.config.train
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part_of(name) in train)
+            parameter.requires_grad_(part_of(name) in self.config.whole_parts)
+        if self.config.lora is not None:
+            add_lora(model, self.config.lora, self.seed)
 
         # One optimizer step: (weighted nats, weight) of all ranks, positions and [L, E] expert counts of all ranks by
         # decoder, and this rank's sums by modality.
@@ -291,6 +293,11 @@ class ThinkerModule(TrainingModule, Generic[M]):
         assert isinstance(self.model, OmniModel)
         decoding = Decoding(**vars(self.config.generation))
         return generate(self.model, batch, decoding, stop_ids=self.datamodule.tokenizer.stop_ids)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.config.lora is not None:  # whoever reads the weights adds the adapters to them
+            checkpoint["omnitrain"]["lora_scale"] = self.config.lora.alpha / self.config.lora.rank
 
     def extra_state(self) -> dict[str, Any]:
         return {
