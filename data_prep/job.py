@@ -167,14 +167,15 @@ def run(
 
 
 def _sources(given: list[str], packages: list[Package]) -> dict[str, Path]:
-    """`PACKAGE=PATH` entries; a plain PATH is that of the only package, or of the one its file name begins with."""
+    """`PACKAGE=PATH` entries; a plain PATH is that of the only package, or of the one with the longest name that its
+    file name begins with."""
     sources: dict[str, Path] = {}
     for entry in given:
         name, _, path = entry.rpartition("=")
         if not name:
             fitting = [p.name for p in packages if len(packages) == 1 or Path(path).name.startswith(p.name)]
-            if len(fitting) != 1:
+            if not fitting:
                 raise ValueError(f"--source {entry}: say which package it is: --source PACKAGE={entry}")
-            name = fitting[0]
+            name = max(fitting, key=len)
         sources[name] = Path(path)
     return sources

@@ -84,7 +84,8 @@ def place(partial: Path, path: str | os.PathLike[str], *, replace: bool = True) 
     """Force a file or a folder to disk, then give it the name `path` (arguments and errors as of `atomic`)."""
     path = Path(path)
     for inner in sorted(partial.rglob("*")) if partial.is_dir() else ():
-        _to_disk(inner)
+        if not inner.is_symlink():  # what a link names is forced by itself, or lies elsewhere, or nowhere
+            _to_disk(inner)
     _to_disk(partial)
     if not replace:
         with suppress(FileExistsError):

@@ -37,7 +37,7 @@ def run(config: RunConfig) -> None:
 
 def run_benchmarks(config: RunConfig) -> None:
     """Run the tasks of ``config.eval`` (``conf/eval``) on the run folder's last checkpoint, or on ``model.folder``."""
-    from omnitrain.runs.load import load
+    from omnitrain.runs.load import load_writer
     from omnitrain.tasks.results import model_fingerprint, print_result
     from omnitrain.tasks.settings import BenchmarkRun, RunOptions
 
@@ -50,7 +50,7 @@ def run_benchmarks(config: RunConfig) -> None:
         for task in tasks:
             task.check()
         folder = Path(model_config.folder) if isinstance(model_config, PretrainedConfig) else run_dir
-        model, encoder = load(folder, device=asked.device, dtype=asked.dtype)
+        model, encoder = load_writer(folder, device=asked.device, dtype=asked.dtype)
         fingerprint = model_fingerprint(model, encoder)
         options = RunOptions(limit=asked.limit, batch=asked.batch, restart=asked.restart, fingerprint=fingerprint)
         for task in tasks:

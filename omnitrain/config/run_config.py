@@ -313,6 +313,29 @@ class SpecAugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuTGenerationConfig(GenerationConfig):
+    """How ``predict`` writes transcripts.
+
+    Attributes:
+        max_new_tokens: of a transcript.
+        beam: hypotheses of a beam search, which draws nothing at random; 1: none, one token after the other.
+        length_penalty: of a beam search: log p / (number of tokens ^ length_penalty) counts; 0 prefers short texts.
+        timestamps: when each word was said: by `ctc` (needs `model.ctc=true`) or by cross-`attention`; `none`.
+    """
+
+    max_new_tokens: int = 256
+    beam: int = 1
+    length_penalty: float = 1.0
+    timestamps: Literal["none", "ctc", "attention"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise ValueError(f"module.generation.beam={self.beam}: must be at least 1")
+        if self.beam > 1 and self.temperature:
+            raise ValueError("module.generation: a beam search draws nothing; leave temperature or beam alone")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuTModuleConfig(ThinkerModuleConfig):
     """``module=aut``: the audio encoder with its own decoder, from scratch (report section 2.2): transcription,
     translation and understanding of sounds, told apart by the prompt.
@@ -323,6 +346,7 @@ class AuTModuleConfig(ThinkerModuleConfig):
         spec_augment: of the mel frames, in training; null: none.
         validation_transcripts: so many samples of each validation are written down, greedily, for the error rates that
             are logged; 0: none.
+        generation: for `predict`.
     """
 
     ALL: ClassVar[tuple[str, ...]] = AUT_PARTS
@@ -331,6 +355,7 @@ class AuTModuleConfig(ThinkerModuleConfig):
     loss: AuTLossConfig = field(default_factory=AuTLossConfig)
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
     validation_transcripts: int = 48
+    generation: AuTGenerationConfig = field(default_factory=AuTGenerationConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

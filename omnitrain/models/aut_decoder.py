@@ -70,6 +70,12 @@ class DecoderAttention(nn.Module):
         y = varlen_attention(q, keys, values, borders, causal=causal, cu_seqlens_key=borders_key)
         return self.out_proj(rearrange(y, "n h d -> n (h d)"))
 
+    def weights(self, x: Tensor, keys: Tensor) -> Tensor:
+        """What `forward` multiplies the values with, of one document and without a mask: how much each of the queries x
+        [n, D] looks at each of the keys [T, heads, head_dim], fp32 [heads, n, T]."""
+        scores = torch.einsum("nhd,thd->hnt", self._heads(self.q_proj(x)).float(), keys.float())
+        return (scores / math.sqrt(keys.shape[-1])).softmax(dim=-1)
+
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "n (h d) -> n h d", h=self.heads)
 

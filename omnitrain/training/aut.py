@@ -22,7 +22,8 @@ from omnitrain.config.run_config import AuTLossConfig, AuTModuleConfig, OptimCon
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.evaluation.metrics import edits, normalise
 from omnitrain.generation.sampling import Decoding
-from omnitrain.generation.transcribe import transcribe
+from omnitrain.generation.timestamps import word_times
+from omnitrain.generation.transcribe import BeamSearch, transcribe
 from omnitrain.models.aut_decoder import AuT, AuTOutput
 from omnitrain.training.losses import BatchLosses
 from omnitrain.training.ranks import gather_objects
@@ -65,8 +66,8 @@ def ctc_losses(log_probs: Tensor, borders: Sequence[int], targets: Sequence[Sequ
 
 
 class AuTModule(ThinkerModule[AuT]):
-    """Trains an `AuT`; arguments as of `ThinkerModule`. Raises ValueError where the configuration wants a CTC loss of a
-    model without that head."""
+    """Trains an `AuT`; arguments as of `ThinkerModule`. Raises ValueError where the configuration wants a CTC loss, or
+    timestamps by CTC, of a model without that head."""
 
     config: AuTModuleConfig
     loss_config: AuTLossConfig
@@ -77,6 +78,8 @@ class AuTModule(ThinkerModule[AuT]):
         config = config or AuTModuleConfig()
         if config.loss.ctc and model.ctc is None:
             raise ValueError("module.loss.ctc needs the head model.ctc=true; set it, or module.loss.ctc=0")
+        if config.generation.timestamps == "ctc" and model.ctc is None:
+            raise ValueError("module.generation.timestamps=ctc needs the head model.ctc=true; take attention instead")
         super().__init__(model, config, optim, seed=seed)
         self._transcripts: list[tuple[str, str, str]] = []
         """Of this validation: language, reference and what was written."""
@@ -135,8 +138,32 @@ class AuTModule(ThinkerModule[AuT]):
         ]
 
     def write(self, batch: PackedBatch) -> list[list[int]]:
-        decoding = Decoding(**vars(self.config.generation))
+        wanted = self.config.generation
+        decoding: Decoding | BeamSearch = Decoding(max_new_tokens=wanted.max_new_tokens, temperature=wanted.temperature)
+        if wanted.beam > 1:
+            decoding = BeamSearch(
+                width=wanted.beam,
+                length_penalty=wanted.length_penalty,
+                max_new_tokens=wanted.max_new_tokens,
+            )
         return transcribe(self.model, batch, decoding, stop_ids=self.datamodule.tokenizer.stop_ids)
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """What was heard in a batch of recordings: `id`, `source`, `task`, `languages` and `text` of each; with
+        timestamps also `words`, of which each has `text`, `start` and `end` in seconds (None: CTC cannot align it)."""
+        tokenizer, by = self.datamodule.tokenizer, self.config.generation.timestamps
+        silent = set(tokenizer.special_ids.values())
+        texts = [[token for token in ids if token not in silent] for ids in self.write(batch)]
+        rows: list[dict[str, Any]] = [
+            {"id": name, "source": source, "task": task, "languages": list(languages), "text": tokenizer.decode(text)}
+            for name, source, task, languages, text in zip(
+                batch.sample_ids, batch.sources, batch.tasks, batch.languages, texts, strict=True
+            )
+        ]
+        if by != "none":
+            for row, words in zip(rows, word_times(self.model, batch, texts, tokenizer.decode, by=by), strict=True):
+                row["words"] = None if words is None else [vars(word) for word in words]
+        return rows
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

@@ -279,7 +279,7 @@ class ThinkerModule(TrainingModule, Generic[M]):
     def validation_tables(self, step: int) -> list[Table]:
         return [loss_table(f"{name}, step {step}", sums) for name, sums in self.evaluation_sums.items()]
 
-    def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
+    def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answers to a batch of prompts: `id`, `source`, `task`, `modality` and `text` of each sample."""
         texts = map(self.datamodule.tokenizer.decode, self.write(batch))
         rows = zip(batch.sample_ids, batch.sources, batch.tasks, batch.modalities, texts, strict=True)

@@ -12,11 +12,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from omnitrain.config.run_config import AuTLossConfig, AuTModuleConfig, CheckpointConfig, OptimConfig, SpecAugmentConfig
+from omnitrain.config.run_config import (
+    AuTGenerationConfig,
+    AuTLossConfig,
+    AuTModuleConfig,
+    CheckpointConfig,
+    OptimConfig,
+    SpecAugmentConfig,
+)
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.settings import AugmentConfig, DataConfig, SourceConfig
 from omnitrain.evaluation.metrics import cer
+from omnitrain.generation.sampling import Decoding
+from omnitrain.generation.transcribe import BeamSearch, transcribe
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.presets import init_weights
 from omnitrain.models.sizes import AuTConfig, AuTDecoderConfig, AuTModelConfig
@@ -122,6 +131,42 @@ def test_a_head_is_needed_for_ctc() -> None:
     with pytest.raises(ValueError, match=r"model\.ctc=true"):
         AuTModule(tiny_aut(ctc=False))
     AuTModule(tiny_aut(ctc=False), AuTModuleConfig(loss=AuTLossConfig(ctc=0)))
+
+
+def test_transcripts_are_written_as_the_configuration_says() -> None:
+    """Greedily, and by a beam search with the time of each word; each sample's own recording bounds its times."""
+    data = recordings()
+    prompts = a_batch(data).prompts()
+    greedy = module().eval()
+    rows = greedy.predict_step(prompts, 0)
+    assert [row["id"] for row in rows] == list(prompts.sample_ids)
+    stop = data.tokenizer.stop_ids
+    written = transcribe(greedy.model, prompts, Decoding(max_new_tokens=256), stop_ids=stop)
+    assert [row["text"] for row in rows] == [data.tokenizer.decode(ids) for ids in written]
+    assert set(rows[0]) == {"id", "source", "task", "languages", "text"}
+
+    search = BeamSearch(width=3, length_penalty=2.0, max_new_tokens=4)
+    found = transcribe(greedy.model, prompts, search, stop_ids=stop)
+    assert found != [ids[:4] for ids in written]
+    seconds = [n / 100 for n in prompts.mel_lengths.tolist()]
+    for by in ("ctc", "attention"):
+        wanted = AuTGenerationConfig(beam=3, length_penalty=2.0, max_new_tokens=4, timestamps=by)
+        rows = module(generation=wanted).eval().predict_step(prompts, 0)
+        assert [row["text"] for row in rows] == [data.tokenizer.decode(ids) for ids in found]
+        assert sum(len(row["words"]) for row in rows) > 1
+        for row, end in zip(rows, seconds, strict=True):
+            assert "".join(word["text"] for word in row["words"]) == "".join(row["text"].split())
+            assert all(0 <= word["start"] < word["end"] <= end for word in row["words"])
+
+
+def test_nonsense_about_transcripts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"module\.generation\.beam=0"):
+        AuTGenerationConfig(beam=0)
+    with pytest.raises(ValueError, match="draws nothing"):
+        AuTGenerationConfig(beam=2, temperature=0.5)
+    loss, by = AuTLossConfig(ctc=0), AuTGenerationConfig(timestamps="ctc")
+    with pytest.raises(ValueError, match=r"timestamps=ctc needs the head model\.ctc=true"):
+        AuTModule(tiny_aut(ctc=False), AuTModuleConfig(loss=loss, generation=by))
 
 
 def test_error_rates_by_language_are_jiwers() -> None:

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import asterisk
+from data_prep.asterisk import decode_g722, read_list, what_is_said
+from data_prep.job import Counts
+from omnitrain.data.media import decode_audio
+from omnitrain.data.sample import BadSample
+from omnitrain.data.shards import SampleSource
+from tests.data_prep.conftest import as_sources, g722_of, tone
+
+
+def run(trees: dict[str, Path], out: Path, *more: str) -> int:
+    arguments = ["--out", str(out), "--no-progress", "--languages", "en", "fr", "it", *more]
+    return asterisk.main(arguments + as_sources(trees))
+
+
+def test_g722_is_what_was_encoded() -> None:
+    wave = tone(440)
+    heard = decode_g722(g722_of(wave))
+    assert abs(len(heard) - len(wave)) < 400
+    spectra = [np.abs(np.fft.rfft(x[5000:11000])) for x in (wave, heard)]
+    assert np.argmax(spectra[0]) == np.argmax(spectra[1])
+    assert abs(np.abs(heard).max() - 0.5) < 0.05
+    with pytest.raises(BadSample):
+        decode_g722(b"")
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "reason"),
+    [
+        ("Please wait:  now", "Please wait: now", ""),
+        ("[ascending tones]", "", "a note alone"),
+        ("<beep decending>", "", "a note alone"),
+        ("at [@]", "at", ""),
+        ("Punto [.]", "Punto", ""),
+        ("[!] punto esclamativo", "punto esclamativo", ""),
+        ('IAX (note: does not say "2")', "IAX", ""),
+        ("Attendere. (un tono, ma non in questo file).", "Attendere.", ""),
+        ("Il [suo] messaggio", "", "amid"),
+        ("quitter (vraiment) maintenant", "", "amid"),
+        ('... et raccrochez."', "... et raccrochez.", ""),
+        ('say "dial" and "hangup"', 'say "dial" and "hangup"', ""),
+        ("", "", "empty"),
+        ("...", "", "empty"),
+    ],
+)
+def test_notes_are_told_from_words(text: str, said: str, reason: str) -> None:
+    counts = Counts()
+    assert what_is_said(" ".join(text.split()), counts) == said
+    assert len(counts.left_out) == bool(reason)
+    assert all(reason in key for key in counts.left_out)
+
+
+def test_a_list_is_read_line_by_line() -> None:
+    counts = Counts()
+    texts = read_list("\ufeff; comment\n\na/b-c: x: y\nd:  e \nd: e\nf: 1\nf: 2\n".encode(), counts)
+    assert texts == {"a/b-c": "x: y", "d": "e"}
+    assert counts.left_out == Counter({"texts: two for one recording": 1})
+    with pytest.raises(ValueError, match="line 2"):
+        read_list(b"a: b\nno colon here\n", Counts())
+
+
+def test_the_script(asterisk_trees: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(asterisk_trees, out) == 0
+    assert "CC-BY-SA-3.0" in capsys.readouterr().out
+    source = SampleSource(out)
+    rows = {row.id: row for row in source}
+    row = rows["asterisk/vm-intro/audio:en>en"]
+    assert row.reference == "Please wait: hold the line."
+    assert (row.task, row.languages, row.meta["voice"]) == ("asr", ("en", "en"), "Allison")
+    row = rows["asterisk/vm-intro/audio:en>fr"]
+    assert (row.task, row.languages, row.reference) == ("s2tt", ("en", "fr"), "Patientez.")
+    assert rows["asterisk/letters/at/audio:it>it"].reference == "a"
+    assert rows["asterisk/letters/at/audio:it>it"].licence == "CC-BY-3.0"
+    assert "asterisk/digits/0/audio:en>it" not in rows  # "zero" is no translation of "zero"
+    assert "asterisk/digits/0/audio:en>fr" in rows
+    assert not [name for name in rows if "beep" in name or "mine" in name or "twice" in name or "unlisted" in name]
+    for row in source:
+        (segment,) = [s for s in row.messages[0].segments if s.type == "audio"]
+        assert len(decode_audio(source.media_bytes(segment), 16_000)) > 16_000
+    assert (out / "NOTICE.md").read_text().count("CC-BY") >= 6
+    assert (out / "licences/asterisk-core-sounds-en.txt").is_file()
+    left_out = json.loads((out / "source.json").read_text())["counts"]["left_out"]
+    assert left_out["texts: without a recording"] == 1
+    assert left_out["recordings: without a text"] == 3 + 1 + 3  # unlisted; fr empty; en beep, mine, twice
+
+
+def test_a_language_alone_and_a_missing_list(asterisk_trees: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert asterisk.main(["--out", str(out), "--no-progress", "--languages", "fr", *as_sources(
+        {name: path for name, path in asterisk_trees.items() if "-fr" in name}
+    )]) == 0  # fmt: skip
+    assert {row.task for row in SampleSource(out)} == {"asr"}
+    for file in asterisk_trees["asterisk-core-sounds-fr"].rglob("*.gz"):
+        file.unlink()
+    assert run(asterisk_trees, tmp_path / "again") == 1
