@@ -21,6 +21,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+FEATURES_PER_SECOND = 13
+"""Of the audio encoder (`models.aut`)."""
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Name -> (steps [n], values [n])."""
 _INK, _LINE = "#010203", "#010204"
@@ -229,6 +231,20 @@ def by_window(panels: Mapping[str, Mapping[str, Any]]) -> Markup:
         axes.set_xlabel("attention window, s")
         axes.set_ylabel(panel["unit"])
     return _svg(figure, "scores by attention window")
+
+
+@_styled
+def attention(weights: Sequence[Sequence[float]], tokens: Sequence[str]) -> Markup:
+    """How much each token of an answer, [n], looks at each feature of a recording, [n, features]."""
+    figure, (axes,) = _axes(1, 1, (3.2, 0.7 + 0.15 * len(tokens)))
+    seconds = len(weights[0]) / FEATURES_PER_SECOND
+    axes.imshow(
+        np.asarray(weights), aspect="auto", interpolation="nearest", cmap="magma", extent=(0, seconds, len(tokens), 0)
+    )
+    axes.grid(visible=False)
+    axes.set_yticks(np.arange(len(tokens)) + 0.5, [token.replace("$", r"\$") for token in tokens], fontsize=7)
+    axes.set_xlabel("seconds")
+    return _svg(figure, "cross-attention")
 
 
 @_styled

@@ -372,7 +372,7 @@ def _recordings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
              "marks": marked(row["references"], text)}
             for text, windows in by_text.items()
         ]  # fmt: skip
-        attention = data_uri(row["attention"], "image/png") if row.get("attention") else None
+        attention = figures.attention(row["attention"] or [], row["tokens"] or [])
         shown.append({**row, **sound, "answers": answers, "attention": attention})
     return shown
 

@@ -48,7 +48,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [
         {**dict.fromkeys(ROWS_SCHEMA.names), "id": "a", "task": "asr", "languages": "es", "split": "heldout_concept",
          "references": ["Un gato negro <b>"], "prediction": text, "window": window, "cer": 0.5,
-         "media": sound if window == 8 else None}
+         "media": sound if window == 8 else None, "tokens": ["un", " $1"],
+         "attention": [[0.2, 0.8, 0.0], [0.3, 0.3, 0.4]]}
         for window, text in ((1, ""), (8, "un perro negro"))
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows, schema=ROWS_SCHEMA), folder / "eval/transcripts.parquet")
@@ -65,6 +66,7 @@ def test_scores_stand_beside_who_never_listens(page: str) -> None:
 
 def test_recordings_are_heard_and_differences_marked(page: str) -> None:
     assert page.count("<audio") == 1
+    assert page.count('aria-label="cross-attention"') == 1
     assert "<ins>perro</ins>" in page
     assert "<del>gato</del>" in page
     assert "<del>&lt;b&gt;</del>" in page
