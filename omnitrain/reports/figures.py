@@ -248,6 +248,21 @@ def attention(weights: Sequence[Sequence[float]], tokens: Sequence[str]) -> Mark
 
 
 @_styled
+def error_curves(rates: Columns) -> Markup:
+    """Error rates over steps: "all" as a thick line, every language as a thin one."""
+    figure, (axes,) = _axes(1, 1, (7.8, 2.9))
+    colours = matplotlib.colormaps["tab20"].colors
+    for i, (name, (steps, values)) in enumerate(sorted(rates.items(), key=lambda item: (item[0] != "all", item[0]))):
+        width, c = (2.4, _INK) if name == "all" else (1.2, colours[(i - 1) % len(colours)])
+        axes.plot(steps, values, color=c, linewidth=width, label=name)
+    axes.set_xlabel("step")
+    axes.set_title("character error rate, validation")
+    axes.set_ylim(0, min(1.5, axes.get_ylim()[1]))  # a model that cannot stop writes many times the reference
+    figure.legend(loc="outside right upper", ncols=1 + len(rates) // 12)
+    return _svg(figure, "error rates over steps")
+
+
+@_styled
 def forest(panels: Sequence[Mapping[str, Any]]) -> Markup:
     """Differences with their intervals against a margin, one panel per row of a table: each has ``title``, ``unit``,
     ``margin``, and ``lines``: label, arm, value, low, high (None: no interval)."""

@@ -502,7 +502,7 @@ def _render(run: Run) -> str:
         listens=_scores(run) == "transcripts",
         transcripts=_transcripts(run.transcripts) if run.transcripts else None,
         recordings=_recordings(run.heard),
-        error_figure=lines(_validation_errors(run), "character errors, validation"),
+        error_figure=figures.error_curves(_validation_errors(run)),
         name=run.config.get("name") or folder,
         folder=folder,
         facts=_facts(run),

@@ -58,7 +58,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_scores_stand_beside_who_never_listens(page: str) -> None:
     for text in ("43.2% [33.2%, 53.2%]", "75.0%", "most frequent", "best constant", "+0.310", "audio_corrupt",
-                 "windows of 1, 8 s", "scores by attention window", "character errors, validation"):  # fmt: skip
+                 "windows of 1, 8 s", "scores by attention window", "error rates over steps"):  # fmt: skip
         assert text in page, text
     assert 'class="missing"' not in page.split('id="data"')[0].split('id="transcripts"')[1]
     assert OUTSIDE.findall(page) == []
