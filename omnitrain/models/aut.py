@@ -22,8 +22,10 @@ from omnitrain.models.layers.precision import residual
 from omnitrain.models.sizes import AuTConfig
 
 CHUNKS_PER_SEGMENT = 64
-"""One-second chunks that go through the encoder together: bounds the memory of long recordings (about 12 MB a chunk at
-full size for the convolutions alone). Windows do not see each other, so where segments end changes nothing."""
+"""One-second chunks that go through the encoder together: bounds the memory of long recordings. Windows do not see each
+other, so where segments end changes nothing."""
+CHUNKS_PER_CONVOLUTION = 16
+"""Chunks convolved at once, each of which takes about 12 MB at full size."""
 
 
 @dataclass
@@ -262,7 +264,14 @@ class AuTEncoder(nn.Module):
         source = (length.cumsum(0) - length)[:, None] + column
         frames = mel[source.clamp(max=len(mel) - 1)] * inside[..., None]
         images = rearrange(frames, "n time mel -> n 1 mel time").to(self.conv2d1.weight.dtype)
-        columns = run(self._three_convolutions, images, edge, checkpointed=checkpointed)  # [chunks, 13, D]
+        parts = images.split(CHUNKS_PER_CONVOLUTION)
+        edges = [None] * len(parts) if edge is None else edge.split(CHUNKS_PER_CONVOLUTION)
+        columns = torch.cat(
+            [
+                run(self._three_convolutions, part, edge_part, checkpointed=checkpointed)
+                for part, edge_part in zip(parts, edges, strict=True)
+            ]
+        )  # [chunks, 13, D]
         place = torch.arange(columns.shape[1], device=mel.device)
         columns = columns + sinusoids(place, columns.shape[2]).to(columns.dtype)
         kept = place < _halved(length, 3)[:, None]
