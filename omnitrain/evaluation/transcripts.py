@@ -23,8 +23,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.sample import BadSample, Sample
+from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import answer_samples
 from omnitrain.evaluation.heldout import direction, draw, listing
@@ -42,10 +43,13 @@ from omnitrain.evaluation.metrics import (
 )
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import TranscriptEvaluation
-from omnitrain.evaluation.teacher_forced import Writer
+from omnitrain.evaluation.teacher_forced import Writer, evaluating
 from omnitrain.files import HEARD, TRANSCRIPTS, write_json, write_parquet
 from omnitrain.generation.sampling import Decoding
+from omnitrain.generation.timestamps import cross_attention_maps
 from omnitrain.generation.transcribe import BeamSearch
+from omnitrain.models.aut_decoder import AuT
+from omnitrain.vocabulary import TEXT
 
 MODEL, FREQUENT, CONSTANT = "model", "most frequent", "best constant"
 """Who answers: the model; whoever always gives the most frequent training answer of that task and language; whoever
@@ -56,6 +60,7 @@ TRAINING_ANSWERS = 6000
 _CONSTANT_IS_TRIED_ON = 300  # training answers of a task and language
 _BATCH = 24  # recordings that are answered together
 _KEPT_BYTES = 1 << 20  # larger recordings are not copied for the report
+_KEPT_MAPS = 6  # recordings of which cross-attention is kept
 _RESAMPLES = 1000
 
 
@@ -311,7 +316,14 @@ def evaluate_transcripts(
     }  # fmt: skip
     out = Path(out_dir)
     write_json(out / Path(TRANSCRIPTS).name, scores)
-    _write_rows(answers, _players(groups, settings.players), max(windows), out / Path(HEARD).name)
+    kept, longest = _players(groups, settings.players), max(windows)
+    beside = {id: {"media": data} for id, data in kept.items()}
+    said = {a.id: a.prediction for a in answers if a.window == longest and a.prediction}
+    by_id = {one.sample.id: one for one in drawn}
+    if isinstance(model, AuT):
+        for id in [id for id in kept if id in said][:_KEPT_MAPS]:
+            beside[id] |= cross_attention(model, encoder, by_id[id], said[id], longest)
+    _write_rows(answers, beside, longest, out / Path(HEARD).name)
     return scores
 
 
@@ -355,10 +367,12 @@ ROWS_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("id", "task", "languages", "language", "split", "group")]
     + [("window", pa.int64()), ("references", pa.list_(pa.string())), ("prediction", pa.string())]
     + [(name, pa.float64()) for name in MEASURES if name != "bleu"]
-    + [("media", pa.binary())]
+    + [("media", pa.binary()), ("tokens", pa.list_(pa.string())), ("attention", pa.list_(pa.list_(pa.float32())))]
 )
 """One row per recording and window (in seconds). `wer`, `cer`: of this answer, null where the task has no such measure.
-`media`: some recordings, for the report, beside the answer with the longest window."""
+`media`: some recordings, for the report, beside the answer with the longest window. `tokens`, `attention`: of some of
+them, where the model is an AuT, the tokens of the answer, and how much each looks at each feature of the recording
+while it is predicted, [tokens, features], mean over layers and heads."""
 
 
 def _players(groups: Mapping[Kind, Sequence[Drawn]], most: int) -> dict[str, bytes]:
@@ -377,7 +391,21 @@ def _players(groups: Mapping[Kind, Sequence[Drawn]], most: int) -> dict[str, byt
     return kept
 
 
-def _write_rows(answers: Sequence[Answer], players: Mapping[str, bytes], beside: int, path: Path) -> None:
+def cross_attention(model: AuT, encoder: SampleEncoder, one: Drawn, said: str, window: int) -> dict[str, Any]:
+    """`tokens` and `attention` (`ROWS_SCHEMA`) of the answer `said` about a recording."""
+    answer = Message(role="assistant", segments=(Segment(type="text", text=said),))
+    sample = replace(one.sample, messages=(*one.sample.messages[:-1], answer))
+    encoded = encoder(sample, one.source.media_bytes)
+    with evaluating(model):
+        [maps] = cross_attention_maps(model, PackedBatch.pack([encoded]), aut_window_frames=100 * window)
+    labels = encoded.labels[encoded.token_types == TEXT]
+    predicts = np.flatnonzero(labels != IGNORE)
+    tokens = [encoder.tokenizer.decode([int(labels[i])], skip_special=False) for i in predicts]
+    attention = maps.mean(dim=(0, 1)).float().cpu().numpy()[predicts]
+    return {"tokens": tokens, "attention": attention.tolist()}
+
+
+def _write_rows(answers: Sequence[Answer], beside: Mapping[str, Mapping[str, Any]], longest: int, path: Path) -> None:
     rows = []
     for a in answers:
         scores = {}
@@ -387,8 +415,8 @@ def _write_rows(answers: Sequence[Answer], players: Mapping[str, bytes], beside:
                 scores[measure.name] = measure.combine(sums)
             elif sums[1]:
                 scores[measure.name] = sums[0] / sums[1]
-        media = players.get(a.id) if a.window == beside else None
-        rows.append({**asdict(a), **scores, "references": list(a.references), "media": media})
+        more = beside.get(a.id, {}) if a.window == longest else {}
+        rows.append({**asdict(a), **scores, "references": list(a.references), **more})
     table = [{name: row.get(name) for name in ROWS_SCHEMA.names} for row in rows]
     write_parquet(path, pa.Table.from_pylist(table, schema=ROWS_SCHEMA))
 

@@ -372,7 +372,7 @@ def _recordings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
              "marks": marked(row["references"], text)}
             for text, windows in by_text.items()
         ]  # fmt: skip
-        attention = data_uri(row["attention"], "image/png") if row.get("attention") else None
+        attention = figures.attention(row["attention"] or [], row["tokens"] or [])
         shown.append({**row, **sound, "answers": answers, "attention": attention})
     return shown
 
@@ -502,7 +502,7 @@ def _render(run: Run) -> str:
         listens=_scores(run) == "transcripts",
         transcripts=_transcripts(run.transcripts) if run.transcripts else None,
         recordings=_recordings(run.heard),
-        error_figure=lines(_validation_errors(run), "character errors, validation"),
+        error_figure=figures.error_curves(_validation_errors(run)),
         name=run.config.get("name") or folder,
         folder=folder,
         facts=_facts(run),
