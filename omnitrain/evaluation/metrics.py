@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import jiwer
 import numpy as np
@@ -24,6 +25,36 @@ def normalise(text: str) -> str:
     while text and unicodedata.category(text[-1]).startswith("P"):
         text = text[:-1].rstrip()
     return text
+
+
+WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
+"""Languages whose error rate counts characters."""
+
+
+def without_spaces(language: str) -> bool:
+    """Whether `language` (``en``, ``en_us``, ``zh-CN``, ...) is one of `WITHOUT_SPACES`."""
+    return _short(language) in WITHOUT_SPACES
+
+
+@lru_cache
+def speech_normaliser(language: str) -> Callable[[str], str]:
+    """Whisper's normalisation of transcripts in `language`, for error rates as others report them (Radford et al. 2022,
+    appendix C): the English one for English, the basic one for all others. Punctuation and what stands in brackets is
+    dropped; English spellings, numbers and contractions become one form. `normalise` changes far less.
+
+    Raises ModuleNotFoundError where ``whisper-normalizer`` is not installed."""
+    try:
+        from whisper_normalizer.basic import BasicTextNormalizer
+        from whisper_normalizer.english import EnglishTextNormalizer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("error rates need whisper-normalizer: pip install 'omnitrain[eval]'") from error
+    if _short(language) == "en":
+        return EnglishTextNormalizer()
+    return BasicTextNormalizer(split_letters=without_spaces(language))
+
+
+def _short(language: str) -> str:
+    return language.replace("-", "_").split("_")[0].lower()
 
 
 def _paired(predictions: Sequence[str], references: Sequence[str]) -> None:

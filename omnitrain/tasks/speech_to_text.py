@@ -7,7 +7,7 @@ other languages; Chinese and Japanese are compared by characters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,29 +16,9 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-from omnitrain.evaluation.metrics import edits
+from omnitrain.evaluation.metrics import edits, speech_normaliser, without_spaces
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, medium, question, text
 from omnitrain.tasks.tables import file_in, read_table
-
-WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
-"""Languages whose error rate counts characters."""
-
-
-@lru_cache
-def speech_normaliser(language: str) -> Callable[[str], str]:
-    """Whisper's normalisation of transcripts in `language` (``en``, ``en_us``, ``zh-CN``, ...). Raises
-    ModuleNotFoundError where ``whisper-normalizer`` is not installed."""
-    try:
-        from whisper_normalizer.basic import BasicTextNormalizer
-        from whisper_normalizer.english import EnglishTextNormalizer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("error rates need whisper-normalizer: pip install 'omnitrain[eval]'") from error
-    short = _short(language)
-    return EnglishTextNormalizer() if short == "en" else BasicTextNormalizer(split_letters=short in WITHOUT_SPACES)
-
-
-def _short(language: str) -> str:
-    return language.replace("-", "_").split("_")[0].lower()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +30,7 @@ class ErrorRate(Rule):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        name = "cer" if _short(self.language) in WITHOUT_SPACES else "wer"
+        name = "cer" if without_spaces(self.language) else "wer"
         return (Metric(name=name, higher_is_better=False),)
 
     def score_one(self, item: Answered) -> Scored:
