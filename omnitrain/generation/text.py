@@ -31,6 +31,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     on_token: Callable[[int, int], None] | None = None,
     prefill_chunk: int | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers. Returns the new
     tokens of every document, a stop token included.
@@ -43,6 +44,7 @@ def generate(
         on_token: called as on_token(document, token) as soon as a token is chosen.
         prefill_chunk: prompts are read at most so many tokens per document at a time, which bounds the memory of
             long ones; default: in one piece. The result is the same.
+        on_read: called with the number of prompt tokens that were read, after each such piece.
 
     Raises ValueError: for a nonsensical option or an empty prompt, naming it.
     """
@@ -55,7 +57,7 @@ def generate(
 
     batch = batch.to(model.thinker.embed_tokens.weight.device)
     cache = PackedKVCache()
-    hidden, _ = read_prompts(model, batch, cache, chunk=prefill_chunk)  # [B, D]
+    hidden, _ = read_prompts(model, batch, cache, chunk=prefill_chunk, on_read=on_read)  # [B, D]
     position = next_positions(batch)  # [B]
     occurred = None  # bool [B, V], tokens of each document so far
     if decoding.repetition_penalty != 1:
@@ -87,7 +89,12 @@ def generate(
 
 @torch.no_grad()
 def read_prompts(
-    model: OmniModel, batch: PackedBatch, cache: KVCache, *, chunk: int | None = None
+    model: OmniModel,
+    batch: PackedBatch,
+    cache: KVCache,
+    *,
+    chunk: int | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read the prompts into `cache`, at most `chunk` tokens of each document per pass. Returns hidden [B, D], of each
     document's last token (times the head = logits of its next one), and accept_hidden [N, D], what the Talker hears.
@@ -106,6 +113,8 @@ def read_prompts(
             levels = [level[visual_index[rows[mask]]] for level in deepstack]
         out = model.thinker(x[rows], batch.position_ids[:, rows], borders, mask, levels, cache)
         x[rows], accept_hidden[rows] = out.hidden, out.accept_hidden  # what was read of x is not read again
+        if on_read is not None:
+            on_read(len(rows))
     return x[batch.cu_seqlens[1:] - 1], accept_hidden
 
 
