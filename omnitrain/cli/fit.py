@@ -11,11 +11,12 @@ import lightning as L
 from lightning.pytorch.callbacks import LambdaCallback
 
 from omnitrain.cli.test import evaluate_and_report
-from omnitrain.config.run_config import RunConfig
+from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.saved import write_config
 from omnitrain.config.typed import ConfigError
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
+from omnitrain.runs.convert import keep_public
 from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
 from omnitrain.runs.lock import hold
 from omnitrain.runs.resume import check_resume, record_changes
@@ -56,6 +57,8 @@ def train(config: RunConfig) -> Experiment:
         if trainer.is_global_zero:
             write_config(config, run_dir)
             experiment.datamodule.tokenizer.save(run_dir / TOKENIZER)
+            if isinstance(config.model.config, PretrainedConfig):
+                keep_public(Path(config.model.config.folder), run_dir)
             record_changes(changed, run_dir, trainer.global_step)
             if begun_in is not None:
                 _bring_rows(begun_in, run_dir)
