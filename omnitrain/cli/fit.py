@@ -19,6 +19,7 @@ from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.convert import keep_public
 from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
 from omnitrain.runs.lock import hold
+from omnitrain.runs.memory import check_memory
 from omnitrain.runs.resume import check_resume, record_changes
 
 
@@ -50,6 +51,7 @@ def train(config: RunConfig) -> Experiment:
         )
     begun_in = None if checkpoint is None else checkpoint.parent.parent
     changed = check_resume(config, begun_in) if begun_in is not None and (begun_in / CONFIG).is_file() else {}
+    check_memory(config)
     experiment = build_experiment(config, "fit")
     trainer = experiment.trainer
 

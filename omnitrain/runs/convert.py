@@ -53,7 +53,8 @@ def to_hf(
     record = _record(source, out, "to-hf")
     if source.is_file() or is_run(source):
         model, encoder = _of_run(source)
-        dtype = dtype or stored_dtype(model.source)
+        if dtype is None and model.source is not None:
+            dtype = public_config.stored_dtype(model.source)
     else:
         model, encoder = load_pretrained(source, track=track), None
     if dtype is not None:
@@ -147,15 +148,6 @@ def came_from(run: Path, before: tuple[Path, ...] = ()) -> Path | None:
         return None
     architecture = public_config.architecture_of(public_config.Section.of(start / public_config.FILE))
     return start if architecture in (public_config.FULL, public_config.THINKER) else None
-
-
-def stored_dtype(folder: Path | None) -> torch.dtype | None:
-    """The dtype that the config.json of a public folder says its weights have; None if there is none, or says none."""
-    if folder is None or not (folder / public_config.FILE).is_file():
-        return None
-    root = public_config.Section.of(folder / public_config.FILE)
-    name = root.get("dtype", root.get("torch_dtype", None))
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name))
 
 
 def keep_public(source: Path, run: Path) -> None:
