@@ -22,9 +22,11 @@ PRETRAIN = {name for name in NAMES if name.startswith("pretrain")}
 """So do these, all in tests/cli/test_pretrain.py."""
 SEARCH = {"nondegradation_lr", "nondegradation_lr_arm"}
 """Sweeps of `nondegradation`, in tests/cli/test_sweeps.py."""
+FINETUNE = {"finetune"}
+"""Needs a folder with weights: tests/cli/test_finetune.py."""
 
 HEARING = {"aut", "aut_quickstart"}
-"""Those of the audio encoder alone."""
+"""Those of AuT."""
 
 EXACT = "trainer.deterministic=true"
 
@@ -36,7 +38,7 @@ def algorithms() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH - HEARING))
+@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH - FINETUNE - HEARING))
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A recipe's prepared data need not be there: the pack has rows of the same tasks and languages.
     for folder in ("stamps", "moving_stamps"):
