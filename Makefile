@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/uv
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/uv
-	$(BIN)/uv pip install --python $(BIN)/python --editable ".[dev,sweeps,prep,eval,lm_eval]"
+	$(BIN)/uv pip install --python $(BIN)/python --editable ".[dev,sweeps,prep,eval,lm_eval,lora]"
 	touch $@ $(VENV)/.installed
 
 clean:  ## remove the environment and caches (runs stay)

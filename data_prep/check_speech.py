@@ -31,7 +31,7 @@ from data_prep.edit import SPEECH_RATE
 from omnitrain.data.media import decode_audio
 from omnitrain.data.sample import BadSample, Sample
 from omnitrain.data.shards import SampleSource
-from omnitrain.evaluation.metrics import edits, speech_normaliser
+from omnitrain.evaluation.metrics import edits, whisper_normalise
 from omnitrain.files import append_line, write_json
 
 HEARD, MISFITS = "heard.jsonl", "misfits.json"
@@ -66,7 +66,7 @@ def recording_of(row: Sample) -> str:
 
 def character_error_rate(text: str, heard: str, language: str) -> float:
     """Edits over the characters of the text, both after Whisper's normalisation and without spaces."""
-    said, found = (speech_normaliser(language)(part).replace(" ", "") for part in (text, heard))
+    said, found = (whisper_normalise(part, language).replace(" ", "") for part in (text, heard))
     wrong, length = edits(said, found, characters=True)
     return wrong / max(1, length)
 

@@ -42,8 +42,13 @@ PARTS: list[tuple[str, str, list[tuple[str, Any]]]] = [
         ("data.vision", data_settings.VisionGeometry), ("data.limits", data_settings.MediaLimits)]),
     ("data=waveforms", "", [("data", data_settings.WaveformsConfig)]),
     ("module=thinker", "", [
-        ("module", run_config.ThinkerModuleConfig), ("module.loss", run_config.LossConfig),
+        ("module", run_config.ThinkerModuleConfig), ("module.lora", run_config.LoraConfig),
+        ("module.loss", run_config.LossConfig),
         ("module.generation", run_config.GenerationConfig)]),
+    ("module=aut", "", [
+        ("module", run_config.AuTModuleConfig), ("module.loss", run_config.AuTLossConfig),
+        ("module.spec_augment", run_config.SpecAugmentConfig),
+        ("module.generation", run_config.AuTGenerationConfig)]),
     ("module=talker", "", [("module", run_config.TalkerModuleConfig), ("module.loss", run_config.TalkerLossConfig)]),
     ("module=codec", "", [
         ("module", run_config.CodecModuleConfig), ("module.loss", run_config.CodecLossConfig),

@@ -11,14 +11,16 @@ import lightning as L
 from lightning.pytorch.callbacks import LambdaCallback
 
 from omnitrain.cli.test import evaluate_and_report
-from omnitrain.config.run_config import RunConfig
+from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.saved import write_config
 from omnitrain.config.typed import ConfigError
 from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
+from omnitrain.runs.convert import keep_public
 from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
 from omnitrain.runs.lock import hold
+from omnitrain.runs.memory import check_memory
 from omnitrain.runs.resume import check_resume, record_changes
 
 
@@ -50,6 +52,7 @@ def train(config: RunConfig) -> Experiment:
         )
     begun_in = None if checkpoint is None else checkpoint.parent.parent
     changed = check_resume(config, begun_in) if begun_in is not None and (begun_in / CONFIG).is_file() else {}
+    check_memory(config)
     experiment = build_experiment(config, "fit")
     trainer = experiment.trainer
 
@@ -57,6 +60,8 @@ def train(config: RunConfig) -> Experiment:
         if trainer.is_global_zero:
             write_config(config, run_dir)
             experiment.datamodule.tokenizer.save(run_dir / TOKENIZER)
+            if isinstance(config.model.config, PretrainedConfig):
+                keep_public(Path(config.model.config.folder), run_dir)
             record_changes(changed, run_dir, trainer.global_step)
             if begun_in is not None:
                 _bring_rows(begun_in, run_dir)

@@ -34,7 +34,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from omnitrain.config.door import read
 from omnitrain.config.errors import explained
@@ -56,6 +56,10 @@ vars(hydra_utils)["run_and_report"] = lambda function: function()
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
 
 SAVED_RUN = "saved_run"  # the configuration of an existing run folder (`omnitrain test RUN_DIR`)
+_ELSEWHERE = {
+    f"model.{part}.init_from": f"module.init_from={{{{{part}: {{}}}}}}" for part in ("aut", "visual", "thinker")
+}
+"""Keys that one would look for beside the sizes of a part, and what they are called."""
 _MOST_VALUES = 100_000  # in one YAML file of the user's
 
 
@@ -236,10 +240,12 @@ def quoted(value: str) -> str:
 
 def readable(overrides: list[str], *, sweep: bool) -> list[str]:
     """Overrides whose values Hydra's grammar cannot read, such as ``paths.run_dir=a = b``, with these in quotes; a
-    comma parts values in a sweep alone."""
+    comma parts values in a sweep alone. Raises ConfigError for a key of `_ELSEWHERE`."""
     parser, found = OverridesParser.create(), []
     for text in overrides:
         key, sign, value = text.partition("=")
+        if key.lstrip("+") in _ELSEWHERE:
+            raise ConfigError(f"{text}: there is no such key; write {_ELSEWHERE[key.lstrip('+')].format(value)}")
         try:
             parsed = parser.parse_override(text)
             needs_quotes = parsed.is_sweep_override() and not sweep and "(" not in value
@@ -298,8 +304,12 @@ def _read(cfg: DictConfig, overrides: list[str]) -> RunConfig:
     try:
         values: Any = OmegaConf.to_container(cfg, resolve=True)
         usual: Any = OmegaConf.to_container(_launcher_defaults(values["hydra"]), resolve=False)
+    except InterpolationToMissingValueError as error:
+        key = str(error).partition("value: ")[2].split()[0]
+        raise ConfigError(f"{key} must be given: add {key}=VALUE to the line") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
+        _, by_ours, said = str(error).partition(" raised while resolving interpolation: ")
+        raise ConfigError(said.splitlines()[0] if by_ours else str(error)) from error
     check_hydra(values["hydra"], usual, overrides, values["paths"]["run_dir"])
     return read(values)
 

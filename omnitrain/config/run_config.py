@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from omnitrain.config.typed import Named
 from omnitrain.data.sample import MODALITIES
-from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation
+from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation, TranscriptEvaluation
 from omnitrain.models.sizes import DiscriminatorConfig
 
 PARTS: dict[str, str] = {
@@ -30,14 +30,18 @@ PARTS: dict[str, str] = {
     "talker_router": r"^talker\..*\.router\.",
     "talker": r"^talker\.",
     "code2wav": r"^code2wav\.",
+    "aut_decoder": r"^decoder\.",
+    "ctc": r"^ctc\.",
 }
-"""Part -> pattern of the `OmniModel` parameter names in it; the first match wins. The adapters are what stands between
-an encoder and the Thinker (report section 3: stage S1 trains them before the encoders). `module.train` and
-`optim.lr_scale` use these names."""
+"""Part -> pattern of the names of its parameters in an `OmniModel` or `AuT`; the first match wins. The adapters are
+what stands between an encoder and the Thinker (report section 3: stage S1 trains them before the encoders).
+`module.train` and `optim.lr_scale` use these names."""
 
 THINKER_PARTS = tuple(PARTS)[:8]
 """The parts that writing text needs."""
 TALKER_PARTS = ("mtp", "talker_router", "talker")
+AUT_PARTS = ("aut_adapter", "aut", "aut_decoder", "ctc")
+"""Those of an `AuT`; of the adapter to a Thinker it has the norm alone."""
 
 
 def check_parts(names: Iterable[str], key: str, parts: Collection[str] = PARTS) -> None:
@@ -146,15 +150,53 @@ class GenerationConfig:
     temperature: float = 0.0
 
 
+LORA_PARTS = ("aut", "visual", "thinker", "talker", "mtp")
+LORA_TARGETS = ("attention", "mlp", "experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen matrices (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x.
+
+    Attributes:
+        rank: rows of A, columns of B.
+        alpha: over rank the weight of the product; twice the rank is usual.
+        dropout: share of x that A does not see. Of experts it must be 0: their product B A is added to W.
+        parts: which learn so, of aut, visual, thinker, talker and mtp; all else of them is frozen.
+        targets: which matrices of their layers: attention, mlp (dense, and the encoders' own) and experts (one A and B
+            for each expert).
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    parts: list[str] = field(default_factory=lambda: ["thinker"])
+    targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"module.lora.rank={self.rank}: must be at least 1")
+        check_parts(self.parts, "module.lora.parts", LORA_PARTS)
+        if wrong := [name for name in self.targets if name not in LORA_TARGETS]:
+            raise ValueError(f"module.lora.targets: no target {wrong[0]!r}; the targets are {', '.join(LORA_TARGETS)}")
+        _check_share(self.dropout, "module.lora.dropout")
+        if self.dropout and "experts" in self.targets:
+            raise ValueError(
+                f"module.lora.dropout={self.dropout}: experts have none, since their product B A is added to their "
+                "matrices; set it to 0, or leave experts out of module.lora.targets"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ThinkerModuleConfig:
     """``module=thinker``: the Thinker and its encoders learn to predict text.
 
     Attributes:
-        train: parts that learn; leave one out to freeze it.
+        train: parts that learn; leave one out to freeze it. null: all of them, or with `lora` none beside it.
+        lora: train low-rank adapters, as in {rank: 16, parts: [thinker, aut]}; needs the extra `lora`.
         init_from: a run folder, or one in the public format, whose weights replace the fresh ones. Or such folders by
             part, as in {thinker: DIR, aut: DIR}; DIR of `thinker` may hold a text model (Qwen3ForCausalLM,
-            Qwen3MoeForCausalLM).
+            Qwen3MoeForCausalLM), DIR of `aut` a Qwen3-ASR.
         aut_window_seconds: attention window of the audio encoder, drawn anew for each optimizer step from these bounds
             (whole seconds, inclusive; report section 3: 1 to 8 s). null: the encoder's own. Evaluation uses its own.
         word_dropout: share of the words of an answer about a picture or a sound that are hidden from the words after
@@ -168,7 +210,11 @@ class ThinkerModuleConfig:
         generation: for `predict`.
     """
 
-    train: list[str] = field(default_factory=lambda: list(THINKER_PARTS))
+    ALL: ClassVar[tuple[str, ...]] = THINKER_PARTS
+    LAYERED: ClassVar[tuple[str, ...]] = ("aut", "visual", "thinker", "talker", "mtp", "code2wav")
+
+    train: list[str] | None = None
+    lora: LoraConfig | None = None
     init_from: str | dict[str, str] | None = None
     aut_window_seconds: tuple[int, int] | None = (1, 8)
     word_dropout: float = 0.0
@@ -178,10 +224,23 @@ class ThinkerModuleConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
-        check_parts(self.train, "module.train")
-        layered = ("aut", "visual", "thinker", "talker", "mtp", "code2wav")
-        check_parts(self.activation_checkpointing, "module.activation_checkpointing", layered)
+        if self.train is None:
+            object.__setattr__(self, "train", [] if self.lora else list(self.ALL))
+        check_parts(self.whole_parts, "module.train")
+        if both := [part for part in self.lora_parts if part in self.whole_parts]:
+            raise ValueError(f"module.lora.parts has {both[0]}, which module.train trains as a whole; name it in one")
+        check_parts(self.activation_checkpointing, "module.activation_checkpointing", self.LAYERED)
         _check_share(self.word_dropout, "module.word_dropout")
+
+    @property
+    def whole_parts(self) -> list[str]:
+        """Parts of which every weight learns."""
+        return self.train or []
+
+    @property
+    def lora_parts(self) -> list[str]:
+        """Parts that learn through low-rank adapters."""
+        return [] if self.lora is None else self.lora.parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +248,16 @@ class TalkerModuleConfig(ThinkerModuleConfig):
     """``module=talker``: the Talker with MTP learns to say the answers' text (report section 4).
 
     Attributes:
-        train: with a part of the Thinker among them the two are trained jointly, and gradients of speech reach the word
-            embeddings and, at user media, the Thinker's lower layers.
+        train: null: the Talker's. With a part of the Thinker among them (or in `lora`) the two are trained jointly, and
+            gradients of speech reach the word embeddings and, at user media, the Thinker's lower layers.
         frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone. A
             Talker that always sees true codes learns to continue sounds and hardly listens to the text.
         cached_thinker: the frozen Thinker is not run; its hidden states at media are read from the shards, where
             `omnitrain data encode` wrote them with its option --thinker (with the audio encoder's own window).
     """
 
-    train: list[str] = field(default_factory=lambda: list(TALKER_PARTS))
+    ALL: ClassVar[tuple[str, ...]] = TALKER_PARTS
+
     frame_dropout: float = 0.5
     cached_thinker: bool = False
     loss: TalkerLossConfig = field(default_factory=TalkerLossConfig)
@@ -205,12 +265,101 @@ class TalkerModuleConfig(ThinkerModuleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share(self.frame_dropout, "module.frame_dropout")
-        learning = ", ".join(part for part in self.train if part in THINKER_PARTS)
+        learning = ", ".join(part for part in self.whole_parts + self.lora_parts if part in THINKER_PARTS)
         if self.cached_thinker and learning:
             raise ValueError(
                 f"module.cached_thinker needs a frozen Thinker, but module.train has its parts {learning}: leave them "
                 "out, or set module.cached_thinker=false"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuTLossConfig(LossConfig):
+    """AuT's loss.
+
+    Attributes:
+        ctc: weight of the CTC loss of transcripts from the encoder alone (Graves et al. 2006) against the decoder's;
+            needs `model.ctc=true`. 0: none.
+    """
+
+    ctc: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.ctc) and self.ctc >= 0):
+            raise ValueError(f"module.loss.ctc={self.ctc}: must be a finite number >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecAugmentConfig:
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779): stripes of a recording's mel frames are set to their mean.
+
+    Attributes:
+        time_stripes: of each recording; 0: none.
+        time_width: widest of them, frames of 10 ms.
+        time_share: of a recording, at most so much is hidden by one stripe.
+        frequency_stripes: of each recording; 0: none.
+        frequency_width: widest of them, mel bands.
+    """
+
+    time_stripes: int = 2
+    time_width: int = 40
+    time_share: float = 0.15
+    frequency_stripes: int = 2
+    frequency_width: int = 27
+
+    def __post_init__(self) -> None:
+        _check_share(self.time_share, "module.spec_augment.time_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuTGenerationConfig(GenerationConfig):
+    """How ``predict`` writes transcripts.
+
+    Attributes:
+        max_new_tokens: of a transcript.
+        beam: hypotheses of a beam search, which draws nothing at random; 1: none, one token after the other.
+        length_penalty: of a beam search: log p / (number of tokens ^ length_penalty) counts; 0 prefers short texts.
+        timestamps: when each word was said: by `ctc` (needs `model.ctc=true`) or by cross-`attention`; `none`.
+    """
+
+    max_new_tokens: int = 256
+    beam: int = 1
+    length_penalty: float = 1.0
+    timestamps: Literal["none", "ctc", "attention"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise ValueError(f"module.generation.beam={self.beam}: must be at least 1")
+        if self.beam > 1 and self.temperature:
+            raise ValueError("module.generation: a beam search draws nothing; leave temperature or beam alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuTModuleConfig(ThinkerModuleConfig):
+    """``module=aut``: the audio encoder with its own decoder, from scratch (report section 2.2): transcription,
+    translation and understanding of sounds, told apart by the prompt.
+
+    Attributes:
+        train: parts that learn, of aut_adapter (its norm), aut, aut_decoder and ctc; null: all.
+        activation_checkpointing: of aut and decoder.
+        spec_augment: of the mel frames, in training; null: none.
+        validation_transcripts: so many samples of each validation are written down, greedily, for the error rates that
+            are logged; 0: none.
+        generation: for `predict`.
+    """
+
+    ALL: ClassVar[tuple[str, ...]] = AUT_PARTS
+    LAYERED: ClassVar[tuple[str, ...]] = ("aut", "decoder")
+
+    loss: AuTLossConfig = field(default_factory=AuTLossConfig)
+    spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
+    validation_transcripts: int = 48
+    generation: AuTGenerationConfig = field(default_factory=AuTGenerationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_parts(self.whole_parts, "module.train", AUT_PARTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,7 +622,9 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     callbacks: dict[str, Named | None] = field(default_factory=dict)
     logger: dict[str, Named | None] = field(default_factory=dict)
-    evaluation: HeldoutEvaluation | CodecEvaluation | SpeechEvaluation = field(default_factory=HeldoutEvaluation)
+    evaluation: HeldoutEvaluation | TranscriptEvaluation | CodecEvaluation | SpeechEvaluation = field(
+        default_factory=HeldoutEvaluation
+    )
     paths: PathsConfig = field(default_factory=PathsConfig)
     eval: dict[str, Any] | None = None
     stages: list[Any] | None = None

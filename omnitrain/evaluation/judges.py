@@ -33,7 +33,7 @@ import torch
 import torchaudio
 
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
-from omnitrain.evaluation.metrics import edits, normalise, speech_normaliser
+from omnitrain.evaluation.metrics import edits, normalise, whisper_normalise
 
 JUDGE_RATE = 16_000  # Hz; what the recogniser, the speaker encoder and wideband PESQ were made for
 SILENT_PEAK = 0.005  # a recording that never gets louder (-46 dB of full scale) is silent
@@ -226,7 +226,7 @@ def error_rates(
     """Word and character error rate of recognised speech, each with its bootstrap interval over utterances.
 
     Args:
-        languages: of each text: compare after Whisper's normalisation (`metrics.speech_normaliser`). None: compare
+        languages: of each text: compare after Whisper's normalisation (`metrics.whisper_normalise`). None: compare
             `spoken_form`, as `metrics.wer` and `cer` do.
 
     Raises ValueError where there is not one text for each, or one without words (with `languages`: all without).
@@ -235,8 +235,11 @@ def error_rates(
         raise ValueError(f"{len(heard)} recognised utterances against {len(texts)} texts: give one for each")
     if empty := [text for text in texts if not spoken_form(text)]:
         raise ValueError(f"an error rate needs texts with at least one word, got {empty[0]!r}")
-    forms = [spoken_form] * len(texts) if languages is None else [speech_normaliser(code) for code in languages]
-    pairs = [(form(text).strip(), form(said).strip()) for form, text, said in zip(forms, texts, heard, strict=True)]
+    if languages is None:
+        pairs = [(spoken_form(text), spoken_form(said)) for text, said in zip(texts, heard, strict=True)]
+    else:
+        rows = zip(texts, heard, languages, strict=True)
+        pairs = [(whisper_normalise(text, code), whisper_normalise(said, code)) for text, said, code in rows]
     if not any(text for text, _ in pairs):
         raise ValueError(f"nothing is left of {texts[0]!r} after Whisper's normalisation")
     counts = (np.array([edits(*pair, characters=letters) for pair in pairs]) for letters in (False, True))

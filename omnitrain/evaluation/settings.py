@@ -5,7 +5,7 @@ Nothing heavy is imported here. Types are those that structured configurations t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,8 @@ class Evaluation:
     """What every evaluation has.
 
     Attributes:
-        scores: ``heldout`` (text answers), ``codec`` or ``speech`` (which judge sound); see `SETTINGS`.
+        scores: ``heldout`` (text answers), ``transcripts`` (answers about recordings), ``codec`` or ``speech`` (which
+            judge sound); see `SETTINGS`.
         after_fit: `fit` ends with it; False: `fit` ends with the last checkpoint, and `test RUN_DIR` scores it later.
         report: write ``report.html``.
     """
@@ -39,6 +40,34 @@ class HeldoutEvaluation(Evaluation):
     max_generated: int = 24
     max_new_tokens: int = 40
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscriptEvaluation(Evaluation):
+    """How the recordings of `data.test_sources` are transcribed, translated and named (`evaluation.transcripts`).
+
+    Attributes:
+        max_samples: of each task and language, or direction of translation; None: all.
+        max_swapped: of each task, samples whose loss is also computed with others' recordings (the media swap).
+        window_seconds: attention windows of the audio encoder, whole seconds; everything is answered with each.
+        max_new_tokens: of an answer.
+        beam: hypotheses of a beam search (AuT alone); 1: the likeliest token each time.
+        players: recordings that can be heard in the report.
+        seed: of which samples are drawn, and of the bootstrap; the same for every run, so that runs compare.
+    """
+
+    scores: str = "transcripts"
+    max_samples: int | None = 32
+    max_swapped: int = 48
+    window_seconds: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    max_new_tokens: int = 64
+    beam: int = 1
+    players: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.window_seconds or min(self.window_seconds) < 1:
+            raise ValueError(f"evaluation.window_seconds={self.window_seconds}: name whole seconds, as in [1, 8]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +120,7 @@ class SpeechEvaluation(Evaluation):
 
 SETTINGS: dict[str, type[Evaluation]] = {
     "heldout": HeldoutEvaluation,
+    "transcripts": TranscriptEvaluation,
     "codec": CodecEvaluation,
     "speech": SpeechEvaluation,
 }

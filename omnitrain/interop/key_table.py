@@ -59,7 +59,7 @@ def key_table(folder: Path, track: Track = iter) -> KeyTable:
             for (pattern, _, dtype), keys in alike.items():
                 key, shape = _folded(pattern, keys), files.header(keys[0])[0]
                 rows.append(Row(name=name, shape=list(parameter.shape), key=key, key_shape=shape, dtype=dtype))
-        unknown, read = files.unread(left_out(config)), len(files.read)
+        unknown, read = files.unread(left_out(config)), len(files.read_keys)
         rest = len(files.file_of) - read - len(unknown)
     total = sum(parameter.numel() for _, parameter in parameters)
     return KeyTable(

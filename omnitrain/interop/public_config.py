@@ -342,6 +342,11 @@ def read_config(folder: str | Path, *, speech: bool = True) -> tuple[sizes.OmniC
     full = architecture == FULL
     thinker = root.section("thinker_config") if full else root
     thinker.require("tie_word_embeddings", False)
+    for section in (root, thinker):
+        if section.get("quantization_config", None):
+            raise section.error(
+                "quantization_config", "is set; quantised weights are not read: use the folder that they were made from"
+            )
     text, talker = (c.section(key, optional=True) for c, key in ((thinker, "text_config"), (root, "talker_config")))
     layers = text.checked("num_hidden_layers", int, TEXT.defaults["num_hidden_layers"], LARGEST_OF["layers"], least=1)
     described = talker.get("text_config", None)
@@ -371,6 +376,16 @@ def architecture_of(root: Section) -> Any:
     """The first of `architectures`, or None."""
     names = root.get("architectures", None)
     return names[0] if isinstance(names, list) and names else None
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype | None:
+    """The dtype that the config.json of a public folder says its weights have; None if there is none, or says none."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    root = Section.of(path)
+    name = root.get("dtype", root.get("torch_dtype", None))
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name))
 
 
 def _read_talker(c: Section) -> sizes.TalkerConfig:

@@ -11,8 +11,9 @@ theirs. `_pieces` says which, in both directions.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -63,31 +64,35 @@ def load_pretrained(
         speech: False leaves Talker and Code2Wav out; they are not even read.
         track: shows progress.
 
-    Raises CheckpointError: a file, key or field is missing, unknown or of the wrong shape.
+    The model is described on `meta`; then the files are read one after the other, tensor by tensor, so that memory
+    never holds more than the model and one file (which is mapped, not copied).
+
+    Raises CheckpointError: a file, key or field is missing, unknown, cut off, or of the wrong shape or dtype.
     """
     folder = Path(folder)
     config, prefix = read_config(folder, speech=speech)
     model = empty_model(config, folder / "config.json")
     with TensorFiles(folder, prefix) as checkpoint:
-        parameters = track(list(model.named_parameters()))
-        tensors = {name: checkpoint.assemble(name, x, config, dtype, device) for name, x in parameters}
-        checkpoint.check_all_read(left_out(config))
+        checkpoint.check_all_wanted(named := dict(model.named_parameters()), config)
+        tensors = checkpoint.read(named, config, dtype=dtype, device=device, track=track)
     model.load_state_dict(tensors, assign=True)
     model.source = folder
     return model.requires_grad_(True)
 
 
-def load_code2wav(folder: str | Path) -> dict[str, Tensor]:
-    """The weights of the Code2Wav in a folder in the public layout, fp32, by their names in `Code2Wav`; nothing else is
-    read. Raises CheckpointError as `load_pretrained`, and if there is none."""
+def load_part(folder: str | Path, part: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The weights of one part (`aut`, `visual`, `thinker`, `talker`, `code2wav`) of a folder in the public layout by
+    their names in it; nothing else is read. `dtype` None keeps the stored one. Raises CheckpointError as
+    `load_pretrained`, and if there is no such part."""
     folder = Path(folder)
     config, prefix = read_config(folder)
-    code2wav = empty_model(config, folder / "config.json").code2wav
-    if code2wav is None:
-        raise CheckpointError(f"{folder / 'config.json'}: describes no Code2Wav; a full checkpoint ({FULL}) has one")
+    module = getattr(empty_model(config, folder / "config.json"), part)
+    if module is None:
+        raise CheckpointError(f"{folder / 'config.json'}: describes no {part}; a full checkpoint ({FULL}) has one")
     with TensorFiles(folder, prefix) as checkpoint:
-        named = ((name, x, f"code2wav.{name}") for name, x in code2wav.named_parameters())
-        return {name: checkpoint.assemble(full, x, config, torch.float32, "cpu") for name, x, full in named}
+        named = {f"{part}.{name}": x for name, x in module.named_parameters()}
+        tensors = checkpoint.read(named, config, dtype=dtype)
+    return {name.removeprefix(f"{part}."): x for name, x in tensors.items()}
 
 
 def left_out(config: OmniConfig) -> tuple[str, ...]:
@@ -120,33 +125,51 @@ SECTIONS = {
 """Where `config.json` describes the parts of `OmniModel`."""
 
 
-class TensorFiles(ExitStack):
-    """The safetensors files of a folder, opened lazily; remembers which keys were read."""
+class TensorFiles:
+    """The safetensors files of a folder, at most one of them open at a time; remembers which keys were read."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        super().__init__()
+        self.folder, self.prefix, self.read_keys = folder, prefix, set[str]()
+        self._open: tuple[Path, Any] | None = None
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            weight_map = Section.of(index).section("weight_map").values
-            if strange := [name for name in weight_map.values() if name != Path(str(name)).name]:
-                raise CheckpointError(f"{index}: weight_map names {strange[0]!r}; expected a file of the same folder")
-            self.file_of = {key: folder / name for key, name in weight_map.items()}
-        else:
-            paths = sorted(folder.glob("*.safetensors"))
-            if not paths:
-                raise CheckpointError(f"{folder}: no *.safetensors and no model.safetensors.index.json")
-            self.file_of = {}
-            for path in paths:
-                with _open(path) as file:
-                    self.file_of |= dict.fromkeys(file.keys(), path)
-        self.folder, self.prefix, self.read = folder, prefix, set[str]()
-        self.files: dict[Path, Any] = {}
+            self.listing, self.file_of = index, _read_index(index)
+            return
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise CheckpointError(f"{folder}: no *.safetensors and no {index.name}")
+        self.listing, self.file_of = paths[0] if len(paths) == 1 else folder, {}
+        for path in paths:
+            self.file_of |= dict.fromkeys(self._file(path).keys(), path)
 
-    def get(self, key: str) -> Tensor:
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open = None
+
+    def _file(self, path: Path) -> Any:
+        if self._open is None or self._open[0] != path:
+            self._open = None  # unmapped before the next one is mapped
+            self._open = path, _open(path)
+        return self._open[1]
+
+    def get(self, key: str, expected: Sequence[int] | None = None) -> Tensor:
+        """The tensor under `key`. Raises CheckpointError if it is not there, or nothing that can be trained, or not of
+        the `expected` shape."""
         if key not in self.file_of:
-            near = sorted(k for k in self.file_of if k.rpartition(".")[0] == key.rpartition(".")[0])
-            beside = f"; beside it there are {', '.join(near[:4])}" if near else ""
-            raise CheckpointError(f"{self.folder}: key {key!r} is missing{beside}")
+            raise self.missing(key)
+        path, (shape, dtype) = self.file_of[key], self.header(key)
+        if expected is not None and shape != list(expected):
+            raise CheckpointError(
+                f"{path}: key {key!r} has shape {shape}, config.json asks for {list(expected)}; use the config.json "
+                "that belongs to these weights"
+            )
+        if dtype not in FLOATS:
+            raise CheckpointError(
+                f"{path}: key {key!r} is stored as {dtype}; expected one of {', '.join(FLOATS)}: quantised weights are "
+                "not trained here, use the folder that they were made from"
+            )
         return self._ask(key, "get_tensor")
 
     def header(self, key: str) -> tuple[list[int], str]:
@@ -157,13 +180,23 @@ class TensorFiles(ExitStack):
     def _ask(self, key: str, method: str) -> Any:
         """What a method of the file that holds `key` says of it."""
         path = self.file_of[key]
-        if path not in self.files:
-            self.files[path] = self.enter_context(_open(path))
-        self.read.add(key)
+        file = self._file(path)
+        self.read_keys.add(key)
         try:
-            return getattr(self.files[path], method)(key)
+            return getattr(file, method)(key)
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: key {key!r} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"{path}: key {key!r} cannot be read ({error}); copy this file again, and the index from the same place"
+            ) from error
+
+    def missing(self, key: str) -> CheckpointError:
+        """What is to be said of a key that no file has."""
+        near = sorted(k for k in self.file_of if k.rpartition(".")[0] == key.rpartition(".")[0])
+        beside = f" (beside it there are {', '.join(near[:4])})" if near else ""
+        return CheckpointError(
+            f"{self.listing}: key {key!r} is missing, though config.json describes it{beside}; copy the folder again, "
+            "with the config.json that belongs to its weights"
+        )
 
     def pieces(self, name: str, parameter: Tensor, config: OmniConfig) -> Pieces:
         """The keys that make up our tensor `name`. Experts are also read as one tensor per layer, as transformers has
@@ -172,41 +205,84 @@ class TensorFiles(ExitStack):
         stacked = f"{pieces[0][0].partition('.experts.')[0]}.experts.{name.rpartition('.')[2]}_proj"
         return [(stacked, ())] if stacked in self.file_of else pieces
 
-    def assemble(
-        self, name: str, parameter: Tensor, config: OmniConfig, dtype: torch.dtype | None, device: torch.device | str
-    ) -> Tensor:
-        """Our tensor `name` from its pieces."""
-        out: Tensor | None = None
-        for key, index in self.pieces(name, parameter, config):
-            tensor = self.get(key)
-            if out is None:
-                out = torch.empty(parameter.shape, dtype=dtype or tensor.dtype, device=device)
-            if out[index].shape != tensor.shape:
-                raise CheckpointError(
-                    f"{self.file_of[key]}: key {key!r} has shape {list(tensor.shape)}, "
-                    f"config.json asks for {list(out[index].shape)}"
-                )
-            out[index].copy_(tensor)
-        assert out is not None
-        return out
+    def read(
+        self,
+        named: Mapping[str, Tensor],
+        config: OmniConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        track: Track = iter,
+    ) -> dict[str, Tensor]:
+        """Tensors like those in `named` (on `meta`, by our names), file by file. `dtype` None keeps the stored one."""
+        wanted = [(k, (name, index)) for name, x in named.items() for k, index in self.pieces(name, x, config)]
+        for key, _ in wanted:
+            if key not in self.file_of:
+                raise self.missing(key)
+        wanted.sort(key=lambda piece: self.file_of[piece[0]])
+        out: dict[str, Tensor] = {}
+        for key, (name, index) in track(wanted):
+            tensor = self.get(key, named[name][index].shape)
+            if name not in out:
+                out[name] = torch.empty(named[name].shape, dtype=dtype or tensor.dtype, device=device)
+            elif dtype is None:  # of several pieces in different dtypes none loses anything
+                out[name] = out[name].to(torch.promote_types(out[name].dtype, tensor.dtype))
+            out[name][index].copy_(tensor)
+        return {name: out[name] for name in named}
 
     def unread(self, left_out: tuple[str, ...]) -> list[str]:
         """Keys that nobody asked for, but those of parts that are left out of a full checkpoint."""
-        return [key for key in sorted(set(self.file_of) - self.read) if not (self.prefix and key.startswith(left_out))]
+        return self._others(self.read_keys, left_out)
 
-    def check_all_read(self, left_out: tuple[str, ...]) -> None:
-        """Refuse keys that nobody asked for (`unread`)."""
-        for key in self.unread(left_out):
+    def _others(self, known: Collection[str], left_out: tuple[str, ...]) -> list[str]:
+        return [key for key in sorted(self.file_of.keys() - known) if not (self.prefix and key.startswith(left_out))]
+
+    def check_all_wanted(self, named: Mapping[str, Tensor], config: OmniConfig, extra: Collection[str] = ()) -> None:
+        """Refuse keys that are neither of `named` (as in `read`) nor `extra`, before anything is read."""
+        known = {key for name, x in named.items() for key, _ in self.pieces(name, x, config)}
+        for key in self._others(known.union(extra), left_out(config)):
             raise CheckpointError(
-                f"{self.file_of[key]}: unknown key {key!r}; config.json describes no tensor of that name"
+                f"{self.file_of[key]}: unknown key {key!r}; config.json describes no tensor of that name: remove it "
+                "from the file, or use the config.json that belongs to these weights"
             )
+
+
+FLOATS = ("F32", "BF16", "F16", "F64")
+"""Dtypes of weights that can be trained, as safetensors writes them."""
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """Key -> file of its tensor. Raises CheckpointError for a file elsewhere, or one that is not there."""
+    weight_map = Section.of(index).section("weight_map").values
+    if strange := [name for name in weight_map.values() if name != Path(str(name)).name]:
+        raise CheckpointError(f"{index}: weight_map names {strange[0]!r}; expected a file of the same folder")
+    there = {name: (index.parent / name).is_file() for name in set(weight_map.values())}
+    for key, name in weight_map.items():
+        if not there[name]:
+            raise CheckpointError(f"{index}: key {key!r} is in {name}, which is not there; copy that file too")
+    return {key: index.parent / name for key, name in weight_map.items()}
 
 
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        if (lost := _cut_off(path)) is not None:
+            raise CheckpointError(f"{path}: the file is cut off in key {lost!r}; copy it again") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}; copy it again") from error
+
+
+def _cut_off(path: Path) -> str | None:
+    """The first tensor that the file's header describes, and that does not lie in it as a whole."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+            ends = {key: 8 + length + entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"}
+        beyond = {key: end for key, end in ends.items() if end > path.stat().st_size}
+        return min(beyond, key=beyond.__getitem__) if beyond else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None  # the header itself is damaged
 
 
 _PLACES = (

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from omnitrain.files import LAST_CHECKPOINT, did_you_mean
+from omnitrain.interop.audio_tower import PROJECTION, load_tower
 from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
+from omnitrain.interop.lora import merged
 from omnitrain.interop.public_config import CheckpointError
-from omnitrain.interop.public_format import SPEECH_PARTS, load_code2wav, load_pretrained
+from omnitrain.interop.public_format import SPEECH_PARTS, load_part, load_pretrained
 from omnitrain.interop.text_model import is_text_model, load_text_model
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.omni import OmniModel
 
 INIT_PARTS = ("aut", "visual", "thinker")
@@ -56,9 +59,12 @@ def _unusable(path: Path, wrong: str) -> CheckpointError:
 
 
 def model_weights(checkpoint: str | Path) -> dict[str, Tensor]:
-    """The model's weights in a checkpoint of a run, by their names in the model. Errors as `read_checkpoint`."""
-    state = read_checkpoint(checkpoint)["state_dict"]
-    return {name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")}
+    """The model's weights in a checkpoint of a run, by their names in the model, low-rank adapters added to what they
+    stand beside. Errors as `read_checkpoint`."""
+    found = read_checkpoint(checkpoint)
+    state = {name.removeprefix("model."): x for name, x in found["state_dict"].items() if name.startswith("model.")}
+    scale = (found.get("omnitrain") or {}).get("lora_scale")
+    return state if scale is None else merged(state, scale)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path, *, assign: bool = False) -> None:
@@ -82,13 +88,13 @@ def _differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> li
     ]
 
 
-def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path]) -> list[str]:
+def start_from(model: OmniModel | AuT, init_from: str | Path | Mapping[str, str | Path]) -> list[str]:
     """Replace `model`'s weights, or those of some parts. Returns what the user should know about it, a sentence each.
 
     Args:
         init_from: a run folder (its last checkpoint) or a folder in the public format; or such folders by part (`aut`,
             `visual`, `thinker`), the other parts stay as they are. A Thinker may also come from a text model
-            (`interop.text_model`).
+            (`interop.text_model`), an audio encoder from Qwen3-ASR (`interop.audio_tower`) or from a run of AuT.
 
     Raises ValueError: an unknown part; a weight is missing, unknown or of another shape; parts that speak may be
     missing as a whole. Others as `read_checkpoint`.
@@ -99,6 +105,9 @@ def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path
         if part not in (None, *INIT_PARTS):
             hint = did_you_mean(part, INIT_PARTS, otherwise="parts are {}")
             raise ValueError(f"{key}: there is no such part; {hint}")
+        if part == "aut":
+            notices += _start_aut(model, Path(folder), key)
+            continue
         weights, said = _weights_in(model, Path(folder), part, key)
         own: Mapping[str, Tensor] = model.state_dict()
         if part is None:
@@ -107,15 +116,53 @@ def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path
         else:
             own = {name: x for name, x in own.items() if name.startswith(f"{part}.")}
             weights = {name: x for name, x in weights.items() if name.startswith(f"{part}.")}
-        if wrong := _differences(own, weights):
-            raise ValueError(
-                f"{key}={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
-                f"folder holds. First: {'; '.join(wrong[:3])}"
-            )
+        _check_fit(own, weights, key, folder)
         model.load_state_dict(weights, strict=False)
         del own, weights  # before those of the next part are read
         notices += said
     return notices
+
+
+def _start_aut(model: OmniModel | AuT, folder: Path, key: str) -> list[str]:
+    """Replace the weights of the audio encoder. Its projection stays as it is, where the folder has none for this
+    Thinker; that is said."""
+    weights, own = _aut_in(model, folder, key), dict(model.aut.state_dict())
+    found, wanted = (w["proj2.bias"].shape if "proj2.bias" in w else None for w in (weights, own))
+    if found != wanted:
+        own, weights = ({n: x for n, x in w.items() if not n.startswith(PROJECTION)} for w in (own, weights))
+    _check_fit(own, weights, key, folder)
+    model.aut.load_state_dict(weights, strict=False)
+    if wanted in (found, None):  # AuT itself has none
+        return []
+    why = "was trained without one" if found is None else f"has one to width {found[0]}"
+    into = f"this Thinker has width {wanted[0]} and the encoder there {why}"
+    return [f"{key}={folder}: the projection (aut.proj1, aut.proj2) stays as it was drawn: {into}"]
+
+
+def _aut_in(model: OmniModel | AuT, folder: Path, key: str) -> dict[str, Tensor]:
+    """The weights of the audio encoder in `folder` by their names in `AuTEncoder`: of a run of the Thinker or of AuT,
+    or of a public folder."""
+    if (folder / LAST_CHECKPOINT).is_file():
+        weights = model_weights(folder / LAST_CHECKPOINT)
+        return {name.removeprefix("aut."): x for name, x in weights.items() if name.startswith("aut.")}
+    _check_public(folder, key)
+    return load_tower(folder, model.aut.config)
+
+
+def _check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], key: str, folder: str | Path) -> None:
+    if wrong := _differences(own, weights):
+        raise ValueError(
+            f"{key}={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
+            f"folder holds. First: {'; '.join(wrong[:3])}"
+        )
+
+
+def _check_public(folder: Path, key: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{key}={folder}: neither the folder of a run ({LAST_CHECKPOINT}) nor one in the public format "
+            "(config.json)"
+        )
 
 
 def start_codec_from(module: nn.Module, folder: str | Path) -> None:
@@ -127,25 +174,26 @@ def start_codec_from(module: nn.Module, folder: str | Path) -> None:
     if checkpoint.is_file():
         load_weights(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
     elif (folder / "config.json").is_file():
-        load_weights(module.get_submodule("model.decoder"), load_code2wav(folder), folder)
+        load_weights(module.get_submodule("model.decoder"), load_part(folder, "code2wav", torch.float32), folder)
     else:
         raise ValueError(
             f"module.init_from: there is no {checkpoint}; give the folder of a codec's run, or one in the public format"
         )
 
 
-def _weights_in(model: OmniModel, folder: Path, part: str | None, key: str) -> tuple[Mapping[str, Tensor], list[str]]:
+def _weights_in(
+    model: OmniModel | AuT, folder: Path, part: str | None, key: str
+) -> tuple[Mapping[str, Tensor], list[str]]:
     """All weights that `folder` holds, by their names in `OmniModel`, and what is to be said about them."""
     if (folder / LAST_CHECKPOINT).is_file():
         return model_weights(folder / LAST_CHECKPOINT), []
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{key}={folder}: neither the folder of a run ({LAST_CHECKPOINT}) nor one in the public format "
-            "(config.json)"
-        )
+    _check_public(folder, key)
     if not is_text_model(folder):
-        return load_pretrained(folder, speech=model.talker is not None and part is None).state_dict(), []
-    if part != "thinker":
+        if part is None:
+            speaks = isinstance(model, OmniModel) and model.talker is not None
+            return load_pretrained(folder, speech=speaks).state_dict(), []
+        return {f"{part}.{name}": x for name, x in load_part(folder, part).items()}, []
+    if part != "thinker" or not isinstance(model, OmniModel):
         raise ValueError(f"{key}={folder}: it holds a text model; write module.init_from={{thinker: {folder}}}")
     text = load_text_model(folder, model)
     if text.missing_rows is None:

@@ -71,18 +71,17 @@ def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
     tied = section.get("tie_word_embeddings", False)
     weights: dict[str, Tensor] = {}
     missing: int | None = None
+    named = {f"thinker.{name}": x for name, x in model.thinker.named_parameters()}
+    tables = {name: named.pop(f"thinker.{name}") for name in ("embed_tokens.weight", "lm_head.weight")}
     with TensorFiles(folder, "") as checkpoint:
-        for name, parameter in model.thinker.named_parameters():
-            if name in ("embed_tokens.weight", "lm_head.weight"):
-                key = name if name == "lm_head.weight" else f"model.{name}"
-                if tied and key not in checkpoint.file_of:
-                    key = "model.embed_tokens.weight"
-                rows = checkpoint.get(key)
-                weights[f"thinker.{name}"], missing = _fill(rows, parameter, checkpoint.file_of[key], key)
-            else:
-                full = f"thinker.{name}"
-                weights[full] = checkpoint.assemble(full, parameter, model.config, parameter.dtype, "cpu")
-        checkpoint.check_all_read(())
+        checkpoint.check_all_wanted(named, model.config, extra=("model.embed_tokens.weight", "lm_head.weight"))
+        weights |= checkpoint.read(named, model.config, dtype=model.thinker.norm.weight.dtype)
+        for name, parameter in tables.items():
+            key = name if name == "lm_head.weight" else f"model.{name}"
+            if tied and key not in checkpoint.file_of:
+                key = "model.embed_tokens.weight"
+            rows = checkpoint.get(key)
+            weights[f"thinker.{name}"], missing = _fill(rows, parameter, checkpoint.file_of[key], key)
     return TextWeights(weights, missing)
 
 

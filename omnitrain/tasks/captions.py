@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from omnitrain.evaluation.metrics import chrf_statistics
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, medium, question
 from omnitrain.tasks.benchmark import text as text_segment
-from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics
+from omnitrain.tasks.speech_to_text import CHRF_METRIC
 from omnitrain.tasks.tables import file_in, read_table
 
 

@@ -21,7 +21,7 @@ from omnitrain.training.losses import BatchLosses, RouterUse, talker_loss
 from omnitrain.training.thinker import ThinkerModule
 
 
-class TalkerModule(ThinkerModule):
+class TalkerModule(ThinkerModule[OmniModel]):
     """Trains the Talker of an `OmniModel` (report section 4: `talker_pretrain`, `talker_continue`,
     `speaker_finetune`); arguments as of `ThinkerModule`. ValueError if the model has none."""
 
@@ -39,7 +39,7 @@ class TalkerModule(ThinkerModule):
         if model.talker is None:
             raise ValueError("module=talker: the model has no Talker; choose one with it, as model=tiny_speech")
         super().__init__(model, config or TalkerModuleConfig(), optim, seed=seed)
-        self.joint = any(part in THINKER_PARTS for part in self.config.train)
+        self.joint = any(part in THINKER_PARTS for part in self.config.whole_parts + self.config.lora_parts)
 
     @property
     def talker(self) -> Talker:

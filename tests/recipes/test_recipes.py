@@ -12,6 +12,8 @@ import torch
 
 from omnitrain.__main__ import main
 from omnitrain.config.locations import PACK, PACK_SPEECH, RECIPES
+from omnitrain.models.aut_decoder import AuT
+from omnitrain.runs.load import load, load_writer
 
 NAMES = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
 SPEECH = {"codec", "talker_pretrain", "talker_continue", "speaker_finetune", "speech_quickstart", "speech"}
@@ -20,6 +22,11 @@ PRETRAIN = {name for name in NAMES if name.startswith("pretrain")}
 """So do these, all in tests/cli/test_pretrain.py."""
 SEARCH = {"nondegradation_lr", "nondegradation_lr_arm"}
 """Sweeps of `nondegradation`, in tests/cli/test_sweeps.py."""
+FINETUNE = {"finetune"}
+"""Needs a folder with weights: tests/cli/test_finetune.py."""
+
+HEARING = {"aut", "aut_quickstart"}
+"""Those of AuT."""
 
 EXACT = "trainer.deterministic=true"
 
@@ -31,7 +38,7 @@ def algorithms() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH))
+@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH - FINETUNE - HEARING))
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A recipe's prepared data need not be there: the pack has rows of the same tasks and languages.
     for folder in ("stamps", "moving_stamps"):
@@ -59,6 +66,41 @@ FEW = [
     "evaluation.max_samples=2",
 ]
 SHORT = ["data.max_frames=120", "evaluation.players=1", "evaluation.seconds_limit=0.4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(HEARING))
+def test_hearing_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains, scores by language and window, reports; and what it leaves can be asked, and put into a Thinker."""
+    monkeypatch.chdir(tmp_path)
+    overrides = [*FEW, "data.max_tokens=256", "module.validation_transcripts=4", f"paths.data_dir={tmp_path}"]
+    if name == "aut":  # of the three sources one is like the pack's
+        (tmp_path / "stamps").symlink_to(PACK)
+        absent = ("prompts", "dialogues", "prompts_translated", "dialogues_translated")
+        overrides += [f"data.sources.{source}=null" for source in absent]
+        overrides += [f"data.{which}_sources.{s}=null" for which in ("validation", "test") for s in absent[:2]]
+        overrides += [f"data.tokenizer={PACK / 'tokenizer.json'}"]
+    assert main(["fit", f"+recipe={name}", "paths.run_dir=run", *overrides]) == 0
+    scores = json.loads((tmp_path / "run/eval/transcripts.json").read_text())
+    assert {row["window"] for row in scores["scores"]} >= {1, 8}
+    assert (tmp_path / "run/report.html").stat().st_size > 10_000
+    assert main(["predict", "run", "trainer.limit_predict_batches=1"]) == 0
+    assert isinstance(load_writer("run")[0], AuT)
+    with pytest.raises(ValueError, match=r"module\.init_from=\{aut"):
+        load("run")
+    listens = [
+        "fit",
+        "module.init_from={aut: run}",
+        *TALL,
+        *FEW[:5],
+        "data.max_tokens=256",
+        "evaluation.after_fit=false",
+    ]
+    assert main([*listens, "paths.run_dir=thinker"]) == 0
+
+
+TALL = [f"model.aut.{name}={value}" for name, value in (("d_model", 144), ("layers", 4), ("ffn", 576))]
+"""The encoder of `aut_tiny`."""
 
 
 @pytest.mark.slow
