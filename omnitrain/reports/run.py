@@ -279,7 +279,11 @@ def _speech(scores: Mapping[str, Any]) -> dict[str, Any]:
     speaks = scores.get("kind") != "codec"
     rows = [
         (f"{measure.upper()}, {label}", ".1%", scores.get(measure, {}).get(recogniser))
-        for recogniser, label in (("open", "open vocabulary"), ("word_loop", f"loop of {scores.get('words')} words"))
+        for recogniser, label in (
+            ("open", "open vocabulary"),
+            ("word_loop", f"loop of {scores.get('words')} words"),
+            ("whisper", f"Whisper {Path(scores.get('judge') or '').name}"),
+        )
         for measure in ("wer", "cer")
     ]
     rows += [

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from data_prep import asterisk
 from data_prep.asterisk import decode_g722, read_list, what_is_said
 from data_prep.job import Counts
-from omnitrain.data.media import decode_audio
+from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.sample import BadSample
 from omnitrain.data.shards import SampleSource
 from tests.data_prep.conftest import as_sources, g722_of, tone
@@ -91,6 +93,19 @@ def test_the_script(asterisk_trees: dict[str, Path], tmp_path: Path, capsys: pyt
     left_out = json.loads((out / "source.json").read_text())["counts"]["left_out"]
     assert left_out["texts: without a recording"] == 1
     assert left_out["recordings: without a text"] == 3 + 1 + 3  # unlisted; fr empty; en beep, mine, twice
+
+
+def test_wav_is_kept_at_its_own_rate(asterisk_trees: dict[str, Path], tmp_path: Path) -> None:
+    trees = {name.replace("g722", "wav"): path for name, path in asterisk_trees.items() if "-it" in name}
+    for file in list(trees["asterisk-core-sounds-it-wav"].rglob("*.g722")):
+        file.with_suffix(".wav").write_bytes(encode_audio(tone(300)[::2], 8_000, "wav"))
+        file.unlink()
+    arguments = ["--out", str(tmp_path / "out"), "--no-progress", "--languages", "it", "--format", "wav"]
+    assert asterisk.main(arguments + as_sources(trees)) == 0
+    source = SampleSource(tmp_path / "out")
+    assert len(source) == 3
+    (segment,) = [s for s in source[0].segments if s.type == "audio"]
+    assert soundfile.info(io.BytesIO(source.media_bytes(segment))).samplerate == 8_000
 
 
 def test_a_language_alone_and_a_missing_list(asterisk_trees: dict[str, Path], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from omnitrain.config.locations import CONF, PACK, RECIPES
 from omnitrain.config.saved import write_config
 from omnitrain.config.verbs import HYDRA_VERBS, VERBS
 from omnitrain.runs.chain import read_stages
+from tests.interop.public_models import save_small_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("omnitrain", "data_prep", "speed")
@@ -174,9 +175,11 @@ class Started(Exception):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the documents' commands take for granted: a run folder, and the folder of own recipes that they describe."""
+    """What the documents' commands take for granted: a run folder, public folders, and that of own recipes."""
     home = tmp_path_factory.mktemp("documents")
     (home / "run").mkdir()
+    for name in ("DIR", "Qwen3-Omni-30B-A3B-Instruct"):
+        save_small_folder(home / name)
     write_config(compose.run_config(["+recipe=quickstart", f"paths.run_dir={home / 'run'}"]), home / "run")
     for document, group in (("configuration.md", "recipe"), ("benchmarks.md", "eval")):
         text = (ROOT / "docs" / document).read_text(encoding="utf-8")

@@ -23,9 +23,11 @@ PRETRAIN = {name for name in NAMES if name.startswith("pretrain")}
 """So do these, all in tests/cli/test_pretrain.py."""
 SEARCH = {"nondegradation_lr", "nondegradation_lr_arm"}
 """Sweeps of `nondegradation`, in tests/cli/test_sweeps.py."""
+FINETUNE = {"finetune"}
+"""Needs a folder with weights: tests/cli/test_finetune.py."""
 
 HEARING = {"aut", "aut_quickstart"}
-"""Those of the audio encoder alone."""
+"""Those of AuT."""
 ANSWERING = {"aut_transfer", "captioner"}
 """Those of a Thinker that hears, and ends with the evaluation of transcripts."""
 
@@ -39,7 +41,7 @@ def algorithms() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH - HEARING - ANSWERING))
+@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH - FINETUNE - HEARING - ANSWERING))
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A recipe's prepared data need not be there: the pack has rows of the same tasks and languages.
     for folder in ("stamps", "moving_stamps"):
