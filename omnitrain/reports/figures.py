@@ -251,9 +251,9 @@ def attention(weights: Sequence[Sequence[float]], tokens: Sequence[str]) -> Mark
 def error_curves(rates: Columns) -> Markup:
     """Error rates over steps: "all" as a thick line, every language as a thin one."""
     figure, (axes,) = _axes(1, 1, (7.8, 2.9))
-    colours = matplotlib.colormaps["tab20"](range(20))
+    colours = matplotlib.colormaps["tab20"]
     for i, (name, (steps, values)) in enumerate(sorted(rates.items(), key=lambda item: (item[0] != "all", item[0]))):
-        width, c = (2.4, _INK) if name == "all" else (1.2, colours[(i - 1) % len(colours)])
+        width, c = (2.4, _INK) if name == "all" else (1.2, colours((i - 1) % 20))
         axes.plot(steps, values, color=c, linewidth=width, label=name)
     axes.set_xlabel("step")
     axes.set_title("character error rate, validation")

@@ -22,6 +22,7 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.media import encode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.evaluation import transcripts
+from omnitrain.evaluation.captions import cider_d
 from omnitrain.evaluation.media_swap import Drawn
 from omnitrain.evaluation.settings import TranscriptEvaluation
 from omnitrain.evaluation.transcripts import (
@@ -205,3 +206,25 @@ def test_cross_attention_of_an_answer(encoder: SampleEncoder) -> None:
     weights = np.array(found["attention"])
     assert weights.shape == (len(written) + 1, 4)  # 0.25 s
     assert weights.sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_captions_are_scored_by_what_they_name() -> None:
+    """Two of three sounds are named, and one that is not there; the last caption names what its reference names."""
+    said = [
+        ("A dog can be heard.", "A dog barks.", ("dog",)),
+        ("A cat can be heard.", "A cow moos.", ("cow",)),
+        ("A cow and a dog.", "A cow moos at a dog.", ("cow",)),
+        ("Nothing.", "A cat.", ("cat",)),
+    ]
+    answers = [
+        answer(0, id=str(i), group=str(i), task="audio_caption", languages="en", language="en", prediction=p,
+               references=(r,), events=e)
+        for i, (p, r, e) in enumerate(said)
+    ]  # fmt: skip
+    measures = record(score(answers), languages="all")["measures"]
+    assert measures["named_events"]["mean"] == 2 / 4
+    assert measures["hallucinated_events"]["mean"] == 1 / 4
+    assert measures["hallucinating_captions"]["mean"] == 1 / 4
+    assert measures["cider_d"]["mean"] == pytest.approx(
+        np.mean(cider_d([p for p, *_ in said], [[r] for _, r, _ in said]))
+    )
