@@ -20,7 +20,7 @@ from rich.table import Table
 
 from data_prep.fetch import Opened, Package, fetch_all
 from omnitrain.data.sample import SPLITS, Sample
-from omnitrain.files import write_json
+from omnitrain.files import read_json, write_json
 
 RECORD = "source.json"
 
@@ -90,6 +90,28 @@ def print_counts(counts: Counts, console: Console | None = None, languages: int 
         console.print(f"and {len(ranked) - languages} more languages: {', '.join(ranked[languages:])}")
     for reason, count in counts.left_out.items():
         console.print(f"left out: {count:,} {reason}")
+
+
+def add_without(parser: argparse.ArgumentParser) -> None:
+    """`--without`."""
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="lists by data_prep.check_speech (misfits.json): leave out these recordings",
+    )
+
+
+def read_misfits(files: Iterable[str]) -> frozenset[str]:
+    """The recordings that these lists name, as in the media table. Raises ValueError: a file that is no such list."""
+    found: set[str] = set()
+    for file in files:
+        try:
+            found |= {misfit["recording"] for misfit in read_json(file)}
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"--without {file} is no list by data_prep.check_speech") from error
+    return frozenset(found)
 
 
 Build = Callable[[dict[str, Opened], argparse.Namespace, Counts], None]

@@ -114,6 +114,14 @@ PROMPTS: dict[str, tuple[str, ...]] = {
         "{language} name of what you hear:",
         "Tell me in {language} what this sound is.",
     ),
+    "audio_caption": (
+        "Describe this recording.",
+        "What can be heard?",
+        "Write a caption of the sound.",
+        "Say in one sentence what you hear.",
+        "Caption this audio.",
+        "Who or what is heard here?",
+    ),
     "video": (
         "What happens in this video?",
         "Describe the clip.",

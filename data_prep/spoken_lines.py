@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep.edit import check_heard
 from data_prep.fetch import Opened
-from data_prep.job import Counts
+from data_prep.job import Counts, add_without, read_misfits
 from data_prep.prompts import LANGUAGE_NAMES, ask, prompt
 from data_prep.splits import Sides, concept_key, document_split, fraction, sentence_key
 from omnitrain.data.media import encode_audio
@@ -116,9 +116,10 @@ def write(
     lines: Iterable[Line], collection: Collection, decode: Decode, options: argparse.Namespace, counts: Counts
 ) -> None:
     """Write `media.parquet` and the shards into `options.out`. What cannot be heard, contradicts the split of another
-    row or folder (`options.beside`) is left out and counted."""
+    row or folder (`options.beside`) or is listed (`options.without`) is left out and counted."""
     from rich.progress import track
 
+    misfits = read_misfits(options.without)
     kept: list[Line] = []
 
     def media() -> Iterator[tuple[str, bytes]]:
@@ -126,6 +127,9 @@ def write(
         for line in track(usable, description="recordings", disable=not options.progress):
             heard: dict[str, Path] = {}
             for spoken, file in sorted(line.recordings.items()):
+                if medium(line, spoken) in misfits:
+                    counts.left_out["recordings: listed by --without"] += 1
+                    continue
                 try:
                     wave, rate = decode(file)
                     check_heard(wave, rate, file)
@@ -185,7 +189,7 @@ def write_notice(folder: Path, opened: Mapping[str, Opened], title: str, content
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--beside`."""
+    """`--beside` and `--without`."""
     parser.add_argument(
         "--beside",
         nargs="*",
@@ -193,3 +197,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folders of shards that will be trained on too: leave out what they have on another side of the split",
     )
+    add_without(parser)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from data_prep.edit import SPEECH_RATE, check_heard, on_white, to_webp
 from data_prep.fetch import Opened, Package
-from data_prep.job import Counts, run
+from data_prep.job import Counts, add_without, read_misfits, run
 from data_prep.prompts import LANGUAGE_NAMES, ask, prompt
 from data_prep.splits import Sides, cell_split, concept_is_heldout, concept_key, fraction
 from omnitrain.data.media import decode_audio, encode_audio
@@ -212,13 +212,19 @@ def cells(stamp: Stamp, main: Sequence[str] = MAIN_LANGUAGES) -> Iterator[tuple[
 # ----------------------------------------------------------------------------------------------------------- script
 
 
-def usable(stamps: Iterable[Stamp], counts: Counts, shortest: float = 0.2) -> Iterator[Stamp]:
-    """The stamps without recordings and effects that do not decode, are silent or shorter than `shortest` seconds."""
+def usable(
+    stamps: Iterable[Stamp], counts: Counts, shortest: float = 0.2, misfits: frozenset[str] = frozenset()
+) -> Iterator[Stamp]:
+    """The stamps without recordings and effects that do not decode, are silent or shorter than `shortest` seconds, and
+    without the recordings that `misfits` lists."""
     for stamp in stamps:
         good: dict[str, Path] = {}
         effect = stamp.effect
         for language, file in [*stamp.recordings.items(), ("effect", effect)]:
             if file is None:
+                continue
+            if f"speech/{stamp.id}/{language}" in misfits:
+                counts.left_out["recordings: listed by --without"] += 1
                 continue
             try:
                 check_heard(decode_audio(file.read_bytes(), SPEECH_RATE), SPEECH_RATE, file, shortest)
@@ -260,6 +266,7 @@ def consistent(stamps: Sequence[Stamp], counts: Counts) -> Iterator[tuple[Stamp,
 def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Counts) -> None:
     from rich.progress import track
 
+    misfits = read_misfits(options.without)
     kept: list[Stamp] = []
 
     def media() -> Iterator[tuple[str, bytes]]:
@@ -270,7 +277,7 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
             except ValueError:
                 counts.left_out["stamps: the picture cannot be drawn"] += 1
                 continue
-            (stamp,) = usable([stamp], counts)
+            (stamp,) = usable([stamp], counts, misfits=misfits)
             kept.append(stamp)
             yield f"image/{stamp.id}", picture
             for language, file in stamp.recordings.items():
@@ -300,6 +307,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="keep recordings and effects as FLAC with RATE samples per second (16000: of about the same size as the "
         "files themselves, and read fifteen times as fast)",
     )
+    add_without(parser)
 
 
 def main(argv: list[str] | None = None) -> int:

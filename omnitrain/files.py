@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 """The whole resolved configuration; a folder with it is a run."""
 TOKENIZER = "tokenizer.json"
+PUBLIC = "public"
+"""Folder in a run that began as a public folder: that folder's files, but the weights."""
 CHECKPOINTS = "checkpoints"
 LAST_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
 METRICS = "metrics.csv"

@@ -54,6 +54,9 @@ def main(argv: list[str]) -> int:
             speaks = "default: full, if the model can speak"
             verb.add_argument("--layout", choices=("full", "thinker"), help=f"with Talker, or without; {speaks}")
             rest = "full public folder that the run began as, for what it was trained without (Talker, Code2Wav)"
+            kinds = ("float32", "bfloat16", "float16")
+            as_began = "of the weights; default: as in the public folder that the run began as, else as stored"
+            verb.add_argument("--dtype", choices=kinds, help=as_began)
             verb.add_argument("--base", type=Path, metavar="DIR", help=rest)
     options = parser.parse_args(argv)
 
@@ -68,7 +71,10 @@ def main(argv: list[str]) -> int:
 
     with _progress(f"writing {printable(options.out)}") as track:
         if options.verb == "to-hf":
-            to_hf(options.source, options.out, layout=options.layout, base=options.base, track=track)
+            import torch
+
+            dtype = None if options.dtype is None else getattr(torch, options.dtype)
+            to_hf(options.source, options.out, layout=options.layout, base=options.base, dtype=dtype, track=track)
         else:
             from_hf(options.source, options.out, track=track)
     print(printable(options.out))

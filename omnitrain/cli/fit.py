@@ -11,13 +11,16 @@ import lightning as L
 from lightning.pytorch.callbacks import LambdaCallback
 
 from omnitrain.cli.test import evaluate_and_report
-from omnitrain.config.run_config import RunConfig
+from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.saved import write_config
 from omnitrain.config.typed import ConfigError
+from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
+from omnitrain.runs.convert import keep_public
 from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
 from omnitrain.runs.lock import hold
+from omnitrain.runs.memory import check_memory
 from omnitrain.runs.resume import check_resume, record_changes
 
 
@@ -49,6 +52,7 @@ def train(config: RunConfig) -> Experiment:
         )
     begun_in = None if checkpoint is None else checkpoint.parent.parent
     changed = check_resume(config, begun_in) if begun_in is not None and (begun_in / CONFIG).is_file() else {}
+    check_memory(config)
     experiment = build_experiment(config, "fit")
     trainer = experiment.trainer
 
@@ -56,6 +60,8 @@ def train(config: RunConfig) -> Experiment:
         if trainer.is_global_zero:
             write_config(config, run_dir)
             experiment.datamodule.tokenizer.save(run_dir / TOKENIZER)
+            if isinstance(config.model.config, PretrainedConfig):
+                keep_public(Path(config.model.config.folder), run_dir)
             record_changes(changed, run_dir, trainer.global_step)
             if begun_in is not None:
                 _bring_rows(begun_in, run_dir)
@@ -64,11 +70,14 @@ def train(config: RunConfig) -> Experiment:
     vars(trainer)["callbacks"].insert(0, LambdaCallback(on_train_start=begin))
     if trainer.is_global_zero:
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
-        if config.evaluation.after_fit and config.evaluation.scores in ("codec", "speech"):
-            from omnitrain.evaluation.judges import missing_judges, missing_judges_notice
+    if config.evaluation.after_fit and isinstance(config.evaluation, (CodecEvaluation, SpeechEvaluation)):
+        from omnitrain.evaluation.judges import find_whisper, missing_judges, missing_judges_notice
 
-            if missing := missing_judges():  # said now, while it can still be mended before the end
-                print(missing_judges_notice(missing), flush=True)
+        # Said now, while it can still be mended before the end.
+        if config.evaluation.judge is not None:
+            find_whisper(config.evaluation.judge)
+        if (missing := missing_judges()) and trainer.is_global_zero:
+            print(missing_judges_notice(missing), flush=True)
     trainer.fit(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
     if config.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
         evaluate_and_report(experiment, config)

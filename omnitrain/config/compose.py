@@ -34,7 +34,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from omnitrain.config.door import read
 from omnitrain.config.errors import explained
@@ -304,8 +304,12 @@ def _read(cfg: DictConfig, overrides: list[str]) -> RunConfig:
     try:
         values: Any = OmegaConf.to_container(cfg, resolve=True)
         usual: Any = OmegaConf.to_container(_launcher_defaults(values["hydra"]), resolve=False)
+    except InterpolationToMissingValueError as error:
+        key = str(error).partition("value: ")[2].split()[0]
+        raise ConfigError(f"{key} must be given: add {key}=VALUE to the line") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
+        _, by_ours, said = str(error).partition(" raised while resolving interpolation: ")
+        raise ConfigError(said.splitlines()[0] if by_ours else str(error)) from error
     check_hydra(values["hydra"], usual, overrides, values["paths"]["run_dir"])
     return read(values)
 

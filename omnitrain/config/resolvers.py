@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -27,6 +30,15 @@ def _tokenizer(path: str) -> Any:
     return ChatTokenizer.from_file(path)
 
 
+@cache
+def _geometry(folder: str) -> Any:
+    from omnitrain.interop.public_config import read_config
+    from omnitrain.interop.public_files import public_geometry
+
+    audio, vision = public_geometry(Path(folder), read_config(folder, speech=False)[0])
+    return SimpleNamespace(audio=audio, vision=vision)
+
+
 def register_resolvers() -> None:
     """Tell OmegaConf about them. Can be called again."""
     resolvers = {
@@ -36,6 +48,7 @@ def register_resolvers() -> None:
         "codec_vocabulary": lambda name, codebook_size: codec_vocabulary(codebook_size)[name],
         "half": lambda number: number // 2,
         "vocab_size": lambda path: _tokenizer(str(path)).vocab_size,
+        "public": lambda folder, field: attrgetter(field)(_geometry(str(folder))),
         "special_tokens": lambda path: dict(_tokenizer(str(path)).special_ids),
     }
     for name, resolver in resolvers.items():

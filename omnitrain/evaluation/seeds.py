@@ -15,7 +15,7 @@ from omnitrain.evaluation.intervals import Estimate, bootstrap, crossed_interval
 from omnitrain.evaluation.scores import read_table
 from omnitrain.evaluation.transcripts import Answer, Measure, measures_of
 
-COLUMNS = ("id", "task", "languages", "language", "split", "group", "window", "references", "prediction")
+COLUMNS = ("id", "task", "languages", "language", "split", "group", "window", "references", "events", "prediction")
 _RESAMPLES = 1000
 
 Answers = Mapping[str, Answer]
@@ -43,8 +43,8 @@ def read_run(path: Path) -> dict[int, Answers]:
     """By window what a run has answered. Raises ValueError, naming the file, if it cannot be read."""
     found: dict[int, dict[str, Answer]] = {}
     for row in read_table(path, COLUMNS).to_pylist():
-        references = tuple(row.pop("references"))
-        found.setdefault(row["window"], {})[row["id"]] = Answer(**row, references=references)
+        references, events = tuple(row.pop("references")), tuple(row.pop("events") or ())
+        found.setdefault(row["window"], {})[row["id"]] = Answer(**row, references=references, events=events)
     return dict(found)
 
 
@@ -66,14 +66,10 @@ def _line(
     arms: Mapping[str, Mapping[int, Answers]], part: tuple[str, str], ids: Sequence[str], measure: Measure
 ) -> Line | None:
     sums = {
-        name: {seed: _sums([run[id] for id in ids], measure) for seed, run in sorted(arm.items())}
+        name: {seed: measure.statistics([run[id] for id in ids]) for seed, run in sorted(arm.items())}
         for name, arm in arms.items()
     }
-    some = next(iter(next(iter(sums.values())).values()))
-    if measure.combine is None:
-        ids = [id for id, row in zip(ids, some, strict=True) if row[1]]
-        sums = {name: {s: x[x[:, 1] > 0] for s, x in of.items()} for name, of in sums.items()}
-    if not ids:
+    if measure.combine is None and not any(x[:, 1].any() for of in sums.values() for x in of.values()):
         return None
     answers = next(iter(next(iter(arms.values())).values()))
     groups = [answers[id].group for id in ids]
@@ -90,10 +86,6 @@ def _line(
     )
 
 
-def _sums(answers: Sequence[Answer], measure: Measure) -> np.ndarray:
-    return np.array([measure.statistics(a.prediction, a.references, a.language) for a in answers])
-
-
 def estimate(sums: np.ndarray, groups: Sequence[str], measure: Measure, *, minus: np.ndarray | None = None) -> Estimate:
     """The mean over seeds of a measure of a corpus, with a 95 % interval for new seeds and new sentences.
 
@@ -107,7 +99,9 @@ def estimate(sums: np.ndarray, groups: Sequence[str], measure: Measure, *, minus
     both = [sums] if minus is None else [sums, minus]
     weights = np.concatenate(both)[:, :, 1]
     if measure.combine is None and (weights == weights[0]).all():
-        return crossed_interval(both[0][:, :, 0] - (both[1][:, :, 0] if minus is not None else 0), weights[0], groups)
+        counts = weights[0] > 0
+        wrong = sums[:, :, 0] - (0 if minus is None else minus[:, :, 0])
+        return crossed_interval(wrong[:, counts], weights[0, counts], np.asarray(groups)[counts])
     names, member = np.unique(np.asarray(groups), return_inverse=True)
     by_group = [np.stack([_by_group(x, member, len(names)) for x in part]) for part in both]  # [S, G, K] each
 

@@ -77,11 +77,13 @@ class CodecEvaluation(Evaluation):
     Attributes:
         max_samples: recordings that are encoded and decoded.
         players: of them, that can be heard in the report.
+        judge: a Whisper model that hears the speech too, in any language (`evaluation.judges.Whisper`).
     """
 
     scores: str = "codec"
     max_samples: int = 32
     players: int = 8
+    judge: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class SpeechEvaluation(Evaluation):
         temperature: of all codes; 0: always the likeliest.
         top_k: draw from so many of the likeliest codes; 0: from all.
         repetition_penalty: of codebook 0; 1: none.
+        judge: a Whisper model that hears the speech too, in any language (`evaluation.judges.Whisper`).
         grammar_words: recognise also with a loop of the test texts' words (for small vocabularies).
         seed: of the drawing.
     """
@@ -110,6 +113,7 @@ class SpeechEvaluation(Evaluation):
     temperature: float = 0.7
     top_k: int = 50
     repetition_penalty: float = 1.0
+    judge: str | None = None
     grammar_words: bool = True
     seed: int = 0
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.sample import BadSample, Sample
+from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import answer_samples
+from omnitrain.evaluation.captions import cider_d, mentioned
 from omnitrain.evaluation.heldout import direction, draw, listing
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.media_swap import Drawn, MediaSwap, media_segments, media_swap
@@ -42,10 +44,13 @@ from omnitrain.evaluation.metrics import (
 )
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import TranscriptEvaluation
-from omnitrain.evaluation.teacher_forced import Writer
+from omnitrain.evaluation.teacher_forced import Writer, evaluating
 from omnitrain.files import HEARD, TRANSCRIPTS, write_json, write_parquet
 from omnitrain.generation.sampling import Decoding
+from omnitrain.generation.timestamps import cross_attention_maps
 from omnitrain.generation.transcribe import BeamSearch
+from omnitrain.models.aut_decoder import AuT
+from omnitrain.vocabulary import TEXT
 
 MODEL, FREQUENT, CONSTANT = "model", "most frequent", "best constant"
 """Who answers: the model; whoever always gives the most frequent training answer of that task and language; whoever
@@ -56,6 +61,7 @@ TRAINING_ANSWERS = 6000
 _CONSTANT_IS_TRIED_ON = 300  # training answers of a task and language
 _BATCH = 24  # recordings that are answered together
 _KEPT_BYTES = 1 << 20  # larger recordings are not copied for the report
+_KEPT_MAPS = 6  # recordings of which cross-attention is kept
 _RESAMPLES = 1000
 
 
@@ -67,21 +73,21 @@ class Measure:
     """A score of a corpus.
 
     Attributes:
-        statistics: of one answer: what it says, the right answers, the language; what a corpus sums.
+        statistics: of answers, float [I, K]: what is summed over them.
         combine: the sums to the score; None: the first over the second.
         title, form: how it is printed.
     """
 
     name: str
     title: str
-    statistics: Callable[[str, Sequence[str], str], tuple[float, ...]]
+    statistics: Callable[[Sequence[Answer]], np.ndarray]
     combine: Callable[[np.ndarray], float] | None = None
     lower_is_better: bool = False
     form: str = ".1f"
 
     def interval(self, answers: Sequence[Answer], seed: int) -> Interval | None:
         """The score of the corpus, with its bootstrap interval over sentences; None where nothing can be scored."""
-        sums = np.array([self.statistics(a.prediction, a.references, a.language) for a in answers])
+        sums = self.statistics(answers)
         if self.combine is None and not sums[:, 1].any():
             return None
         groups = [a.group for a in answers]
@@ -97,34 +103,84 @@ def _edits(prediction: str, reference: str, language: str, characters: bool) -> 
     return float(wrong), float(length)
 
 
-def _errors(prediction: str, references: Sequence[str], language: str, *, characters: bool) -> tuple[float, float]:
-    """(errors, length of the reference), against the reference with the lowest rate."""
-    found = [_edits(prediction, reference, language, characters) for reference in references]
-    return min(found, key=lambda pair: pair[0] / max(1.0, pair[1]))
+def _errors(answers: Sequence[Answer], *, characters: bool) -> np.ndarray:
+    """(errors, length of the reference) of each, against the reference with the lowest rate."""
+    return np.array([
+        min(
+            (_edits(a.prediction, reference, a.language, characters) for reference in a.references),
+            key=lambda pair: pair[0] / max(1.0, pair[1]),
+        )
+        for a in answers
+    ])  # fmt: skip
 
 
-def _right(prediction: str, references: Sequence[str], language: str) -> tuple[float, float]:
-    said = whisper_normalise(prediction, language)
-    return float(any(said == whisper_normalise(reference, language) for reference in references)), 1.0
+def _right(answers: Sequence[Answer]) -> np.ndarray:
+    """(equal to a reference, 1) of each."""
+
+    def right(a: Answer) -> bool:
+        said = whisper_normalise(a.prediction, a.language)
+        return any(said == whisper_normalise(reference, a.language) for reference in a.references)
+
+    return np.array([(float(right(a)), 1.0) for a in answers])
 
 
-def _bleu(prediction: str, references: Sequence[str], language: str) -> tuple[float, ...]:
-    return bleu_statistics(prediction, references, "char" if short_language(language) in WITHOUT_SPACES else "13a")
+def _bleu(answers: Sequence[Answer]) -> np.ndarray:
+    def tokenizer(language: str) -> str:
+        return "char" if short_language(language) in WITHOUT_SPACES else "13a"
+
+    return np.array([bleu_statistics(a.prediction, a.references, tokenizer(a.language)) for a in answers])
 
 
-WER = Measure(
-    name="wer", title="WER", form=".1%", lower_is_better=True,
-    statistics=lambda p, r, language: _errors(p, r, language, characters=False),
-)  # fmt: skip
-CER = Measure(
-    name="cer", title="CER", form=".1%", lower_is_better=True,
-    statistics=lambda p, r, language: _errors(p, r, language, characters=True),
-)  # fmt: skip
+def _chrf(answers: Sequence[Answer]) -> np.ndarray:
+    return np.array([chrf_statistics(a.prediction, a.references) for a in answers])
+
+
+def _cider(answers: Sequence[Answer]) -> np.ndarray:
+    scores = cider_d([a.prediction for a in answers], [a.references for a in answers])
+    return np.array([scores, np.ones(len(answers))]).T
+
+
+def _hallucinated(answers: Sequence[Answer]) -> np.ndarray:
+    """(events that are named but not in the recording, events that are named) of each. The names that are looked for
+    are the true events of all recordings; one that a reference names is in the recording too."""
+    vocabulary = sorted({event for a in answers for event in a.events})
+    counts = []
+    for a in answers:
+        named = mentioned(a.prediction, vocabulary)
+        true = set(a.events).union(*(mentioned(reference, vocabulary) for reference in a.references))
+        counts.append((float(len(named - true)), float(len(named))))
+    return np.array(counts)
+
+
+def _hallucinating(answers: Sequence[Answer]) -> np.ndarray:
+    """(names an event that is not in the recording, 1) of each: CHAIR of captions (arXiv 1809.02156)."""
+    return np.array([(float(wrong > 0), 1.0) for wrong, _ in _hallucinated(answers)])
+
+
+def _named(answers: Sequence[Answer]) -> np.ndarray:
+    """(true events that are named, true events) of each."""
+    return np.array([(float(len(mentioned(a.prediction, a.events))), float(len(a.events))) for a in answers])
+
+
+WER = Measure(name="wer", title="WER", form=".1%", lower_is_better=True, statistics=partial(_errors, characters=False))
+CER = Measure(name="cer", title="CER", form=".1%", lower_is_better=True, statistics=partial(_errors, characters=True))
 ACCURACY = Measure(name="accuracy", title="right", form=".1%", statistics=_right)
 BLEU = Measure(name="bleu", title="BLEU", statistics=_bleu, combine=bleu_from)
-CHRF = Measure(name="chrf", title="chrF", statistics=lambda p, r, _: chrf_statistics(p, r), combine=chrf_from)
-MEASURES = {measure.name: measure for measure in (WER, CER, ACCURACY, BLEU, CHRF)}
-OF_TASK = {"asr": (CER, WER), "s2tt": (CHRF, BLEU)}
+CHRF = Measure(name="chrf", title="chrF", statistics=_chrf, combine=chrf_from)
+CIDER = Measure(name="cider_d", title="CIDEr-D", form=".2f", statistics=_cider)
+NAMED = Measure(name="named_events", title="named", form=".1%", statistics=_named)
+HALLUCINATED = Measure(
+    name="hallucinated_events", title="of named", form=".1%", lower_is_better=True, statistics=_hallucinated
+)
+HALLUCINATING = Measure(
+    name="hallucinating_captions", title="made up", form=".1%", lower_is_better=True,
+    statistics=_hallucinating,
+)  # fmt: skip
+OF_TASK = {
+    "asr": (CER, WER),
+    "s2tt": (CHRF, BLEU),
+    "audio_caption": (NAMED, HALLUCINATING, HALLUCINATED, CHRF, CIDER),
+}
 """The measures of a task, the most telling one first."""
 OF_OTHERS = (ACCURACY, CHRF)
 """Of every other task about recordings, such as naming a sound."""
@@ -145,6 +201,7 @@ class Answer:
     Attributes:
         languages: `heldout.direction`. language: the one that is written.
         group: the sentence; whole ones are redrawn for intervals.
+        events: what is heard in it, where the data say so.
         system: `MODEL`, `FREQUENT` or `CONSTANT`.
         window: of the encoder's attention, in seconds; None where nobody listened.
     """
@@ -157,6 +214,7 @@ class Answer:
     group: str
     references: tuple[str, ...]
     prediction: str
+    events: tuple[str, ...] = ()
     system: str = MODEL
     window: int | None = None
 
@@ -166,12 +224,17 @@ class Answer:
             id=sample.id, task=sample.task, languages=direction(sample.languages), split=sample.split,
             language=sample.languages[-1] if sample.languages else "", references=references(sample),
             group=sample.concept or sample.reference or sample.id, prediction=prediction, window=window,
+            events=_listed(sample, "events"),
         )  # fmt: skip
 
 
 def references(sample: Sample) -> tuple[str, ...]:
     """All right answers: that of the conversation, and those that ``meta["references"]``, a JSON list, adds."""
-    return tuple(dict.fromkeys([sample.reference, *json.loads(sample.meta.get("references", "[]"))]))
+    return tuple(dict.fromkeys([sample.reference, *_listed(sample, "references")]))
+
+
+def _listed(sample: Sample, key: str) -> tuple[str, ...]:
+    return tuple(json.loads(sample.meta.get(key, "[]")))
 
 
 Kind = tuple[str, str]
@@ -311,7 +374,14 @@ def evaluate_transcripts(
     }  # fmt: skip
     out = Path(out_dir)
     write_json(out / Path(TRANSCRIPTS).name, scores)
-    _write_rows(answers, _players(groups, settings.players), max(windows), out / Path(HEARD).name)
+    kept, longest = _players(groups, settings.players), max(windows)
+    beside = {id: {"media": data} for id, data in kept.items()}
+    said = {a.id: a.prediction for a in answers if a.window == longest and a.prediction}
+    by_id = {one.sample.id: one for one in drawn}
+    if isinstance(model, AuT):
+        for id in [id for id in kept if id in said][:_KEPT_MAPS]:
+            beside[id] |= cross_attention(model, encoder, by_id[id], said[id], longest)
+    _write_rows(answers, beside, longest, out / Path(HEARD).name)
     return scores
 
 
@@ -353,12 +423,14 @@ def _swap_record(task: str, swap: MediaSwap) -> dict[str, Any]:
 
 ROWS_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("id", "task", "languages", "language", "split", "group")]
-    + [("window", pa.int64()), ("references", pa.list_(pa.string())), ("prediction", pa.string())]
-    + [(name, pa.float64()) for name in MEASURES if name != "bleu"]
-    + [("media", pa.binary())]
+    + [("window", pa.int64()), ("references", pa.list_(pa.string())), ("events", pa.list_(pa.string()))]
+    + [("prediction", pa.string()), *((measure.name, pa.float64()) for measure in (WER, CER, ACCURACY, CHRF))]
+    + [("media", pa.binary()), ("tokens", pa.list_(pa.string())), ("attention", pa.list_(pa.list_(pa.float32())))]
 )
 """One row per recording and window (in seconds). `wer`, `cer`: of this answer, null where the task has no such measure.
-`media`: some recordings, for the report, beside the answer with the longest window."""
+`media`: some recordings, for the report, beside the answer with the longest window. `tokens`, `attention`: of some of
+them, where the model is an AuT, the tokens of the answer, and how much each looks at each feature of the recording
+while it is predicted, [tokens, features], mean over layers and heads."""
 
 
 def _players(groups: Mapping[Kind, Sequence[Drawn]], most: int) -> dict[str, bytes]:
@@ -377,18 +449,33 @@ def _players(groups: Mapping[Kind, Sequence[Drawn]], most: int) -> dict[str, byt
     return kept
 
 
-def _write_rows(answers: Sequence[Answer], players: Mapping[str, bytes], beside: int, path: Path) -> None:
+def cross_attention(model: AuT, encoder: SampleEncoder, one: Drawn, said: str, window: int) -> dict[str, Any]:
+    """`tokens` and `attention` (`ROWS_SCHEMA`) of the answer `said` about a recording."""
+    answer = Message(role="assistant", segments=(Segment(type="text", text=said),))
+    sample = replace(one.sample, messages=(*one.sample.messages[:-1], answer))
+    encoded = encoder(sample, one.source.media_bytes)
+    with evaluating(model):
+        [maps] = cross_attention_maps(model, PackedBatch.pack([encoded]), aut_window_frames=100 * window)
+    labels = encoded.labels[encoded.token_types == TEXT]
+    predicts = np.flatnonzero(labels != IGNORE)
+    tokens = [encoder.tokenizer.decode([int(labels[i])], skip_special=False) for i in predicts]
+    attention = maps.mean(dim=(0, 1)).float().cpu().numpy()[predicts]
+    return {"tokens": tokens, "attention": attention.tolist()}
+
+
+def _write_rows(answers: Sequence[Answer], beside: Mapping[str, Mapping[str, Any]], longest: int, path: Path) -> None:
     rows = []
     for a in answers:
         scores = {}
-        for measure in measures_of(a.task):
-            sums = np.array(measure.statistics(a.prediction, a.references, a.language))
+        for measure in set(measures_of(a.task)) & {WER, CER, ACCURACY, CHRF}:
+            [sums] = measure.statistics([a])
             if measure.combine is not None:
                 scores[measure.name] = measure.combine(sums)
             elif sums[1]:
                 scores[measure.name] = sums[0] / sums[1]
-        media = players.get(a.id) if a.window == beside else None
-        rows.append({**asdict(a), **scores, "references": list(a.references), "media": media})
+        more = beside.get(a.id, {}) if a.window == longest else {}
+        lists = {"references": list(a.references), "events": list(a.events)}
+        rows.append({**asdict(a), **scores, **lists, **more})
     table = [{name: row.get(name) for name in ROWS_SCHEMA.names} for row in rows]
     write_parquet(path, pa.Table.from_pylist(table, schema=ROWS_SCHEMA))
 
@@ -410,7 +497,10 @@ def print_transcripts(scores: Mapping[str, Any], console: Console | None = None)
     for column in ("n", "", "95 %", "", "frequent", "constant"):
         table.add_column(column, justify="right", no_wrap=True)
     found = {(r["task"], r["languages"], r["system"], r["window"]): r["measures"] for r in rows}
+    kinds = Counter(r["task"] for r in rows if r["system"] == MODEL and r["window"] == windows[-1])
     for row in (r for r in rows if r["system"] == MODEL and r["window"] == windows[-1]):
+        if kinds[row["task"]] == 2 and row["languages"] != "all":
+            continue  # of a single language all is said
         first, second = measures_of(row["task"])[:2]
         whole, of = row["languages"] == "all", row["measures"]
         others = [found.get((row["task"], row["languages"], system, None), {}) for system in (FREQUENT, CONSTANT)]
@@ -432,6 +522,8 @@ def print_transcripts(scores: Mapping[str, Any], console: Console | None = None)
         gain = swap["gain"]
         shown = f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
         console.print(f"{swap['task']}, media swap: {shown} nats per token", highlight=False)
+    if "audio_caption" in kinds:
+        console.print("named: of what is heard; made up: captions that name something else", style="dim")
     console.print(
         "frequent: always the most frequent training answer of the task and language;\n"
         "constant: the best of the frequent ones. Error rates after Whisper's normaliser.",

@@ -7,8 +7,8 @@ A document that is done leaves the batch; nothing is padded, so a document's tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     prefill_chunk: int | None = None,
     aut_window_frames: int | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers. Returns the new
     tokens of every document, a stop token included.
@@ -46,12 +47,14 @@ def generate(
         prefill_chunk: prompts are read at most so many tokens per document at a time, which bounds the memory of
             long ones; default: in one piece. The result is the same.
         aut_window_frames: attention window of the audio encoder; default: the configuration's.
+        on_read: called with the number of prompt tokens that were read, after each such piece.
 
     Raises ValueError: for a nonsensical option or an empty prompt, naming it.
     """
     generators = seeded(decoding, seeds, len(batch.cu_seqlens) - 1)
     batch = batch.to(model.thinker.embed_tokens.weight.device)
-    texts = _Answers(model, batch, prefill_chunk, aut_window_frames)
+    reading = {"chunk": prefill_chunk, "aut_window_frames": aut_window_frames, "on_read": on_read}
+    texts = _Answers(model, batch, reading)
     prompts = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
     return write(texts, prompts, decoding, generators, frozenset(stop_ids), on_token)
 
@@ -72,14 +75,11 @@ class Texts(Protocol):
 
 
 class _Answers:
-    """Of a Thinker (protocol `Texts`)."""
+    """Of a Thinker (protocol `Texts`). `reading`: options of `read_prompts`."""
 
-    def __init__(
-        self, model: OmniModel, batch: PackedBatch, prefill_chunk: int | None, aut_window_frames: int | None
-    ) -> None:
+    def __init__(self, model: OmniModel, batch: PackedBatch, reading: Mapping[str, Any]) -> None:
         self.model, self.cache = model, PackedKVCache()
-        options = {"chunk": prefill_chunk, "aut_window_frames": aut_window_frames}
-        hidden, _ = read_prompts(model, batch, self.cache, **options)  # [B, D]
+        hidden, _ = read_prompts(model, batch, self.cache, **reading)  # [B, D]
         self.logits = model.thinker.logits(hidden)
         self.position = next_positions(batch)  # [B]
 
@@ -144,6 +144,7 @@ def read_prompts(
     *,
     chunk: int | None = None,
     aut_window_frames: int | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read the prompts into `cache`, at most `chunk` tokens of each document per pass. Returns hidden [B, D], of each
     document's last token (times the head = logits of its next one), and accept_hidden [N, D], what the Talker hears.
@@ -164,6 +165,8 @@ def read_prompts(
             levels = [level[visual_index[rows[mask]]] for level in deepstack]
         out = model.thinker(x[rows], batch.position_ids[:, rows], borders, mask, levels, cache)
         x[rows], accept_hidden[rows] = out.hidden, out.accept_hidden  # what was read of x is not read again
+        if on_read is not None:
+            on_read(len(rows))
     return x[batch.cu_seqlens[1:] - 1], accept_hidden
 
 

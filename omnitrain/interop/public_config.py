@@ -378,6 +378,16 @@ def architecture_of(root: Section) -> Any:
     return names[0] if isinstance(names, list) and names else None
 
 
+def stored_dtype(folder: str | Path) -> torch.dtype | None:
+    """The dtype that the config.json of a public folder says its weights have; None if there is none, or says none."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    root = Section.of(path)
+    name = root.get("dtype", root.get("torch_dtype", None))
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name))
+
+
 def _read_talker(c: Section) -> sizes.TalkerConfig:
     mtp: sizes.MTPConfig = MTP.read(c.section("code_predictor_config", optional=True))
     own = TALKER.values(c)

@@ -15,6 +15,7 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.settings import AudioGeometry, VisionGeometry
 from omnitrain.files import TOKENIZER, read_json, write_json, write_text
+from omnitrain.interop.public_config import Section
 from omnitrain.models.sizes import OmniConfig
 
 RECORD = "conversion.json"
@@ -76,6 +77,42 @@ def copy_companions(source: Path, folder: Path) -> set[str]:
         if source.resolve() != folder.resolve():
             shutil.copy2(path, folder / path.name)
     return {path.name for path in files}
+
+
+def public_geometry(folder: Path, config: OmniConfig) -> tuple[AudioGeometry, VisionGeometry]:
+    """How media are read for the model in a public folder, whose sizes are `config`."""
+    sizes = config.vision
+    bounds = _pixel_bounds(folder / "preprocessor_config.json")
+    bounds |= _video_bounds(folder / "video_preprocessor_config.json")
+    audio = AudioGeometry(n_mels=config.aut.n_mels, chunk_frames=config.aut.chunk_frames)
+    vision = VisionGeometry(patch=sizes.patch, temporal_patch=sizes.temporal_patch, merge=sizes.merge, **bounds)
+    return audio, vision
+
+
+def _pixel_bounds(path: Path) -> dict[str, Any]:
+    """`min_pixels` and `max_pixels` of the public preprocessor's configuration, where it states them."""
+    if not path.is_file():
+        return {}
+    stored = Section.of(path)
+    size = stored.section("size", optional=True)
+    bounds = {
+        "min_pixels": stored.get("min_pixels", size.get("shortest_edge", None)),
+        "max_pixels": stored.get("max_pixels", size.get("longest_edge", None)),
+    }
+    return {name: int(value) for name, value in bounds.items() if value}
+
+
+def _video_bounds(path: Path) -> dict[str, Any]:
+    """How videos are read, from a file such as `_video` writes. One that does not bound each frame by itself counts
+    otherwise and is not followed."""
+    stored = Section.of(path) if path.is_file() else Section({}, path)
+    if not stored.get("cap_pixels_per_frame", False):
+        return {}
+    bounds = {f"video_{name}": value for name, value in _pixel_bounds(path).items()}
+    tokens, side = stored.get("max_video_tokens", None), stored.get("patch_size", 16) * stored.get("merge_size", 2)
+    if tokens:
+        bounds["video_total_pixels"] = round(0.9 * tokens * side**2)
+    return bounds | ({"fps": float(fps)} if (fps := stored.get("fps", None)) else {})
 
 
 def _tells_the_same(source: Path, tokenizer: ChatTokenizer) -> bool:

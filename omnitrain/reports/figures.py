@@ -21,6 +21,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+FEATURES_PER_SECOND = 13
+"""Of the audio encoder (`models.aut`)."""
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Name -> (steps [n], values [n])."""
 _INK, _LINE = "#010203", "#010204"
@@ -229,6 +231,35 @@ def by_window(panels: Mapping[str, Mapping[str, Any]]) -> Markup:
         axes.set_xlabel("attention window, s")
         axes.set_ylabel(panel["unit"])
     return _svg(figure, "scores by attention window")
+
+
+@_styled
+def attention(weights: Sequence[Sequence[float]], tokens: Sequence[str]) -> Markup:
+    """How much each token of an answer, [n], looks at each feature of a recording, [n, features]."""
+    figure, (axes,) = _axes(1, 1, (3.2, 0.7 + 0.15 * len(tokens)))
+    seconds = len(weights[0]) / FEATURES_PER_SECOND
+    axes.imshow(
+        np.asarray(weights), aspect="auto", interpolation="nearest", cmap="magma", extent=(0, seconds, len(tokens), 0)
+    )
+    axes.grid(visible=False)
+    axes.set_yticks(np.arange(len(tokens)) + 0.5, [token.replace("$", r"\$") for token in tokens], fontsize=7)
+    axes.set_xlabel("seconds")
+    return _svg(figure, "cross-attention")
+
+
+@_styled
+def error_curves(rates: Columns) -> Markup:
+    """Error rates over steps: "all" as a thick line, every language as a thin one."""
+    figure, (axes,) = _axes(1, 1, (7.8, 2.9))
+    colours = matplotlib.colormaps["tab20"]
+    for i, (name, (steps, values)) in enumerate(sorted(rates.items(), key=lambda item: (item[0] != "all", item[0]))):
+        width, c = (2.4, _INK) if name == "all" else (1.2, colours((i - 1) % 20))
+        axes.plot(steps, values, color=c, linewidth=width, label=name)
+    axes.set_xlabel("step")
+    axes.set_title("character error rate, validation")
+    axes.set_ylim(0, min(1.5, axes.get_ylim()[1]))  # a model that cannot stop writes many times the reference
+    figure.legend(loc="outside right upper", ncols=1 + len(rates) // 12)
+    return _svg(figure, "error rates over steps")
 
 
 @_styled

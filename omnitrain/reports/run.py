@@ -279,7 +279,11 @@ def _speech(scores: Mapping[str, Any]) -> dict[str, Any]:
     speaks = scores.get("kind") != "codec"
     rows = [
         (f"{measure.upper()}, {label}", ".1%", scores.get(measure, {}).get(recogniser))
-        for recogniser, label in (("open", "open vocabulary"), ("word_loop", f"loop of {scores.get('words')} words"))
+        for recogniser, label in (
+            ("open", "open vocabulary"),
+            ("word_loop", f"loop of {scores.get('words')} words"),
+            ("whisper", f"Whisper {Path(scores.get('judge') or '').name}"),
+        )
         for measure in ("wer", "cer")
     ]
     rows += [
@@ -372,7 +376,7 @@ def _recordings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
              "marks": marked(row["references"], text)}
             for text, windows in by_text.items()
         ]  # fmt: skip
-        attention = data_uri(row["attention"], "image/png") if row.get("attention") else None
+        attention = figures.attention(row["attention"] or [], row["tokens"] or [])
         shown.append({**row, **sound, "answers": answers, "attention": attention})
     return shown
 
@@ -502,7 +506,7 @@ def _render(run: Run) -> str:
         listens=_scores(run) == "transcripts",
         transcripts=_transcripts(run.transcripts) if run.transcripts else None,
         recordings=_recordings(run.heard),
-        error_figure=lines(_validation_errors(run), "character errors, validation"),
+        error_figure=figures.error_curves(_validation_errors(run)),
         name=run.config.get("name") or folder,
         folder=folder,
         facts=_facts(run),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from omnitrain.config.typed import ConfigError, Named
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.settings import DataConfig, MediaLimits
-from omnitrain.files import CONFIG, LAST_CHECKPOINT, TOKENIZER, atomic, read_json, write_json
+from omnitrain.files import CONFIG, LAST_CHECKPOINT, PUBLIC, TOKENIZER, atomic, read_json, write_json
 from omnitrain.interop import public_config
 from omnitrain.interop.public_files import RECORD, copy_companions
 from omnitrain.interop.public_format import Track, empty_model, load_pretrained, save_pretrained
@@ -27,10 +28,8 @@ from omnitrain.interop.start_from import load_weights, model_weights
 from omnitrain.interop.text_model import is_text_model
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import OmniConfig
-from omnitrain.runs.load import is_run, public_encoder, run_tokenizer
+from omnitrain.runs.load import is_run, public_encoder, run_sizes, run_tokenizer
 
-PUBLIC = "public"
-"""Folder in a run that `from_hf` has made: the public folder's other files, for the way back."""
 _UNTRAINED = {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0}
 """What Lightning asks of a checkpoint of which it reads the weights alone."""
 
@@ -41,19 +40,25 @@ def to_hf(
     *,
     layout: public_config.Layout | None = None,
     base: Path | None = None,
+    dtype: torch.dtype | None = None,
     track: Track = iter,
 ) -> None:
     """Write a run (its last checkpoint), one of its checkpoints or a public folder to `out` in the public layout, with
     tokenizer, processor, chat template and generation files of the model that it came from. `layout` and `base` as in
-    `save_pretrained`.
+    `save_pretrained`. Weights are written in `dtype`; None: that of the public folder that the run began as, else as
+    they are stored.
 
     Raises ValueError or FileNotFoundError: no such thing, or `out` holds something else; one line that says which.
     """
     record = _record(source, out, "to-hf")
     if source.is_file() or is_run(source):
         model, encoder = _of_run(source)
+        if dtype is None and model.source is not None:
+            dtype = public_config.stored_dtype(model.source)
     else:
         model, encoder = load_pretrained(source, track=track), None
+    if dtype is not None:
+        model = model.to(dtype)
     with _written(out, record) as partial:
         save_pretrained(model, partial, layout=layout, base=base, encoder=encoder, track=track)
 
@@ -102,7 +107,14 @@ def _of_run(path: Path) -> tuple[OmniModel, SampleEncoder]:
         raise ValueError(f"{path}: no checkpoint in the folder of its run (there is no {CONFIG} above it)")
     checkpoint = run / LAST_CHECKPOINT if path.is_dir() else path
     config = read_config(run)
-    sizes = _sizes(config, run)
+    sizes = config.model.config
+    if isinstance(sizes, PretrainedConfig):
+        sizes = run_sizes(sizes, run)
+    if not isinstance(sizes, OmniConfig):
+        raise ValueError(
+            f"{run} is the run of a codec, and the public layout has no place for its encoder: convert the run of a "
+            f"Talker that was trained with codec={run}; its Code2Wav is this codec's decoder"
+        )
     data = config.data.config
     assert isinstance(data, DataConfig)
     tokenizer = ChatTokenizer.from_file(run_tokenizer(run))
@@ -111,18 +123,6 @@ def _of_run(path: Path) -> tuple[OmniModel, SampleEncoder]:
     load_weights(model, model_weights(checkpoint), checkpoint, assign=True)
     model.source = came_from(run)
     return model, encoder
-
-
-def _sizes(config: RunConfig, run: Path) -> OmniConfig:
-    sizes = config.model.config
-    if isinstance(sizes, PretrainedConfig):
-        return public_config.read_config(sizes.folder, speech=sizes.speech)[0]
-    if not isinstance(sizes, OmniConfig):
-        raise ValueError(
-            f"{run} is the run of a codec, and the public layout has no place for its encoder: convert the run of a "
-            f"Talker that was trained with codec={run}; its Code2Wav is this codec's decoder"
-        )
-    return sizes
 
 
 def came_from(run: Path, before: tuple[Path, ...] = ()) -> Path | None:
@@ -148,6 +148,13 @@ def came_from(run: Path, before: tuple[Path, ...] = ()) -> Path | None:
         return None
     architecture = public_config.architecture_of(public_config.Section.of(start / public_config.FILE))
     return start if architecture in (public_config.FULL, public_config.THINKER) else None
+
+
+def keep_public(source: Path, run: Path) -> None:
+    """Copy what stands beside the weights of the public folder `source` into a run that begins as it, so that neither
+    its sizes nor the way back need that folder again."""
+    copy_companions(source, run / PUBLIC)
+    shutil.copyfile(source / public_config.FILE, run / PUBLIC / public_config.FILE)
 
 
 def _record(source: Path, out: Path, verb: str) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from omnitrain.config.run_config import RunConfig, TalkerModuleConfig, TrainerConfig
+from omnitrain.config.run_config import PretrainedConfig, RunConfig, TalkerModuleConfig, TrainerConfig
 from omnitrain.config.targets import LOOSE, build, check_inside
 from omnitrain.config.typed import ConfigError, Named
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.files import LAST_CHECKPOINT
+from omnitrain.interop.public_config import read_config as read_public_config
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import init_codec_weights, init_weights
@@ -65,6 +66,8 @@ def build_experiment(config: RunConfig, stage: str) -> Experiment:
 def build_data(config: RunConfig) -> OmniDataModule:
     """The data, nothing of them opened yet."""
     sizes = config.model.config
+    if isinstance(sizes, PretrainedConfig):
+        sizes = read_public_config(sizes.folder)[0]
     ids_per_second = sizes.position_id_per_seconds if isinstance(sizes, OmniConfig) else 13
     offered = {"seed": config.seed, "run_dir": config.paths.run_dir, "ids_per_second": ids_per_second}
     return build(config.data, place="data", **offered)

@@ -9,20 +9,24 @@ import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
+from omnitrain.config.run_config import PretrainedConfig
 from omnitrain.config.saved import read_config
 from omnitrain.config.targets import build
+from omnitrain.config.typed import Named
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.settings import AudioGeometry, MediaLimits, VisionGeometry
-from omnitrain.files import CONFIG, LAST_CHECKPOINT, TOKENIZER
+from omnitrain.data.settings import MediaLimits
+from omnitrain.files import CONFIG, LAST_CHECKPOINT, PUBLIC, TOKENIZER
 from omnitrain.interop.mimi import MimiCodec
-from omnitrain.interop.public_config import Section
-from omnitrain.interop.public_format import load_pretrained
+from omnitrain.interop.public_config import FILE
+from omnitrain.interop.public_config import read_config as read_public_config
+from omnitrain.interop.public_files import public_geometry
+from omnitrain.interop.public_format import empty_model, load_pretrained
 from omnitrain.interop.start_from import load_weights, model_weights
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.code2wav import fingerprint
@@ -154,13 +158,24 @@ def _load_run(folder: Path) -> tuple[OmniModel | AuT, SampleEncoder]:
 
     tokenizer = run_tokenizer(folder)
     config = read_config(folder)
-    data = replace(config.data, config=replace(config.data.config, tokenizer=str(tokenizer)))
-    encoder: SampleEncoder = build_data(replace(config, data=data)).encoder
-    model = build(config.model, place="model")
+    config = replace(config, data=replace(config.data, config=replace(config.data.config, tokenizer=str(tokenizer))))
+    if isinstance(config.model.config, PretrainedConfig):  # its weights are in the checkpoint, the folder is not read
+        sizes = run_sizes(config.model.config, folder)
+        config = replace(config, model=Named(target="omnitrain.models.omni.OmniModel", config=sizes))
+        model, assign = empty_model(sizes, folder / CONFIG), True
+    else:
+        model, assign = build(config.model, place="model"), False
     if not isinstance(model, OmniModel | AuT):
         raise ValueError(f"{folder} is the run of a codec, which has no language model to ask")
-    load_weights(model, model_weights(folder / LAST_CHECKPOINT), folder / LAST_CHECKPOINT)
+    encoder: SampleEncoder = build_data(config).encoder
+    load_weights(model, model_weights(folder / LAST_CHECKPOINT), folder / LAST_CHECKPOINT, assign=assign)
     return model, encoder
+
+
+def run_sizes(config: PretrainedConfig, run: Path) -> OmniConfig:
+    """The sizes of the model of a run that began as a public folder, from the run's own copy of its config.json."""
+    own = run / PUBLIC
+    return read_public_config(own if (own / FILE).is_file() else config.folder, speech=config.speech)[0]
 
 
 def run_tokenizer(folder: Path) -> Path:
@@ -202,39 +217,12 @@ def _load_public(
 
 def public_encoder(folder: Path, config: OmniConfig, tokenizer: ChatTokenizer) -> SampleEncoder:
     """The encoder of prompts for the model in a folder in the public format."""
-    sizes = config.vision
-    bounds = _pixel_bounds(folder / "preprocessor_config.json") | _video(folder / "video_preprocessor_config.json")
+    audio, vision = public_geometry(folder, config)
     return SampleEncoder(
         tokenizer=tokenizer,
-        audio=AudioGeometry(n_mels=config.aut.n_mels, chunk_frames=config.aut.chunk_frames),
-        vision=VisionGeometry(patch=sizes.patch, temporal_patch=sizes.temporal_patch, merge=sizes.merge, **bounds),
+        audio=audio,
+        vision=vision,
         limits=MediaLimits(),
         ids_per_second=config.position_id_per_seconds,
         vocab_size=config.thinker.vocab_size,
     )
-
-
-def _pixel_bounds(path: Path) -> dict[str, Any]:
-    """`min_pixels` and `max_pixels` of the public preprocessor's configuration, where it states them."""
-    if not path.is_file():
-        return {}
-    stored = Section.of(path)
-    size = stored.section("size", optional=True)
-    bounds = {
-        "min_pixels": stored.get("min_pixels", size.get("shortest_edge", None)),
-        "max_pixels": stored.get("max_pixels", size.get("longest_edge", None)),
-    }
-    return {name: int(value) for name, value in bounds.items() if value}
-
-
-def _video(path: Path) -> dict[str, Any]:
-    """How videos are read, from a file such as `interop.public_files` writes. One that does not bound each frame by
-    itself counts otherwise and is not followed."""
-    stored = Section.of(path) if path.is_file() else Section({}, path)
-    if not stored.get("cap_pixels_per_frame", False):
-        return {}
-    bounds = {f"video_{name}": value for name, value in _pixel_bounds(path).items()}
-    tokens, side = stored.get("max_video_tokens", None), stored.get("patch_size", 16) * stored.get("merge_size", 2)
-    if tokens:
-        bounds["video_total_pixels"] = round(0.9 * tokens * side**2)
-    return bounds | ({"fps": float(fps)} if (fps := stored.get("fps", None)) else {})

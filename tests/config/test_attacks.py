@@ -30,6 +30,7 @@ from omnitrain.config.targets import ForbiddenTarget, check_plain
 from omnitrain.config.typed import plain
 from omnitrain.models.sizes import CODEC_PRESETS
 from omnitrain.runs import chain
+from tests.interop.public_models import save_small_folder
 
 STRANGER = "import pathlib\npathlib.Path({canary!r}).touch()\nclass Thing:\n    pass\n"
 
@@ -1004,6 +1005,7 @@ def test_every_recipe_is_let_through(name: str, scene: Scene, no_job: None) -> N
     needs = [
         *(["module.init_from=x"] if name.startswith(starts_from) else []),
         *(["speech=x"] if name == "speech" else []),
+        *([f"model.folder={save_small_folder(scene.theirs / 'public')}"] if name == "finetune" else []),
     ]
     with pytest.raises(Started):
         main(["fit", f"+recipe={name}", *needs])

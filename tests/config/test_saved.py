@@ -1,6 +1,8 @@
 """config.yaml of a run is whole: no edited preset or default changes an old run."""
 
+import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from omnitrain.config.saved import read_config, read_values, write_config
 from omnitrain.config.targets import ForbiddenTarget, build
 from omnitrain.config.typed import ConfigError, leaves, plain
 from omnitrain.files import CONFIG
+from tests.interop.public_models import save_small_folder
 
 GIVEN = {
     "talker_pretrain": ["codec=c", "codes=d"],
@@ -27,8 +30,14 @@ GIVEN = {
 """What a recipe must be told."""
 
 
+@cache
+def folder() -> Path:
+    return save_small_folder(tempfile.mkdtemp())
+
+
 def recipe(name: str, run_dir: Path) -> RunConfig:
-    return run_config([f"+recipe={name}", *GIVEN.get(name, ()), f"paths.run_dir={run_dir}"])
+    given = [f"model.folder={folder()}"] if name == "finetune" else GIVEN.get(name, ())
+    return run_config([f"+recipe={name}", *given, f"paths.run_dir={run_dir}"])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))

@@ -30,6 +30,7 @@ from omnitrain.config.locations import CONF, PACK, RECIPES
 from omnitrain.config.saved import write_config
 from omnitrain.config.verbs import HYDRA_VERBS, VERBS
 from omnitrain.runs.chain import read_stages
+from tests.interop.public_models import save_small_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("omnitrain", "data_prep", "speed")
@@ -99,7 +100,7 @@ def documents() -> Iterator[tuple[Path, int, str]]:
 
 def calls_in_notebook(path: Path) -> Iterator[Found]:
     """Commands of a notebook: of its text, of cells that begin with "!", and of calls of ``omnitrain_command``."""
-    known: dict[str, Any] = {"os": os, "Path": Path, "held_out": {"file": "a.png"}}
+    known: dict[str, Any] = {"os": os, "Path": Path, "PACK": PACK, "held_out": {"file": "a.png"}}
     for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
         source, place = "".join(cell["source"]), f"{path.relative_to(ROOT)}:cell {number}"
         if cell["cell_type"] != "code":
@@ -174,9 +175,11 @@ class Started(Exception):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the documents' commands take for granted: a run folder, and the folder of own recipes that they describe."""
+    """What the documents' commands take for granted: a run folder, public folders, and that of own recipes."""
     home = tmp_path_factory.mktemp("documents")
     (home / "run").mkdir()
+    for name in ("DIR", "tiny_public"):
+        save_small_folder(home / name)
     write_config(compose.run_config(["+recipe=quickstart", f"paths.run_dir={home / 'run'}"]), home / "run")
     for document, group in (("configuration.md", "recipe"), ("benchmarks.md", "eval")):
         text = (ROOT / "docs" / document).read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from sacrebleu.metrics import CHRF
 
 from omnitrain.evaluation.intervals import crossed_interval
 from omnitrain.evaluation.seeds import compare, estimate
-from omnitrain.evaluation.transcripts import MEASURES, Answer
+from omnitrain.evaluation.transcripts import WER, Answer
 
 SAID = ["un gato negro", "el perro duerme", "una casa grande", "tres arboles verdes", "la luna", "el sol rojo"]
 
@@ -43,10 +43,9 @@ def test_values_are_means_over_seeds_of_the_corpus() -> None:
 
 def test_a_rate_has_the_interval_of_studies() -> None:
     runs = [run(s, 0.3) for s in range(3)]
-    wer = MEASURES["wer"]
-    sums = np.array([[wer.statistics(a.prediction, a.references, "es") for a in of.values()] for of in runs])
+    sums = np.stack([WER.statistics(list(of.values())) for of in runs])
     groups = [a.group for a in runs[0].values()]
-    assert estimate(sums, groups, wer) == crossed_interval(sums[:, :, 0], sums[0, :, 1], groups)
+    assert estimate(sums, groups, WER) == crossed_interval(sums[:, :, 0], sums[0, :, 1], groups)
 
 
 def test_translations_redraw_seeds_and_sentences() -> None:

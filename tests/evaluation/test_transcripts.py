@@ -13,6 +13,7 @@ import jiwer
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rich.console import Console
 from sacrebleu.metrics import BLEU, CHRF
 from whisper_normalizer.basic import BasicTextNormalizer
@@ -21,6 +22,8 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.media import encode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.evaluation import transcripts
+from omnitrain.evaluation.captions import cider_d
+from omnitrain.evaluation.media_swap import Drawn
 from omnitrain.evaluation.settings import TranscriptEvaluation
 from omnitrain.evaluation.transcripts import (
     CONSTANT,
@@ -28,11 +31,14 @@ from omnitrain.evaluation.transcripts import (
     MODEL,
     Answer,
     constant_answers,
+    cross_attention,
     evaluate_transcripts,
     print_transcripts,
     score,
     training_answers,
 )
+from omnitrain.models.aut_decoder import AuT
+from omnitrain.models.sizes import AuTConfig, AuTDecoderConfig, AuTModelConfig
 
 from .conftest import Samples
 
@@ -183,3 +189,42 @@ def test_nothing_to_score_is_said(encoder: SampleEncoder, tmp_path: Path) -> Non
         evaluate_transcripts(model, encoder, {"m": Samples([])}, TranscriptEvaluation(), tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"evaluation.window_seconds=\[0\]: name whole seconds"):
         TranscriptEvaluation(window_seconds=[0])
+
+
+def test_cross_attention_of_an_answer(encoder: SampleEncoder) -> None:
+    """A row for each token that is written, the one that ends the answer included; each row is a distribution."""
+    torch.manual_seed(0)
+    config = AuTModelConfig(
+        encoder=AuTConfig(d_model=16, layers=1, heads=2, ffn=16, out_dim=16, conv_hidden=4),
+        decoder=AuTDecoderConfig(d_model=16, layers=2, heads=2, ffn=16, vocab_size=encoder.tokenizer.vocab_size),
+    )
+    sample = recording(0)
+    found = cross_attention(AuT(config).eval(), encoder, Drawn(sample, Samples([sample])), "a b c", 1)
+    written = encoder.tokenizer.encode("a b c")
+    assert "".join(found["tokens"]).startswith("a b c")
+    assert len(found["tokens"]) == len(written) + 1
+    weights = np.array(found["attention"])
+    assert weights.shape == (len(written) + 1, 4)  # 0.25 s
+    assert weights.sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_captions_are_scored_by_what_they_name() -> None:
+    """Two of three sounds are named, and one that is not there; the last caption names what its reference names."""
+    said = [
+        ("A dog can be heard.", "A dog barks.", ("dog",)),
+        ("A cat can be heard.", "A cow moos.", ("cow",)),
+        ("A cow and a dog.", "A cow moos at a dog.", ("cow",)),
+        ("Nothing.", "A cat.", ("cat",)),
+    ]
+    answers = [
+        answer(0, id=str(i), group=str(i), task="audio_caption", languages="en", language="en", prediction=p,
+               references=(r,), events=e)
+        for i, (p, r, e) in enumerate(said)
+    ]  # fmt: skip
+    measures = record(score(answers), languages="all")["measures"]
+    assert measures["named_events"]["mean"] == 2 / 4
+    assert measures["hallucinated_events"]["mean"] == 1 / 4
+    assert measures["hallucinating_captions"]["mean"] == 1 / 4
+    assert measures["cider_d"]["mean"] == pytest.approx(
+        np.mean(cider_d([p for p, *_ in said], [[r] for _, r, _ in said]))
+    )

@@ -168,6 +168,23 @@ def save_public_model(folder: Path | str, variant: int = 0, kind: str = "thinker
     return model
 
 
+def save_small_folder(folder: Path | str) -> Path:
+    """A small random Thinker of our own as a public folder, with the pack's tokenizer; without transformers."""
+    from omnitrain.config.locations import PACK
+    from omnitrain.data.chat import ChatTokenizer
+    from omnitrain.interop.public_format import save_pretrained
+    from omnitrain.models.presets import build, init_weights
+
+    tokenizer = ChatTokenizer.from_dir(PACK)
+    thinker = {"layers": 2, "d_model": 32, "heads": 2, "kv_heads": 1, "expert_width": 16}
+    aut, vision = {"d_model": 16, "layers": 1, "heads": 2, "ffn": 16, "conv_hidden": 4}, {"d_model": 32, "layers": 3}
+    sizes = {"vocab_size": tokenizer.vocab_size, "special_tokens": tokenizer.special_ids}
+    model = build("tiny", **sizes, thinker=thinker, aut=aut, vision=vision)
+    init_weights(model, seed=0)
+    save_pretrained(model, folder)
+    return Path(folder)
+
+
 @dataclass
 class PublicSample:
     """`reference_inputs`: keyword arguments of the transformers Thinker, batch of one. `encoded`: for omnitrain."""

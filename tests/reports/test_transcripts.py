@@ -13,6 +13,7 @@ import pytest
 
 from omnitrain.data.media import encode_audio
 from omnitrain.evaluation.transcripts import CONSTANT, FREQUENT, MODEL, ROWS_SCHEMA
+from omnitrain.reports.comparison import write_comparison
 from omnitrain.reports.run import marked, write_report
 from tests.reports.test_run import OUTSIDE
 
@@ -47,7 +48,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [
         {**dict.fromkeys(ROWS_SCHEMA.names), "id": "a", "task": "asr", "languages": "es", "split": "heldout_concept",
          "references": ["Un gato negro <b>"], "prediction": text, "window": window, "cer": 0.5,
-         "media": sound if window == 8 else None}
+         "media": sound if window == 8 else None, "tokens": ["un", " $1"],
+         "attention": [[0.2, 0.8, 0.0], [0.3, 0.3, 0.4]]}
         for window, text in ((1, ""), (8, "un perro negro"))
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows, schema=ROWS_SCHEMA), folder / "eval/transcripts.parquet")
@@ -56,7 +58,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_scores_stand_beside_who_never_listens(page: str) -> None:
     for text in ("43.2% [33.2%, 53.2%]", "75.0%", "most frequent", "best constant", "+0.310", "audio_corrupt",
-                 "windows of 1, 8 s", "scores by attention window", "character errors, validation"):  # fmt: skip
+                 "windows of 1, 8 s", "scores by attention window", "error rates over steps"):  # fmt: skip
         assert text in page, text
     assert 'class="missing"' not in page.split('id="data"')[0].split('id="transcripts"')[1]
     assert OUTSIDE.findall(page) == []
@@ -64,6 +66,7 @@ def test_scores_stand_beside_who_never_listens(page: str) -> None:
 
 def test_recordings_are_heard_and_differences_marked(page: str) -> None:
     assert page.count("<audio") == 1
+    assert page.count('aria-label="cross-attention"') == 1
     assert "<ins>perro</ins>" in page
     assert "<del>gato</del>" in page
     assert "<del>&lt;b&gt;</del>" in page
@@ -83,3 +86,53 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "eval/transcripts.json" in page
     assert "eval/transcripts.parquet" in page
+
+
+def listener(folder: Path, seed: int, wrong: int, **settings: Any) -> Path:
+    """A run of which `wrong` of four transcripts are wrong in all letters."""
+    (folder / "eval").mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps({"name": "n", "seed": seed, **settings}))
+    rows = [
+        {**dict.fromkeys(ROWS_SCHEMA.names), "id": str(i), "task": "asr", "languages": "es", "language": "es",
+         "split": "heldout_concept", "group": str(i), "references": ["aaaa"], "window": window,
+         "prediction": "bbbb" if i < wrong else "aaaa"}
+        for window in (1, 8) for i in range(4)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows, schema=ROWS_SCHEMA), folder / "eval/transcripts.parquet")
+    gain = {"mean": 0.1 * wrong, "low": 0, "high": 1, "above_zero": True}
+    scores = {
+        "scores": [record("all", FREQUENT, None, 0.875)],
+        "media_swap": [{"task": "asr", "pairs": 4, "gain": gain}],
+        "settings": {"window_seconds": [1, 8]},
+    }
+    (folder / "eval/transcripts.json").write_text(json.dumps(scores))
+    return folder
+
+
+def test_seeds_of_an_arm_are_one_column(tmp_path: Path) -> None:
+    settings = {"evaluation": {"scores": "transcripts"}}
+    runs = [
+        listener(tmp_path / arm / f"seed={seed}", seed, wrong, variables={"encoder": arm}, **settings)
+        for arm, wrongs in (("random", (3, 4)), ("aut", (1, 2)))
+        for seed, wrong in enumerate(wrongs)
+    ]
+    path, _ = write_comparison(runs, tmp_path / "report.html")
+    page = path.read_text(encoding="utf-8")
+    assert "random (2)" in page
+    assert "None of the runs has held-out scores" not in page
+    assert OUTSIDE.findall(page) == []
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    [cer] = [line.split(" | ") for line in table.splitlines() if line.startswith("| asr | all | 4 | CER")]
+    means = [cell.split(" ")[0] for cell in cer[4:7]]
+    assert means == ["87.5%", "37.5%", "−50.0%"]  # 3 and 4, 1 and 2 of 4; the difference is paired by seed
+    assert cer[7] == "87.5%"  # who always says the same
+    assert "+0.35 (+0.30, +0.40)" in table
+    assert "| asr | 1 s | CER | 87.5%" in table
+
+
+def test_two_runs_of_one_seed_are_refused(tmp_path: Path) -> None:
+    runs = [listener(tmp_path / name, 3, 1) for name in ("a", "b")]
+    for run in runs:
+        (run / "config.yaml").write_text('{"seed": 3, "evaluation": {"scores": "transcripts"}}')
+    with pytest.raises(ValueError, match="b and a are the same run: both have seed 3"):
+        write_comparison(runs, tmp_path / "report.html")
