@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from omnitrain.config.typed import Named
 from omnitrain.data.sample import MODALITIES
@@ -206,8 +206,6 @@ class ThinkerModuleConfig:
         generation: for `predict`.
     """
 
-    ALL: ClassVar[tuple[str, ...]] = THINKER_PARTS
-
     train: list[str] | None = None
     lora: LoraConfig | None = None
     init_from: str | dict[str, str] | None = None
@@ -220,7 +218,7 @@ class ThinkerModuleConfig:
 
     def __post_init__(self) -> None:
         if self.train is None:
-            object.__setattr__(self, "train", [] if self.lora else list(self.ALL))
+            object.__setattr__(self, "train", [] if self.lora else list(self._all_parts()))
         check_parts(self.whole_parts, "module.train")
         if both := [part for part in self.lora_parts if part in self.whole_parts]:
             raise ValueError(f"module.lora.parts has {both[0]}, which module.train trains as a whole; name it in one")
@@ -228,15 +226,18 @@ class ThinkerModuleConfig:
         check_parts(self.activation_checkpointing, "module.activation_checkpointing", layered)
         _check_share(self.word_dropout, "module.word_dropout")
 
+    def _all_parts(self) -> tuple[str, ...]:
+        return THINKER_PARTS
+
     @property
     def whole_parts(self) -> list[str]:
         """Parts of which every weight learns."""
-        return self.train or []
+        return list(self.train or ())
 
     @property
     def lora_parts(self) -> list[str]:
         """Parts that learn through low-rank adapters."""
-        return [] if self.lora is None else self.lora.parts
+        return [] if self.lora is None else list(self.lora.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,11 +253,12 @@ class TalkerModuleConfig(ThinkerModuleConfig):
             `omnitrain data encode` wrote them with its option --thinker (with the audio encoder's own window).
     """
 
-    ALL: ClassVar[tuple[str, ...]] = TALKER_PARTS
-
     frame_dropout: float = 0.5
     cached_thinker: bool = False
     loss: TalkerLossConfig = field(default_factory=TalkerLossConfig)
+
+    def _all_parts(self) -> tuple[str, ...]:
+        return TALKER_PARTS
 
     def __post_init__(self) -> None:
         super().__post_init__()
