@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from omnitrain.data.sample import BadSample
+
 SPEECH_RATE = 16_000
+
+
+def check_heard(wave: np.ndarray, rate: int, file: Path, shortest: float = 0.2) -> None:
+    """Raise BadSample for a recording of less than `shortest` seconds (``audio_too_short``) or of silence
+    (``audio_silent``)."""
+    if len(wave) < shortest * rate:
+        raise BadSample("audio_too_short", f"{file} is shorter than {shortest} s")
+    if abs(wave).max() < 0.005:
+        raise BadSample("audio_silent", f"nothing can be heard in {file}")
 
 
 def trim_silence(wave: np.ndarray, rate: int = SPEECH_RATE, margin: float = 0.06, floor: float = 0.03) -> np.ndarray:

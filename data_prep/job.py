@@ -20,7 +20,7 @@ from rich.table import Table
 
 from data_prep.fetch import Opened, Package, fetch_all
 from omnitrain.data.sample import SPLITS, Sample
-from omnitrain.files import write_json
+from omnitrain.files import read_json, write_json
 
 RECORD = "source.json"
 
@@ -90,6 +90,28 @@ def print_counts(counts: Counts, console: Console | None = None, languages: int 
         console.print(f"and {len(ranked) - languages} more languages: {', '.join(ranked[languages:])}")
     for reason, count in counts.left_out.items():
         console.print(f"left out: {count:,} {reason}")
+
+
+def add_without(parser: argparse.ArgumentParser) -> None:
+    """`--without`."""
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="lists by data_prep.check_speech (misfits.json): leave out these recordings",
+    )
+
+
+def read_misfits(files: Iterable[str]) -> frozenset[str]:
+    """The recordings that these lists name, as in the media table. Raises ValueError: a file that is no such list."""
+    found: set[str] = set()
+    for file in files:
+        try:
+            found |= {misfit["recording"] for misfit in read_json(file)}
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"--without {file} is no list by data_prep.check_speech") from error
+    return frozenset(found)
 
 
 Build = Callable[[dict[str, Opened], argparse.Namespace, Counts], None]
@@ -167,14 +189,15 @@ def run(
 
 
 def _sources(given: list[str], packages: list[Package]) -> dict[str, Path]:
-    """`PACKAGE=PATH` entries; a plain PATH is that of the only package, or of the one its file name begins with."""
+    """`PACKAGE=PATH` entries; a plain PATH is that of the only package, or of the one with the longest name that its
+    file name begins with."""
     sources: dict[str, Path] = {}
     for entry in given:
         name, _, path = entry.rpartition("=")
         if not name:
             fitting = [p.name for p in packages if len(packages) == 1 or Path(path).name.startswith(p.name)]
-            if len(fitting) != 1:
+            if not fitting:
                 raise ValueError(f"--source {entry}: say which package it is: --source PACKAGE={entry}")
-            name = fitting[0]
+            name = max(fitting, key=len)
         sources[name] = Path(path)
     return sources

@@ -25,8 +25,10 @@ from data_prep import dictionaries, moving_stamps, stamps, udhr
 from data_prep.edit import SPEECH_RATE, loudest, normalise_peak, on_square, to_webp, trim_silence
 from data_prep.fetch import Opened
 from data_prep.job import Counts, run
+from data_prep.prompts import FEW
 from data_prep.splits import concept_is_heldout, fraction
 from data_prep.stamps import MAIN_LANGUAGES, Stamp
+from data_prep.tokenizer import training_texts
 from omnitrain.data.chat import train_bpe
 from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.sample import SPLITS, Sample
@@ -104,22 +106,22 @@ def stamp_rows(stamp: Stamp) -> Iterator[Sample]:
     captions = [language for language in MAIN_LANGUAGES if language in stamp.captions]
 
     for language in captions:
-        yield stamps.sample(stamp, "caption", "", language)
+        yield stamps.sample(stamp, "caption", "", language, few=FEW)
     for spoken in (*SPOKEN, "en"):
         if spoken not in stamp.recordings:
             continue
-        yield stamps.sample(stamp, "asr", spoken, spoken)
+        yield stamps.sample(stamp, "asr", spoken, spoken, few=FEW)
         for wanted in SPEECH_TRANSLATED:
             if wanted in captions and wanted != spoken:
-                yield stamps.sample(stamp, "s2tt", spoken, wanted)
+                yield stamps.sample(stamp, "s2tt", spoken, wanted, few=FEW)
     every = [(given, wanted) for given in captions for wanted in captions if given != wanted]
     main = [pair for pair in every if set(pair) <= set(TRANSLATED)]
     others = sorted((pair for pair in every if pair not in main), key=lambda pair: fraction("t2tt", stamp.id, *pair))
     for given, wanted in main + others[:TRANSLATIONS_PER_STAMP]:
-        yield stamps.sample(stamp, "t2tt", given, wanted)
+        yield stamps.sample(stamp, "t2tt", given, wanted, few=FEW)
     if stamp.effect is not None:
         for language in SOUND_LANGUAGES:
-            yield stamps.sample(stamp, "sound", "", language)
+            yield stamps.sample(stamp, "sound", "", language, few=FEW)
 
 
 def stamp_media(stamp: Stamp) -> Iterator[tuple[str, bytes]]:
@@ -229,15 +231,7 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
     for split in SPLITS:
         write_shards([row for row in rows if row.split == split], options.out, split, progress=options.progress)
 
-    texts = [
-        segment.text
-        for row in rows
-        if row.split == "train"
-        for message in row.messages
-        for segment in message.segments
-        if segment.text
-    ]
-    train_bpe(texts, VOCABULARY).save(options.out / "tokenizer.json")
+    train_bpe(training_texts(rows), VOCABULARY).save(options.out / "tokenizer.json")
     write_text(options.out / "NOTICE.md", notice(opened, counts))
     shutil.copytree(LICENCES, options.out / "licences", dirs_exist_ok=True)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())

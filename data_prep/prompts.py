@@ -6,6 +6,8 @@ The choice depends on the id alone, so that a data set has the same prompts each
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from data_prep.splits import fraction
 from omnitrain.data.sample import Message, Segment
 
@@ -58,6 +60,16 @@ PROMPTS: dict[str, tuple[str, ...]] = {
         "{input} transcript:",
         "Transcribe this recording.",
         "Type what you hear, in {input}.",
+        "Write the words of this {input} recording.",
+        "This is {input}. What is being said?",
+        "Turn the speech into text.",
+        "Take this down, word for word.",
+        "Please transcribe this audio in {input}.",
+        "What are the exact words?",
+        "Listen and write down every word.",
+        "Give me the text of this {input} audio.",
+        "Someone speaks {input}; write what they say.",
+        "Speech to text, {input}:",
     ),
     "s2tt": (
         "Translate the speech into {language}.",
@@ -65,6 +77,17 @@ PROMPTS: dict[str, tuple[str, ...]] = {
         "Listen and write it in {language}.",
         "{language} translation of this recording:",
         "Put what you hear into {language}.",
+        "Translate the {input} speech into {language}.",
+        "Someone speaks {input}. What do they say, in {language}?",
+        "Translate this recording from {input} to {language}.",
+        "Write in {language} what the {input} speaker says.",
+        "Turn this {input} audio into {language} text.",
+        "How would you say this in {language}?",
+        "I do not understand {input}. What does this mean in {language}?",
+        "From {input} into {language}:",
+        "Give the {language} meaning of what is said in {input}.",
+        "Interpret this for someone who reads {language}.",
+        "Please write a {language} translation of what you hear.",
     ),
     "t2tt": (
         "Translate into {language}: {text}",
@@ -78,6 +101,26 @@ PROMPTS: dict[str, tuple[str, ...]] = {
         "Name the source of the sound in {language}.",
         "What do you hear? {language}, please.",
         "Which thing sounds like this? Answer in {language}.",
+        "What is making this noise? Say it in {language}.",
+        "Listen: what is it? {language}.",
+        "Describe the sound in {language}.",
+        "Give the sound a name in {language}.",
+        "What can be heard in this recording? Answer in {language}.",
+        "Which animal or thing is that? Write it in {language}.",
+        "Where does this sound come from? {language}, please.",
+        "Recognise the sound and name it in {language}.",
+        "In {language}: what makes this noise?",
+        "Label this audio in {language}.",
+        "{language} name of what you hear:",
+        "Tell me in {language} what this sound is.",
+    ),
+    "audio_caption": (
+        "Describe this recording.",
+        "What can be heard?",
+        "Write a caption of the sound.",
+        "Say in one sentence what you hear.",
+        "Caption this audio.",
+        "Who or what is heard here?",
     ),
     "video": (
         "What happens in this video?",
@@ -116,17 +159,85 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def prompt(task: str, sample_id: str, *, language: str = "", given: str = "", text: str = "") -> str:
-    """The wording of `task` for this sample.
+# Asked in the language of the answer, for what is heard.
+NATIVE_PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "asr": {
+        "be": ("Запішы, што кажуць.", "Што тут сказана?"),
+        "bg": ("Запиши какво се казва.", "Какво казва говорителят?"),
+        "ca": ("Escriu el que es diu.", "Què diu la veu?"),
+        "cs": ("Přepiš, co se tu říká.", "Co říká mluvčí?", "Napiš, co slyšíš."),
+        "da": ("Skriv ned, hvad der bliver sagt.", "Hvad siger stemmen?"),
+        "el": ("Γράψε ό,τι λέγεται.", "Τι λέει ο ομιλητής;"),
+        "es": ("Escribe lo que se dice.", "¿Qué dice la voz?", "Transcribe esta grabación, por favor."),
+        "fr": ("Écris ce qui est dit.", "Que dit la voix ?", "Transcris cet enregistrement, s'il te plaît."),
+        "it": ("Scrivi quello che viene detto.", "Che cosa dice la voce?", "Trascrivi questa registrazione."),
+        "lt": ("Užrašyk, kas sakoma.", "Ką sako balsas?"),
+        "nl": ("Schrijf op wat er wordt gezegd.", "Wat zegt de spreker?", "Typ wat je hoort."),
+        "ro": ("Scrie ce se spune.", "Ce spune vocea?"),
+        "ru": ("Запиши, что здесь говорят.", "Что говорит диктор?", "Расшифруй эту запись."),
+    },
+    "s2tt": {
+        "bg": ("Преведи на български това, което чуваш.",),
+        "ca": ("Tradueix al català el que sents.",),
+        "cs": ("Přelož do češtiny, co slyšíš.", "Co to znamená česky?"),
+        "de": ("Übersetze das Gesagte ins Deutsche.", "Was wird hier gesagt? Antworte auf Deutsch."),
+        "el": ("Μετάφρασε στα ελληνικά αυτό που ακούς.",),
+        "es": ("Traduce al español lo que oyes.", "¿Qué significa esto en español?"),
+        "fr": ("Traduis en français ce que tu entends.", "Qu'est-ce que cela veut dire en français ?"),
+        "it": ("Traduci in italiano quello che senti.", "Che cosa significa in italiano?"),
+        "ja": ("聞こえたことを日本語に訳してください。",),
+        "nl": ("Vertaal wat je hoort naar het Nederlands.", "Wat betekent dit in het Nederlands?"),
+        "pl": ("Przetłumacz na polski to, co słyszysz.", "Co to znaczy po polsku?"),
+        "pt": ("Traduz para português o que ouves.",),
+        "ro": ("Tradu în română ce auzi.",),
+        "ru": ("Переведи услышанное на русский.", "Что это значит по-русски?"),
+        "sl": ("Prevedi v slovenščino, kar slišiš.",),
+        "sv": ("Översätt det du hör till svenska.", "Vad betyder det på svenska?"),
+        "uk": ("Переклади українською те, що чуєш.",),
+        "zh": ("把你听到的翻译成中文。",),
+    },
+    "sound": {
+        "ca": ("Què fa aquest soroll?",),
+        "de": ("Was macht dieses Geräusch?", "Was ist hier zu hören?"),
+        "el": ("Τι κάνει αυτόν τον ήχο;",),
+        "es": ("¿Qué hace este sonido?", "¿Qué se oye?"),
+        "fr": ("Qu'est-ce qui fait ce bruit ?", "Qu'entend-on ?"),
+        "it": ("Che cosa fa questo rumore?",),
+        "ja": ("これは何の音ですか。",),
+        "pt": ("O que faz este som?",),
+        "ro": ("Ce face acest sunet?",),
+        "ru": ("Что издаёт этот звук?",),
+        "uk": ("Що видає цей звук?",),
+        "zh": ("这是什么声音？",),
+    },
+}  # fmt: skip
+
+FEW = {"asr": 6, "s2tt": 5, "sound": 4}
+"""How many wordings of these tasks the embedded pack has, the first ones: its model is small, its training short."""
+
+
+def prompt(
+    task: str,
+    sample_id: str,
+    *,
+    language: str = "",
+    given: str = "",
+    text: str = "",
+    few: Mapping[str, int] | None = None,
+) -> str:
+    """The wording of `task` for this sample: one of `PROMPTS`, or of `NATIVE_PROMPTS` in the language of the answer.
 
     Args:
+        few: for each of these tasks, only so many wordings, the first of `PROMPTS`.
         language, given: BCP 47 codes of the answer's and the input's language.
         text: the text to work on, for the tasks whose input is text.
 
     Raises:
         KeyError: an unknown task, or a language without a name in `LANGUAGE_NAMES`.
     """
-    choices = PROMPTS[task]
+    choices = PROMPTS[task] + NATIVE_PROMPTS.get(task, {}).get(language, ())
+    if few is not None and task in few:
+        choices = choices[: few[task]]
     return choices[int(fraction("prompt", sample_id) * len(choices))].format(
         language=LANGUAGE_NAMES[language] if language else "",
         input=LANGUAGE_NAMES[given] if given else "",

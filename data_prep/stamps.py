@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -20,12 +20,12 @@ from types import ModuleType
 
 from PIL import Image
 
-from data_prep.edit import SPEECH_RATE, on_white, to_webp
+from data_prep.edit import SPEECH_RATE, check_heard, on_white, to_webp
 from data_prep.fetch import Opened, Package
-from data_prep.job import Counts, run
+from data_prep.job import Counts, add_without, read_misfits, run
 from data_prep.prompts import LANGUAGE_NAMES, ask, prompt
-from data_prep.splits import cell_split, concept_key, fraction
-from omnitrain.data.media import decode_audio
+from data_prep.splits import Sides, cell_split, concept_is_heldout, concept_key, fraction
+from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.data.shards import write_media_table, write_shards
 
@@ -152,19 +152,18 @@ def _svg_library() -> ModuleType:
 # -------------------------------------------------------------------------------------------------- cells -> samples
 
 
-def sample(
-    stamp: Stamp, task: str, given: str, wanted: str, *, licence: str = PACKAGE.licence, source: str = "stamps"
-) -> Sample:
+def sample(stamp: Stamp, task: str, given: str, wanted: str, *, few: Mapping[str, int] | None = None) -> Sample:
     """The row of one cell.
 
     Args:
         task: ``caption``, ``asr``, ``s2tt``, ``t2tt`` or ``sound``.
         given: language of the input; empty for pictures and effects.
         wanted: language of the answer.
+        few: see `prompts.prompt`.
     """
     modality = {"caption": "image", "asr": "audio", "s2tt": "audio", "t2tt": "text", "sound": "sound"}[task]
     given_key = f"{modality}:{given}" if given else modality
-    sample_id = f"{source}/{stamp.id}/{given_key}>{wanted}"
+    sample_id = f"stamps/{stamp.id}/{given_key}>{wanted}"
     medium = {
         "image": Segment(type="image", path=f"{MEDIA}#image/{stamp.id}"),
         "audio": Segment(type="audio", path=f"{MEDIA}#speech/{stamp.id}/{given}"),
@@ -172,14 +171,14 @@ def sample(
         "text": None,
     }[modality]
     text = stamp.captions[given] if task == "t2tt" else ""
-    question = prompt(task, sample_id, language=wanted, given=given, text=text)
+    question = prompt(task, sample_id, language=wanted, given=given, text=text, few=few)
     return Sample(
         id=sample_id,
-        source=source,
+        source="stamps",
         messages=ask(sample_id, question, stamp.captions[wanted], medium),
         split=cell_split(stamp.concept, given_key, wanted),
         task=task,
-        licence=licence,
+        licence=PACKAGE.licence,
         languages=(given, wanted) if given else (wanted,),
         concept=stamp.concept,
         meta={"stamp": stamp.id},
@@ -213,20 +212,22 @@ def cells(stamp: Stamp, main: Sequence[str] = MAIN_LANGUAGES) -> Iterator[tuple[
 # ----------------------------------------------------------------------------------------------------------- script
 
 
-def usable(stamps: Iterable[Stamp], counts: Counts, shortest: float = 0.2) -> Iterator[Stamp]:
-    """The stamps without recordings and effects that do not decode, are silent or shorter than `shortest` seconds."""
+def usable(
+    stamps: Iterable[Stamp], counts: Counts, shortest: float = 0.2, misfits: frozenset[str] = frozenset()
+) -> Iterator[Stamp]:
+    """The stamps without recordings and effects that do not decode, are silent or shorter than `shortest` seconds, and
+    without the recordings that `misfits` lists."""
     for stamp in stamps:
         good: dict[str, Path] = {}
         effect = stamp.effect
         for language, file in [*stamp.recordings.items(), ("effect", effect)]:
             if file is None:
                 continue
+            if f"speech/{stamp.id}/{language}" in misfits:
+                counts.left_out["recordings: listed by --without"] += 1
+                continue
             try:
-                wave = decode_audio(file.read_bytes(), SPEECH_RATE)
-                if len(wave) < shortest * SPEECH_RATE:
-                    raise BadSample("audio_too_short", f"{file} is shorter than {shortest} s")
-                if abs(wave).max() < 0.005:
-                    raise BadSample("audio_silent", f"nothing can be heard in {file}")
+                check_heard(decode_audio(file.read_bytes(), SPEECH_RATE), SPEECH_RATE, file, shortest)
             except BadSample as error:
                 counts.left_out[f"recordings: {error.reason}"] += 1
                 effect = None if file is effect else effect
@@ -236,9 +237,36 @@ def usable(stamps: Iterable[Stamp], counts: Counts, shortest: float = 0.2) -> It
         yield Stamp(id=stamp.id, picture=stamp.picture, captions=stamp.captions, recordings=good, effect=effect)
 
 
+def stored(file: Path, rate: int | None) -> bytes:
+    """The sound file as it is, or as FLAC with `rate` samples per second. Raises BadSample."""
+    data = file.read_bytes()
+    return data if rate is None else encode_audio(decode_audio(data, rate), rate, "flac")
+
+
+def _side(stamp: Stamp) -> str:
+    """A concept is held out whole or not at all; its cells are not, so its sentences stand on the trained side."""
+    return "heldout_concept" if concept_is_heldout(stamp.concept) else "train"
+
+
+def consistent(stamps: Sequence[Stamp], counts: Counts) -> Iterator[tuple[Stamp, str, str, str]]:
+    """`cells` of all, without those of trained concepts whose caption is that of a held-out one in that language ("a
+    taxi" and "a cab" are both "un taxi")."""
+    sides = Sides()
+    for stamp in stamps:
+        sides.add(_side(stamp), stamp.captions.values())
+    for stamp in stamps:
+        for task, given, wanted in cells(stamp):
+            captions = [stamp.captions[language] for language in (given, wanted) if language]
+            if sides.admit(_side(stamp), captions):
+                yield stamp, task, given, wanted
+            else:
+                counts.left_out["rows: a sentence that stands on another side of the split"] += 1
+
+
 def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Counts) -> None:
     from rich.progress import track
 
+    misfits = read_misfits(options.without)
     kept: list[Stamp] = []
 
     def media() -> Iterator[tuple[str, bytes]]:
@@ -249,19 +277,18 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
             except ValueError:
                 counts.left_out["stamps: the picture cannot be drawn"] += 1
                 continue
-            (stamp,) = usable([stamp], counts)
+            (stamp,) = usable([stamp], counts, misfits=misfits)
             kept.append(stamp)
             yield f"image/{stamp.id}", picture
             for language, file in stamp.recordings.items():
-                yield f"speech/{stamp.id}/{language}", file.read_bytes()
+                yield f"speech/{stamp.id}/{language}", stored(file, options.flac)
             if stamp.effect is not None:
-                yield f"sound/{stamp.id}", stamp.effect.read_bytes()
+                yield f"sound/{stamp.id}", stored(stamp.effect, options.flac)
 
     write_media_table(media(), options.out / MEDIA)
     wanted_cells = [
         (stamp, task, given, wanted)
-        for stamp in kept
-        for task, given, wanted in cells(stamp)
+        for stamp, task, given, wanted in consistent(kept, counts)
         if not options.languages or {given or wanted, wanted} <= set(options.languages)
     ]
     # By hash, so that the first rows of a split are a fair sample of it.
@@ -273,6 +300,14 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=256, help="longer side of the pictures, pixels (default 256)")
     parser.add_argument("--languages", nargs="*", default=[], help="keep only rows between these languages")
+    parser.add_argument(
+        "--flac",
+        type=int,
+        metavar="RATE",
+        help="keep recordings and effects as FLAC with RATE samples per second (16000: of about the same size as the "
+        "files themselves, and read fifteen times as fast)",
+    )
+    add_without(parser)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -45,6 +45,10 @@ PARTS: list[tuple[str, str, list[tuple[str, Any]]]] = [
         ("module", run_config.ThinkerModuleConfig), ("module.lora", run_config.LoraConfig),
         ("module.loss", run_config.LossConfig),
         ("module.generation", run_config.GenerationConfig)]),
+    ("module=aut", "", [
+        ("module", run_config.AuTModuleConfig), ("module.loss", run_config.AuTLossConfig),
+        ("module.spec_augment", run_config.SpecAugmentConfig),
+        ("module.generation", run_config.AuTGenerationConfig)]),
     ("module=talker", "", [("module", run_config.TalkerModuleConfig), ("module.loss", run_config.TalkerLossConfig)]),
     ("module=codec", "", [
         ("module", run_config.CodecModuleConfig), ("module.loss", run_config.CodecLossConfig),

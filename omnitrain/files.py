@@ -41,6 +41,9 @@ BAD_SAMPLES = "bad_samples.jsonl"
 EVALUATION = "eval"
 SCORES = f"{EVALUATION}/scores.json"
 PREDICTIONS = f"{EVALUATION}/predictions.parquet"
+TRANSCRIPTS = f"{EVALUATION}/transcripts.json"
+HEARD = f"{EVALUATION}/transcripts.parquet"
+"""One row per recording and attention window (`evaluation.transcripts`)."""
 TASK_RESULTS = f"{EVALUATION}/tasks"
 REPORT = "report.html"
 STAGES = "stages.json"
@@ -83,7 +86,8 @@ def place(partial: Path, path: str | os.PathLike[str], *, replace: bool = True) 
     """Force a file or a folder to disk, then give it the name `path` (arguments and errors as of `atomic`)."""
     path = Path(path)
     for inner in sorted(partial.rglob("*")) if partial.is_dir() else ():
-        _to_disk(inner)
+        if not inner.is_symlink():  # what a link names is forced by itself, or lies elsewhere, or nowhere
+            _to_disk(inner)
     _to_disk(partial)
     if not replace:
         with suppress(FileExistsError):

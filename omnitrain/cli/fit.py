@@ -14,6 +14,7 @@ from omnitrain.cli.test import evaluate_and_report
 from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.saved import write_config
 from omnitrain.config.typed import ConfigError
+from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.convert import keep_public
@@ -69,11 +70,14 @@ def train(config: RunConfig) -> Experiment:
     vars(trainer)["callbacks"].insert(0, LambdaCallback(on_train_start=begin))
     if trainer.is_global_zero:
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
-        if config.evaluation.after_fit and config.evaluation.scores != "heldout":
-            from omnitrain.evaluation.judges import missing_judges, missing_judges_notice
+    if config.evaluation.after_fit and isinstance(config.evaluation, (CodecEvaluation, SpeechEvaluation)):
+        from omnitrain.evaluation.judges import find_whisper, missing_judges, missing_judges_notice
 
-            if missing := missing_judges():  # said now, while it can still be mended before the end
-                print(missing_judges_notice(missing), flush=True)
+        # Said now, while it can still be mended before the end.
+        if config.evaluation.judge is not None:
+            find_whisper(config.evaluation.judge)
+        if (missing := missing_judges()) and trainer.is_global_zero:
+            print(missing_judges_notice(missing), flush=True)
     trainer.fit(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
     if config.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
         evaluate_and_report(experiment, config)

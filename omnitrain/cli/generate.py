@@ -8,20 +8,24 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from omnitrain.config.errors import explains_errors
 
 if TYPE_CHECKING:
-    from omnitrain.data.batch import EncodedSample
+    from omnitrain.data.batch import EncodedSample, PackedBatch
     from omnitrain.data.chat import ChatTokenizer
     from omnitrain.data.encode import SampleEncoder
     from omnitrain.data.sample import Segment
+    from omnitrain.generation.sampling import Decoding
+    from omnitrain.models.aut_decoder import AuT
+    from omnitrain.models.omni import OmniModel
 
 EXAMPLES = """\
 examples:
   omnitrain generate runs/quickstart --image cat.png "What is in the picture?"
   omnitrain generate runs/quickstart --audio speech.ogg "Write down what you hear." "Which language is this?"
+  omnitrain generate runs/quickstart --audio forty_minutes.flac --stream "Write down what you hear."
   omnitrain generate Qwen3-Omni-30B-A3B-Instruct/ --video clip.mp4 --temperature 0.7 --stream "What happens?"
 """
 
@@ -35,15 +39,27 @@ def main(arguments: list[str]) -> None:
     from omnitrain.data.batch import PackedBatch
     from omnitrain.generation.sampling import Decoding
     from omnitrain.generation.text import generate
-    from omnitrain.runs.load import load
+    from omnitrain.models.aut_decoder import AuT
+    from omnitrain.runs.load import load_writer
 
     decoding = Decoding(**{field.name: getattr(options, field.name) for field in fields(Decoding)})
-    model, encoder = load(options.model, device=options.device, dtype=options.dtype)
-    batch = PackedBatch.pack(_encoded_prompts(options, media, encoder))
+    model, encoder = load_writer(options.model, device=options.device, dtype=options.dtype)
+    prompts = _encoded_prompts(options, media, encoder)
     stop_ids = encoder.tokenizer.stop_ids
     output = _OrderedOutput(encoder.tokenizer, options.prompts, stop_ids, options.max_new_tokens, sys.stdout)
-    on_token, prefill_chunk = output if options.stream else None, options.prefill_chunk
-    answers = generate(model, batch, decoding, stop_ids=stop_ids, on_token=on_token, prefill_chunk=prefill_chunk)
+    if isinstance(model, AuT):
+        _transcribe(model, prompts, decoding, encoder.tokenizer)
+        return
+    batch = PackedBatch.pack(prompts)
+    with _ReadingBar(model, batch, options.max_new_tokens) as bar:
+
+        def on_token(document: int, token: int) -> None:
+            bar.wrote(streamed=options.stream)
+            if options.stream:
+                output(document, token)
+
+        reading: dict[str, Any] = {"prefill_chunk": options.prefill_chunk, "on_read": bar.read}
+        answers = generate(model, batch, decoding, stop_ids=stop_ids, on_token=on_token, **reading)
     if not options.stream:
         for document, tokens in enumerate(answers):
             for token in tokens:
@@ -68,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", metavar="N", type=int, default=256, help="default: 256")
     running = parser.add_argument_group("running")
     running.add_argument("--stream", action="store_true", help="print words as they come")
-    running.add_argument("--prefill-chunk", type=int, metavar="N", help="read prompts N tokens at a time (less memory)")
+    pieces = "read prompts N tokens at a time: less needs less memory; default: 4096"
+    running.add_argument("--prefill-chunk", type=int, metavar="N", default=4096, help=pieces)
     add_device_options(running)
     return parser
 
@@ -96,6 +113,69 @@ def _encoded_prompts(
         except BadSample as error:
             raise ValueError(f"{reading[-1]}: {error}" if reading else str(error)) from error
     return encoded
+
+
+def _transcribe(model: AuT, prompts: Sequence[EncodedSample], decoding: Decoding, tokenizer: ChatTokenizer) -> None:
+    """Print what an AuT writes about the recording of each prompt, window by window, in memory that does not grow with
+    its length. Raises ValueError for options that it does not know, and prompts without one recording."""
+    import torch
+
+    from omnitrain.evaluation.progress import progress_bar
+    from omnitrain.generation.sampling import Decoding
+    from omnitrain.generation.transcribe_stream import StreamingOptions, StreamingTranscriber
+    from omnitrain.vocabulary import TEXT
+
+    if decoding != Decoding(max_new_tokens=decoding.max_new_tokens, seed=decoding.seed):
+        raise ValueError("an AuT writes the most probable token here: leave the options of sampling away")
+    for prompt in prompts:
+        if len(prompt.mel) != 1 or len(prompt.grid_thw):
+            raise ValueError("an AuT answers about one recording, and no pictures: give one --audio FILE")
+        mel, window = torch.from_numpy(prompt.mel[0]), model.aut.config.window_frames
+        options = StreamingOptions(window_frames=window, segment_windows=2, max_new_tokens=decoding.max_new_tokens)
+        ids = prompt.input_ids[prompt.token_types == TEXT].tolist()
+        live = StreamingTranscriber(model, ids, stop_ids=tokenizer.stop_ids, options=options)
+        with progress_bar(len(mel) > 6000, f"hearing {len(mel) // 6000}:{len(mel) // 100 % 60:02} of sound") as bar:
+            heard = bar.add_task("hearing", total=len(mel))
+            for piece in mel.split(window):
+                live.push(piece)
+                bar.advance(heard, len(piece))
+            live.finish()
+        print(" ".join(text for part in live.segments if (text := tokenizer.decode(part).strip())), flush=True)
+
+
+class _ReadingBar:
+    """Shows on the standard error how far a prompt with more than a minute of sound is heard (features of the encoder),
+    read (tokens) and answered; nothing for others."""
+
+    def __init__(self, model: OmniModel, batch: PackedBatch, most: int) -> None:
+        from omnitrain.evaluation.progress import progress_bar
+        from omnitrain.vocabulary import AUDIO
+
+        seconds = 0 if batch.mel_lengths is None else int(batch.mel_lengths.sum()) // 100
+        plain = f"hearing {seconds // 60}:{seconds % 60:02} of sound, reading {batch.n_tokens:,} tokens"
+        self.bar = progress_bar(seconds > 60, plain)
+        self.heard = self.bar.add_task("hearing", total=int((batch.token_types == AUDIO).sum()))
+        self.tokens = self.bar.add_task("reading", total=batch.n_tokens)
+        self.written = self.bar.add_task("writing", total=most * (len(batch.cu_seqlens) - 1))
+        norm = model.aut.ln_post  # is called once for each segment
+        self.hook = norm.register_forward_hook(lambda _, __, features: self.bar.advance(self.heard, len(features)))
+
+    def __enter__(self) -> _ReadingBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+        self.hook.remove()
+
+    def read(self, tokens: int) -> None:
+        self.bar.advance(self.tokens, tokens)
+
+    def wrote(self, *, streamed: bool) -> None:
+        """One more token; where words are printed as they come, the bar makes room for them."""
+        self.bar.advance(self.written)
+        if streamed:
+            self.bar.stop()
 
 
 class _OrderedOutput:

@@ -7,9 +7,16 @@ from pathlib import Path
 from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.targets import built
 from omnitrain.config.typed import ConfigError, named, typed
-from omnitrain.evaluation.settings import CodecEvaluation, Evaluation, HeldoutEvaluation, SpeechEvaluation
+from omnitrain.evaluation.settings import (
+    CodecEvaluation,
+    Evaluation,
+    HeldoutEvaluation,
+    SpeechEvaluation,
+    TranscriptEvaluation,
+)
 from omnitrain.files import EVALUATION, TASK_RESULTS
 from omnitrain.interop.start_from import load_weights, read_checkpoint
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 from omnitrain.runs.experiment import Experiment, build_experiment, trained_checkpoint
@@ -30,7 +37,7 @@ def run(config: RunConfig) -> None:
 
 def run_benchmarks(config: RunConfig) -> None:
     """Run the tasks of ``config.eval`` (``conf/eval``) on the run folder's last checkpoint, or on ``model.folder``."""
-    from omnitrain.runs.load import load
+    from omnitrain.runs.load import load_writer
     from omnitrain.tasks.results import model_fingerprint, print_result
     from omnitrain.tasks.settings import BenchmarkRun, RunOptions
 
@@ -43,7 +50,7 @@ def run_benchmarks(config: RunConfig) -> None:
         for task in tasks:
             task.check()
         folder = Path(model_config.folder) if isinstance(model_config, PretrainedConfig) else run_dir
-        model, encoder = load(folder, device=asked.device, dtype=asked.dtype)
+        model, encoder = load_writer(folder, device=asked.device, dtype=asked.dtype)
         fingerprint = model_fingerprint(model, encoder)
         options = RunOptions(limit=asked.limit, batch=asked.batch, restart=asked.restart, fingerprint=fingerprint)
         for task in tasks:
@@ -59,7 +66,7 @@ def evaluate_and_report(experiment: Experiment, config: RunConfig) -> None:
 
     settings = config.evaluation
     trainer, model = experiment.trainer, experiment.module.model
-    assert isinstance(model, OmniModel | Codec)
+    assert isinstance(model, OmniModel | AuT | Codec)
     model.to(trainer.strategy.root_device).eval()
     if experiment.datamodule.test_sources:
         with trainer.precision_plugin.forward_context():
@@ -77,8 +84,14 @@ def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -
     if isinstance(settings, HeldoutEvaluation):
         from omnitrain.evaluation.heldout import evaluate, print_table
 
-        assert isinstance(model, OmniModel)
+        assert isinstance(model, OmniModel | AuT)
         print_table(evaluate(model, data.encoder, test, settings, out, train_sources=data.opened("sources")))
+    elif isinstance(settings, TranscriptEvaluation):
+        from omnitrain.evaluation.transcripts import evaluate_transcripts, print_transcripts
+
+        assert isinstance(model, OmniModel | AuT)
+        heard = data.opened("sources")
+        print_transcripts(evaluate_transcripts(model, data.encoder, test, settings, out, train_sources=heard))
     elif isinstance(settings, CodecEvaluation):
         from omnitrain.evaluation.listening import judge_codec
 

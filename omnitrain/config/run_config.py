@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from omnitrain.config.typed import Named
 from omnitrain.data.sample import MODALITIES
-from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation
+from omnitrain.evaluation.settings import CodecEvaluation, HeldoutEvaluation, SpeechEvaluation, TranscriptEvaluation
 from omnitrain.models.sizes import DiscriminatorConfig
 
 PARTS: dict[str, str] = {
@@ -30,14 +30,18 @@ PARTS: dict[str, str] = {
     "talker_router": r"^talker\..*\.router\.",
     "talker": r"^talker\.",
     "code2wav": r"^code2wav\.",
+    "aut_decoder": r"^decoder\.",
+    "ctc": r"^ctc\.",
 }
-"""Part -> pattern of the `OmniModel` parameter names in it; the first match wins. The adapters are what stands between
-an encoder and the Thinker (report section 3: stage S1 trains them before the encoders). `module.train` and
-`optim.lr_scale` use these names."""
+"""Part -> pattern of the names of its parameters in an `OmniModel` or `AuT`; the first match wins. The adapters are
+what stands between an encoder and the Thinker (report section 3: stage S1 trains them before the encoders).
+`module.train` and `optim.lr_scale` use these names."""
 
 THINKER_PARTS = tuple(PARTS)[:8]
 """The parts that writing text needs."""
 TALKER_PARTS = ("mtp", "talker_router", "talker")
+AUT_PARTS = ("aut_adapter", "aut", "aut_decoder", "ctc")
+"""Those of an `AuT`; of the adapter to a Thinker it has the norm alone."""
 
 
 def check_parts(names: Iterable[str], key: str, parts: Collection[str] = PARTS) -> None:
@@ -206,6 +210,9 @@ class ThinkerModuleConfig:
         generation: for `predict`.
     """
 
+    ALL: ClassVar[tuple[str, ...]] = THINKER_PARTS
+    LAYERED: ClassVar[tuple[str, ...]] = ("aut", "visual", "thinker", "talker", "mtp", "code2wav")
+
     train: list[str] | None = None
     lora: LoraConfig | None = None
     init_from: str | dict[str, str] | None = None
@@ -218,16 +225,12 @@ class ThinkerModuleConfig:
 
     def __post_init__(self) -> None:
         if self.train is None:
-            object.__setattr__(self, "train", [] if self.lora else list(self._all_parts()))
+            object.__setattr__(self, "train", [] if self.lora else list(self.ALL))
         check_parts(self.whole_parts, "module.train")
         if both := [part for part in self.lora_parts if part in self.whole_parts]:
             raise ValueError(f"module.lora.parts has {both[0]}, which module.train trains as a whole; name it in one")
-        layered = ("aut", "visual", "thinker", "talker", "mtp", "code2wav")
-        check_parts(self.activation_checkpointing, "module.activation_checkpointing", layered)
+        check_parts(self.activation_checkpointing, "module.activation_checkpointing", self.LAYERED)
         _check_share(self.word_dropout, "module.word_dropout")
-
-    def _all_parts(self) -> tuple[str, ...]:
-        return THINKER_PARTS
 
     @property
     def whole_parts(self) -> list[str]:
@@ -253,12 +256,11 @@ class TalkerModuleConfig(ThinkerModuleConfig):
             `omnitrain data encode` wrote them with its option --thinker (with the audio encoder's own window).
     """
 
+    ALL: ClassVar[tuple[str, ...]] = TALKER_PARTS
+
     frame_dropout: float = 0.5
     cached_thinker: bool = False
     loss: TalkerLossConfig = field(default_factory=TalkerLossConfig)
-
-    def _all_parts(self) -> tuple[str, ...]:
-        return TALKER_PARTS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,6 +271,95 @@ class TalkerModuleConfig(ThinkerModuleConfig):
                 f"module.cached_thinker needs a frozen Thinker, but module.train has its parts {learning}: leave them "
                 "out, or set module.cached_thinker=false"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuTLossConfig(LossConfig):
+    """AuT's loss.
+
+    Attributes:
+        ctc: weight of the CTC loss of transcripts from the encoder alone (Graves et al. 2006) against the decoder's;
+            needs `model.ctc=true`. 0: none.
+    """
+
+    ctc: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.ctc) and self.ctc >= 0):
+            raise ValueError(f"module.loss.ctc={self.ctc}: must be a finite number >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecAugmentConfig:
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779): stripes of a recording's mel frames are set to their mean.
+
+    Attributes:
+        time_stripes: of each recording; 0: none.
+        time_width: widest of them, frames of 10 ms.
+        time_share: of a recording, at most so much is hidden by one stripe.
+        frequency_stripes: of each recording; 0: none.
+        frequency_width: widest of them, mel bands.
+    """
+
+    time_stripes: int = 2
+    time_width: int = 40
+    time_share: float = 0.15
+    frequency_stripes: int = 2
+    frequency_width: int = 27
+
+    def __post_init__(self) -> None:
+        _check_share(self.time_share, "module.spec_augment.time_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuTGenerationConfig(GenerationConfig):
+    """How ``predict`` writes transcripts.
+
+    Attributes:
+        max_new_tokens: of a transcript.
+        beam: hypotheses of a beam search, which draws nothing at random; 1: none, one token after the other.
+        length_penalty: of a beam search: log p / (number of tokens ^ length_penalty) counts; 0 prefers short texts.
+        timestamps: when each word was said: by `ctc` (needs `model.ctc=true`) or by cross-`attention`; `none`.
+    """
+
+    max_new_tokens: int = 256
+    beam: int = 1
+    length_penalty: float = 1.0
+    timestamps: Literal["none", "ctc", "attention"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise ValueError(f"module.generation.beam={self.beam}: must be at least 1")
+        if self.beam > 1 and self.temperature:
+            raise ValueError("module.generation: a beam search draws nothing; leave temperature or beam alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuTModuleConfig(ThinkerModuleConfig):
+    """``module=aut``: the audio encoder with its own decoder, from scratch (report section 2.2): transcription,
+    translation and understanding of sounds, told apart by the prompt.
+
+    Attributes:
+        train: parts that learn, of aut_adapter (its norm), aut, aut_decoder and ctc; null: all.
+        activation_checkpointing: of aut and decoder.
+        spec_augment: of the mel frames, in training; null: none.
+        validation_transcripts: so many samples of each validation are written down, greedily, for the error rates that
+            are logged; 0: none.
+        generation: for `predict`.
+    """
+
+    ALL: ClassVar[tuple[str, ...]] = AUT_PARTS
+    LAYERED: ClassVar[tuple[str, ...]] = ("aut", "decoder")
+
+    loss: AuTLossConfig = field(default_factory=AuTLossConfig)
+    spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
+    validation_transcripts: int = 48
+    generation: AuTGenerationConfig = field(default_factory=AuTGenerationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_parts(self.whole_parts, "module.train", AUT_PARTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,7 +622,9 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     callbacks: dict[str, Named | None] = field(default_factory=dict)
     logger: dict[str, Named | None] = field(default_factory=dict)
-    evaluation: HeldoutEvaluation | CodecEvaluation | SpeechEvaluation = field(default_factory=HeldoutEvaluation)
+    evaluation: HeldoutEvaluation | TranscriptEvaluation | CodecEvaluation | SpeechEvaluation = field(
+        default_factory=HeldoutEvaluation
+    )
     paths: PathsConfig = field(default_factory=PathsConfig)
     eval: dict[str, Any] | None = None
     stages: list[Any] | None = None

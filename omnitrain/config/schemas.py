@@ -18,7 +18,7 @@ from omnitrain.config.targets import OURS
 from omnitrain.config.typed import schema
 from omnitrain.data.settings import DataConfig, WaveformsConfig
 from omnitrain.evaluation.settings import SETTINGS
-from omnitrain.models.sizes import CODEC_PRESETS, PRESETS, SPEECH_PRESETS, OmniConfig, codec_vocabulary
+from omnitrain.models.sizes import AUT_PRESETS, CODEC_PRESETS, PRESETS, SPEECH_PRESETS, OmniConfig, codec_vocabulary
 
 _TARGETS = {cls: target for target, cls in OURS.items()}
 GROUPS = ("model", "data", "module", "optim", "trainer", "callbacks", "logger", "evaluation", "paths")
@@ -49,12 +49,18 @@ def _options() -> dict[str, dict[str, DictConfig]]:
         "checkpoint": c.CheckpointConfig, "spike_guard": c.SpikeGuardConfig, "throughput": c.ThroughputConfig,
         "record": c.RunRecordConfig, "progress": c.ProgressConfig, "media_panels": c.MediaPanelsConfig,
     }  # fmt: skip
-    modules = {"thinker": c.ThinkerModuleConfig, "talker": c.TalkerModuleConfig, "codec": c.CodecModuleConfig}
+    modules = {
+        "thinker": c.ThinkerModuleConfig,
+        "talker": c.TalkerModuleConfig,
+        "aut": c.AuTModuleConfig,
+        "codec": c.CodecModuleConfig,
+    }
     return {
         "model": {
             **{name: omni(name, speech=False) for name in PRESETS},
             **{f"{name}_speech": omni(name, speech=True) for name in SPEECH_PRESETS},
             **{f"codec_{name}": _named(type(config), config) for name, config in CODEC_PRESETS.items()},
+            **{f"aut_{name}": aut(name) for name in AUT_PRESETS},
             "pretrained": _named(c.PretrainedConfig),
         },
         "data": {"shards": _named(DataConfig), "waveforms": _named(WaveformsConfig)},
@@ -73,6 +79,14 @@ def _options() -> dict[str, dict[str, DictConfig]]:
 
 def _named(cls: type, value: Any = None) -> DictConfig:
     return schema(cls, value, target=_TARGETS[cls])
+
+
+def aut(preset: str) -> DictConfig:
+    """The sizes of a preset of `AuT`, with what follows from others as interpolations."""
+    node = _named(type(AUT_PRESETS[preset]), AUT_PRESETS[preset])
+    node.decoder.d_model = "${model.encoder.d_model}"
+    node.decoder.vocab_size = "${omnitrain.vocab_size:${data.tokenizer}}"
+    return node
 
 
 def omni(preset: str, *, speech: bool) -> DictConfig:

@@ -21,7 +21,7 @@ from omnitrain.config import run_config
 from omnitrain.config.typed import TARGET, ConfigError, Named
 from omnitrain.data.settings import DataConfig, WaveformsConfig
 from omnitrain.files import did_you_mean
-from omnitrain.models.sizes import CodecConfig, OmniConfig
+from omnitrain.models.sizes import AuTModelConfig, CodecConfig, OmniConfig
 
 EXTRA_VARIABLE = "OMNITRAIN_TARGETS"
 """Environment variable with further packages, comma-separated."""
@@ -31,11 +31,13 @@ OWN_PACKAGES = tuple(name.strip().rstrip(".") for name in os.environ.get(EXTRA_V
 OURS: dict[str, type] = {
     "omnitrain.models.omni.OmniModel": OmniConfig,
     "omnitrain.models.codec.Codec": CodecConfig,
+    "omnitrain.models.aut_decoder.AuT": AuTModelConfig,
     "omnitrain.interop.load_pretrained": run_config.PretrainedConfig,
     "omnitrain.data.datamodule.OmniDataModule": DataConfig,
     "omnitrain.data.waveforms.WaveformDataModule": WaveformsConfig,
     "omnitrain.training.thinker.ThinkerModule": run_config.ThinkerModuleConfig,
     "omnitrain.training.talker.TalkerModule": run_config.TalkerModuleConfig,
+    "omnitrain.training.aut.AuTModule": run_config.AuTModuleConfig,
     "omnitrain.training.codec.CodecModule": run_config.CodecModuleConfig,
     "omnitrain.training.callbacks.AtomicCheckpoint": run_config.CheckpointConfig,
     "omnitrain.training.callbacks.SpikeGuard": run_config.SpikeGuardConfig,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from omnitrain.vocabulary import TEXT
 
 IGNORE = -100
 """Label of a position that predicts nothing."""
@@ -209,6 +212,27 @@ class PackedBatch:
         names = ("input_ids", "position_ids", "cu_seqlens", "token_types")
         media = ("mel", "mel_lengths", "patches", "grid_thw")
         return {name: getattr(self, name) for name in (*names, *media)}
+
+    def prompts(self) -> PackedBatch:
+        """Each sample up to its first target: what comes before its (first) answer, with all media. Raises ValueError
+        if a medium comes later, or a sample has no target."""
+        borders = self.cu_seqlens.tolist()
+        rows, lengths = [], []
+        for start, end in pairwise(borders):
+            targets = (self.labels[start:end] != IGNORE).nonzero()
+            if not len(targets) or bool((self.token_types[start + int(targets[0]) : end] != TEXT).any()):
+                raise ValueError("a prompt needs a target behind it, and media before that")
+            lengths.append(int(targets[0]) + 1)
+            rows.append(torch.arange(start, start + lengths[-1], device=self.labels.device))
+        kept = torch.cat(rows)
+        return replace(
+            self,
+            input_ids=self.input_ids[kept],
+            labels=torch.full_like(self.labels[kept], IGNORE),
+            token_types=self.token_types[kept],
+            position_ids=self.position_ids[:, kept],
+            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.labels.device),
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device` (Lightning calls this)."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning import LightningDataModule
 
+from omnitrain.data.augment import AugmentingEncoder
 from omnitrain.data.batch import PackedBatch
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes
@@ -182,7 +183,7 @@ class OmniDataModule(LightningDataModule):
 
     def _new_stream(self, state: Mapping[str, Any] | None) -> PackedStream:
         return PackedStream(
-            self._mixture("sources", self.encoder),
+            self._mixture("sources", self._training_encoder()),
             weights=self._weights(),
             packing=Packing(budget=self.budget, window=self.config.window, n_bytes=self.tokenizer.n_bytes),
             stages=self.stages,
@@ -192,6 +193,11 @@ class OmniDataModule(LightningDataModule):
             log=BadSampleLog(self._log_path()),
             state=state,
         )
+
+    def _training_encoder(self) -> SampleEncoder | AugmentingEncoder:
+        if self.config.augment is None:
+            return self.encoder
+        return AugmentingEncoder(encoder=self.encoder, config=self.config.augment, seed=self.seed)
 
     def next_batch(self, stream: PackedStream) -> PackedBatch | None:
         """The next batch of `stream`; None after its last."""
@@ -269,6 +275,7 @@ class OmniDataModule(LightningDataModule):
             "stages": [_plain(asdict(stage)) for stage in self.stages],
             "tokenizer": zlib.crc32(self.tokenizer.to_json().encode()),
             "features": [*map(asdict, geometry), self.ids_per_second, self.vocab_size],
+            "augment": None if self.config.augment is None else _plain(asdict(self.config.augment)),
             "speech": None if self.speech is None else _plain(asdict(self.speech)),
         }
 

@@ -17,8 +17,15 @@ import torch
 from omnitrain.data.batch import EncodedSample
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes, spoken_answers
-from omnitrain.data.features import AudioGeometry, VisionGeometry, image_patches, log_mel, video_patches
-from omnitrain.data.media import MediaLimits, Video, decode_audio, decode_image, decode_video
+from omnitrain.data.features import (
+    AudioGeometry,
+    VisionGeometry,
+    image_patches,
+    log_mel,
+    log_mel_of_blocks,
+    video_patches,
+)
+from omnitrain.data.media import MediaLimits, Video, audio_blocks, decode_image, decode_video
 from omnitrain.data.positions import AudioSpan, AudioVideoSpan, ImageSpan, VideoSpan, audio_tokens, tm_rope_positions
 from omnitrain.data.sample import MEDIA, BadSample, Sample, Segment
 
@@ -41,6 +48,7 @@ class SampleEncoder:
         vocab_size: size of the model's embedding; a larger token id is ``token_out_of_range``. Default: no check.
         speech: how the Talker numbers codes and voices. None: a spoken answer is its text.
         thinking: see `ChatTokenizer.render`.
+        augment: changes the waveform of a recording, (float32 [T], Hz) -> float32 [T'], before it becomes mel frames.
     """
 
     tokenizer: ChatTokenizer
@@ -51,6 +59,7 @@ class SampleEncoder:
     vocab_size: int | None = None
     speech: SpeechCodes | None = None
     thinking: bool = False
+    augment: Callable[[np.ndarray, int], np.ndarray] | None = None
 
     def __call__(self, sample: Sample, media_bytes: Callable[[Segment], bytes]) -> EncodedSample:
         """Encode for training or for a loss: the whole conversation with its labels.
@@ -123,21 +132,26 @@ class SampleEncoder:
         if not self.audio.reference_padding:
             return [self._medium(segment, data) for segment, data in files]
         files = list(files)  # to be decoded twice: the longest recording is not known before
-        heard = [w for segment, data in files if (w := self._wave(segment, data)) is not None]
-        longest = max(map(len, heard), default=0)
+        longest = max((self._samples(segment, data) for segment, data in files), default=0)
         return [self._medium(segment, data, longest) for segment, data in files]
 
-    def _wave(self, segment: Segment, data: bytes) -> np.ndarray | None:
+    def _samples(self, segment: Segment, data: bytes) -> int:
         if segment.type == "audio":
-            return decode_audio(data, self.audio.sample_rate, self.limits)
-        return self._video(data).audio if segment.type == "video" and segment.with_audio else None
+            return sum(map(len, self._recording(data)))
+        sound = self._video(data).audio if segment.type == "video" and segment.with_audio else None
+        return 0 if sound is None else len(sound)
+
+    def _recording(self, data: bytes) -> Iterable[np.ndarray]:
+        """Its waveform block after block, so that a long one is never whole in memory unless it is to be changed."""
+        blocks = audio_blocks(data, self.audio.sample_rate, self.limits)
+        return blocks if self.augment is None else [self.augment(np.concatenate([*blocks]), self.audio.sample_rate)]
 
     def _video(self, data: bytes) -> Video:
         return decode_video(data, self.vision.fps, self.limits, self.vision.sampling)
 
     def _medium(self, segment: Segment, data: bytes, longest: int = 0) -> _Medium:
         if segment.type == "audio":
-            mel = log_mel(decode_audio(data, self.audio.sample_rate, self.limits), self.audio, longest)
+            mel = log_mel_of_blocks(self._recording(data), self.audio, longest)
             return _Medium(AudioSpan(audio_tokens(len(mel), self.audio.chunk_frames)), mel)
         if segment.type == "image":
             patches, grid = image_patches(decode_image(data, self.limits), self.vision)

@@ -8,6 +8,7 @@ with torchvision's antialiased bicubic kernel).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -57,25 +58,87 @@ def log_mel(wave: np.ndarray, geometry: AudioGeometry = AudioGeometry(), padded_
 
     Raises ValueError: `wave` is not one-dimensional or has no sample.
     """
-    if wave.ndim != 1 or not wave.size:
+    if wave.ndim != 1:
         raise ValueError(f"log_mel needs samples [T], T > 0, not {wave.shape}")
-    signal = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
-    kept = -(-len(signal) // geometry.hop) if padded_to > len(signal) else None
-    if missing := max(0, max(geometry.n_fft, padded_to) - len(signal)):
-        signal = torch.nn.functional.pad(signal, (0, missing))
+    size = _BLOCK_FRAMES * geometry.hop
+    return log_mel_of_blocks((wave[at : at + size] for at in range(0, len(wave), size)), geometry, padded_to)
+
+
+def log_mel_of_blocks(
+    blocks: Iterable[np.ndarray], geometry: AudioGeometry = AudioGeometry(), padded_to: int = 0
+) -> np.ndarray:
+    """`log_mel` of a recording that comes in pieces float32 [n]: bit for bit that of the whole, with a minute of it in
+    memory besides the frames. The maximum that it is scaled by is that of the whole recording, so no frame is final
+    before the end."""
+    signal = _MirroredEnds(blocks, geometry.n_fft // 2, max(geometry.n_fft, padded_to))
+    hop, size = geometry.hop, _BLOCK_FRAMES * geometry.hop
+    mel, waiting = _Frames(geometry.n_mels), torch.zeros(0)
+    for piece in signal:
+        waiting = torch.cat([waiting, torch.from_numpy(piece)])
+        while len(waiting) >= size + geometry.n_fft:  # less could end with the frame that is left out
+            mel.append(_log_power(waiting[: size - hop + geometry.n_fft], geometry))
+            waiting = waiting[size:]
+    if not signal.samples:
+        raise ValueError("log_mel needs samples [T], T > 0, not (0,)")
+    if rest := max(signal.samples, signal.shortest) // hop - len(mel.frames):
+        mel.append(_log_power(waiting[: (rest - 1) * hop + geometry.n_fft], geometry))
+    kept = -(-signal.samples // hop) if padded_to > signal.samples else None
+    return mel.scaled()[:kept]
+
+
+class _MirroredEnds:
+    """Samples, filled up with silence to `shortest`, with `half` (< shortest) more at either end, mirrored there; in
+    pieces, with a window's worth in memory."""
+
+    def __init__(self, blocks: Iterable[np.ndarray], half: int, shortest: int) -> None:
+        self.blocks, self.half, self.shortest = blocks, half, shortest
+        self.samples = 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        kept, begun, half = np.zeros(0, np.float32), False, self.half
+        for block in self.blocks:
+            self.samples += len(block)
+            kept = np.concatenate([kept, block], dtype=np.float32)
+            if len(kept) > half:
+                if not begun:
+                    yield kept[half:0:-1].copy()
+                yield kept[: -half - 1]
+                kept, begun = kept[-half - 1 :], True
+        kept = np.concatenate([kept, np.zeros(max(0, self.shortest - self.samples), np.float32)])
+        if not begun:
+            yield kept[half:0:-1].copy()
+        yield kept
+        yield kept[-2 : -half - 2 : -1].copy()
+
+
+def _log_power(signal: Tensor, geometry: AudioGeometry) -> Tensor:
+    """[(n - 1) * hop + n_fft] -> log10 of the mel power [n, n_mels]."""
     window, filters = _mel_filters(geometry)
-    frames, half = len(signal) // geometry.hop, geometry.n_fft // 2
-    signal = torch.nn.functional.pad(signal[None], (half, half), mode="reflect")[0]
-    blocks = []
-    for start in range(0, frames, _BLOCK_FRAMES):
-        last = min(start + _BLOCK_FRAMES, frames) - 1
-        piece = signal[start * geometry.hop : last * geometry.hop + geometry.n_fft]
-        spectrum = torch.stft(piece, geometry.n_fft, geometry.hop, window=window, center=False, return_complex=True)
-        power = spectrum.real.square() + spectrum.imag.square()
-        blocks.append(power.T @ filters)
-    mel = torch.cat(blocks).clamp_(min=1e-10).log10_()
-    mel = torch.maximum(mel, mel.max() - 8.0)
-    return ((mel + 4.0) / 4.0)[:kept].numpy()
+    spectrum = torch.stft(signal, geometry.n_fft, geometry.hop, window=window, center=False, return_complex=True)
+    power = spectrum.real.square() + spectrum.imag.square()
+    return (power.T @ filters).clamp_(min=1e-10).log10_()
+
+
+class _Frames:
+    """A growing table of frames: as one allocation, which the system enlarges without a second copy of it."""
+
+    def __init__(self, n_mels: int) -> None:
+        self.frames = np.empty((0, n_mels), np.float32)
+        self.highest = np.float32(-np.inf)
+
+    def append(self, block: Tensor) -> None:
+        """[n, n_mels], log10 of the power."""
+        n = len(self.frames)
+        self.frames.resize((n + len(block), self.frames.shape[1]), refcheck=False)
+        self.frames[n:] = block.numpy()
+        self.highest = max(self.highest, self.frames[n:].max())
+
+    def scaled(self) -> np.ndarray:
+        """[T, n_mels], Whisper's scaling, in place."""
+        np.maximum(self.frames, self.highest - np.float32(8.0), out=self.frames)
+        self.frames += np.float32(4.0)
+        self.frames /= np.float32(4.0)
+        return self.frames
 
 
 def fit_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

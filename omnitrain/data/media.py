@@ -22,7 +22,7 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -180,8 +180,8 @@ def _check_seconds(kind: Kind, seconds: float, limits: MediaLimits, rate: int = 
     """`seconds` at `rate` Hz, before they take memory."""
     name = f"max_{kind}_seconds"
     if seconds > getattr(limits, name):
-        shown = f"{seconds:.1f} s; at most {getattr(limits, name):g} s are allowed ({name})"
-        raise BadSample(f"{kind}_too_long", shown)
+        most = f"at most {getattr(limits, name):g} s are allowed (data.limits.{name})"
+        raise BadSample(f"{kind}_too_long", f"{seconds:.1f} s; {most}: cut it into shorter files")
     if seconds * rate > _MOST_SAMPLES:
         raise BadSample(f"{kind}_too_long", f"{seconds:.1f} s at {rate} Hz; resample it to at most 48,000 Hz")
 
@@ -253,25 +253,92 @@ def _mono(samples: np.ndarray, channels: list[str]) -> np.ndarray:
     return (weights / weights.sum()) @ samples
 
 
+Blocks = Iterator[tuple[np.ndarray, int]]
+"""A recording in pieces: mono samples float32 [n], n > 0, and their rate in Hz, the same for all."""
+
+
+def _resampled(blocks: Blocks, target: int) -> Iterator[np.ndarray]:
+    """The recording at `target` Hz, in pieces, which are those of the whole to within rounding."""
+    resampler = None
+    for block, rate in blocks:
+        if rate == target:
+            yield block
+            continue
+        resampler = _resampler(rate, target) if resampler is None else resampler
+        yield resampler.add(block)
+    if resampler is not None:
+        yield resampler.finish()
+
+
 def _resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
-    wave = np.ascontiguousarray(wave, dtype=np.float32)
-    if rate == target or not len(wave):
-        return wave
+    """A whole waveform, of which pieces are worked on."""
+    pieces = ((wave[at : at + _BLOCK], rate) for at in range(0, len(wave), _BLOCK))
+    return np.concatenate([np.zeros(0, np.float32), *_resampled(pieces, target)])
+
+
+def _resampler(rate: int, target: int) -> _SincResampler | _FFmpegResampler:
     common = math.gcd(rate, target)
     if (rate // common) * (target // common) <= _LARGEST_KERNEL:
-        return _resampler(rate, target)(torch.from_numpy(wave)).numpy()
-    # Of rates such as 44,101 Hz, torchaudio's filter has a row for every sample of the output's period: gigabytes.
-    converter = av.AudioResampler(format="fltp", layout="mono", rate=target)
-    converted = chain(converter.resample(_audio_frame(wave, rate)), converter.resample(None))
-    return np.concatenate([frame.to_ndarray()[0] for frame in converted])
+        return _SincResampler(rate, target)
+    return _FFmpegResampler(rate, target)
+
+
+class _SincResampler:
+    """torchaudio's resampling, piece by piece. It makes `outputs` samples of every `period`, and looks at most
+    `context` periods beyond them, so what has so many on both sides comes out as in the whole."""
+
+    def __init__(self, rate: int, target: int) -> None:
+        self.transform, common = _sinc_filter(rate, target), math.gcd(rate, target)
+        self.period, self.outputs = rate // common, target // common
+        self.context = -(-self.transform.width // self.period)
+        self.waiting = np.zeros(0, np.float32)
+        self.left = 0  # periods at the beginning of `waiting` that are done, and only looked at
+
+    def add(self, block: np.ndarray) -> np.ndarray:
+        self.waiting = np.concatenate([self.waiting, block])
+        done = len(self.waiting) // self.period - self.context
+        if done <= self.left or len(self.waiting) <= _BLOCK:
+            return self.waiting[:0]
+        made = self._resampled(self.waiting[: (done + self.context) * self.period])[: done * self.outputs]
+        made, left = made[self.left * self.outputs :], min(self.context, done)
+        self.waiting, self.left = self.waiting[(done - left) * self.period :], left
+        return made
+
+    def finish(self) -> np.ndarray:
+        return self._resampled(self.waiting)[self.left * self.outputs :]
+
+    def _resampled(self, wave: np.ndarray) -> np.ndarray:
+        return self.transform(torch.from_numpy(wave)).numpy()
 
 
 @lru_cache(maxsize=4)
-def _resampler(rate: int, target: int) -> torchaudio.transforms.Resample:
-    """Keeps its filter, which takes longer to make than to use on a second of sound."""
+def _sinc_filter(rate: int, target: int) -> torchaudio.transforms.Resample:
+    """Its making takes longer than its use on a second of sound."""
     return torchaudio.transforms.Resample(rate, target, dtype=torch.float32)
 
 
+class _FFmpegResampler:
+    """Of rates such as 44,101 Hz, torchaudio's filter has a row for every sample of the output's period: gigabytes."""
+
+    def __init__(self, rate: int, target: int) -> None:
+        self.converter, self.rate = av.AudioResampler(format="fltp", layout="mono", rate=target), rate
+        self.samples = 0
+
+    def add(self, block: np.ndarray) -> np.ndarray:
+        frame = _audio_frame(block, self.rate)
+        frame.pts, self.samples = self.samples, self.samples + len(block)
+        return self._converted(frame)
+
+    def finish(self) -> np.ndarray:
+        return self._converted(None)
+
+    def _converted(self, frame: av.AudioFrame | None) -> np.ndarray:
+        made = [piece.to_ndarray()[0] for piece in self.converter.resample(frame)]
+        return np.concatenate([np.zeros(0, np.float32), *made])
+
+
+_BLOCK = 2**20
+"""Samples that are read, mixed and resampled at once: 22 s at 48,000 Hz."""
 _LARGEST_KERNEL = 2**23
 """Elements of a resampling filter; 44,100 to 16,000 Hz is 441 * 160."""
 _LOUDEST = 100.0
@@ -288,14 +355,29 @@ def _check_wave(wave: np.ndarray, reason: str) -> None:
 def decode_audio(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = MediaLimits()) -> np.ndarray:
     """A recording as float32 [T], mono, at `sample_rate` Hz. The sound track of a video file is read too. Raises
     BadSample: ``wrong_type``, ``audio_corrupt``, ``audio_empty``, ``audio_too_long``."""
+    return np.concatenate(list(audio_blocks(data, sample_rate, limits)))
+
+
+def audio_blocks(data: bytes, sample_rate: int = 16_000, limits: MediaLimits = MediaLimits()) -> Generator[np.ndarray]:
+    """`decode_audio`'s samples in pieces float32 [n], decoded as they are asked for: of a long recording a few seconds
+    are in memory at a time. What is wrong with the file may only show after its last piece."""
     name = _require(data, "audio")
+    samples = 0
     with _damage_is("audio_corrupt"):
         check_whole(data, name, "audio")
-        wave, rate = _libsndfile(data, name, limits) or _ffmpeg_audio(data, name, limits)
-        if not len(wave):
+        blocks = _libsndfile(data, name, limits) or _ffmpeg_audio(data, name, limits)
+        for piece in _resampled(_checked(blocks), sample_rate):
+            samples += len(piece)
+            if len(piece):
+                yield piece
+        if not samples:
             raise BadSample("audio_empty", "the recording has no samples")
-        _check_wave(wave, "audio_corrupt")
-        return _resample(wave, rate, sample_rate)
+
+
+def _checked(blocks: Blocks) -> Blocks:
+    for block, rate in blocks:
+        _check_wave(block, "audio_corrupt")
+        yield block, rate
 
 
 def _needs_ffmpeg(data: bytes, name: str) -> bool:
@@ -312,23 +394,29 @@ _UNKNOWN = 2**48
 """Samples that libsndfile says a FLAC stream of unknown length has, and more."""
 
 
-def _libsndfile(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, int] | None:
-    """Mono samples and their rate, or None where libsndfile does not know the codec or surround layout."""
+def _libsndfile(data: bytes, name: str, limits: MediaLimits) -> Blocks | None:
+    """The recording, or None where libsndfile does not know the codec or surround layout."""
     if _needs_ffmpeg(data, name):
         return None
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
     except soundfile.SoundFileError:
         return None
+    if file.channels > 2 or file.frames >= _UNKNOWN:
+        return None
+    _check_seconds("audio", file.frames / file.samplerate, limits, file.samplerate)
+    return _libsndfile_blocks(file)
+
+
+def _libsndfile_blocks(file: soundfile.SoundFile) -> Blocks:
+    samples = 0
     with file:
-        if file.channels > 2 or file.frames >= _UNKNOWN:
-            return None
-        _check_seconds("audio", file.frames / file.samplerate, limits, file.samplerate)
-        blocks = file.blocks(2**20, frames=file.frames, dtype="float32", always_2d=True)
-        samples = np.concatenate([np.zeros(0, np.float32), *(_mono(block.T, []) for block in blocks)])
-        if len(samples) < file.frames:
-            raise BadSample("audio_corrupt", f"{len(samples)} samples, the header says {file.frames}")
-        return samples, file.samplerate
+        for block in file.blocks(_BLOCK, frames=file.frames, dtype="float32", always_2d=True):
+            samples += len(block)
+            if len(block):
+                yield _mono(block.T, []), file.samplerate
+        if samples < file.frames:
+            raise BadSample("audio_corrupt", f"{samples} samples, the header says {file.frames}")
 
 
 def _open(data: bytes, name: str) -> Any:
@@ -414,14 +502,20 @@ class _Track:
         """What is heard from `start` on, in seconds of the time stamps."""
         late = round(((self.start or 0.0) - start) * self.rate)
         self._check(self.samples + late)
-        return np.concatenate([np.zeros(late, np.float32), self.wave()]) if late > 0 else self.wave()[-late:]
+        wave = self.wave()
+        return np.concatenate([np.zeros(late, np.float32), wave]) if late > 0 else wave[-late:]
 
     def wave(self) -> np.ndarray:
         self._mix()
-        return np.concatenate(self.pieces) if self.pieces else np.zeros(0, np.float32)
+        return self.take()
+
+    def take(self) -> np.ndarray:
+        """What is mixed by now; it is forgotten here."""
+        pieces, self.pieces = self.pieces, []
+        return np.concatenate([np.zeros(0, np.float32), *pieces])
 
 
-def _ffmpeg_audio(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, int]:
+def _ffmpeg_audio(data: bytes, name: str, limits: MediaLimits) -> Blocks:
     with _open(data, name) as container:
         if not container.streams.audio:
             kind = "video" if container.streams.video else "file"
@@ -438,9 +532,12 @@ def _ffmpeg_audio(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarr
                 if frame.is_corrupt:
                     raise BadSample("audio_corrupt", f"a damaged frame at {frame.time} s")
                 track.add(frame)
+            if track.pieces:
+                yield track.take(), track.rate
         if track.rate:
             _check_end("audio", track.samples / track.rate, declared)
-        return track.wave(), track.rate or 1
+        if len(rest := track.wave()):
+            yield rest, track.rate
 
 
 def encode_audio(

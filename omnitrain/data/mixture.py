@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import torch
@@ -26,6 +26,13 @@ from omnitrain.data.workers import Workers
 
 Encode = Callable[[Sample, Callable[[Segment], bytes]], EncodedSample]
 """Turns a sample and what gives the bytes of its media into numbers (`SampleEncoder`, or its `encode_prompt`)."""
+
+
+@runtime_checkable
+class PlacedEncode(Protocol):
+    """Encodes a sample differently at each place of the stream (`augment.AugmentingEncoder`)."""
+
+    def at(self, source: int, position: int) -> Encode: ...
 
 
 class Schedule(Iterator[int]):
@@ -98,7 +105,13 @@ class Mixture:
     """
 
     def __init__(
-        self, sources: Mapping[str, Source], encode: Encode, *, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        sources: Mapping[str, Source],
+        encode: Encode | PlacedEncode,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if not sources:
             raise ValueError("a mixture needs at least one data source")
@@ -172,7 +185,7 @@ class _Places:
 @dataclass(frozen=True)
 class _Fetch:
     sources: tuple[Source, ...]
-    encode: Encode
+    encode: Encode | PlacedEncode
     orders: tuple[Any, ...]
 
     def __call__(self, place: tuple[int, int]) -> Draw:
@@ -192,8 +205,11 @@ class _Fetch:
         try:
             sample = source[pick.index]
             sample_id = sample.id
+            encode = self.encode
+            if isinstance(encode, PlacedEncode):
+                encode = encode.at(pick.source, pick.position)
             with one_thread():
-                return Draw(pick=pick, sample=self.encode(sample, source.media_bytes))
+                return Draw(pick=pick, sample=encode(sample, source.media_bytes))
         except BadSample as error:
             bad = self.row(pick, sample_id) | {"reason": error.reason, "detail": error.detail}
             return Draw(pick=pick, sample=None, bad=bad)

@@ -122,12 +122,13 @@ class VisionGeometry:
 class MediaLimits:
     """What is accepted. Pixels count height x width; of a video, `max_video_pixels` counts all sampled frames.
 
-    A video that would give more than `max_video_frames` is sampled more sparsely, over its whole length.
+    A video that would give more than `max_video_frames` is sampled more sparsely, over its whole length. The longest
+    recording has 40 minutes, and what a codec adds to fill its last frame.
     """
 
     max_pixels: int = 64 << 20
     max_aspect_ratio: float = 200.0
-    max_audio_seconds: float = 40 * 60
+    max_audio_seconds: float = 40 * 60 + 1
     max_video_seconds: float = 60 * 60
     max_video_frames: int = 768
     max_video_pixels: int = 512 << 20
@@ -187,6 +188,36 @@ def _at_least_one(settings: Any, name: str, but: Sequence[str] = ()) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How recordings are changed in training, each draw of a sample anew.
+
+    Attributes:
+        speeds: one of these is drawn; 1.1 is faster and higher (Ko et al. 2015).
+        noise_share: share of the draws that get noise, of a random colour between white and brown.
+        noise_snr: bounds of its signal-to-noise ratio, dB.
+        room_share: share of the draws that sound as in a room: convolved with noise that dies away (Polack 1988).
+        room_seconds: bounds of the time in which the echo falls by 60 dB.
+    """
+
+    speeds: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])
+    noise_share: float = 0.3
+    noise_snr: tuple[float, float] = (5.0, 30.0)
+    room_share: float = 0.3
+    room_seconds: tuple[float, float] = (0.1, 0.6)
+
+    def __post_init__(self) -> None:
+        if not self.speeds or any(not 0.5 <= speed <= 2 for speed in self.speeds):
+            raise ValueError(f"data.augment.speeds={self.speeds}: give at least one, each between 0.5 and 2")
+        for name in ("noise_share", "room_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.augment.{name}={getattr(self, name)}: must lie within 0..1")
+        for name in ("noise_snr", "room_seconds"):
+            low, high = getattr(self, name)
+            if low > high or (name == "room_seconds" and low <= 0):
+                raise ValueError(f"data.augment.{name}={[low, high]}: write the lower bound first")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """``data=shards``: samples, how they are mixed and packed (`datamodule.OmniDataModule`).
 
@@ -209,6 +240,7 @@ class DataConfig:
         max_bad_fraction: more unreadable samples than this stop the run.
         thinking: the model is one that thinks first: a last answer without thoughts begins with empty ones.
         audio, vision: geometry of the features; must match the model's encoders.
+        augment: of recordings in training, e.g. {speeds: [0.9, 1, 1.1], noise_share: 0.3}; null: as they are.
         limits: largest picture, longest recording, ...
         seed: of the order; null: the run's.
     """
@@ -232,6 +264,7 @@ class DataConfig:
     thinking: bool = False
     audio: AudioGeometry = field(default_factory=AudioGeometry)
     vision: VisionGeometry = field(default_factory=VisionGeometry)
+    augment: AugmentConfig | None = None
     limits: MediaLimits = field(default_factory=MediaLimits)
     seed: int | None = None
 

@@ -33,10 +33,9 @@ from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, drawn_losses
 from omnitrain.evaluation.metrics import UnigramBaseline, bits_per_byte, cer, chrf, exact_match, normalise, wer
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import HeldoutEvaluation
-from omnitrain.evaluation.teacher_forced import SampleLoss
+from omnitrain.evaluation.teacher_forced import SampleLoss, Writer
 from omnitrain.files import write_json, write_parquet
 from omnitrain.generation.sampling import Decoding
-from omnitrain.models.omni import OmniModel
 
 ERROR_RATE_TASKS = ("asr",)
 """Tasks whose answer is what was said: they get word and character error rates."""
@@ -64,12 +63,19 @@ class _Row:
         return self.drawn.sample
 
 
-def _listing(source: Source, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The index of each sample, and what it is; shards tell it without reading messages or media."""
+def direction(languages: Iterable[str]) -> str:
+    """``es`` of what is said and written in one language, ``es>ca`` of a translation."""
+    return ">".join(dict.fromkeys(languages))
+
+
+def listing(source: Source, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The index of each sample, and what it is: id, split, modality, task, languages (`direction`). Shards tell it
+    without reading messages or media."""
     columns = ("id", "split", "modality", "task")
     if (light := getattr(source, "light", None)) is not None:
-        for index, row in enumerate(light().select(columns).to_pylist()):
-            yield index, {name: row[name] or "" for name in columns}
+        for index, row in enumerate(light().select((*columns, "languages")).to_pylist()):
+            named = {name: row[name] or "" for name in columns}
+            yield index, named | {"languages": direction(row["languages"] or ())}
         return
     for index in range(len(source)):
         try:
@@ -77,14 +83,21 @@ def _listing(source: Source, skipped: Counter[str]) -> Iterator[tuple[int, dict[
         except BadSample as bad:
             skipped[bad.reason] += 1
             continue
-        yield index, {name: getattr(sample, name) for name in columns}
+        yield index, {name: getattr(sample, name) for name in columns} | {"languages": direction(sample.languages)}
 
 
 def draw(
-    sources: Mapping[str, Source], max_samples: int | None, *, seed: int = 0, skipped: Counter[str] | None = None
+    sources: Mapping[str, Source],
+    max_samples: int | None,
+    *,
+    seed: int = 0,
+    skipped: Counter[str] | None = None,
+    by: tuple[str, str] = ("split", "modality"),
+    turns: str = "task",
+    modality: str | None = None,
 ) -> dict[tuple[str, str], list[Drawn]]:
-    """(split, modality) -> at most `max_samples` (None: all) samples, the same for the same sources and seed: tasks in
-    turn, in the order of a hash of the ids."""
+    """`by` (split, modality) -> at most `max_samples` (None: all) samples, the same for the same sources and seed:
+    `turns` (tasks) in turn, in the order of a hash of the ids. `modality`: no other (None: all)."""
     skipped = Counter() if skipped is None else skipped
 
     def place(listed: tuple[str, Source, int]) -> tuple[bytes, str]:
@@ -92,8 +105,9 @@ def draw(
 
     groups: dict[tuple[str, str], dict[str, list[tuple[str, Source, int]]]] = defaultdict(lambda: defaultdict(list))
     for source in sources.values():
-        for index, about in _listing(source, skipped):
-            groups[about["split"], about["modality"]][about["task"]].append((about["id"], source, index))
+        for index, about in listing(source, skipped):
+            if modality in (None, about["modality"]):
+                groups[about[by[0]], about[by[1]]][about[turns]].append((about["id"], source, index))
     drawn: dict[tuple[str, str], list[Drawn]] = {}
     for group, tasks in sorted(groups.items()):
         queues = [sorted(listed, key=place, reverse=True) for _, listed in sorted(tasks.items())]
@@ -155,7 +169,7 @@ def prompt_text(sample: Sample) -> str:
 
 
 def evaluate(
-    model: OmniModel,
+    model: Writer,
     encoder: SampleEncoder,
     sources: Mapping[str, Source],
     settings: HeldoutEvaluation,

@@ -127,7 +127,8 @@ def bootstrap_interval(
 
     def score(drawn: np.ndarray) -> np.ndarray:
         if combine is None:
-            return (drawn @ sums[0]) / (drawn @ sums[1])
+            with np.errstate(invalid="ignore"):  # nothing to weigh was drawn: NaN
+                return (drawn @ sums[0]) / (drawn @ sums[1])
         return np.array([combine(row) for row in drawn @ by_group])
 
     value = float(data.sum() / weight.sum()) if combine is None else combine(data.sum(0))

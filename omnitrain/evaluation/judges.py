@@ -2,9 +2,9 @@
 
     scores = score_speech(utterances, voices=Voices({"slt": recordings, ...}), grammar_words=WORDS)
 
-- *Is it what should be said?* PocketSphinx recognises the generated speech, the real recording and the codec's round
-  trip of it with the same decoder. The error of the recording is the judge's own: only what lies above it is the
-  model's.
+- *Is it what should be said?* PocketSphinx (English) and, where one is given, a Whisper model (any language) recognise
+  the generated speech, the real recording and the codec's round trip of it in the same way. The error of the recording
+  is the judge's own: only what lies above it is the model's.
 - *Is it the right voice?* Resemblyzer's speaker embedding (GE2E, Wan et al. 2018) against the mean of each voice.
 - *How much does the codec lose?* Log-mel distance, PESQ (ITU-T P.862.2) and STOI (Taal et al. 2011) between recording
   and round trip, which are the same samples in time; generated speech is not, and has none of these.
@@ -22,9 +22,10 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ import torch
 import torchaudio
 
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
-from omnitrain.evaluation.metrics import edits, normalise
+from omnitrain.evaluation.metrics import edits, normalise, whisper_normalise
 
 JUDGE_RATE = 16_000  # Hz; what the recogniser, the speaker encoder and wideband PESQ were made for
 SILENT_PEAK = 0.005  # a recording that never gets louder (-46 dB of full scale) is silent
@@ -154,14 +155,93 @@ def recognise(wav: np.ndarray, sample_rate: int, grammar_words: Sequence[str] | 
     return "" if found is None else re.sub(r"\(\d+\)", "", found.hypstr)
 
 
-def error_rates(heard: Sequence[str], texts: Sequence[str]) -> tuple[Interval, Interval]:
-    """Word and character error rate of recognised speech, as `metrics.wer` and `cer` of `spoken_form`, each with its
-    bootstrap interval over utterances. Raises ValueError where there is not one text for each, or one without words."""
+class Whisper:
+    """A Whisper model (Radford et al. 2022) as a judge of speech in any language, run by ``faster-whisper``.
+
+    Decoded greedily by beams of five, without sampling and without the text before, so that the same recording is
+    always heard in the same way.
+
+    Args:
+        model: a model's name (``base``, ``large-v3``, or a repository of the Hub), or a folder in CTranslate2's format.
+
+    Raises:
+        ImportError: ``faster-whisper`` is not installed.
+        ValueError: there is no such folder or model.
+    """
+
+    def __init__(self, model: str) -> None:
+        find_whisper(model)
+        self.name = model
+        self._model = _load_whisper(model)
+
+    def hear(self, wav: np.ndarray, sample_rate: int, language: str = "") -> str:
+        """What is said in float [T]; empty for silence.
+
+        Args:
+            language: BCP 47; where none is given, the model's own guess.
+
+        Raises ValueError for a language that the model does not know.
+        """
+        known = self._model.supported_languages
+        short = language.split("-")[0].lower()
+        if short and short not in known:
+            raise ValueError(
+                f"the judge {self.name} hears {len(known)} languages, but not {language!r}: give a model that does, or "
+                "leave samples in that language out"
+            )
+        wav = _at_rate(wav, sample_rate)
+        if is_silent(wav):
+            return ""
+        segments, _ = self._model.transcribe(
+            wav, language=short or None, beam_size=5, temperature=0.0, condition_on_previous_text=False,
+            without_timestamps=True,
+        )  # fmt: skip
+        return " ".join(segment.text.strip() for segment in segments)
+
+
+def find_whisper(model: str) -> None:
+    """Raise what `Whisper` would, as far as it can be known before anything is loaded or downloaded."""
+    _extra("faster_whisper")
+    folder = Path(model).expanduser()
+    looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if folder.is_dir() and not (folder / "model.bin").is_file():
+        raise ValueError(f"evaluation.judge: {model} holds no model.bin; it must be a Whisper in CTranslate2's format")
+    if looks_like_path and not folder.is_dir():
+        raise ValueError(f"evaluation.judge: there is no folder {model}; name a CTranslate2 Whisper, or one of the Hub")
+
+
+def _load_whisper(model: str) -> Any:
+    module = _extra("faster_whisper")
+    path = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+    try:
+        # Threads as PyTorch has them: the judge runs beside it.
+        return module.WhisperModel(path, device="auto", compute_type="auto", cpu_threads=torch.get_num_threads())
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(f"evaluation.judge: {model} cannot be loaded ({error})") from error
+
+
+def error_rates(
+    heard: Sequence[str], texts: Sequence[str], languages: Sequence[str] | None = None
+) -> tuple[Interval, Interval]:
+    """Word and character error rate of recognised speech, each with its bootstrap interval over utterances.
+
+    Args:
+        languages: of each text: compare after Whisper's normalisation (`metrics.whisper_normalise`). None: compare
+            `spoken_form`, as `metrics.wer` and `cer` do.
+
+    Raises ValueError where there is not one text for each, or one without words (with `languages`: all without).
+    """
     if len(heard) != len(texts) or not texts:
         raise ValueError(f"{len(heard)} recognised utterances against {len(texts)} texts: give one for each")
     if empty := [text for text in texts if not spoken_form(text)]:
         raise ValueError(f"an error rate needs texts with at least one word, got {empty[0]!r}")
-    pairs = [(spoken_form(text), spoken_form(said)) for text, said in zip(texts, heard, strict=True)]
+    if languages is None:
+        pairs = [(spoken_form(text), spoken_form(said)) for text, said in zip(texts, heard, strict=True)]
+    else:
+        rows = zip(texts, heard, languages, strict=True)
+        pairs = [(whisper_normalise(text, code), whisper_normalise(said, code)) for text, said, code in rows]
+    if not any(text for text, _ in pairs):
+        raise ValueError(f"nothing is left of {texts[0]!r} after Whisper's normalisation")
     counts = (np.array([edits(*pair, characters=letters) for pair in pairs]) for letters in (False, True))
     words, characters = (bootstrap_interval(wrong, weights=lengths) for wrong, lengths in (of.T for of in counts))
     return words, characters
@@ -306,6 +386,7 @@ class Spoken:
         round_trip: that recording through the codec and back.
         voice: whose voice it should be, of those in `Voices`.
         hit_limit: generation was ended by the limit of frames, not by the model.
+        language: of the text, BCP 47; "" if unknown.
         id: for people who follow a score to its utterance.
     """
 
@@ -316,6 +397,7 @@ class Spoken:
     round_trip: np.ndarray | None = None
     voice: str = ""
     hit_limit: bool = False
+    language: str = ""
     id: str = ""
 
     @property
@@ -331,8 +413,8 @@ class SpeechScores:
 
     Attributes:
         n: utterances.
-        wer, cer: recogniser (``open``, ``word_loop``) -> signal -> error rate, a share; above 1 where more is heard
-            than was to be said.
+        wer, cer: recogniser (``open``, ``word_loop``, ``whisper``) -> signal -> error rate, a share; above 1 where more
+            is heard than was to be said.
         own_voice, other_voice: signal -> cosine similarity to the voice it should have, and to the nearest other.
         right_voice: signal -> share of utterances whose nearest voice is the right one.
         mel_db, pesq, stoi: of the round trip against the reference; None without any.
@@ -381,6 +463,7 @@ def score_speech(
     voices: Voices | None = None,
     grammar_words: Sequence[str] | None = None,
     open_vocabulary: bool = True,
+    whisper: Whisper | None = None,
     without: Collection[str] = (),
 ) -> SpeechScores:
     """All scores of `utterances`. The open vocabulary takes about a quarter of their length per signal, on one core.
@@ -389,16 +472,22 @@ def score_speech(
         voices: to compare with; without it there are no scores of voices.
         grammar_words: recognise with a loop of these words too.
         open_vocabulary: recognise with the open vocabulary (the slower of the two).
+        whisper: recognise with this model too, in each utterance's language; its error rates are after Whisper's
+            normalisation, those of PocketSphinx of `spoken_form`.
         without: those of `JUDGES` to do without; their scores stay empty.
 
     Raises ValueError for no utterances, or a text without words.
     """
     if not utterances:
         raise ValueError("no utterances to score")
-    recognisers: dict[str, Sequence[str] | None] = {}
+    recognisers: dict[str, Callable[[Spoken, np.ndarray], str]] = {}
     if "pocketsphinx" not in without:
-        recognisers |= {"open": None} if open_vocabulary else {}
-        recognisers |= {} if grammar_words is None else {"word_loop": grammar_words}
+        if open_vocabulary:
+            recognisers["open"] = lambda u, wav: recognise(wav, u.sample_rate)
+        if grammar_words is not None:
+            recognisers["word_loop"] = lambda u, wav: recognise(wav, u.sample_rate, grammar_words)
+    if whisper is not None:
+        recognisers["whisper"] = lambda u, wav: whisper.hear(wav, u.sample_rate, u.language)
     rows: list[dict[str, str]] = [{"id": u.id, "text": u.text} for u in utterances]
     wer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
     cer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
@@ -411,11 +500,12 @@ def score_speech(
         with_it = [(row, u, u.signals[signal]) for row, u in zip(rows, utterances, strict=True) if signal in u.signals]
         if not with_it:
             continue
-        for name, words in recognisers.items():
-            heard = [recognise(wav, u.sample_rate, words) for _, u, wav in with_it]
+        for name, hear in recognisers.items():
+            heard = [hear(u, wav) for _, u, wav in with_it]
             for (row, _, _), text in zip(with_it, heard, strict=True):
                 row[f"{name}/{signal}"] = text
-            wer[name][signal], cer[name][signal] = error_rates(heard, [u.text for _, u, _ in with_it])
+            languages = [u.language for _, u, _ in with_it] if name == "whisper" else None
+            wer[name][signal], cer[name][signal] = error_rates(heard, [u.text for _, u, _ in with_it], languages)
         if voices is not None:
             pairs = [(voices.match(wav, u.sample_rate, u.voice), u.voice) for _, u, wav in with_it]
             own[signal] = bootstrap_interval([match.own for match, _ in pairs])

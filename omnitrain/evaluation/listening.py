@@ -33,6 +33,7 @@ from omnitrain.evaluation.judges import (
     SpeechScores,
     Spoken,
     Voices,
+    Whisper,
     missing_judges,
     missing_judges_notice,
     score_speech,
@@ -125,7 +126,7 @@ def round_trip(codec: EncodesSpeech, wav: np.ndarray) -> np.ndarray:
 def _spoken(u: Utterance, *, generated: np.ndarray, round_trip: np.ndarray | None, hit_limit: bool = False) -> Spoken:
     return Spoken(
         text=u.text, wav=generated, sample_rate=SAMPLE_RATE, reference=u.wav, round_trip=round_trip, voice=u.voice,
-        hit_limit=hit_limit, id=u.id,
+        hit_limit=hit_limit, language=u.languages[-1] if u.languages else "", id=u.id,
     )  # fmt: skip
 
 
@@ -167,11 +168,15 @@ def _judge(
         voices=None if "resemblyzer" in missing else _voices([s.voice for s in spoken], train_sources),
         grammar_words=words,
         open_vocabulary=english,
+        whisper=None if settings.judge is None else Whisper(settings.judge),
         without=missing,
     )
+    recognisers = ["pocketsphinx"] if english and "pocketsphinx" not in missing else []
+    recognisers += [] if settings.judge is None else ["Whisper"]
     summary = {
         "kind": kind,
-        "recogniser": "pocketsphinx" if english and "pocketsphinx" not in missing else None,
+        "recogniser": " and ".join(recognisers) or None,
+        "judge": settings.judge,
         "not_judged": missing_judges_notice(missing) if missing else None,
         "words": len(words) if words else None,
         **{name: value for name, value in asdict(scores).items() if name != "heard"},

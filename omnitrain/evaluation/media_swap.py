@@ -18,8 +18,7 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import MEDIA, BadSample, Sample, Segment
 from omnitrain.data.shards import Source
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
-from omnitrain.evaluation.teacher_forced import SampleLoss, sample_losses
-from omnitrain.models.omni import OmniModel
+from omnitrain.evaluation.teacher_forced import SampleLoss, Writer, sample_losses
 
 PARTNERS = 8
 """Others' media that each sample is scored with."""
@@ -139,7 +138,7 @@ class MediaSwap:
 
 
 def media_swap(
-    model: OmniModel,
+    model: Writer,
     encoder: SampleEncoder,
     drawn: Sequence[Drawn],
     *,
@@ -187,7 +186,7 @@ def swap_gain(swaps: Sequence[Swap], *, seed: int = 0) -> Interval | None:
 
 
 def drawn_losses(
-    model: OmniModel,
+    model: Writer,
     encoder: SampleEncoder,
     drawn: Sequence[Drawn],
     skipped: Counter[str],

@@ -1,21 +1,47 @@
 """Scores of generated text and of losses.
 
-Text scores are the field's own: chrF (Popović 2015, via sacrebleu), word and character error rate (edit distance over
-the reference's length, via jiwer), exact match. Losses are summed in nats and told in bits per byte, which does not
-depend on the tokenizer. How sure one can be of a score: `intervals`.
+Text scores are the field's own: BLEU and chrF (Papineni 2002, Popović 2015, via sacrebleu), word and character error
+rate (edit distance over the reference's length, via jiwer), exact match. Losses are summed in nats and told in bits per
+byte, which does not depend on the tokenizer. How sure one can be of a score: `intervals`.
 """
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import jiwer
 import numpy as np
-from sacrebleu.metrics import CHRF
+from sacrebleu.metrics import BLEU, CHRF
 
 _CHRF = CHRF()  # chrF2: characters up to 6-grams, no word n-grams, recall weighted twice
+
+
+WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
+"""Languages whose words are not parted by spaces: their error rates count characters."""
+
+
+def short_language(language: str) -> str:
+    """``en`` of ``en``, ``en_us`` or ``en-GB``."""
+    return language.replace("-", "_").split("_")[0].lower()
+
+
+def whisper_normalise(text: str, language: str) -> str:
+    """`text` as recognisers are usually compared (Whisper, arXiv 2212.04356, appendix C): its English normaliser for
+    English, its basic one for other languages, with a space between all letters of `WITHOUT_SPACES`."""
+    return _whisper_normaliser(short_language(language))(text).strip()
+
+
+@lru_cache
+def _whisper_normaliser(language: str) -> Callable[[str], str]:
+    from whisper_normalizer.basic import BasicTextNormalizer
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    if language == "en":
+        return EnglishTextNormalizer()
+    return BasicTextNormalizer(split_letters=language in WITHOUT_SPACES)
 
 
 def normalise(text: str) -> str:
@@ -37,6 +63,41 @@ def chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Corpus chrF2, 0 to 100, one reference each."""
     _paired(predictions, references)
     return float(_CHRF.corpus_score(list(predictions), [list(references)]).score)
+
+
+def chrf_statistics(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
+    """What chrF of a corpus sums, [18], of the reference that fits best."""
+    [found] = _CHRF._extract_corpus_statistics([prediction], [[reference] for reference in references])
+    return tuple(float(n) for n in found)
+
+
+def chrf_from(sums: np.ndarray) -> float:
+    """chrF2 of a corpus, 0 to 100, from sums over its segments [18]: n-grams of hypothesis, of reference and matches
+    for orders 1 to 6 (precision and recall are means over the orders that occur, as in sacrebleu)."""
+    used = [(match / said, match / true) for said, true, match in sums.reshape(6, 3) if said and true]
+    if not used:
+        return 0.0
+    precision, recall = np.mean(used, axis=0)
+    return float(100 * 5 * precision * recall / (4 * precision + recall)) if precision + recall else 0.0
+
+
+def bleu_statistics(prediction: str, references: Sequence[str], tokenize: str = "13a") -> tuple[float, ...]:
+    """What BLEU of a corpus sums, [10]: matches and n-grams of orders 1 to 4, lengths. `tokenize`: sacrebleu's
+    tokenizer, ``13a``, or ``zh``, ``char`` for what is written without spaces."""
+    one = _bleu(tokenize).sentence_score(prediction, list(references))
+    return (*map(float, one.counts), *map(float, one.totals), float(one.sys_len), float(one.ref_len))
+
+
+@lru_cache
+def _bleu(tokenize: str) -> BLEU:
+    return BLEU(tokenize=tokenize, effective_order=True)  # of a sentence only its counts are used
+
+
+def bleu_from(sums: np.ndarray) -> float:
+    """BLEU of a corpus, 0 to 100, from sums of `bleu_statistics` [10]."""
+    counts = [int(n) for n in sums]
+    score = BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp", effective_order=False)
+    return float(score.score)
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:

@@ -5,7 +5,7 @@ Nothing heavy is imported here. Types are those that structured configurations t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,8 @@ class Evaluation:
     """What every evaluation has.
 
     Attributes:
-        scores: ``heldout`` (text answers), ``codec`` or ``speech`` (which judge sound); see `SETTINGS`.
+        scores: ``heldout`` (text answers), ``transcripts`` (answers about recordings), ``codec`` or ``speech`` (which
+            judge sound); see `SETTINGS`.
         after_fit: `fit` ends with it; False: `fit` ends with the last checkpoint, and `test RUN_DIR` scores it later.
         report: write ``report.html``.
     """
@@ -42,17 +43,47 @@ class HeldoutEvaluation(Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TranscriptEvaluation(Evaluation):
+    """How the recordings of `data.test_sources` are transcribed, translated and named (`evaluation.transcripts`).
+
+    Attributes:
+        max_samples: of each task and language, or direction of translation; None: all.
+        max_swapped: of each task, samples whose loss is also computed with others' recordings (the media swap).
+        window_seconds: attention windows of the audio encoder, whole seconds; everything is answered with each.
+        max_new_tokens: of an answer.
+        beam: hypotheses of a beam search (AuT alone); 1: the likeliest token each time.
+        players: recordings that can be heard in the report.
+        seed: of which samples are drawn, and of the bootstrap; the same for every run, so that runs compare.
+    """
+
+    scores: str = "transcripts"
+    max_samples: int | None = 32
+    max_swapped: int = 48
+    window_seconds: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    max_new_tokens: int = 64
+    beam: int = 1
+    players: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.window_seconds or min(self.window_seconds) < 1:
+            raise ValueError(f"evaluation.window_seconds={self.window_seconds}: name whole seconds, as in [1, 8]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CodecEvaluation(Evaluation):
     """How a codec's round trips of the recordings of `data.test_sources` sound (`evaluation.listening`).
 
     Attributes:
         max_samples: recordings that are encoded and decoded.
         players: of them, that can be heard in the report.
+        judge: a Whisper model that hears the speech too, in any language (`evaluation.judges.Whisper`).
     """
 
     scores: str = "codec"
     max_samples: int = 32
     players: int = 8
+    judge: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +99,7 @@ class SpeechEvaluation(Evaluation):
         temperature: of all codes; 0: always the likeliest.
         top_k: draw from so many of the likeliest codes; 0: from all.
         repetition_penalty: of codebook 0; 1: none.
+        judge: a Whisper model that hears the speech too, in any language (`evaluation.judges.Whisper`).
         grammar_words: recognise also with a loop of the test texts' words (for small vocabularies).
         seed: of the drawing.
     """
@@ -81,12 +113,14 @@ class SpeechEvaluation(Evaluation):
     temperature: float = 0.7
     top_k: int = 50
     repetition_penalty: float = 1.0
+    judge: str | None = None
     grammar_words: bool = True
     seed: int = 0
 
 
 SETTINGS: dict[str, type[Evaluation]] = {
     "heldout": HeldoutEvaluation,
+    "transcripts": TranscriptEvaluation,
     "codec": CodecEvaluation,
     "speech": SpeechEvaluation,
 }

@@ -15,8 +15,12 @@ import torch
 
 from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.data.packing import Budget, FirstFit, Item, Packing
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.omni import OmniModel
+
+Writer = OmniModel | AuT
+"""A model that writes text about what it reads: packed batches in, hidden states out."""
 
 DEFAULT_BUDGET = Budget(tokens=4096, mel_frames=12_000, patches=16_384)
 
@@ -36,7 +40,7 @@ class SampleLoss:
 
 
 @contextmanager
-def evaluating(model: OmniModel) -> Generator[torch.device]:
+def evaluating(model: Writer) -> Generator[torch.device]:
     """The model in evaluation mode, without gradients; yields its device and restores the mode afterwards."""
     was_training = model.training
     model.eval()
@@ -70,7 +74,7 @@ def packs(samples: Iterable[EncodedSample], budget: Budget) -> Iterator[list[tup
 
 
 def sample_losses(
-    model: OmniModel,
+    model: Writer,
     samples: Iterable[EncodedSample],
     *,
     budget: Budget = DEFAULT_BUDGET,
@@ -84,7 +88,7 @@ def sample_losses(
             batch = PackedBatch.pack([sample for _, sample in pack])
             on_device = batch.to(device)
             output = model(**on_device.model_inputs())
-            losses = chunked_cross_entropy(output.hidden, model.thinker.lm_head.weight, on_device.labels)
+            losses = chunked_cross_entropy(output.hidden, model.output_embedding, on_device.labels)
             borders = batch.cu_seqlens.tolist()
             running = torch.cat([losses.new_zeros(1, dtype=torch.float64), losses.double().cumsum(0)]).tolist()
             for (index, sample), a, b in zip(pack, borders[:-1], borders[1:], strict=True):

@@ -71,15 +71,18 @@ class PackedKVCache:
         return keys, values, self._cu_seqlens
 
     def keep(self, documents: list[int]) -> None:
-        """Forget all documents but these (indices, rising); they are numbered anew from 0."""
-        renumbered = torch.full((len(self._cu_seqlens) - 1,), -1, dtype=torch.int64)
-        renumbered[documents] = torch.arange(len(documents))
-        document = renumbered[self._document]
-        kept = (document >= 0).nonzero().squeeze(1)
+        """These documents (indices) become the documents of the cache, in this order. The others are forgotten; one
+        that is named several times, as by a search that goes on from it in several ways, is copied."""
+        if documents == list(range(len(self._cu_seqlens) - 1)):
+            return
+        rows = self._document.argsort(stable=True).split(self.lengths)  # of each document
+        kept = torch.cat([rows[i] for i in documents])
         for tables in (self._tables.keys, self._tables.values):
             for layer, table in enumerate(tables):
                 tables[layer] = table.index_select(0, kept.to(table.device))
-        self._place(document[kept], len(documents), self._cu_seqlens.device)
+        lengths = torch.tensor([len(rows[i]) for i in documents])
+        numbers = torch.arange(len(documents)).repeat_interleave(lengths)
+        self._place(numbers, len(documents), self._cu_seqlens.device)
 
     def _begin(self, cu_seqlens: Tensor) -> None:
         self._start = len(self._document)

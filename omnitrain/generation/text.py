@@ -7,7 +7,8 @@ A document that is done leaves the batch; nothing is padded, so a document's tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ def generate(
     stop_ids: Iterable[int] = (),
     on_token: Callable[[int, int], None] | None = None,
     prefill_chunk: int | None = None,
+    aut_window_frames: int | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers. Returns the new
     tokens of every document, a stop token included.
@@ -43,29 +46,78 @@ def generate(
         on_token: called as on_token(document, token) as soon as a token is chosen.
         prefill_chunk: prompts are read at most so many tokens per document at a time, which bounds the memory of
             long ones; default: in one piece. The result is the same.
+        aut_window_frames: attention window of the audio encoder; default: the configuration's.
+        on_read: called with the number of prompt tokens that were read, after each such piece.
 
     Raises ValueError: for a nonsensical option or an empty prompt, naming it.
     """
-    documents = len(batch.cu_seqlens) - 1
+    generators = seeded(decoding, seeds, len(batch.cu_seqlens) - 1)
+    batch = batch.to(model.thinker.embed_tokens.weight.device)
+    reading = {"chunk": prefill_chunk, "aut_window_frames": aut_window_frames, "on_read": on_read}
+    texts = _Answers(model, batch, reading)
+    prompts = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
+    return write(texts, prompts, decoding, generators, frozenset(stop_ids), on_token)
+
+
+class Texts(Protocol):
+    """Texts that a model is writing, with what it has read of each."""
+
+    logits: Tensor
+    """[B, V], of each text's next token."""
+
+    def keep(self, texts: list[int]) -> None:
+        """Go on with these texts (indices) alone, in this order."""
+        ...
+
+    def step(self, token: Tensor) -> None:
+        """Read each text's next token, int64 [B]."""
+        ...
+
+
+class _Answers:
+    """Of a Thinker (protocol `Texts`). `reading`: options of `read_prompts`."""
+
+    def __init__(self, model: OmniModel, batch: PackedBatch, reading: Mapping[str, Any]) -> None:
+        self.model, self.cache = model, PackedKVCache()
+        hidden, _ = read_prompts(model, batch, self.cache, **reading)  # [B, D]
+        self.logits = model.thinker.logits(hidden)
+        self.position = next_positions(batch)  # [B]
+
+    def keep(self, texts: list[int]) -> None:
+        self.cache.keep(texts)
+        self.position = self.position[texts]
+
+    def step(self, token: Tensor) -> None:
+        hidden = step(self.model, token, self.position, self.cache)
+        self.logits = self.model.thinker.logits(hidden)
+        self.position = self.position + 1
+
+
+def seeded(decoding: Decoding, seeds: Sequence[int] | None, documents: int) -> list[torch.Generator]:
+    """Each document's generator, from its seed or from `decoding.seed`. Raises ValueError: not a seed for each."""
     seeds = [decoding.seed + i for i in range(documents)] if seeds is None else seeds
     if len(seeds) != documents:
         raise ValueError(f"{len(seeds)} seeds for {documents} prompts; give one for each")
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    stop = frozenset(stop_ids)
+    return [torch.Generator().manual_seed(s) for s in seeds]
 
-    batch = batch.to(model.thinker.embed_tokens.weight.device)
-    cache = PackedKVCache()
-    hidden, _ = read_prompts(model, batch, cache, chunk=prefill_chunk)  # [B, D]
-    position = next_positions(batch)  # [B]
+
+def write(
+    texts: Texts,
+    prompts: Sequence[Tensor],
+    decoding: Decoding,
+    generators: Sequence[torch.Generator],
+    stop: frozenset[int],
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Write `texts` token by token; what of `generate` this is for, is explained there. `prompts`: int64 [n] of each,
+    whose tokens count as repeated."""
     occurred = None  # bool [B, V], tokens of each document so far
     if decoding.repetition_penalty != 1:
-        prompts = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
-        occurred = torch.stack([occurring(prompt, model.config.thinker.vocab_size) for prompt in prompts])
-
-    new: list[list[int]] = [[] for _ in range(documents)]
-    alive = list(range(documents))
+        occurred = torch.stack([occurring(prompt, texts.logits.shape[1]) for prompt in prompts])
+    new: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
     while alive:
-        token = decoding.choose(model.thinker.logits(hidden), occurred, [generators[b] for b in alive])  # [B]
+        token = decoding.choose(texts.logits, occurred, [generators[b] for b in alive])  # [B]
         for document, index in zip(alive, token.tolist(), strict=True):
             new[document].append(index)
             if on_token is not None:
@@ -77,17 +129,22 @@ def generate(
             alive = [alive[i] for i in going]
             if not alive:
                 break
-            cache.keep(going)
-            token, position = token[going], position[going]
+            texts.keep(going)
+            token = token[going]
             occurred = None if occurred is None else occurred[going]
-        hidden = step(model, token, position, cache)
-        position = position + 1
+        texts.step(token)
     return new
 
 
 @torch.no_grad()
 def read_prompts(
-    model: OmniModel, batch: PackedBatch, cache: KVCache, *, chunk: int | None = None
+    model: OmniModel,
+    batch: PackedBatch,
+    cache: KVCache,
+    *,
+    chunk: int | None = None,
+    aut_window_frames: int | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read the prompts into `cache`, at most `chunk` tokens of each document per pass. Returns hidden [B, D], of each
     document's last token (times the head = logits of its next one), and accept_hidden [N, D], what the Talker hears.
@@ -96,7 +153,9 @@ def read_prompts(
     if 0 in lengths:
         raise ValueError(f"document {lengths.index(0)} has no tokens; a prompt needs at least one")
     media = batch.mel, batch.mel_lengths, batch.patches, batch.grid_thw
-    x, visual_mask, deepstack = model.embed(batch.input_ids, batch.token_types, *media)
+    x, visual_mask, deepstack = model.embed(
+        batch.input_ids, batch.token_types, *media, aut_window_frames=aut_window_frames
+    )
     accept_hidden = torch.empty_like(x)
     visual_index = None if visual_mask is None else visual_mask.long().cumsum(0) - 1  # row in the deepstack features
     for rows, borders in passes(batch.cu_seqlens, chunk):
@@ -106,6 +165,8 @@ def read_prompts(
             levels = [level[visual_index[rows[mask]]] for level in deepstack]
         out = model.thinker(x[rows], batch.position_ids[:, rows], borders, mask, levels, cache)
         x[rows], accept_hidden[rows] = out.hidden, out.accept_hidden  # what was read of x is not read again
+        if on_read is not None:
+            on_read(len(rows))
     return x[batch.cu_seqlens[1:] - 1], accept_hidden
 
 

@@ -19,6 +19,7 @@ from omnitrain.interop.lora import merged
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.interop.public_format import SPEECH_PARTS, load_part, load_pretrained
 from omnitrain.interop.text_model import is_text_model, load_text_model
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.omni import OmniModel
 
 INIT_PARTS = ("aut", "visual", "thinker")
@@ -87,7 +88,7 @@ def _differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> li
     ]
 
 
-def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path]) -> list[str]:
+def start_from(model: OmniModel | AuT, init_from: str | Path | Mapping[str, str | Path]) -> list[str]:
     """Replace `model`'s weights, or those of some parts. Returns what the user should know about it, a sentence each.
 
     Args:
@@ -122,30 +123,30 @@ def start_from(model: OmniModel, init_from: str | Path | Mapping[str, str | Path
     return notices
 
 
-def _start_aut(model: OmniModel, folder: Path, key: str) -> list[str]:
+def _start_aut(model: OmniModel | AuT, folder: Path, key: str) -> list[str]:
     """Replace the weights of the audio encoder. Its projection stays as it is, where the folder has none for this
     Thinker; that is said."""
     weights, own = _aut_in(model, folder, key), dict(model.aut.state_dict())
-    width = weights["proj2.bias"].shape if "proj2.bias" in weights else None
-    if fresh := width != own["proj2.bias"].shape:
+    found, wanted = (w["proj2.bias"].shape if "proj2.bias" in w else None for w in (weights, own))
+    if found != wanted:
         own, weights = ({n: x for n, x in w.items() if not n.startswith(PROJECTION)} for w in (own, weights))
     _check_fit(own, weights, key, folder)
     model.aut.load_state_dict(weights, strict=False)
-    why = "was trained without one" if width is None else f"has one to width {width[0]}"
-    into = f"this Thinker has width {model.config.aut.out_dim} and the encoder there {why}"
-    return [f"{key}={folder}: the projection (aut.proj1, aut.proj2) stays as it was drawn: {into}"] if fresh else []
+    if wanted in (found, None):  # AuT itself has none
+        return []
+    why = "was trained without one" if found is None else f"has one to width {found[0]}"
+    into = f"this Thinker has width {wanted[0]} and the encoder there {why}"
+    return [f"{key}={folder}: the projection (aut.proj1, aut.proj2) stays as it was drawn: {into}"]
 
 
-def _aut_in(model: OmniModel, folder: Path, key: str) -> dict[str, Tensor]:
-    """The weights of the audio encoder in `folder` by their names in `AuTEncoder`: of a run of the Thinker, of a run of
-    AuT itself (`encoder`, whose projection nobody has trained), or of a public folder."""
+def _aut_in(model: OmniModel | AuT, folder: Path, key: str) -> dict[str, Tensor]:
+    """The weights of the audio encoder in `folder` by their names in `AuTEncoder`: of a run of the Thinker or of AuT,
+    or of a public folder."""
     if (folder / LAST_CHECKPOINT).is_file():
         weights = model_weights(folder / LAST_CHECKPOINT)
-        alone = {name.removeprefix("encoder."): x for name, x in weights.items() if name.startswith("encoder.")}
-        found = {name.removeprefix("aut."): x for name, x in weights.items() if name.startswith("aut.")}
-        return found or {name: x for name, x in alone.items() if not name.startswith(PROJECTION)}
+        return {name.removeprefix("aut."): x for name, x in weights.items() if name.startswith("aut.")}
     _check_public(folder, key)
-    return load_tower(folder, model.config.aut)
+    return load_tower(folder, model.aut.config)
 
 
 def _check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], key: str, folder: str | Path) -> None:
@@ -180,16 +181,19 @@ def start_codec_from(module: nn.Module, folder: str | Path) -> None:
         )
 
 
-def _weights_in(model: OmniModel, folder: Path, part: str | None, key: str) -> tuple[Mapping[str, Tensor], list[str]]:
+def _weights_in(
+    model: OmniModel | AuT, folder: Path, part: str | None, key: str
+) -> tuple[Mapping[str, Tensor], list[str]]:
     """All weights that `folder` holds, by their names in `OmniModel`, and what is to be said about them."""
     if (folder / LAST_CHECKPOINT).is_file():
         return model_weights(folder / LAST_CHECKPOINT), []
     _check_public(folder, key)
     if not is_text_model(folder):
         if part is None:
-            return load_pretrained(folder, speech=model.talker is not None).state_dict(), []
+            speaks = isinstance(model, OmniModel) and model.talker is not None
+            return load_pretrained(folder, speech=speaks).state_dict(), []
         return {f"{part}.{name}": x for name, x in load_part(folder, part).items()}, []
-    if part != "thinker":
+    if part != "thinker" or not isinstance(model, OmniModel):
         raise ValueError(f"{key}={folder}: it holds a text model; write module.init_from={{thinker: {folder}}}")
     text = load_text_model(folder, model)
     if text.missing_rows is None:

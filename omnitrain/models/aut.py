@@ -6,6 +6,10 @@ Parameter names equal those of the public checkpoint below `thinker.audio_tower.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +21,40 @@ from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.precision import residual
 from omnitrain.models.sizes import AuTConfig
 
-CHUNKS_PER_CONVOLUTION = 64
-"""One-second chunks convolved at once: bounds the memory of long recordings (about 12 MB a chunk at full size)."""
+CHUNKS_PER_SEGMENT = 64
+"""One-second chunks that go through the encoder together: bounds the memory of long recordings. Windows do not see each
+other, so where segments end changes nothing."""
+CHUNKS_PER_CONVOLUTION = 16
+"""Chunks convolved at once, each of which takes about 12 MB at full size."""
+
+
+@dataclass
+class AuTState:
+    """What `AuTEncoder.step` remembers of one recording: less than a window.
+
+    Attributes:
+        window_frames: attention window in mel frames.
+        projected: features are those of `forward`; else those of `encode`.
+        frames: mel frames of the recording so far.
+        waiting: [n, n_mels], n < window_frames, those whose window is not yet full.
+    """
+
+    window_frames: int
+    projected: bool
+    waiting: Tensor
+    frames: int = 0
+    finished: bool = False
+
+
+class _Segment(NamedTuple):
+    """Windows that are encoded together; their chunks end to end."""
+
+    chunk_lengths: list[int]
+    """Mel frames of each chunk."""
+    edges: list[int]
+    """Per chunk: where the convolutions' own zero padding begins."""
+    windows: list[int]
+    """Features of each attention window."""
 
 
 class AuTAttention(nn.Module):
@@ -102,11 +138,15 @@ class AuTEncoder(nn.Module):
         Returns:
             [T, out_dim], T = `output_lengths(mel_lengths).sum()`, recordings end to end.
         """
-        return self.proj2(F.gelu(self.proj1(self.encode(mel, mel_lengths, window_frames))))
+        return self._by_segments(mel, mel_lengths, window_frames, projected=True)
 
     def encode(self, mel: Tensor, mel_lengths: Tensor, window_frames: int | None = None) -> Tensor:
         """Steps 1 to 3 and the LayerNorm: what AuT's own decoder reads. The projection that follows it belongs to the
         Thinker, and is not trained with AuT.
+
+        Beyond `mel` and the features, memory does not grow with the length of the recordings: segments of
+        `CHUNKS_PER_SEGMENT` go through all layers one after the other, and with activation checkpointing the backward
+        pass computes them again one at a time. Within one segment, checkpointing is by layers.
 
         Args:
             mel: [F, n_mels], log-mel frames of 10 ms, recordings end to end.
@@ -119,6 +159,64 @@ class AuTEncoder(nn.Module):
         Raises ValueError: if `mel_lengths` does not sum to F, a recording is empty, or the window is no whole number of
         chunks.
         """
+        return self._by_segments(mel, mel_lengths, window_frames, projected=False)
+
+    def init_state(self, window_frames: int | None = None, *, projected: bool = True) -> AuTState:
+        """The state of a recording of which nothing has been heard. Raises ValueError as `encode` for the window.
+
+        `projected`: `step` gives what `forward` gives; else what `encode` gives."""
+        window_frames = window_frames or self.config.window_frames
+        self.config.chunks(window_frames)
+        nothing = self.ln_post.weight.new_zeros(0, self.config.n_mels)
+        return AuTState(window_frames=window_frames, projected=projected, waiting=nothing)
+
+    def step(self, mel: Tensor, state: AuTState) -> Tensor:
+        """The next mel frames of one recording, as many as there are -> the features that became final.
+
+        Attention sees its whole window, both ways, so a window's features come when its last frame does, those of a
+        last, shorter window from `finish`. All of them together are what `forward` gives for the whole recording: bit
+        for bit if pieces are whole segments (`CHUNKS_PER_SEGMENT` in whole windows), else within rounding, since
+        matrix products of other sizes round otherwise. How a recording is cut within windows changes nothing.
+
+        Args:
+            mel: [F, n_mels], F >= 0.
+            state: of `init_state`; changed in place, and kept below one window.
+
+        Returns:
+            [T, out_dim] (or d_model, see `AuTState.projected`), T >= 0.
+
+        Raises ValueError: frames of another size, or after `finish`.
+        """
+        if state.finished:
+            raise ValueError("this recording has been finished; begin another with init_state()")
+        if mel.ndim != 2 or mel.shape[1] != self.config.n_mels:
+            raise ValueError(f"mel has shape {tuple(mel.shape)}; expected [F, {self.config.n_mels}]")
+        state.frames += len(mel)
+        mel = torch.cat([state.waiting.to(mel), mel]) if len(state.waiting) else mel
+        full = len(mel) // state.window_frames * state.window_frames
+        state.waiting = mel[full:].clone()  # not a view, which would keep all of the piece
+        return self._encode_piece(mel[:full], state)
+
+    def finish(self, state: AuTState) -> Tensor:
+        """The features of the last, shorter window, after the last `step`: [T, out_dim], T = 0 where there is none."""
+        rest, state.waiting, state.finished = state.waiting, state.waiting[:0], True
+        return self._encode_piece(rest, state)
+
+    def _encode_piece(self, mel: Tensor, state: AuTState) -> Tensor:
+        """A piece that begins where a window does, as the recording of its own that it may be taken for: only one that
+        is shorter than a chunk has another border if it is all that there is."""
+        lengths = torch.tensor([len(mel)] if len(mel) else [], dtype=torch.int64)
+        whole = None if state.frames < self.config.chunk_frames else self.config.chunk_frames
+        return self._by_segments(mel, lengths, state.window_frames, projected=state.projected, edge=whole)
+
+    def project(self, features: Tensor) -> Tensor:
+        """`encode`'s features [T, d_model] -> those that the Thinker reads, [T, out_dim]."""
+        return self.proj2(F.gelu(self.proj1(features)))
+
+    def _by_segments(
+        self, mel: Tensor, mel_lengths: Tensor, window_frames: int | None, *, projected: bool, edge: int | None = None
+    ) -> Tensor:
+        """As `encode`, or as `forward` if `projected`. `edge`: see `_segments`."""
         config = self.config
         lengths = mel_lengths.tolist()
         if sum(lengths) != len(mel) or mel.shape[1] != config.n_mels:
@@ -129,43 +227,54 @@ class AuTEncoder(nn.Module):
                 raise ValueError(f"mel_lengths[{i}] is {n}: a recording without frames")
         chunks_per_window = config.chunks(window_frames or config.window_frames)
         if not lengths:
-            return self.ln_post.weight.new_zeros(0, config.d_model)
+            return self.ln_post.weight.new_zeros(0, config.out_dim if projected else config.d_model)
 
-        x = residual(self._convolve(mel, lengths), self.ln_post)  # [T, D]
-        window = chunks_per_window * _halved(config.chunk_frames, 3)
-        cu_seqlens = _window_borders(self.output_lengths(mel_lengths).tolist(), window).to(x.device)
+        if self.reference_padding and edge is None:
+            edge = max(lengths)
+        segments = list(_segments(lengths, config.chunk_frames, chunks_per_window, edge))
+        pieces = mel.split([sum(segment.chunk_lengths) for segment in segments])
+        several = len(segments) > 1
+        by_layers = self.activation_checkpointing and not several
+        features = [
+            run(
+                self._segment, piece, segment, projected, by_layers,
+                checkpointed=self.activation_checkpointing and several,
+            )
+            for piece, segment in zip(pieces, segments, strict=True)
+        ]  # fmt: skip
+        return torch.cat(features) if several else features[0]
+
+    def _segment(self, mel: Tensor, segment: _Segment, projected: bool, by_layers: bool) -> Tensor:
+        """[F, n_mels] -> [T, d_model], or [T, out_dim] if `projected`; `by_layers`: with checkpointing of each."""
+        x = residual(self._convolve(mel, segment, by_layers), self.ln_post)  # [T, D]
+        cu_seqlens = torch.tensor([0, *accumulate(segment.windows)], dtype=torch.int32, device=x.device)
         for layer in self.layers:
-            x = run(layer, x, cu_seqlens, checkpointed=self.activation_checkpointing)
-        return self.ln_post(x)
+            x = run(layer, x, cu_seqlens, checkpointed=by_layers)
+        x = self.ln_post(x)
+        return self.project(x) if projected else x
 
-    def _convolve(self, mel: Tensor, lengths: list[int]) -> Tensor:
+    def _convolve(self, mel: Tensor, segment: _Segment, checkpointed: bool) -> Tensor:
         """[F, n_mels] -> [T, D], positions added."""
         size = self.config.chunk_frames
-        chunk_lengths, edges = [], []  # per chunk: frames, and where the convolutions' own zero padding begins
-        for n in lengths:
-            full, rest = divmod(n, size)
-            chunk_lengths += [size] * full + [rest] * (rest > 0)
-            edge = max(lengths) if self.reference_padding else n
-            edges += [min(edge, size)] * (full + (rest > 0))
-        length = torch.tensor(chunk_lengths, device=mel.device)
-        edge = torch.tensor(edges, device=mel.device) if min(edges) < size else None
+        length = torch.tensor(segment.chunk_lengths, device=mel.device)
+        edge = torch.tensor(segment.edges, device=mel.device) if min(segment.edges) < size else None
 
         column = torch.arange(size, device=mel.device)
         inside = column < length[:, None]  # [chunks, size]
         source = (length.cumsum(0) - length)[:, None] + column
         frames = mel[source.clamp(max=len(mel) - 1)] * inside[..., None]
         images = rearrange(frames, "n time mel -> n 1 mel time").to(self.conv2d1.weight.dtype)
-
         parts = images.split(CHUNKS_PER_CONVOLUTION)
-        edge_parts = [None] * len(parts) if edge is None else edge.split(CHUNKS_PER_CONVOLUTION)
+        edges = [None] * len(parts) if edge is None else edge.split(CHUNKS_PER_CONVOLUTION)
         columns = torch.cat(
             [
-                run(self._three_convolutions, part, edge_part, checkpointed=self.activation_checkpointing)
-                for part, edge_part in zip(parts, edge_parts, strict=True)
+                run(self._three_convolutions, part, edge_part, checkpointed=checkpointed)
+                for part, edge_part in zip(parts, edges, strict=True)
             ]
         )  # [chunks, 13, D]
-        columns = columns + _sinusoids(columns.shape[1], columns.shape[2], columns.device).to(columns.dtype)
-        kept = torch.arange(columns.shape[1], device=mel.device) < _halved(length, 3)[:, None]
+        place = torch.arange(columns.shape[1], device=mel.device)
+        columns = columns + sinusoids(place, columns.shape[2]).to(columns.dtype)
+        kept = place < _halved(length, 3)[:, None]
         return columns[kept]
 
     def _three_convolutions(self, x: Tensor, edge: Tensor | None) -> Tensor:
@@ -184,17 +293,27 @@ def _halved(n, times: int):
     return n
 
 
-def _sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
-    """fp32 [length, channels]: sines, then cosines, of wave lengths from 2 pi to 20000 pi (Whisper's positions)."""
-    frequency = torch.exp(-math.log(10000) / (channels // 2 - 1) * torch.arange(channels // 2, device=device).float())
-    angle = torch.arange(length, device=device)[:, None] * frequency
+def sinusoids(positions: Tensor, channels: int) -> Tensor:
+    """fp32 [N, channels] of positions [N]: sines, then cosines, of wave lengths from 2 pi to 20000 pi (Whisper's)."""
+    half = torch.arange(channels // 2, device=positions.device)
+    angle = positions[:, None] * torch.exp(-math.log(10000) / (channels // 2 - 1) * half.float())
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def _window_borders(tokens: list[int], window: int) -> Tensor:
-    """Attention windows as int32 borders: every recording is cut into pieces of `window` tokens and a rest."""
-    borders = [0]
-    for n in tokens:
-        start = borders[-1]
-        borders += [*range(start + window, start + n, window), start + n]
-    return torch.tensor(borders, dtype=torch.int32)
+def _segments(lengths: list[int], chunk: int, chunks_per_window: int, edge: int | None) -> Iterator[_Segment]:
+    """Recordings of `lengths` mel frames, cut into windows, and as many of these together as fill a segment.
+
+    `edge`: mel frames behind which all recordings see the convolutions' own padding; None: each behind its own end.
+    """
+    segment = _Segment([], [], [])
+    for n in lengths:
+        for start in range(0, n, chunk * chunks_per_window):
+            full, rest = divmod(min(n - start, chunk * chunks_per_window), chunk)
+            chunk_lengths = [chunk] * full + [rest] * (rest > 0)
+            if segment.windows and len(segment.chunk_lengths) + len(chunk_lengths) > CHUNKS_PER_SEGMENT:
+                yield segment
+                segment = _Segment([], [], [])
+            segment.chunk_lengths.extend(chunk_lengths)
+            segment.edges.extend([min(n if edge is None else edge, chunk)] * len(chunk_lengths))
+            segment.windows.append(sum(_halved(frames, 3) for frames in chunk_lengths))
+    yield segment

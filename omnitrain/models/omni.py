@@ -43,6 +43,11 @@ class OmniModel(nn.Module):
         self.talker = None if config.talker is None else Talker(config.talker)
         self.code2wav = None if config.code2wav is None else Code2Wav(config.code2wav)
 
+    @property
+    def output_embedding(self) -> Tensor:
+        """[vocabulary, D]: hidden states of the Thinker times it are logits."""
+        return self.thinker.lm_head.weight
+
     def set_activation_checkpointing(self, parts: Collection[str]) -> None:
         """In which parts (`aut`, `visual`, `thinker`, `talker`, `mtp`, `code2wav`) activations are computed again in
         the backward pass, layer by layer (`layers.checkpointing`); in the others they are kept."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import (
@@ -102,8 +103,8 @@ def _replace(config: Any, changes: Mapping[str, Any], part: str) -> Any:
     return replace(config, **changes)
 
 
-RESIDUAL_WRITERS = (".self_attn.out_proj.weight", ".fc2.weight", ".attn.proj.weight", ".mlp.linear_fc2.weight")
-"""Last matrices of the residual branches of AuT and of the vision encoder."""
+RESIDUAL_WRITERS = ("attn.out_proj.weight", ".fc2.weight", ".attn.proj.weight", ".mlp.linear_fc2.weight")
+"""Last matrices of the residual branches of AuT (encoder and decoder) and of the vision encoder."""
 
 STD = {
     "thinker.embed_tokens.weight": 0.1,
@@ -117,7 +118,7 @@ STD = {
 
 
 @torch.no_grad()
-def init_weights(model: OmniModel, seed: int) -> None:
+def init_weights(model: OmniModel | AuT, seed: int) -> None:
     """Draw every parameter, each from its own random stream named by the parameter: the same values in whatever order
     and wherever they are drawn.
 
@@ -129,8 +130,14 @@ def init_weights(model: OmniModel, seed: int) -> None:
     from a picture is, from the first step, loud in the residual stream of the word that is to be predicted. With quiet
     branches and embeddings of 0.5 it is 3 % there, and a small model first learns to guess well and only much later to
     look (309 pictures, 8,300 samples: the loss rises by 0.3 with another's picture there, by 0.5 here).
+
+    AuT's decoder is as the encoders; its embeddings have 1 / sqrt(width), so that the first logits have variance 1.
     """
-    depth = {"aut": len(model.aut.layers), "visual": len(model.visual.blocks)}
+    depth = {"aut": len(model.aut.layers)}
+    if isinstance(model, AuT):
+        depth["decoder"] = len(model.decoder.layers)
+    else:
+        depth["visual"] = len(model.visual.blocks)
     for name, p in model.named_parameters():
         if p.ndim == 1:
             if name.endswith("bias"):

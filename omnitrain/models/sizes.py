@@ -95,6 +95,44 @@ class AuTConfig(_Sizes):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuTDecoderConfig(_Sizes):
+    """Sizes of the decoder that AuT is trained with. Not published; as deep and wide as asked for.
+
+    Attributes:
+        d_model, layers, heads, ffn: the transformer; d_model is the encoder's
+        vocab_size: of the tokenizer
+    """
+
+    d_model: int = 1280
+    layers: int = 8
+    heads: int = 20
+    ffn: int = 5120
+    vocab_size: int = 152064
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_model % self.heads:
+            raise ValueError(f"AuTDecoderConfig: d_model ({self.d_model}) must be a multiple of heads ({self.heads})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuTModelConfig(_Sizes):
+    """Sizes of an `AuT`: encoder and decoder.
+
+    Attributes:
+        encoder, decoder: sizes of the parts. `encoder.out_dim` is not used: projecting to a Thinker is the Thinker's.
+        ctc: a CTC head on the encoder, for the loss of that name and for alignments
+    """
+
+    encoder: AuTConfig = field(default_factory=AuTConfig)
+    decoder: AuTDecoderConfig = field(default_factory=AuTDecoderConfig)
+    ctc: bool = False
+
+    def __post_init__(self) -> None:
+        _must_be_equal(self, "decoder.d_model", "encoder.d_model")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig(_Sizes):
     """Sizes of the vision encoder; the defaults are the public ones.
 
@@ -602,4 +640,23 @@ CODEC_PRESETS: dict[str, CodecConfig] = {
         encoder_dim=32, layers=4, heads=8, kv_heads=8, ffn=1536, codebook_dim=128, decoder=SPEECH_PRESETS["small"][1]
     ),
     "qwen3_omni_30b_a3b": CodecConfig(),
+}  # fmt: skip
+
+AUT_PRESETS: dict[str, AuTModelConfig] = {
+    # Minutes on two CPU cores: 2.7 M parameters with a vocabulary of 2,048, 1.1 M of them the encoder's.
+    "tiny": AuTModelConfig(
+        encoder=AuTConfig(d_model=144, layers=4, heads=4, ffn=576, out_dim=192, conv_hidden=32),
+        decoder=AuTDecoderConfig(d_model=144, layers=3, heads=4, ffn=576, vocab_size=2048),
+        ctc=True,
+    ),
+    # The encoders of the published Qwen3-ASR models, 180 M and 300 M (arXiv 2601.21337), and of Qwen3-Omni, 650 M.
+    "180m": AuTModelConfig(
+        encoder=AuTConfig(d_model=896, layers=18, heads=14, ffn=3584, out_dim=1024),
+        decoder=AuTDecoderConfig(d_model=896, layers=6, heads=14, ffn=3584),
+    ),
+    "300m": AuTModelConfig(
+        encoder=AuTConfig(d_model=1024, layers=24, heads=16, ffn=4096, out_dim=2048),
+        decoder=AuTDecoderConfig(d_model=1024, layers=6, heads=16, ffn=4096),
+    ),
+    "650m": AuTModelConfig(),
 }  # fmt: skip

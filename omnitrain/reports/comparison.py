@@ -1,7 +1,7 @@
 """Several runs side by side on one page: scores with intervals and differences, curves overlaid, differing settings.
 
 Intervals are over the held-out items only. What another seed would have given they do not say; for that there is the
-study (`nondegradation`).
+study (`nondegradation`). Transcripts alone are averaged over runs that differ in their seed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from markupsafe import Markup
 from omnitrain.data.sample import MODALITIES
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.scores import MEASURES, SCORE_COLUMNS, Measure, Scores, read_table, scores_of
-from omnitrain.files import PREDICTIONS, SCORES, write_text
+from omnitrain.files import PREDICTIONS, SCORES, TRANSCRIPTS, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.run import Run, flat, formatted, read_run, templates
+from omnitrain.reports.transcripts import read_arms, rows, swap_rows, window_rows, write_markdown
 
+TABLE = "table.md"
+"""Beside the page, where runs have transcripts: the same tables as Markdown."""
 FEW_CONCEPTS = 10
 """With fewer, a bootstrap interval is too narrow to call a difference one."""
 
@@ -89,9 +92,9 @@ def _line(
 
 
 def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, list[str]]:
-    """Write the page; differences are to the first run. Returns its path, and a line for everything that is missing in
-    it. Raises FileNotFoundError for no such folder; ValueError for fewer than two runs, one given twice, or a file that
-    cannot be used."""
+    """Write the page, and `TABLE` beside it; differences are to the first run. Returns its path, and a line for
+    everything that is missing in it. Raises FileNotFoundError for no such folder; ValueError for fewer than two runs,
+    one given twice, or a file that cannot be used."""
     paths = [Path(folder) for folder in folders]
     if len(paths) < 2 or len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a comparison needs at least two different runs")
@@ -103,9 +106,12 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         path = run.folder / PREDICTIONS
         if path.is_file():
             tables.append(_items(path, name))
-        elif not any(m.file == SCORES for m in run.missing):
+        elif not run.transcripts and not any(m.file in (SCORES, TRANSCRIPTS) for m in run.missing):
             missing.append(f"{name}: scores by item ({PREDICTIONS}): run `python -m omnitrain test {run.folder}`")
     lines = compare_runs(scores_of(pa.concat_tables(tables)), names) if tables else []
+    arms = read_arms(runs, names)
+    if arms is not None:
+        write_markdown(arms, Path(out).with_name(TABLE))
     colours = dict(zip(names, cycle(figures.ARM_COLOURS.values()), strict=False))
     page = templates().get_template("comparison.html.j2").render(
         name=f"{len(runs)} runs side by side",
@@ -114,6 +120,10 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         lines=[_shown(line) for line in lines],
         few=FEW_CONCEPTS,
         dropped=max((line.dropped for line in lines), default=0),
+        arms=arms,
+        transcripts=rows(arms) if arms else [],
+        by_window=window_rows(arms) if arms else [],
+        swaps=swap_rows(arms) if arms else [],
         missing=missing,
         validation=_curves("validation", runs, colours),
         training=_curves("train", runs, colours),

@@ -21,6 +21,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+FEATURES_PER_SECOND = 13
+"""Of the audio encoder (`models.aut`)."""
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Name -> (steps [n], values [n])."""
 _INK, _LINE = "#010203", "#010204"
@@ -207,6 +209,57 @@ def lines(series: Columns, ylabel: str, *, share: bool = False) -> Markup:
     if len(series) > 1:
         axes.legend()
     return _svg(figure, f"{ylabel} over steps")
+
+
+@_styled
+def by_window(panels: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """A score over the attention window of the audio encoder, a panel for each task: title -> ``unit``, ``points``
+    (seconds, value, low, high) of all languages, ``languages``, name -> (seconds, value), and ``constant``, the score
+    of who never listens, or None."""
+    figure, axes_of = _axes(len(panels), 3, (2.9, 2.4), (0.4, 0))
+    for axes, (name, panel) in zip(axes_of, panels.items(), strict=False):
+        windows, values, lows, highs = np.array(panel["points"]).T
+        place = np.arange(len(windows))
+        for _, points in sorted(panel["languages"].items()):
+            axes.plot(place, [value for _, value in points], color=_OTHER, linewidth=0.8, alpha=0.5)
+        axes.fill_between(place, lows, highs, color=_GREEN, alpha=0.18, linewidth=0)
+        axes.plot(place, values, "o-", color=_GREEN, linewidth=1.8, markersize=4.5)
+        if panel["constant"] is not None:
+            axes.axhline(panel["constant"], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xticks(place, [f"{w:g}" for w in windows])
+        axes.set_title(title(name), fontweight="bold")
+        axes.set_xlabel("attention window, s")
+        axes.set_ylabel(panel["unit"])
+    return _svg(figure, "scores by attention window")
+
+
+@_styled
+def attention(weights: Sequence[Sequence[float]], tokens: Sequence[str]) -> Markup:
+    """How much each token of an answer, [n], looks at each feature of a recording, [n, features]."""
+    figure, (axes,) = _axes(1, 1, (3.2, 0.7 + 0.15 * len(tokens)))
+    seconds = len(weights[0]) / FEATURES_PER_SECOND
+    axes.imshow(
+        np.asarray(weights), aspect="auto", interpolation="nearest", cmap="magma", extent=(0, seconds, len(tokens), 0)
+    )
+    axes.grid(visible=False)
+    axes.set_yticks(np.arange(len(tokens)) + 0.5, [token.replace("$", r"\$") for token in tokens], fontsize=7)
+    axes.set_xlabel("seconds")
+    return _svg(figure, "cross-attention")
+
+
+@_styled
+def error_curves(rates: Columns) -> Markup:
+    """Error rates over steps: "all" as a thick line, every language as a thin one."""
+    figure, (axes,) = _axes(1, 1, (7.8, 2.9))
+    colours = matplotlib.colormaps["tab20"]
+    for i, (name, (steps, values)) in enumerate(sorted(rates.items(), key=lambda item: (item[0] != "all", item[0]))):
+        width, c = (2.4, _INK) if name == "all" else (1.2, colours((i - 1) % 20))
+        axes.plot(steps, values, color=c, linewidth=width, label=name)
+    axes.set_xlabel("step")
+    axes.set_title("character error rate, validation")
+    axes.set_ylim(0, min(1.5, axes.get_ylim()[1]))  # a model that cannot stop writes many times the reference
+    figure.legend(loc="outside right upper", ncols=1 + len(rates) // 12)
+    return _svg(figure, "error rates over steps")
 
 
 @_styled

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from omnitrain import files
 from omnitrain.data.media import MediaLimits, decode_video, encode_image
 from omnitrain.data.sample import MODALITIES, BadSample, Segment
 from omnitrain.data.view import Shown, browser_media, data_uri, show, spectrogram
+from omnitrain.evaluation.metrics import normalise
+from omnitrain.evaluation.transcripts import CONSTANT, FREQUENT, MODEL, Measure, measures_of
 from omnitrain.files import read_json, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.mixture import mixture
@@ -58,6 +62,8 @@ class Run:
     throughput: figures.Columns = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    transcripts: dict[str, Any] = field(default_factory=dict)
+    heard: list[dict[str, Any]] = field(default_factory=list)
     speech: dict[str, Any] = field(default_factory=dict)
     spoken: list[dict[str, Any]] = field(default_factory=list)
     bad_samples: list[dict[str, Any]] = field(default_factory=list)
@@ -120,6 +126,10 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
         run.scores = read(files.SCORES, _record, {}, "held-out scores, media swap, expert load", test)
         if samples:
             run.predictions = read(files.PREDICTIONS, _rows, [], "samples and predictions", test)
+    elif _scores(run) == "transcripts":
+        run.transcripts = read(files.TRANSCRIPTS, _record, {}, "scores of the transcripts", test)
+        if samples:
+            run.heard = read(files.HEARD, _rows, [], "recordings to listen to", test)
     else:
         run.speech = read("eval/speech.json", _record, {}, "scores of the speech", test)
         if samples:
@@ -213,6 +223,12 @@ def _curves(run: Run) -> dict[str, figures.Columns]:
     return {m: dict(sorted(curves[m].items())) for m in _by_modality(curves)}
 
 
+def _validation_errors(run: Run) -> figures.Columns:
+    """Character error rates of validations, of all languages and of each."""
+    whole = _named(run.metrics, {"validation/cer": "all"})
+    return {**whole, **run.below("validation/cer/")}
+
+
 def _samples(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
     """For each modality the first samples in the order they were drawn, those with media and answers first."""
     groups = []
@@ -263,7 +279,11 @@ def _speech(scores: Mapping[str, Any]) -> dict[str, Any]:
     speaks = scores.get("kind") != "codec"
     rows = [
         (f"{measure.upper()}, {label}", ".1%", scores.get(measure, {}).get(recogniser))
-        for recogniser, label in (("open", "open vocabulary"), ("word_loop", f"loop of {scores.get('words')} words"))
+        for recogniser, label in (
+            ("open", "open vocabulary"),
+            ("word_loop", f"loop of {scores.get('words')} words"),
+            ("whisper", f"Whisper {Path(scores.get('judge') or '').name}"),
+        )
         for measure in ("wer", "cer")
     ]
     rows += [
@@ -282,6 +302,102 @@ def _speech(scores: Mapping[str, Any]) -> dict[str, Any]:
         "singles": [(label, _interval_text(scores[s], ".2f")) for s, label in singles.items() if scores.get(s)],
         "failures": scores.get("failures") if speaks else None,
     }
+
+
+def _transcripts(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of transcripts: a table for each task, its rows languages with the longest window; the same by window
+    for the figure; and what is said by who never listens."""
+    rows = [row for row in scores["scores"] if row["split"] == "all"]
+    windows = sorted({row["window"] for row in rows if row["window"] is not None})
+    found = {(r["task"], r["languages"], r["system"], r["window"]): r for r in rows}
+    tasks, panels = [], {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        measures = measures_of(task)
+        lines = [languages for name, languages, system, window in found if (name, window) == (task, windows[-1])]
+        others = [system for system in (FREQUENT, CONSTANT) if (task, "all", system, None) in found]
+        columns = [(MODEL, windows[-1]), *((system, None) for system in others)]
+        tasks.append({
+            "task": task,
+            "systems": [f"window {windows[-1]} s", *others],
+            "measures": [_measure_title(measure) for measure in measures],
+            "rows": [_transcript_row([found.get((task, line, *column)) for column in columns], line, measures)
+                     for line in lines],
+        })  # fmt: skip
+        panels[task] = _window_panel(found, task, lines, windows, measures[0])
+    return {**scores, "tasks": tasks, "by_window": figures.by_window(panels), "swaps": scores["media_swap"]}
+
+
+def _measure_title(measure: Measure) -> str:
+    return f"{measure.title} {'↓' if measure.lower_is_better else '↑'}"
+
+
+def _transcript_row(records: Sequence[Mapping[str, Any] | None], line: str, measures: Sequence[Measure]) -> Any:
+    """The cells of one language: of each system each measure."""
+    first = records[0]
+    assert first is not None
+    cells = [
+        _interval_text(None if record is None else record["measures"].get(measure.name), measure.form)
+        for record in records
+        for measure in measures
+    ]
+    return {"languages": line, "samples": first["samples"], "sentences": first["sentences"], "cells": cells}
+
+
+def _window_panel(
+    found: Mapping[Any, Mapping[str, Any]], task: str, lines: Sequence[str], windows: Sequence[int], measure: Measure
+) -> dict[str, Any]:
+    def of(line: str, system: str, window: int | None) -> Mapping[str, Any]:
+        return found.get((task, line, system, window), {}).get("measures", {}).get(measure.name, {})
+
+    def points(line: str, *names: str) -> list[tuple[float, ...]]:
+        return [(w, *(of(line, MODEL, w).get(name, math.nan) for name in names)) for w in windows]
+
+    return {
+        "unit": measure.title,
+        "points": points("all", "mean", "low", "high"),
+        "languages": {line: points(line, "mean") for line in lines if line != "all"},
+        "constant": of("all", CONSTANT, None).get("mean"),
+    }
+
+
+def _recordings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Recordings with sound: a player, a spectrogram, what was said and what was written with each window."""
+    written: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["window"]):
+        written.setdefault(row["id"], []).append(row)
+    shown = []
+    for row in (row for row in rows if row["media"] is not None):
+        sound = browser_media(_show(Segment(type="audio", media=row["media"])))
+        by_text: dict[str, list[str]] = {}
+        for other in written[row["id"]]:
+            by_text.setdefault(other["prediction"], []).append(str(other["window"]))
+        answers = [
+            {"windows": " and ".join(filter(None, [", ".join(windows[:-1]), windows[-1]])), "text": text,
+             "marks": marked(row["references"], text)}
+            for text, windows in by_text.items()
+        ]  # fmt: skip
+        attention = figures.attention(row["attention"] or [], row["tokens"] or [])
+        shown.append({**row, **sound, "answers": answers, "attention": attention})
+    return shown
+
+
+def marked(references: Sequence[str], prediction: str) -> list[tuple[str, str]]:
+    """The words of `prediction` as ``same`` or ``wrong``, and between them the ``missing`` ones of the reference that
+    is most alike; compared without case and punctuation."""
+    said = prediction.split()
+    compared = [(words, _alignment(words, said)) for words in map(str.split, references)]
+    reference, match = max(compared, key=lambda pair: pair[1].ratio())
+    marks: list[tuple[str, str]] = []
+    for kind, a, b, c, d in match.get_opcodes():
+        if kind != "equal" and a < b:
+            marks.append(("missing", " ".join(reference[a:b])))
+        if c < d:
+            marks.append(("same" if kind == "equal" else "wrong", " ".join(said[c:d])))
+    return marks
+
+
+def _alignment(reference: Sequence[str], said: Sequence[str]) -> SequenceMatcher[str]:
+    return SequenceMatcher(None, [normalise(w) for w in reference], [normalise(w) for w in said], autojunk=False)
 
 
 def _interval_text(value: Mapping[str, Any] | None, form: str) -> str:
@@ -386,7 +502,11 @@ def _render(run: Run) -> str:
     lines, folder = figures.lines, run.folder.resolve().name
     return templates().get_template("run.html.j2").render(
         run=run,
-        speaks=_scores(run) != "heldout",
+        speaks=_scores(run) in ("codec", "speech"),
+        listens=_scores(run) == "transcripts",
+        transcripts=_transcripts(run.transcripts) if run.transcripts else None,
+        recordings=_recordings(run.heard),
+        error_figure=figures.error_curves(_validation_errors(run)),
         name=run.config.get("name") or folder,
         folder=folder,
         facts=_facts(run),
@@ -410,7 +530,7 @@ def _render(run: Run) -> str:
         use_figure=lines(run.below("codebook/perplexity/"), "perplexity of the codebooks"),
         mixture=mixture(run.data, run.config.get("mix"), MODALITIES) if run.data else None,
         speed=_speed(run),
-        evaluation_skipped=Counter(run.scores.get("skipped", {})).most_common(),
+        evaluation_skipped=Counter((run.scores or run.transcripts).get("skipped", {})).most_common(),
         environment_rows=list(flat(run.environment).items()),
     )  # fmt: skip
 

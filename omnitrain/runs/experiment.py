@@ -21,7 +21,7 @@ from omnitrain.interop.public_config import read_config as read_public_config
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import init_codec_weights, init_weights
-from omnitrain.models.sizes import CodecConfig, OmniConfig
+from omnitrain.models.sizes import AuTModelConfig, CodecConfig, OmniConfig
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.quiet import quiet_libraries
 
@@ -75,7 +75,7 @@ def build_data(config: RunConfig) -> OmniDataModule:
 
 def has_fresh_weights(config: RunConfig) -> bool:
     """Whether the model is described by its sizes, so that its weights are drawn from the seed."""
-    return isinstance(config.model.config, OmniConfig | CodecConfig)
+    return isinstance(config.model.config, OmniConfig | AuTModelConfig | CodecConfig)
 
 
 def build_trainer(config: RunConfig) -> L.Trainer:

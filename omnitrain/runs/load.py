@@ -28,6 +28,7 @@ from omnitrain.interop.public_config import read_config as read_public_config
 from omnitrain.interop.public_files import public_geometry
 from omnitrain.interop.public_format import empty_model, load_pretrained
 from omnitrain.interop.start_from import load_weights, model_weights
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.code2wav import fingerprint
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
@@ -45,8 +46,26 @@ def load(
     speech: bool = False,
     as_reference: bool = False,
 ) -> tuple[OmniModel, SampleEncoder]:
-    """A model in eval mode and the encoder of its prompts, from a run folder (its last checkpoint) or a folder in the
-    public format.
+    """A model with a Thinker; arguments and errors as of `load_writer`, and ValueError for the run of an AuT."""
+    model, encoder = load_writer(folder, device=device, dtype=dtype, speech=speech, as_reference=as_reference)
+    if not isinstance(model, OmniModel):
+        raise ValueError(
+            f"{folder} is the run of an AuT, which has no Thinker; put its encoder into one with "
+            f"module.init_from={{aut: {folder}}}"
+        )
+    return model, encoder
+
+
+def load_writer(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    speech: bool = False,
+    as_reference: bool = False,
+) -> tuple[OmniModel | AuT, SampleEncoder]:
+    """A model that writes, in eval mode, and the encoder of its prompts, from a run folder (its last checkpoint) or a
+    folder in the public format.
 
     Args:
         device: "auto" is a GPU if there is one.
@@ -134,7 +153,7 @@ def is_run(folder: Path, public: str = "a folder in the public format", hint: st
     return False
 
 
-def _load_run(folder: Path) -> tuple[OmniModel, SampleEncoder]:
+def _load_run(folder: Path) -> tuple[OmniModel | AuT, SampleEncoder]:
     from omnitrain.runs.experiment import build_data
 
     tokenizer = run_tokenizer(folder)
@@ -146,7 +165,7 @@ def _load_run(folder: Path) -> tuple[OmniModel, SampleEncoder]:
         model, assign = empty_model(sizes, folder / CONFIG), True
     else:
         model, assign = build(config.model, place="model"), False
-    if not isinstance(model, OmniModel):
+    if not isinstance(model, OmniModel | AuT):
         raise ValueError(f"{folder} is the run of a codec, which has no language model to ask")
     encoder: SampleEncoder = build_data(config).encoder
     load_weights(model, model_weights(folder / LAST_CHECKPOINT), folder / LAST_CHECKPOINT, assign=assign)

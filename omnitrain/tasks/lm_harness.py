@@ -24,7 +24,7 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.shards import nearest
 from omnitrain.evaluation.answers import answer_prompts
 from omnitrain.evaluation.progress import progress_bar
-from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, evaluating, packs
+from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, Writer, evaluating, packs
 from omnitrain.generation.sampling import Decoding
 from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Metric
@@ -230,9 +230,13 @@ class HarnessTask(RunnableTask):
     def is_done(self, summary: Mapping[str, Any]) -> bool:
         return summary["metric"] == self.metric
 
-    def find_out(self, model: OmniModel, encoder: SampleEncoder, files: TaskFiles, options: RunOptions) -> Outcome:
+    def find_out(self, model: Writer, encoder: SampleEncoder, files: TaskFiles, options: RunOptions) -> Outcome:
         """The harness asks, and keeps its answers in a cache among the parts. Raises ValueError for no such task or
-        metric, or data that cannot be had."""
+        metric, data that cannot be had, or a model that only hears."""
+        if not isinstance(model, OmniModel):
+            raise ValueError(
+                "the harness asks about text alone, and an AuT answers about recordings; name a Thinker's run"
+            )
         manager = self._manager()
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         try:

@@ -29,8 +29,9 @@ from rich.table import Table
 
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.evaluation.intervals import bootstrap_interval
+from omnitrain.evaluation.teacher_forced import Writer
 from omnitrain.files import read_json, write_json, write_parquet
-from omnitrain.models.omni import OmniModel, sampled_weights
+from omnitrain.models.omni import sampled_weights
 from omnitrain.tasks.benchmark import Metric
 from omnitrain.tasks.settings import RunOptions
 
@@ -109,11 +110,11 @@ class RunnableTask(ABC):
         return False
 
     @abstractmethod
-    def find_out(self, model: OmniModel, encoder: SampleEncoder, files: TaskFiles, options: RunOptions) -> Outcome:
+    def find_out(self, model: Writer, encoder: SampleEncoder, files: TaskFiles, options: RunOptions) -> Outcome:
         """Ask and score what `files` have no answer to."""
 
     def run(
-        self, model: OmniModel, encoder: SampleEncoder, out_dir: str | Path, options: RunOptions | None = None
+        self, model: Writer, encoder: SampleEncoder, out_dir: str | Path, options: RunOptions | None = None
     ) -> TaskResult:
         """Answer and score the task, and write ``out_dir/NAME.parquet`` and ``NAME.json``. Raises StaleAnswers where
         the folder holds answers of another model or setting and `options.restart` is off; FileNotFoundError or
@@ -144,7 +145,7 @@ class RunnableTask(ABC):
         return TaskResult(name=self.name, path=files.items, **{name: summary[name] for name in told_of})
 
 
-def model_fingerprint(model: OmniModel, encoder: SampleEncoder) -> str:
+def model_fingerprint(model: Writer, encoder: SampleEncoder) -> str:
     """Hex digest of the weights (256 numbers of each tensor), of the tokenizer, and of how media become numbers."""
     found = hashlib.blake2b(digest_size=16)
     for name, tensor, numbers in sampled_weights(model, 256):

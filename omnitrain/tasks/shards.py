@@ -8,9 +8,9 @@ from typing import Any
 
 from omnitrain.data.sample import BadSample, Message, Sample
 from omnitrain.data.shards import SampleSource
-from omnitrain.evaluation.metrics import edits, normalise
+from omnitrain.evaluation.metrics import chrf_statistics, edits, normalise
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, text
-from omnitrain.tasks.speech_to_text import CHRF_METRIC, chrf_statistics
+from omnitrain.tasks.speech_to_text import CHRF_METRIC
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,38 +7,23 @@ other languages; Chinese and Japanese are compared by characters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
-
-from omnitrain.evaluation.metrics import edits
+from omnitrain.evaluation.metrics import (
+    WITHOUT_SPACES,
+    bleu_from,
+    bleu_statistics,
+    chrf_from,
+    chrf_statistics,
+    edits,
+    short_language,
+    whisper_normalise,
+)
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule, Scored, fill, get, medium, question, text
 from omnitrain.tasks.tables import file_in, read_table
-
-WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
-"""Languages whose error rate counts characters."""
-
-
-@lru_cache
-def speech_normaliser(language: str) -> Callable[[str], str]:
-    """Whisper's normalisation of transcripts in `language` (``en``, ``en_us``, ``zh-CN``, ...). Raises
-    ModuleNotFoundError where ``whisper-normalizer`` is not installed."""
-    try:
-        from whisper_normalizer.basic import BasicTextNormalizer
-        from whisper_normalizer.english import EnglishTextNormalizer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("error rates need whisper-normalizer: pip install 'omnitrain[eval]'") from error
-    short = _short(language)
-    return EnglishTextNormalizer() if short == "en" else BasicTextNormalizer(split_letters=short in WITHOUT_SPACES)
-
-
-def _short(language: str) -> str:
-    return language.replace("-", "_").split("_")[0].lower()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,40 +35,16 @@ class ErrorRate(Rule):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        name = "cer" if _short(self.language) in WITHOUT_SPACES else "wer"
+        name = "cer" if short_language(self.language) in WITHOUT_SPACES else "wer"
         return (Metric(name=name, higher_is_better=False),)
 
     def score_one(self, item: Answered) -> Scored:
-        normalise = speech_normaliser(self.language)
-        said, heard = normalise(str(item.truth["text"])).strip(), normalise(item.prediction).strip()
+        said = whisper_normalise(str(item.truth["text"]), self.language)
+        heard = whisper_normalise(item.prediction, self.language)
         return Scored(answer=heard, statistics={self.metrics[0].name: edits(said, heard)})
 
 
-def bleu_from(sums: np.ndarray) -> float:
-    """BLEU of a corpus, 0 to 100, from `Translation`'s sums [10]: matches and n-grams of orders 1 to 4, lengths."""
-    counts = [int(n) for n in sums]
-    score = BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp", effective_order=False)
-    return float(score.score)
-
-
-def chrf_from(sums: np.ndarray) -> float:
-    """chrF2 of a corpus, 0 to 100, from sums over its segments [18]: n-grams of hypothesis, of reference and matches
-    for orders 1 to 6 (Popović 2015; precision and recall are means over the orders that occur, as in sacrebleu)."""
-    used = [(match / said, match / true) for said, true, match in sums.reshape(6, 3) if said and true]
-    if not used:
-        return 0.0
-    precision, recall = np.mean(used, axis=0)
-    return float(100 * 5 * precision * recall / (4 * precision + recall)) if precision + recall else 0.0
-
-
-_CHRF = CHRF()
 CHRF_METRIC = Metric(name="chrf", higher_is_better=True, percent=False, combine=chrf_from)
-
-
-def chrf_statistics(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
-    """[18], of the reference that fits best."""
-    [found] = _CHRF._extract_corpus_statistics([prediction], [[reference] for reference in references])
-    return tuple(float(n) for n in found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +58,10 @@ class Translation(Rule):
 
     def score_one(self, item: Answered) -> Scored:
         references = [str(reference) for reference in item.truth["texts"]]
-        one = _bleu(self.tokenize).sentence_score(item.prediction, references)
-        bleu = (*map(float, one.counts), *map(float, one.totals), float(one.sys_len), float(one.ref_len))
+        bleu = bleu_statistics(item.prediction, references, self.tokenize)
         return Scored(
             answer=item.prediction, statistics={"bleu": bleu, "chrf": chrf_statistics(item.prediction, references)}
         )
-
-
-@lru_cache
-def _bleu(tokenize: str) -> BLEU:
-    return BLEU(tokenize=tokenize, effective_order=True)  # of a sentence only its counts are used
 
 
 # --- benchmarks ------------------------------------------------------------------------------------------------------

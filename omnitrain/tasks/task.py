@@ -21,9 +21,8 @@ from omnitrain.data.shards import MediaReader
 from omnitrain.evaluation.answers import answer_samples
 from omnitrain.evaluation.heldout import prompt_text
 from omnitrain.evaluation.progress import progress_bar
-from omnitrain.evaluation.teacher_forced import sample_losses
+from omnitrain.evaluation.teacher_forced import Writer, sample_losses
 from omnitrain.generation.sampling import Decoding
-from omnitrain.models.omni import OmniModel
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, Metric, Rule
 from omnitrain.tasks.results import Outcome, RunnableTask, TaskFiles
 from omnitrain.tasks.settings import RunOptions
@@ -69,7 +68,7 @@ class Task(RunnableTask):
         names = ("path", "benchmark", "prompt", "rule", "decoding", "scoring")
         return {name: repr(getattr(self, name)) for name in names}
 
-    def find_out(self, model: OmniModel, encoder: SampleEncoder, files: TaskFiles, options: RunOptions) -> Outcome:
+    def find_out(self, model: Writer, encoder: SampleEncoder, files: TaskFiles, options: RunOptions) -> Outcome:
         assert self.path is not None
         done = files.answers()
         rows = self.benchmark.rows(self.path)
@@ -170,7 +169,7 @@ def _row(item: Item) -> dict[str, str]:
 
 def _predictions(
     task: Task,
-    model: OmniModel,
+    model: Writer,
     encoder: SampleEncoder,
     items: Sequence[Item],
     media: MediaReader,
@@ -190,7 +189,7 @@ def _predictions(
     return found
 
 
-def _likeliest(model: OmniModel, encoder: SampleEncoder, item: Item, media: MediaReader) -> str:
+def _likeliest(model: Writer, encoder: SampleEncoder, item: Item, media: MediaReader) -> str:
     """The option with the highest log-probability as the answer, its end included."""
     if not item.options:
         raise BadSample("no_options", "scoring=likelihood needs options, and this item has none; use scoring=generate")

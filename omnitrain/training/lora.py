@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from omnitrain.config.run_config import LoraConfig
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.layers.moe import SwiGLUExperts
 from omnitrain.models.omni import OmniModel
 
@@ -44,7 +45,7 @@ class Target(NamedTuple):
         return self.experts * rank * (self.out_dim + self.in_dim)
 
 
-def lora_targets(model: OmniModel, config: LoraConfig) -> list[Target]:
+def lora_targets(model: OmniModel | AuT, config: LoraConfig) -> list[Target]:
     """What `config` means in `model`, which may lie on `meta`. Raises ValueError if a part has none of the targets."""
     found: dict[str, list[Target]] = {part: [] for part in config.parts}
     inner = "|".join(MODULES[target] for target in config.targets)
@@ -69,7 +70,7 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Target]:
         yield Target(f"{name}.weight", *module.weight.shape)
 
 
-def add_lora(model: OmniModel, config: LoraConfig, seed: int) -> None:
+def add_lora(model: OmniModel | AuT, config: LoraConfig, seed: int) -> None:
     """Give `model` its adapters, in fp32, which alone learn of what they stand beside. A is drawn from `seed`, each
     from its own random stream, as `peft` draws it (uniform within 1 / sqrt(in)); B is zero. Raises ImportError without
     `peft`; ValueError as `lora_targets`."""

@@ -34,9 +34,17 @@ class LossSums:
         """Add the sums of `other`."""
         self.add(other.groups.items())
 
+    AUXILIARY = ("ctc",)
+    """Terms of their own: they stand for themselves, not in the sum of all."""
+
     def total(self, *, modality: str | None = None, task: str | None = None) -> list[float]:
         """[nats, target tokens, target bytes, samples] of all groups, or of those of one modality or task."""
-        picked = [sums for key, sums in self.groups.items() if modality in (None, key[0]) and task in (None, key[1])]
+        whole = modality is None and task is None
+        picked = [
+            sums
+            for key, sums in self.groups.items()
+            if (key[0] not in self.AUXILIARY if whole else modality in (None, key[0]) and task in (None, key[1]))
+        ]
         return [math.fsum(column) for column in zip([0.0] * 4, *picked, strict=True)]
 
     def metrics(self, prefix: str) -> dict[str, float]:
@@ -46,7 +54,10 @@ class LossSums:
         for name, selection in [
             ("loss", {}),
             *((f"loss/{m}", {"modality": m}) for m in sorted({key[0] for key in self.groups})),
-            *((f"loss_by_task/{t}", {"task": t}) for t in sorted({key[1] for key in self.groups})),
+            *(
+                (f"loss_by_task/{t}", {"task": t})
+                for t in sorted({t for m, t in self.groups if m not in self.AUXILIARY})
+            ),
         ]:
             nll, tokens, target_bytes, _ = self.total(**selection)
             if tokens:

@@ -21,7 +21,7 @@ from omnitrain.training.losses import BatchLosses, RouterUse, talker_loss
 from omnitrain.training.thinker import ThinkerModule
 
 
-class TalkerModule(ThinkerModule):
+class TalkerModule(ThinkerModule[OmniModel]):
     """Trains the Talker of an `OmniModel` (report section 4: `talker_pretrain`, `talker_continue`,
     `speaker_finetune`); arguments as of `ThinkerModule`. ValueError if the model has none."""
 

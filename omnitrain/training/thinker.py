@@ -11,7 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from omnitrain.config.run_config import OptimConfig, ThinkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.interop.start_from import start_from
+from omnitrain.models.aut_decoder import AuT, AuTOutput
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.thinker import ThinkerOutput
@@ -47,13 +48,16 @@ def hide_words(batch: PackedBatch, share: float) -> PackedBatch:
     return replace(batch, input_ids=torch.where(hidden, opening, batch.input_ids))
 
 
-class ThinkerModule(TrainingModule):
-    """Trains an `OmniModel` to predict text. `seed` is that of the window draws, where `config` has none of its own.
-    ValueError if the weights to start from do not fit."""
+M = TypeVar("M", bound=OmniModel | AuT)
+
+
+class ThinkerModule(TrainingModule, Generic[M]):
+    """Trains an `OmniModel` (or, as `AuTModule`, an `AuT`) to predict text. `seed` is that of the window draws, where
+    `config` has none of its own. ValueError if the weights to start from do not fit."""
 
     def __init__(
         self,
-        model: OmniModel,
+        model: M,
         config: ThinkerModuleConfig | None = None,
         optim: OptimConfig | None = None,
         *,
@@ -61,7 +65,7 @@ class ThinkerModule(TrainingModule):
     ) -> None:
         super().__init__()
         self.config = config or ThinkerModuleConfig()
-        self.model: OmniModel = model
+        self.model: M = model
         model.set_activation_checkpointing(self.config.activation_checkpointing)
         self.optim_config = optim or OptimConfig()
         self.loss_config = self.config.loss
@@ -139,15 +143,22 @@ class ThinkerModule(TrainingModule):
         """Loss of the text in `batch`; `window`: of the audio encoder's attention, frames of 10 ms (None: its own)."""
         return self.text_losses(batch, self.model(**batch.model_inputs(), aut_window_frames=window))
 
-    def text_losses(self, batch: PackedBatch, output: ThinkerOutput) -> BatchLosses:
-        """Loss of the text in `batch`, from the Thinker's output."""
-        head = self.model.thinker.lm_head.weight
-        nll = chunked_cross_entropy(output.hidden, head, batch.labels, chunk=self.loss_config.chunk)
+    def token_losses(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
+        """Nats of every target, fp32 [N], from hidden states [N, D]."""
+        head = self.model.output_embedding
+        return chunked_cross_entropy(hidden, head, batch.labels, chunk=self.loss_config.chunk)
+
+    def text_losses(self, batch: PackedBatch, output: ThinkerOutput | AuTOutput) -> BatchLosses:
+        """Loss of the text in `batch`, from the model's output."""
+        nll = self.token_losses(batch, output.hidden)
         weights = token_weights(batch, self.loss_config.modality_weights)
+        routers = {}
+        if isinstance(output, ThinkerOutput):
+            routers["thinker"] = RouterUse(output.router_counts, output.router_prob_sums, batch.n_tokens)
         return BatchLosses(
             total=(nll * weights).sum(),
             weight=weights.sum(),
-            routers={"thinker": RouterUse(output.router_counts, output.router_prob_sums, batch.n_tokens)},
+            routers=routers,
             groups=sample_groups(batch, SampleSums.of(batch, nll)),
         )
 
@@ -224,6 +235,7 @@ class ThinkerModule(TrainingModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def batch_flops(self, batch: PackedBatch) -> float:
+        assert isinstance(self.model, OmniModel)
         return training_flops(self.model, BatchSizes.of(batch))
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -267,16 +279,20 @@ class ThinkerModule(TrainingModule):
     def validation_tables(self, step: int) -> list[Table]:
         return [loss_table(f"{name}, step {step}", sums) for name, sums in self.evaluation_sums.items()]
 
-    def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
+    def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answers to a batch of prompts: `id`, `source`, `task`, `modality` and `text` of each sample."""
+        texts = map(self.datamodule.tokenizer.decode, self.write(batch))
+        rows = zip(batch.sample_ids, batch.sources, batch.tasks, batch.modalities, texts, strict=True)
+        return [dict(zip(("id", "source", "task", "modality", "text"), row, strict=True)) for row in rows]
+
+    def write(self, batch: PackedBatch) -> list[list[int]]:
+        """The tokens of an answer to each prompt of `batch`, as `module.generation` says."""
         from omnitrain.generation.sampling import Decoding
         from omnitrain.generation.text import generate
 
-        tokenizer = self.datamodule.tokenizer
+        assert isinstance(self.model, OmniModel)
         decoding = Decoding(**vars(self.config.generation))
-        texts = map(tokenizer.decode, generate(self.model, batch, decoding, stop_ids=tokenizer.stop_ids))
-        rows = zip(batch.sample_ids, batch.sources, batch.tasks, batch.modalities, texts, strict=True)
-        return [dict(zip(("id", "source", "task", "modality", "text"), row, strict=True)) for row in rows]
+        return generate(self.model, batch, decoding, stop_ids=self.datamodule.tokenizer.stop_ids)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from omnitrain.__main__ import main
@@ -100,6 +101,17 @@ def test_several_prompts_streamed_or_not_print_the_same(capsys, run_dir):
     assert whole == run(capsys, run_dir, "--stream", *arguments)
     assert whole == run(capsys, run_dir, "--prefill-chunk", 3, *arguments)
     assert whole != run(capsys, run_dir, "--seed", 7, *arguments)
+
+
+def test_a_long_recording_is_read_in_pieces_and_shows_how_far(capsys, run_dir, tmp_path):
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "long.flac", rng.uniform(-0.1, 0.1, 70 * 16_000), 16_000)
+    arguments = [run_dir, *LESS, "--audio", tmp_path / "long.flac", "Transcribe."]
+    assert main(["generate", *map(str, arguments)]) == 0
+    out, err = capsys.readouterr()
+    assert "hearing 1:10 of sound, reading 9" in err  # hundred tokens and some
+    for more in (["--stream"], ["--prefill-chunk", 200]):
+        assert run(capsys, *arguments, *more) == out
 
 
 def test_streamed_text_waits_for_whole_characters_and_for_its_turn(tokenizer):

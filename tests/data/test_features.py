@@ -8,7 +8,15 @@ import torch
 
 from omnitrain.data.chat import train_bpe
 from omnitrain.data.encode import SampleEncoder
-from omnitrain.data.features import AudioGeometry, VisionGeometry, fit_size, image_patches, log_mel, video_patches
+from omnitrain.data.features import (
+    AudioGeometry,
+    VisionGeometry,
+    fit_size,
+    image_patches,
+    log_mel,
+    log_mel_of_blocks,
+    video_patches,
+)
 from omnitrain.data.sample import BadSample
 from omnitrain.data.settings import MediaLimits
 from tests.data import corrupt
@@ -30,6 +38,24 @@ def test_log_mel_equals_whisper(samples: int) -> None:
     assert ours.shape == (samples // 160, 128)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, expected.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [399, 16_000, 32_000, 32_160, 32_399, 32_400, 32_559, 32_560, 80_003])
+def test_log_mel_of_pieces_equals_whisper(samples: int, monkeypatch) -> None:
+    """With blocks of a second: at their borders the last frame, which is left out, must not count for the maximum."""
+    from transformers import WhisperFeatureExtractor
+
+    monkeypatch.setattr("omnitrain.data.features._BLOCK_FRAMES", 100)
+    rng = np.random.default_rng(samples)
+    wave = (rng.uniform(-1, 1, samples) * np.linspace(0.001, 0.9, samples)).astype(np.float32)
+    extractor = WhisperFeatureExtractor(feature_size=128, sampling_rate=16_000)
+    filled = np.pad(wave, (0, max(0, 400 - samples)))
+    reference = extractor(filled, sampling_rate=16_000, padding=False, truncation=False)
+    expected = np.asarray(reference["input_features"][0]).T
+    whole = log_mel(wave)
+    np.testing.assert_allclose(whole, expected, atol=1e-4)
+    cuts = np.sort(rng.integers(0, samples, 12))
+    np.testing.assert_array_equal(log_mel_of_blocks(np.split(wave, cuts)), whole)
 
 
 def test_log_mel_edges() -> None:

@@ -7,6 +7,7 @@ import pickle
 import resource
 import struct
 import time
+import tracemalloc
 from fractions import Fraction
 from typing import Any
 
@@ -14,10 +15,13 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import torch
+import torchaudio
 from PIL import Image, PngImagePlugin
 
 from omnitrain.data.media import (
     MediaLimits,
+    audio_blocks,
     decode_audio,
     decode_image,
     decode_video,
@@ -268,6 +272,45 @@ def test_resampling_keeps_pitch_and_length(rate: int) -> None:
     assert np.abs(np.fft.rfft(wave[:16_000])).argmax() == 440
 
 
+@pytest.mark.parametrize("block", [1_000, 70_001])
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 44_101])
+def test_pieces_are_resampled_as_the_whole(rate: int, block: int, monkeypatch) -> None:
+    """Against torchaudio's function on the whole; where that would take gigabytes, against one piece."""
+    sound = np.random.default_rng(rate).uniform(-0.5, 0.5, 150_077).astype(np.float32)
+    expected = decode_audio(wav(sound, rate, subtype="FLOAT"))
+    if rate != 44_101:
+        expected = torchaudio.functional.resample(torch.from_numpy(sound), rate, 16_000).numpy()
+    monkeypatch.setattr("omnitrain.data.media._BLOCK", block)
+    pieces = list(audio_blocks(wav(sound, rate, subtype="FLOAT")))
+    assert len(pieces) > 1
+    np.testing.assert_allclose(np.concatenate(pieces), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["wav", "flac", "opus", "mp3"])
+def test_long_sound_is_read_in_little_memory(format: str, monkeypatch) -> None:
+    """A minute in less than a third of its waveform."""
+    monkeypatch.setattr("omnitrain.data.media._BLOCK", 2**14)
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, (2_880_000, 2)).astype(np.float32)
+    plain = format in ("wav", "flac")
+    data = wav(sound, 48_000, format.upper()) if plain else encode_audio(sound[:, 0], 48_000, format)
+    tracemalloc.start()
+    samples = sum(map(len, audio_blocks(data)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert samples == 960_000
+    assert peak < sound[:, 0].nbytes / 3
+
+
+def test_a_long_recording_is_refused_where_its_damage_shows() -> None:
+    """Its first pieces have been handed out by then."""
+    sound = np.zeros(2**21, np.float32)
+    sound[-1] = np.nan
+    pieces = audio_blocks(wav(sound, 16_000, subtype="FLOAT"))
+    assert len(next(pieces)) == 2**20
+    with pytest.raises(BadSample, match=r"audio_corrupt.*not finite"):
+        list(pieces)
+
+
 def test_downmix() -> None:
     time = np.arange(16_000) / 16_000
     left, right = np.sin(2 * np.pi * 300 * time) * 0.4, np.sin(2 * np.pi * 700 * time) * 0.4
@@ -431,8 +474,10 @@ def test_limits_of_sound() -> None:
         decode_audio(corrupt.good_audio(), limits=MediaLimits(max_audio_seconds=0.5))
     with pytest.raises(BadSample, match="audio_too_long"):
         decode_video(corrupt.good_video(), limits=MediaLimits(max_audio_seconds=0.5))
-    with pytest.raises(BadSample, match="audio_too_long"):  # 41 minutes, refused by the header
+    with pytest.raises(BadSample, match=r"audio_too_long.*max_audio_seconds.*cut it"):  # 41 minutes, by the header
         decode_audio(encode_audio(np.zeros(8_000 * 60 * 41, np.float32), 8_000, "flac"))
+    long = next(audio_blocks(encode_audio(np.zeros(8_000 * 2400 + 960, np.float32), 8_000, "flac")))
+    assert len(long) > 2**20  # what a codec adds to 40 minutes is not too much
 
 
 # --------------------------------------------------------------------------------------------------------------- video

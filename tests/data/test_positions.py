@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -209,6 +210,20 @@ def test_the_example_of_the_documentation():
     assert t == [0, 1, *[2] * 4, *range(2, 15), *[15] * 4, 15, 16, 17, 18]
     assert h == [0, 1, 2, 2, 3, 3, *range(2, 15), 2, 2, 3, 3, 15, 16, 17, 18]
     assert w == [0, 1, 2, 3, 2, 3, *range(2, 15), 2, 3, 2, 3, 15, 16, 17, 18]
+
+
+def test_positions_are_exact_to_the_end_of_forty_minutes():
+    """In float32, as they are kept: against exact fractions."""
+    n = audio_tokens(240_000)
+    ids = tm_rope_positions([TextSpan(9), AudioSpan(n), TextSpan(3)])
+    assert n == 31_200
+    assert ids.dtype == np.float32
+    assert [[Fraction(float(x)) for x in axis] for axis in ids] == [[Fraction(i) for i in range(n + 12)]] * 3
+    grids = 4800  # of 0.5 s, 6.5 ids each
+    video = tm_rope_positions([TextSpan(9), AudioVideoSpan((grids, 2, 2), 0.5, n), TextSpan(3)])
+    expected = sorted([9 + Fraction(13, 2) * i for i in range(grids)] + [Fraction(9 + i) for i in range(n)])
+    assert [Fraction(float(x)) for x in video[0, 9:-3]] == expected
+    assert video[:, -1].tolist() == [9 + n + 2] * 3
 
 
 def test_video_goes_first_on_ties():

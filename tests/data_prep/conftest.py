@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -128,3 +132,95 @@ def udhr_tree(tmp_path: Path) -> Path:
             encoding="utf-8",
         )
     return tmp_path / "udhr"
+
+
+def g722_of(wave: np.ndarray) -> bytes:
+    """float32 [T] at 16 kHz as G.722 without any header."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="g722") as container:
+        stream: Any = container.add_stream("g722", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray((wave * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def asterisk_trees(tmp_path: Path) -> dict[str, Path]:
+    """Prompts in three languages: text list and recordings by package name. "Dog" is a stamp's caption too."""
+    lists = {
+        "en": "; Core Asterisk Sounds in English\n\nadded: Added.\nbeep: [a beep]\ndigits/0: zero\ndog: A dog.\n"
+        'iax: IAX (note: does not say "2")\njoined: Joined.\nletters/at: at [@]\nmine: Your [own] message.\n'
+        "nofile: This has no recording.\ntwice: one\ntwice: two\nvm-intro: Please wait:  hold the line. (a tone)\n",
+        "fr": "added: Ajouté\njoined: ajouté.\ndigits/0: zéro\ndog: un chien\nempty:\n"
+        'letters/at: "arobase\nvm-intro: Patientez.\n',
+        "it": "\ufeff; Suoni\nadded: Aggiunto.\ndigits/0: zero\nletters/at: [!] a\n",
+    }
+    voices = {"en": "en_US_f_Allison", "fr": "fr_CA_f_June", "it": "it_IT_m_Carlo"}
+    trees = {}
+    for number, (language, text) in enumerate(lists.items()):
+        name = f"asterisk-core-sounds-{language}"
+        doc = tmp_path / name / "usr/share/doc" / name
+        doc.mkdir(parents=True)
+        (doc / f"core-sounds-{language}.txt.gz").write_bytes(gzip.compress(text.encode()))
+        (doc / "copyright").write_text("Copyright: somebody")
+        sounds = tmp_path / f"{name}-g722" / "usr/share/asterisk/sounds" / voices[language]
+        ids = {line.partition(":")[0] for line in text.splitlines() if ":" in line} - {"nofile"}
+        for place, sound in enumerate(sorted(ids)):
+            file = sounds / f"{sound}.g722"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(g722_of(tone(200 + 60 * number + 10 * place)))
+        (sounds / "unlisted.g722").write_bytes(g722_of(tone(900)))
+        trees |= {name: tmp_path / name, f"{name}-g722": tmp_path / f"{name}-g722"}
+    return trees
+
+
+DIALOGS = {
+    "en": 'dialogId("a-m-dog", "font_small", "A dog.")\ndialogStr("A dog.")\n'
+    'dialogId("a-v-wait", "font_big", "Wait for me!")\n'  # the game takes the third argument
+    'dialogId("a-v-yes", "font_big", "Yes.")\ndialogId("a-m-yeah", "font_small", "Yeah.")\n',
+    "cs": '-- comment: dialogStr("no")\ndialogId("a-m-dog", "font_small", "A dog.")\n'
+    'dialogStr("Řekl: \\"pes\\"\\n")\n'
+    'dialogId("a-v-wait", "font_big",\n  "Wait for me!")\ndialogStr([[Počkej ]] .. "na \\109\\110ě!") --[[ long\n ]]\n'
+    'dialogId("a-v-yes", "font_big", "Yes.")\ndialogStr("Ano.")\n'
+    'dialogId("a-m-yeah", "font_small", "Yeah.")\ndialogStr("Ano!")\n'
+    'dialogId("a-v-silent", "font_big", "Not translated.")\n',
+    "nl": 'dialogId("a-m-dog", "font_small", "A dog.")\ndialogStr("Een hond.")\n'
+    'dialogId("a-v-wait", "font_big", "Wait for me!")\ndialogStr("Wacht op mij!")\n',
+    "de_CH": 'dialogId("a-m-dog", "font_small", "A dog.")\ndialogStr("En Hund.")\n',
+    "sv": "this is no Lua",
+}
+
+
+@pytest.fixture
+def fillets_trees(tmp_path: Path) -> dict[str, Path]:
+    """One level and the shared jokes, in Czech and Dutch, by package name."""
+    root = tmp_path / "fillets-ng-data"
+    script = root / "usr/share/games/fillets-ng/script"
+    (script / "level").mkdir(parents=True)
+    (script / "share").mkdir()
+    for language, code in DIALOGS.items():
+        (script / "level" / f"dialogs_{language}.lua").write_text(code, encoding="utf-8")
+    (script / "share/bore_dialogs_cs.lua").write_text('dialogId("j1", "font_statue", "Ha")\ndialogStr("Hele, vtip.")')
+    trees = {"fillets-ng-data": root}
+    for language, ids in {"cs": ("dog", "wait", "yes", "yeah", "silent"), "nl": ("dog", "wait")}.items():
+        trees[f"fillets-ng-data-{language}"] = tree = tmp_path / f"fillets-ng-data-{language}"
+        sounds = tree / "usr/share/games/fillets-ng/sound"
+        folder = sounds / "level" / language
+        folder.mkdir(parents=True)
+        for place, name in enumerate(ids):
+            who = "m" if name in ("dog", "yeah") else "v"
+            wave = tone(300 + 20 * place)
+            (folder / f"a-{who}-{name}.ogg").write_bytes(encode_audio(wave, 16_000, "vorbis"))
+        if language == "cs":
+            jokes = sounds / "share/borejokes/cs"
+            jokes.mkdir(parents=True)
+            (jokes / "j1.ogg").write_bytes(encode_audio(tone(500), 16_000, "vorbis"))
+            (folder / "a-v-broken.ogg").write_bytes(b"OggS but nothing else")
+    return trees
+
+
+def as_sources(trees: dict[str, Path]) -> list[str]:
+    """The arguments that give a script these packages."""
+    return [part for name, path in trees.items() for part in ("--source", f"{name}={path}")]

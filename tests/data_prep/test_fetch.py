@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 
 from data_prep.fetch import Package, fetch, fetch_all, unpack
+from data_prep.job import _sources
 
 THING = Package(name="thing-data", manager="debian", licence="MIT")
 
@@ -40,6 +41,24 @@ def test_a_debian_package_is_unpacked_once(tmp_path: Path) -> None:
     assert opened.version == "1:2.0-3"
     file.write_bytes(b"kept")
     assert (fetch(THING, tmp_path / "cache", archive).root / "usr/share/thing/file.txt").read_bytes() == b"kept"
+
+
+def test_a_package_with_a_link_to_nowhere_is_unpacked(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        link = tarfile.TarInfo("font.ttf")
+        link.type, link.linkname = tarfile.SYMTYPE, "of-another-package.ttf"
+        tar.addfile(link)
+    (tmp_path / "thing-data-1.0.tgz").write_bytes(buffer.getvalue())
+    assert (fetch(THING, tmp_path / "cache", tmp_path / "thing-data-1.0.tgz").root / "font.ttf").is_symlink()
+
+
+def test_an_archive_is_that_of_the_longest_name_it_begins_with() -> None:
+    both = [Package(name=name, manager="debian", licence="MIT") for name in ("sounds-en", "sounds-en-g722")]
+    found = _sources(["a/sounds-en-g722_1_all.deb", "a/sounds-en_1_all.deb"], both)
+    assert found == {"sounds-en-g722": Path("a/sounds-en-g722_1_all.deb"), "sounds-en": Path("a/sounds-en_1_all.deb")}
+    with pytest.raises(ValueError, match="say which package"):
+        _sources(["other.deb"], both)
 
 
 def test_an_npm_package_in_the_cache_is_used(tmp_path: Path) -> None:

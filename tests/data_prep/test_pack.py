@@ -10,6 +10,7 @@ import pytest
 
 import omnitrain
 from data_prep import pack
+from data_prep.prompts import FEW, prompt
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.media import decode_audio, decode_image, decode_video
 from omnitrain.data.sample import SPLITS, Sample
@@ -49,6 +50,15 @@ def test_counts(samples: list[Sample]) -> None:
     assert len({sample.languages[-1] for sample in samples if sample.task == "caption"}) >= 12
     assert len({sample.id for sample in samples}) == len(samples)
     assert all(sample.licence and sample.concept and sample.reference.strip() for sample in samples)
+
+
+def test_the_questions_are_those_of_the_scripts(samples: list[Sample]) -> None:
+    asked = [row for row in samples if row.task in FEW]
+    assert {row.task for row in asked} == set(FEW)
+    for row in asked:
+        (question,) = [segment.text for segment in row.messages[0].segments if segment.type == "text"]
+        given = row.languages[0] if len(row.languages) > 1 else ""
+        assert question == prompt(row.task, row.id, language=row.languages[-1], given=given, few=FEW)
 
 
 def test_the_first_rows_of_a_split_show_every_modality(samples: list[Sample]) -> None:

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 from collections import Counter
 
-from data_prep.prompts import LANGUAGE_NAMES, PROMPTS, ask, prompt
+from data_prep.prompts import FEW, LANGUAGE_NAMES, NATIVE_PROMPTS, PROMPTS, ask, prompt
 from data_prep.splits import (
     HELDOUT_CELLS,
     HELDOUT_CONCEPTS,
+    Sides,
     cell_split,
     concept_is_heldout,
     concept_key,
     document_split,
     fraction,
+    sentence_key,
     strictest,
 )
 from omnitrain.data.sample import SPLITS, Segment
@@ -63,10 +65,16 @@ def test_strictest() -> None:
 
 def test_every_prompt_is_complete_and_chosen_by_id() -> None:
     for task, choices in PROMPTS.items():
-        seen = {prompt(task, f"id {i}", language="fr", given="ru", text="TEXT") for i in range(300)}
-        assert len(seen) == len(choices) >= 3, task
+        native = NATIVE_PROMPTS.get(task, {}).get("fr", ())
+        seen = {prompt(task, f"id {i}", language="fr", given="ru", text="TEXT") for i in range(400)}
+        assert len(seen) == len(choices) + len(native) >= 3, task
+        assert set(native) <= seen
         assert not any("{" in text for text in seen)
     assert prompt("asr", "x", given="ca", language="ca") == prompt("asr", "x", given="ca", language="ca")
+    assert all(len(PROMPTS[task]) >= 15 for task in ("asr", "s2tt", "sound"))
+    assert {language for of in NATIVE_PROMPTS.values() for language in of} <= set(LANGUAGE_NAMES)
+    few = {prompt("asr", f"id {i}", given="ca", language="ca", few=FEW) for i in range(300)}
+    assert len(few) == FEW["asr"]
     assert LANGUAGE_NAMES["zh"] == "Chinese"
     assert LANGUAGE_NAMES["ca-valencia"] == "Valencian"
 
@@ -75,3 +83,20 @@ def test_the_medium_stands_before_or_after_the_question() -> None:
     medium = Segment(type="image", path="media.parquet#x")
     orders = Counter(ask(f"id {i}", "What?", "That.", medium)[0].segments[0].type for i in range(200))
     assert orders["image"] > orders["text"] > 20
+
+
+def test_a_sentence_is_compared_without_case_and_punctuation() -> None:
+    assert sentence_key("¡Sí,  señor!") == "sí señor"
+    assert sentence_key("Don't…") == sentence_key("don’t") == "dont"
+    assert sentence_key("नमस्ते।") == "नमस्ते"
+    assert sentence_key("?!") == "?!"
+
+
+def test_a_sentence_stands_on_the_strictest_of_its_sides() -> None:
+    sides = Sides()
+    sides.add("train", ["A taxi.", "Un taxi."])
+    sides.add("heldout_concept", ["A cab.", "un taxi"])
+    assert sides.admit("train", ["A taxi."])
+    assert not sides.admit("train", ["A taxi.", "Un taxi."])
+    assert sides.admit("heldout_concept", ["A cab.", "Un taxi!"])
+    assert sides.admit("train", ["Never seen."])

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 
 from data_prep import stamps
 from data_prep.edit import normalise_peak, trim_silence
-from data_prep.stamps import language_of, read_captions, read_stamps
+from data_prep.job import Counts
+from data_prep.stamps import Stamp, language_of, read_captions, read_stamps
 from omnitrain.data.media import decode_audio, decode_image
 from omnitrain.data.shards import SampleSource
 from tests.data_prep.conftest import CAIRO, tone
@@ -125,3 +128,33 @@ def test_an_svg_without_the_library_says_what_to_install(tmp_path: Path, monkeyp
     (tmp_path / "leaf.svg").write_text("<svg/>")
     with pytest.raises(RuntimeError, match=r"omnitrain\[prep\]"):
         stamps.open_picture(tmp_path / "leaf.svg", 32)
+
+
+def test_a_caption_of_a_heldout_concept_is_trained_in_no_language(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stamps, "concept_is_heldout", lambda concept: concept == "cab")
+    both = [
+        Stamp(
+            id=id, picture=Path(), captions={"en": english, "fr": "Un taxi.", "es": spanish}, recordings={"fr": Path()}
+        )
+        for id, english, spanish in (("a", "A taxi.", "Un coche."), ("b", "A cab.", "Un taxi"))
+    ]
+    counts = Counts()
+    rows = {(stamp.id, task, given, wanted) for stamp, task, given, wanted in stamps.consistent(both, counts)}
+    assert {row for row in rows if row[0] == "b"} == {("b", *cell) for cell in stamps.cells(both[1])}
+    assert {row[1:] for row in rows if row[0] == "a"} == {
+        ("caption", "", "en"), ("caption", "", "es"), ("t2tt", "en", "es"), ("t2tt", "es", "en")
+    }  # fmt: skip
+    assert sum(counts.left_out.values()) == len(list(stamps.cells(both[0]))) - 4
+
+
+def test_recordings_as_flac(stamps_tree: Path, tmp_path: Path) -> None:
+    misfits = tmp_path / "misfits.json"
+    misfits.write_text('[{"recording": "speech/vehicles/firetruck/ru"}]')
+    assert run(stamps_tree, tmp_path / "out", "--flac", "8000", "--without", str(misfits)) == 0
+    source = SampleSource(tmp_path / "out", where={"task": ["asr", "sound"]})
+    for row in source:
+        (segment,) = [s for s in row.segments if s.type == "audio"]
+        facts = soundfile.info(io.BytesIO(source.media_bytes(segment)))
+        assert (facts.format, facts.samplerate) == ("FLAC", 8000)
+    assert "stamps/vehicles/firetruck/audio:ru>ru" not in {row.id for row in source}
+    assert "stamps/vehicles/firetruck/audio:fr>fr" in {row.id for row in source}

@@ -50,10 +50,7 @@ class Reader(nn.Module):
         self.reads = reads
         self.words = [tokenizer.encode(word)[0] for word in WORDS]
         size = tokenizer.vocab_size
-        self.thinker = nn.Module()
-        self.thinker.lm_head = nn.Linear(size, size, bias=False)
-        with torch.no_grad():
-            self.thinker.lm_head.weight.copy_(torch.eye(size))
+        self.output_embedding = nn.Parameter(torch.eye(size))
 
     def forward(
         self,
@@ -66,7 +63,7 @@ class Reader(nn.Module):
         patches: Tensor | None = None,
         grid_thw: Tensor | None = None,
     ) -> ThinkerOutput:
-        n, size = len(input_ids), self.thinker.lm_head.out_features
+        n, size = len(input_ids), len(self.output_embedding)
         hidden = torch.zeros(n, size)
         hidden[:, self.words] += 6.0
         if self.reads and patches is not None and grid_thw is not None:

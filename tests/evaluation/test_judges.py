@@ -3,10 +3,13 @@ recordings of the embedded pack."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +18,16 @@ import torch
 import omnitrain
 from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.shards import SampleSource
-from omnitrain.evaluation import judges, metrics
+from omnitrain.evaluation import judges, listening, metrics
 from omnitrain.evaluation.judges import (
     JUDGES,
     SILENT_PEAK,
     Spoken,
     Voices,
+    Whisper,
     error_rates,
     failures,
+    find_whisper,
     is_silent,
     mel_distance,
     missing_judges,
@@ -35,6 +40,8 @@ from omnitrain.evaluation.judges import (
     spoken_seconds,
     stoi,
 )
+from omnitrain.evaluation.settings import CodecEvaluation
+from omnitrain.reports.run import _speech
 
 RATE = 24_000
 ROOT = Path(omnitrain.__file__).parent
@@ -277,3 +284,109 @@ def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ImportError, match=r'pip install "omnitrain\[eval\]"'):
         recognise(np.zeros(RATE), RATE)
     judges._decoder.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------- Whisper as a judge
+
+
+class FakeWhisper:
+    """In place of `faster_whisper.WhisperModel`: "hears" the loudest frequency, in Hz."""
+
+    supported_languages = ("en", "fr")
+
+    def __init__(self, path: str, **options: object) -> None:
+        self.path, self.calls = path, []
+
+    def transcribe(self, wav: np.ndarray, **options: object) -> tuple[list[SimpleNamespace], None]:
+        self.calls.append((wav.dtype, options["language"]))
+        hertz = np.abs(np.fft.rfft(wav)).argmax() * 16_000 / len(wav)
+        return [SimpleNamespace(text=" I hear"), SimpleNamespace(text=f" {round(hertz, -1):.0f}.")], None
+
+
+def sine(hertz: float, rate: int = RATE) -> np.ndarray:
+    return 0.3 * np.sin(2 * np.pi * hertz * np.arange(rate) / rate).astype(np.float32)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Whisper:
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=FakeWhisper))
+    return Whisper(str(tmp_path))
+
+
+def test_whisper_hears_at_its_own_rate_in_the_language_of_the_sample(fake: Whisper) -> None:
+    assert fake.hear(sine(400), RATE, "en") == "I hear 400."
+    assert fake.hear(sine(700, 16_000), 16_000, "fr-CA") == "I hear 700."
+    assert fake.hear(sine(700), RATE) == "I hear 700."
+    assert fake._model.calls == [(np.float32, "en"), (np.float32, "fr"), (np.float32, None)]
+    assert fake.hear(np.zeros(RATE, np.float32), RATE, "en") == ""
+    with pytest.raises(ValueError, match="2 languages, but not 'cs'"):
+        fake.hear(sine(400), RATE, "cs")
+
+
+def test_speech_in_any_language_is_scored_by_whisper(fake: Whisper) -> None:
+    said = [
+        Spoken(text="I hear four hundred", wav=sine(400), sample_rate=RATE, reference=sine(400), language="en"),
+        Spoken(text="I hear 700!", wav=sine(500), sample_rate=RATE, reference=sine(700), language="fr"),
+    ]
+    scores = score_speech(said, open_vocabulary=False, whisper=fake)
+    assert set(scores.wer) == {"whisper"}
+    assert scores.wer["whisper"]["reference"].mean == 0  # "four hundred" is "400" to the English normaliser
+    assert scores.wer["whisper"]["generated"].mean == pytest.approx(1 / 6)
+    assert scores.heard[1]["whisper/generated"] == "I hear 500."
+
+
+def test_error_rates_with_and_without_whispers_normalisation() -> None:
+    heard, texts = ["don't press 7 [noise]"], ["Do not press seven."]
+    assert error_rates(heard, texts, ["en"])[0].mean == 0
+    assert error_rates(heard, texts)[0].mean == 1.0
+    assert error_rates(["ano"], ["Ano!"], ["cs"])[1].mean == 0
+    with pytest.raises(ValueError, match="nothing is left of"):
+        error_rates(["hm"], ["Hmm"], ["en"])
+
+
+def test_a_judge_that_cannot_be_loaded_is_named_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"evaluation\.judge: there is no folder .*nowhere"):
+        find_whisper(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"holds no model\.bin"):
+        find_whisper(str(tmp_path))
+    (tmp_path / "model.bin").write_bytes(b"no weights")
+    find_whisper(str(tmp_path))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Whisper(str(tmp_path))
+    find_whisper("base")
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    with pytest.raises(ImportError, match=r'pip install "omnitrain\[eval\]"'):
+        find_whisper("base")
+
+
+@pytest.mark.skipif("OMNITRAIN_TEST_WHISPER" not in os.environ, reason="OMNITRAIN_TEST_WHISPER names no model")
+def test_a_real_whisper_hears_the_words(slt: list[tuple[str, np.ndarray]]) -> None:
+    judge = Whisper(os.environ["OMNITRAIN_TEST_WHISPER"])
+    heard = [judge.hear(wave, RATE, "en") for _, wave in slt[:4]]
+    word_errors, _ = error_rates(heard, [text for text, _ in slt[:4]], ["en"] * 4)
+    assert word_errors.mean < 0.3
+
+
+class Identity:
+    """A codec that loses nothing."""
+
+    def encode(self, wav: torch.Tensor) -> torch.Tensor:
+        return wav
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes
+
+
+def test_the_judge_of_the_settings_hears_what_the_evaluation_made(
+    fake: Whisper, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(listening, "missing_judges", lambda: tuple(JUDGES))  # the others take their time
+    source = SampleSource(ROOT / "pack_speech", split="heldout_concept")
+    settings = CodecEvaluation(max_samples=2, judge=fake.name)
+    summary = listening.judge_codec(Identity(), {"speech": source}, {}, settings, tmp_path / "eval")
+    assert summary["recogniser"] == "Whisper"
+    assert set(summary["wer"]["whisper"]) == {"reference", "round_trip", "generated"}
+    assert json.loads((tmp_path / "eval/speech.json").read_text())["judge"] == fake.name
+    rows = [label for label, _ in _speech(summary)["rows"]]
+    assert f"WER, Whisper {Path(fake.name).name}" in rows

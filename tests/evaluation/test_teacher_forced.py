@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from omnitrain.data.batch import PackedBatch
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.packing import Budget
 from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.evaluation.answers import answer_prompts
 from omnitrain.evaluation.teacher_forced import evaluating, packs, sample_losses
+from omnitrain.generation.sampling import Decoding
+from omnitrain.generation.transcribe import transcribe
 from omnitrain.models.presets import build, init_weights
+from tests.models.whisper_reference import small_aut, spoken_sample
 
 from .conftest import Samples, grey_sample, text_sample
 
@@ -68,3 +73,21 @@ def test_the_mode_is_restored(model: torch.nn.Module, training: bool) -> None:
     with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert model.training is training
+
+
+def test_an_aut_is_scored_and_asked_like_a_thinker(tokenizer: ChatTokenizer) -> None:
+    model = small_aut()
+    numbers = [spoken_sample(i, frames=90 + 40 * i, before=2, after=3, answer=4 + i) for i in range(3)]
+    together = sample_losses(model, numbers)
+    assert [loss.tokens for loss in together] == [4, 5, 6]
+    for loss, sample in zip(together, numbers, strict=True):
+        batch = PackedBatch.pack([sample])
+        logits = model(**batch.model_inputs()).hidden @ model.output_embedding.T
+        expected = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+        assert loss.nats == pytest.approx(float(expected.detach()), rel=1e-4)
+
+    decoding = Decoding(max_new_tokens=6)
+    written = transcribe(model, PackedBatch.pack(numbers), decoding, stop_ids=tokenizer.stop_ids)
+    answers = answer_prompts(model, tokenizer, numbers, decoding=decoding)
+    assert answers == [tokenizer.decode(ids) for ids in written]
+    assert len(set(answers)) > 1

@@ -75,6 +75,30 @@ def test_documents_can_be_forgotten(thinker):
         torch.testing.assert_close(row, thinker(document, positions([0], [n]), borders([n])).hidden[-1])
 
 
+@torch.no_grad()
+def test_documents_can_be_copied(thinker):
+    """As by the hypotheses of a search: each copy goes on by itself, in the order that is asked for."""
+    documents = [torch.randn(n, 32) for n in (3, 5)]
+    cache = PackedKVCache()
+    for piece in ([2, 3], [1, 2]):  # so the rows of a document do not lie together
+        done = cache.lengths or [0, 0]
+        x = torch.cat([d[s : s + n] for d, s, n in zip(documents, done, piece, strict=True)])
+        thinker(x, positions(done, piece), borders(piece), cache=cache)
+    chosen = [1, 0, 1, 1]
+    cache.keep(chosen)
+    assert cache.lengths == [5, 3, 5, 5]
+    for _ in range(2):
+        news = [torch.randn(1, 32) for _ in chosen]
+        wholes = [torch.cat([documents[d], new]) for d, new in zip(chosen, news, strict=True)]
+        starts = cache.lengths
+        out = thinker(torch.cat(news), positions(starts, [1] * 4), borders([1] * 4), cache=cache).hidden
+        for row, whole in zip(out, wholes, strict=True):
+            expected = thinker(whole, positions([0], [len(whole)]), borders([len(whole)])).hidden[-1]
+            torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
+        documents, chosen = wholes, [3, 3, 0, 1]
+        cache.keep(chosen)
+
+
 def test_a_wrong_number_of_documents_is_refused():
     cache, x = PackedKVCache(), torch.zeros(4, 2, 8)
     cache.append(0, x, x, borders([1, 3]))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from omnitrain.data.batch import PackedBatch
+from omnitrain.generation.cache import PackedKVCache
 from omnitrain.generation.sampling import Decoding
-from omnitrain.generation.text import generate, next_positions
+from omnitrain.generation.text import generate, next_positions, read_prompts
 from omnitrain.interop.public_format import load_pretrained
 from tests.interop import public_models
 
@@ -136,3 +137,21 @@ def test_an_empty_prompt_is_refused(models, samples):
     )
     with pytest.raises(ValueError, match="document 1 has no tokens"):
         generate(models[0], PackedBatch.pack([samples[0].encoded, empty]))
+
+
+def test_the_window_of_the_audio_encoder(models):
+    """Given by argument it is as if the configuration said it."""
+    model, reference = models
+    sample = public_models.public_sample(reference.config, [("text", 2), ("audio", 350), ("text", 4)], seed=5)
+    batch = PackedBatch.pack([sample.encoded])
+    cache = PackedKVCache()
+    own = model.aut.config
+    assert own.window_frames > 100
+    hidden, _ = read_prompts(model, batch, cache, aut_window_frames=100)
+    try:
+        model.aut.config = replace(own, window_frames=100)
+        expected, _ = read_prompts(model, batch, PackedKVCache())
+    finally:
+        model.aut.config = own
+    assert torch.equal(hidden, expected)
+    assert not torch.allclose(hidden, read_prompts(model, batch, PackedKVCache())[0])

@@ -48,7 +48,7 @@ def pair(request):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(  # 6400 frames are the 64 chunks that are convolved at once
+@pytest.mark.parametrize(  # 6400 frames are the 64 chunks of a segment
     "lengths",
     [[1], [57], [99], [100], [101], [450], [812, 1030], [300, 163, 1712], [230, 40, 100, 8, 2005], [6399], [6400],
      [6401], [13000]],
@@ -114,12 +114,12 @@ def test_packed_equals_alone():
 @pytest.mark.parametrize(
     "lengths", [[50], [300], [301], [400], [600], [900, 900], [1350], [50, 1300], [1300, 50], [100] * 7]
 )
-def test_long_recordings_are_convolved_in_pieces(lengths, monkeypatch):
-    """Less than a block of three chunks, exactly one, a block and one, several; with and without a short recording."""
+def test_long_recordings_are_encoded_in_segments(lengths, monkeypatch):
+    """Shorter and longer than a window, which is more than three chunks; with and without a short recording."""
     encoder = AuTEncoder(CONFIGS["two layers"])
     mel, lengths = torch.randn(sum(lengths), 128), torch.tensor(lengths)
     whole = encoder(mel, lengths)
-    monkeypatch.setattr("omnitrain.models.aut.CHUNKS_PER_CONVOLUTION", 3)
+    monkeypatch.setattr("omnitrain.models.aut.CHUNKS_PER_SEGMENT", 3)
     torch.testing.assert_close(encoder(mel, lengths), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -146,3 +146,112 @@ def test_errors_name_what_is_wrong():
         encoder(torch.zeros(10, 128), torch.tensor([10]), window_frames=150)
     with pytest.raises(ValueError, match="heads"):
         AuTConfig(d_model=30, heads=4)
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_segments_change_neither_features_nor_gradients(checkpointed, monkeypatch):
+    """Recordings of which one ends within a segment, one is cut by it and one is shorter than a chunk."""
+    encoder = AuTEncoder(CONFIGS["odd mels, short windows"])
+    lengths = torch.tensor([730, 1630, 57, 250])
+    mel, weight = torch.randn(2667, 37), torch.randn(int(encoder.output_lengths(lengths).sum()), 16)
+
+    def features_and_gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        features = encoder(mel, lengths)
+        return features, list(torch.autograd.grad((features * weight).mean(), list(encoder.parameters())))
+
+    features, gradients = features_and_gradients()
+    monkeypatch.setattr("omnitrain.models.aut.CHUNKS_PER_SEGMENT", 5)
+    encoder.activation_checkpointing = checkpointed
+    by_segments, their_gradients = features_and_gradients()
+    assert relative_difference(by_segments, features) < 1e-6
+    total = torch.cat([g.flatten() for g in gradients]).norm()
+    for found, expected in zip(their_gradients, gradients, strict=True):
+        assert float((found - expected).norm()) < 1e-6 * float(total)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_activations_kept_for_the_backward_pass_are_those_of_one_segment(checkpointed):
+    encoder = AuTEncoder(CONFIGS["two layers"])
+    encoder.activation_checkpointing = checkpointed
+
+    def kept(seconds: int) -> int:
+        sizes: list[int] = []
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            sizes.append(x.numel())
+            return x
+
+        mel = torch.zeros(100 * seconds, 128)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            encoder(mel, torch.tensor([len(mel)]))
+        return sum(sizes)
+
+    growth = kept(256) - kept(128)
+    assert (growth == 128 * 100 * 128) == checkpointed  # the mel frames themselves, which are there anyway
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("window", [100, 300, 800])
+def test_step_by_step_equals_at_once(window, projected):
+    encoder = AuTEncoder(CONFIGS["two layers"])
+    draw = torch.Generator().manual_seed(window)
+    for frames in (1, 57, 99, 100, 101, 799, 800, 2430, 6400):
+        mel = torch.randn(frames, 128, generator=draw)
+        whole = (encoder if projected else encoder.encode)(mel, torch.tensor([frames]), window)
+        for longest in (7, 130, 2000):
+            state, features, at = encoder.init_state(window, projected=projected), [], 0
+            while at < frames:
+                size = int(torch.randint(0, longest, (1,), generator=draw))
+                features.append(encoder.step(mel[at : at + size], state))
+                at += size
+                assert len(state.waiting) < window
+                assert state.waiting.untyped_storage().nbytes() < window * 128 * 4  # nothing else is kept with it
+                final = min(at, frames) // window * window
+                assert sum(map(len, features)) == int(encoder.output_lengths(torch.tensor(final)))
+            features.append(encoder.finish(state))
+            torch.testing.assert_close(torch.cat(features), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seconds", [3, 8, 64])
+def test_pieces_of_whole_windows_give_the_same_bits(seconds):
+    """Those of whole segments by construction, others as far as matrix products of other heights round alike."""
+    encoder = AuTEncoder(CONFIGS["two layers"])
+    window = 800 if seconds == 64 else 100 * seconds
+    mel = torch.randn(13_050, 128)
+    state = encoder.init_state(window)
+    features = [encoder.step(piece, state) for piece in mel.split(100 * seconds)]
+    whole = encoder(mel, torch.tensor([len(mel)]), window)
+    assert torch.equal(torch.cat([*features, encoder.finish(state)]), whole)
+
+
+def test_a_loss_per_piece_gives_the_gradient_of_the_whole():
+    """So that the backward pass of a long recording takes no more memory than that of one piece."""
+    encoder = AuTEncoder(CONFIGS["two layers"])
+    mel = torch.randn(2430, 128)
+    expected = torch.autograd.grad(encoder(mel, torch.tensor([2430])).square().sum(), list(encoder.parameters()))
+    state = encoder.init_state()
+    for piece in mel.split(1000):
+        if len(features := encoder.step(piece, state)):
+            features.square().sum().backward()
+    encoder.finish(state).square().sum().backward()
+    for parameter, gradient in zip(encoder.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-5)
+
+
+def test_a_finished_recording_takes_no_more():
+    encoder = AuTEncoder(CONFIGS["two layers"])
+    state = encoder.init_state()
+    with pytest.raises(ValueError, match=r"expected \[F, 128\]"):
+        encoder.step(torch.zeros(10, 127), state)
+    assert encoder.finish(state).shape == (0, 24)
+    with pytest.raises(ValueError, match="init_state"):
+        encoder.step(torch.zeros(10, 128), state)
+    with pytest.raises(ValueError, match="multiple of 100"):
+        encoder.init_state(150)

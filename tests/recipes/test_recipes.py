@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep import sound_captions
 from omnitrain.__main__ import main
 from omnitrain.config.locations import PACK, PACK_SPEECH, RECIPES
+from omnitrain.data.shards import SampleSource
+from omnitrain.models.aut_decoder import AuT
+from omnitrain.runs.load import load, load_writer
 
 NAMES = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
 SPEECH = {"codec", "talker_pretrain", "talker_continue", "speaker_finetune", "speech_quickstart", "speech"}
@@ -23,6 +27,11 @@ SEARCH = {"nondegradation_lr", "nondegradation_lr_arm"}
 FINETUNE = {"finetune"}
 """Needs a folder with weights: tests/cli/test_finetune.py."""
 
+HEARING = {"aut", "aut_quickstart"}
+"""Those of AuT."""
+ANSWERING = {"aut_transfer", "captioner"}
+"""Those of a Thinker that hears, and ends with the evaluation of transcripts."""
+
 EXACT = "trainer.deterministic=true"
 
 
@@ -33,7 +42,7 @@ def algorithms() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH - FINETUNE))
+@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH - FINETUNE - HEARING - ANSWERING))
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A recipe's prepared data need not be there: the pack has rows of the same tasks and languages.
     for folder in ("stamps", "moving_stamps"):
@@ -60,7 +69,60 @@ FEW = [
     "data.num_workers=0",
     "evaluation.max_samples=2",
 ]
+BRIEF = ["data.max_tokens=256", "evaluation.window_seconds=[1,8]", "evaluation.max_new_tokens=6"]
 SHORT = ["data.max_frames=120", "evaluation.players=1", "evaluation.seconds_limit=0.4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(HEARING))
+def test_hearing_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains, scores by language and window, reports; and what it leaves can be asked, and put into a Thinker."""
+    monkeypatch.chdir(tmp_path)
+    overrides = [*FEW, *BRIEF, "module.validation_transcripts=4", f"paths.data_dir={tmp_path}"]
+    if name == "aut":  # of the three sources one is like the pack's
+        (tmp_path / "stamps").symlink_to(PACK)
+        absent = ("prompts", "dialogues", "prompts_translated", "dialogues_translated")
+        overrides += [f"data.sources.{source}=null" for source in absent]
+        overrides += [f"data.{which}_sources.{s}=null" for which in ("validation", "test") for s in absent[:2]]
+        overrides += [f"data.tokenizer={PACK / 'tokenizer.json'}"]
+    assert main(["fit", f"+recipe={name}", "paths.run_dir=run", *overrides]) == 0
+    scores = json.loads((tmp_path / "run/eval/transcripts.json").read_text())
+    assert {row["window"] for row in scores["scores"]} >= {1, 8}
+    assert (tmp_path / "run/report.html").stat().st_size > 10_000
+    assert main(["predict", "run", "trainer.limit_predict_batches=1"]) == 0
+    assert isinstance(load_writer("run")[0], AuT)
+    recording = SampleSource(PACK, split="heldout_concept", where={"task": ["asr"]})
+    heard = next(segment for segment in recording[0].messages[0].segments if segment.type == "audio")
+    Path("said.ogg").write_bytes(recording.media_bytes(heard))
+    assert main(["generate", "run", "--audio", "said.ogg", "Transcribe this recording.", "--max-new-tokens", "5"]) == 0
+    with pytest.raises(ValueError, match=r"module\.init_from=\{aut"):
+        load("run")
+    if name == "aut":
+        return  # what its encoder is good for, is the same
+    encoder = load_writer("run")[0].aut.state_dict()
+    for choice in ("aut_frozen", "random"):
+        line = ["fit", "+recipe=aut_transfer", "aut_run=run", f"encoder={choice}", f"paths.run_dir={choice}/seed=0"]
+        assert main([*line, *FEW, *BRIEF]) == 0
+        inside = load(f"{choice}/seed=0")[0].aut.state_dict()
+        same = all(torch.equal(inside[k], v) for k, v in encoder.items() if not k.startswith("ln_post"))
+        assert same == (choice == "aut_frozen")
+    assert main(["report", "random/seed=0", "aut_frozen/seed=0", "--out", "report.html"]) == 0
+    assert "aut_frozen − random" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_captioner_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sound_captions.main([str(PACK), "--languages", "es", "--out", "captions", "--no-progress"]) == 0
+    line = ["fit", "+recipe=captioner", "captions=captions", "paths.run_dir=run", *FEW, *BRIEF]
+    assert main(line) == 0
+    scores = json.loads((tmp_path / "run/eval/transcripts.json").read_text())["scores"]
+    assert {row["system"] for row in scores} == {"model", "most frequent", "best constant"}
+    assert "hallucinating_captions" in scores[0]["measures"]
+    assert (tmp_path / "run/report.html").stat().st_size > 10_000
+
+
+"""The encoder of `aut_tiny`."""
 
 
 @pytest.mark.slow

@@ -1,0 +1,195 @@
+"""Training of AuT from scratch: the audio encoder with a decoder of its own (report section 2.2, stage "AuT").
+
+    L = nll of the answer's tokens  +  ctc * nll of the transcript from the encoder alone
+
+Tasks are told apart by the prompts in the data. The attention window of the encoder is drawn for each step, 1 to 8 s,
+and everything else (normalisation, clipping, the spike guard, resume) is `ThinkerModule`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchaudio.functional import mask_along_axis
+
+from omnitrain.config.run_config import AuTLossConfig, AuTModuleConfig, OptimConfig, SpecAugmentConfig
+from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.evaluation.metrics import edits, normalise
+from omnitrain.generation.sampling import Decoding
+from omnitrain.generation.timestamps import word_times
+from omnitrain.generation.transcribe import BeamSearch, transcribe
+from omnitrain.models.aut_decoder import AuT, AuTOutput
+from omnitrain.training.losses import BatchLosses
+from omnitrain.training.ranks import gather_objects
+from omnitrain.training.thinker import ThinkerModule
+
+TRANSCRIPTION = "asr"
+"""The task whose answer is what was said, word for word: CTC learns it, and error rates count it."""
+
+
+def spec_augment(mel: Tensor, lengths: Sequence[int], config: SpecAugmentConfig) -> Tensor:
+    """mel [F, n_mels] of recordings end to end, with stripes of each set to its mean (arXiv 1904.08779)."""
+    parts = []
+    for part in mel.split(list(lengths)):
+        image, mean = part.T[None], float(part.mean())  # [1, n_mels, frames]
+        for _ in range(config.frequency_stripes):
+            image = mask_along_axis(image, config.frequency_width, mean, axis=1)
+        for _ in range(config.time_stripes):
+            image = mask_along_axis(image, config.time_width, mean, axis=2, p=config.time_share)
+        parts.append(image[0].T)
+    return torch.cat(parts)
+
+
+def ctc_losses(log_probs: Tensor, borders: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:
+    """CTC (Graves et al. 2006) of each recording, in nats: -log of the sum over all ways to write its target with one
+    token or blank a feature.
+
+    Args:
+        log_probs: [T, V + 1], features of recordings end to end; the blank is the last.
+        borders: of the recordings in it, B + 1.  targets: token ids of each; without tokens, or with more than the
+            features can hold (repeats need a blank between them), a recording is left out.
+    """
+    losses = []
+    for (start, end), target in zip(pairwise(borders), targets, strict=True):
+        if target and end - start >= len(target) + sum(a == b for a, b in pairwise(target)):
+            ids = torch.tensor([list(target)], device=log_probs.device)
+            lengths = torch.tensor([end - start]), torch.tensor([len(target)])
+            emitted = log_probs[start:end].unsqueeze(1)
+            losses.append(F.ctc_loss(emitted, ids, *lengths, blank=log_probs.shape[1] - 1, reduction="sum"))
+    return losses
+
+
+class AuTModule(ThinkerModule[AuT]):
+    """Trains an `AuT`; arguments as of `ThinkerModule`. Raises ValueError where the configuration wants a CTC loss, or
+    timestamps by CTC, of a model without that head."""
+
+    config: AuTModuleConfig
+    loss_config: AuTLossConfig
+
+    def __init__(
+        self, model: AuT, config: AuTModuleConfig | None = None, optim: OptimConfig | None = None, *, seed: int = 0
+    ) -> None:
+        config = config or AuTModuleConfig()
+        if config.loss.ctc and model.ctc is None:
+            raise ValueError("module.loss.ctc needs the head model.ctc=true; set it, or module.loss.ctc=0")
+        if config.generation.timestamps == "ctc" and model.ctc is None:
+            raise ValueError("module.generation.timestamps=ctc needs the head model.ctc=true; take attention instead")
+        super().__init__(model, config, optim, seed=seed)
+        self._transcripts: list[tuple[str, str, str]] = []
+        """Of this validation: language, reference and what was written."""
+
+    def losses(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
+        if self.training and self.config.spec_augment is not None and batch.mel is not None:
+            assert batch.mel_lengths is not None
+            batch = replace(batch, mel=spec_augment(batch.mel, batch.mel_lengths.tolist(), self.config.spec_augment))
+        output = self.model(**batch.model_inputs(), aut_window_frames=window)
+        text = self.text_losses(batch, output)
+        if not self.loss_config.ctc:
+            return text
+        found, tokens = self.ctc_losses(batch, output)
+        ctc = torch.stack(found).sum() if found else output.encoded.sum() * 0.0
+        group = (("ctc", "ctc"), (float(ctc.detach()), float(tokens), 0.0, float(len(found))))
+        return replace(text, total=text.total + self.loss_config.ctc * ctc, groups=[*text.groups, group])
+
+    def ctc_losses(self, batch: PackedBatch, output: AuTOutput) -> tuple[list[Tensor], int]:
+        """CTC of the transcripts in `batch`, and how many tokens they have."""
+        assert self.model.ctc is not None
+        logits = self.model.ctc(output.encoded).float()
+        borders = output.cu_seqlens_audio.tolist()
+        targets = [
+            target if task == TRANSCRIPTION else []
+            for task, target in zip(batch.tasks, self._targets(batch), strict=True)
+        ]
+        losses = ctc_losses(logits.log_softmax(-1), borders, targets)
+        return losses, sum(map(len, targets))
+
+    def _targets(self, batch: PackedBatch) -> list[list[int]]:
+        """The tokens of each sample's answers, without those that end one."""
+        stop: Collection[int] = self.datamodule.tokenizer.stop_ids
+        parts = batch.labels.split(batch.cu_seqlens.diff().tolist())
+        return [[t for t in part.tolist() if t != IGNORE and t not in stop] for part in parts]
+
+    def batch_flops(self, batch: PackedBatch) -> float:
+        return float("nan")  # not counted for AuT
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx, dataloader_idx)
+        wanted = self.config.validation_transcripts - len(self._transcripts)
+        if wanted > 0 and not self.ending:
+            self._transcripts += self._transcribed(batch)[:wanted]
+
+    def _transcribed(self, batch: PackedBatch) -> list[tuple[str, str, str]]:
+        tokenizer = self.datamodule.tokenizer
+        longest = max(map(len, targets := self._targets(batch)))
+        written = transcribe(
+            self.model, batch.prompts(), Decoding(max_new_tokens=2 * longest + 4), stop_ids=tokenizer.stop_ids
+        )
+        rows = zip(batch.tasks, batch.languages, targets, written, strict=True)
+        return [
+            (languages[0] if languages else "", tokenizer.decode(target), tokenizer.decode(ids))
+            for task, languages, target, ids in rows
+            if task == TRANSCRIPTION
+        ]
+
+    def write(self, batch: PackedBatch) -> list[list[int]]:
+        wanted = self.config.generation
+        decoding: Decoding | BeamSearch = Decoding(max_new_tokens=wanted.max_new_tokens, temperature=wanted.temperature)
+        if wanted.beam > 1:
+            decoding = BeamSearch(
+                width=wanted.beam,
+                length_penalty=wanted.length_penalty,
+                max_new_tokens=wanted.max_new_tokens,
+            )
+        return transcribe(self.model, batch, decoding, stop_ids=self.datamodule.tokenizer.stop_ids)
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """What was heard in a batch of recordings: `id`, `source`, `task`, `languages` and `text` of each; with
+        timestamps also `words`, of which each has `text`, `start` and `end` in seconds (None: CTC cannot align it)."""
+        tokenizer, by = self.datamodule.tokenizer, self.config.generation.timestamps
+        silent = set(tokenizer.special_ids.values())
+        texts = [[token for token in ids if token not in silent] for ids in self.write(batch)]
+        rows: list[dict[str, Any]] = [
+            {"id": name, "source": source, "task": task, "languages": list(languages), "text": tokenizer.decode(text)}
+            for name, source, task, languages, text in zip(
+                batch.sample_ids, batch.sources, batch.tasks, batch.languages, texts, strict=True
+            )
+        ]
+        if by != "none":
+            for row, words in zip(rows, word_times(self.model, batch, texts, tokenizer.decode, by=by), strict=True):
+                row["words"] = None if words is None else [vars(word) for word in words]
+        return rows
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        rows = [row for rank in gather_objects(self._transcripts) for row in rank]
+        self._transcripts = []
+        rates = error_rates(rows)
+        self.log_dict(rates, logger=False, sync_dist=True)
+        if rates and not self.trainer.sanity_checking:
+            self.log_row(rates, self.global_step)
+
+    def validation_losses(self) -> dict[str, float]:
+        cer = self.trainer.callback_metrics.get("validation/cer")
+        return super().validation_losses() | ({} if cer is None else {"cer": float(cer)})
+
+
+def error_rates(rows: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+    """`validation/cer` and `validation/cer/LANGUAGE` of (language, reference, hypothesis): characters that are wrong,
+    over the references' length."""
+    rates: dict[str, Any] = {}
+    for name in ("", *sorted({language for language, _, _ in rows})):
+        counts = [
+            edits(normalise(reference), normalise(hypothesis), characters=True)
+            for language, reference, hypothesis in rows
+            if name in ("", language)
+        ]
+        length = sum(n for _, n in counts)
+        if length:
+            rates["/".join(filter(None, ("validation/cer", name)))] = sum(wrong for wrong, _ in counts) / length
+    return rates

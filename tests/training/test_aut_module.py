@@ -1,0 +1,205 @@
+"""AuT's training: from shards to its losses, beside torch's own; what learns; resume to the last bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.nn import functional as F
+
+from omnitrain.config.run_config import (
+    AuTGenerationConfig,
+    AuTLossConfig,
+    AuTModuleConfig,
+    CheckpointConfig,
+    OptimConfig,
+    SpecAugmentConfig,
+)
+from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.data.datamodule import OmniDataModule
+from omnitrain.data.settings import AugmentConfig, DataConfig, SourceConfig
+from omnitrain.evaluation.metrics import cer
+from omnitrain.generation.sampling import Decoding
+from omnitrain.generation.transcribe import BeamSearch, transcribe
+from omnitrain.models.aut_decoder import AuT
+from omnitrain.models.presets import init_weights
+from omnitrain.models.sizes import AuTConfig, AuTDecoderConfig, AuTModelConfig
+from omnitrain.training.aut import AuTModule, ctc_losses, error_rates, spec_augment
+from omnitrain.training.callbacks import AtomicCheckpoint
+from omnitrain.training.logging import ExactCsvLogger
+
+PACK = Path(__file__).parents[2] / "omnitrain/pack"
+
+
+def tiny_aut(seed: int = 0, ctc: bool = True) -> AuT:
+    encoder = AuTConfig(d_model=32, layers=1, heads=2, ffn=32, conv_hidden=4)
+    decoder = AuTDecoderConfig(d_model=32, layers=1, heads=2, ffn=32, vocab_size=4096)
+    model = AuT(AuTModelConfig(encoder=encoder, decoder=decoder, ctc=ctc))
+    init_weights(model, seed)
+    return model
+
+
+def recordings(**settings: Any) -> OmniDataModule:
+    rows = {"task": ["asr", "s2tt"], "languages": ["es", "es>ca"]}
+    source = SourceConfig(path=str(PACK), split="train", where=rows, limit=40)
+    config = DataConfig(
+        tokenizer=str(PACK / "tokenizer.json"),
+        sources={"speech": source},
+        validation_sources={"speech": replace(source, limit=6, where={"task": ["asr"], "languages": ["es"]})},
+        max_tokens=400,
+        num_workers=0,
+        **settings,
+    )
+    data = OmniDataModule(config, rank=0, world_size=1)
+    data.setup("fit")
+    return data
+
+
+def a_batch(data: OmniDataModule) -> PackedBatch:
+    return next(iter(data.train_dataloader()))
+
+
+def module(**config: Any) -> AuTModule:
+    optim = OptimConfig(lr=3e-3, warmup_steps=1, schedule="constant")
+    made = AuTModule(tiny_aut(), AuTModuleConfig(**config), optim)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    vars(trainer)["datamodule"] = recordings()
+    made.trainer = vars(made)["kept"] = trainer
+    return made
+
+
+def test_ctc_is_torchs_on_padded_batches() -> None:
+    torch.manual_seed(0)
+    borders, targets = [0, 9, 9 + 7, 9 + 7 + 12], [[3, 3, 5], [1, 2], [4, 4, 4, 4]]
+    log_probs = torch.randn(28, 11).log_softmax(-1)
+    ours = torch.stack(ctc_losses(log_probs, borders, targets))
+    padded = torch.zeros(12, 3, 11)
+    for i, (a, b) in enumerate(pairwise(borders)):
+        padded[: b - a, i] = log_probs[a:b]
+    lengths = torch.tensor([9, 7, 12]), torch.tensor([3, 2, 4])
+    flat = torch.tensor([token for target in targets for token in target])
+    torch.testing.assert_close(ours, F.ctc_loss(padded, flat, *lengths, blank=10, reduction="none"))
+
+
+def test_a_transcript_that_cannot_be_written_is_left_out() -> None:
+    log_probs = torch.randn(6, 5).log_softmax(-1)
+    # Three times the same token needs two blanks between them; an empty one says nothing.
+    assert len(ctc_losses(log_probs, [0, 4, 6], [[1, 1, 1], []])) == 0
+    assert len(ctc_losses(log_probs, [0, 4, 6], [[1, 2, 1], [3, 3]])) == 1
+
+
+def test_stripes_are_the_mean_and_keep_to_their_bounds() -> None:
+    torch.manual_seed(0)
+    mel = torch.randn(300, 16)
+    config = SpecAugmentConfig(time_stripes=1, time_width=20, time_share=0.5, frequency_stripes=1, frequency_width=5)
+    changed = spec_augment(mel, [100, 200], config)
+    for part, before in zip(changed.split([100, 200]), mel.split([100, 200]), strict=True):
+        hidden = part != before
+        assert torch.allclose(part[hidden], before.mean())
+        assert int(hidden.all(1).sum()) <= 20
+        assert int(hidden.all(0).sum()) <= 5
+    assert not torch.equal(changed, mel)
+    none = SpecAugmentConfig(time_stripes=0, frequency_stripes=0)
+    assert torch.equal(spec_augment(mel, [100, 200], none), mel)
+
+
+def test_losses_are_the_decoders_and_the_encoders() -> None:
+    made = module(spec_augment=None).eval()
+    batch = a_batch(made.datamodule)
+    found = made.losses(batch)
+    output = made.model(**batch.model_inputs())
+    nll = F.cross_entropy(made.model.decoder.logits(output.hidden), batch.labels, ignore_index=IGNORE, reduction="sum")
+    ctc, tokens = made.ctc_losses(batch, output)
+    torch.testing.assert_close(found.total, nll + 0.3 * torch.stack(ctc).sum())
+    assert len(ctc) == sum(task == "asr" for task in batch.tasks) > 0
+    # The text of the transcripts alone: neither the prompt, nor the token that ends an answer.
+    said = made.datamodule.tokenizer.decode(made._targets(batch)[batch.tasks.index("asr")])
+    assert said == said.strip() != ""
+    assert tokens == sum(len(t) for t, task in zip(made._targets(batch), batch.tasks, strict=True) if task == "asr")
+    groups = dict(found.groups)
+    assert ("ctc", "ctc") in groups
+    found.total.backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in made.model.parameters())
+
+
+def test_a_head_is_needed_for_ctc() -> None:
+    with pytest.raises(ValueError, match=r"model\.ctc=true"):
+        AuTModule(tiny_aut(ctc=False))
+    AuTModule(tiny_aut(ctc=False), AuTModuleConfig(loss=AuTLossConfig(ctc=0)))
+
+
+def test_transcripts_are_written_as_the_configuration_says() -> None:
+    """Greedily, and by a beam search with the time of each word; each sample's own recording bounds its times."""
+    data = recordings()
+    prompts = a_batch(data).prompts()
+    greedy = module().eval()
+    rows = greedy.predict_step(prompts, 0)
+    assert [row["id"] for row in rows] == list(prompts.sample_ids)
+    stop = data.tokenizer.stop_ids
+    written = transcribe(greedy.model, prompts, Decoding(max_new_tokens=256), stop_ids=stop)
+    assert [row["text"] for row in rows] == [data.tokenizer.decode(ids) for ids in written]
+    assert set(rows[0]) == {"id", "source", "task", "languages", "text"}
+
+    search = BeamSearch(width=3, length_penalty=2.0, max_new_tokens=4)
+    found = transcribe(greedy.model, prompts, search, stop_ids=stop)
+    assert found != [ids[:4] for ids in written]
+    seconds = [n / 100 for n in prompts.mel_lengths.tolist()]
+    for by in ("ctc", "attention"):
+        wanted = AuTGenerationConfig(beam=3, length_penalty=2.0, max_new_tokens=4, timestamps=by)
+        rows = module(generation=wanted).eval().predict_step(prompts, 0)
+        assert [row["text"] for row in rows] == [data.tokenizer.decode(ids) for ids in found]
+        assert sum(len(row["words"]) for row in rows) > 1
+        for row, end in zip(rows, seconds, strict=True):
+            assert "".join(word["text"] for word in row["words"]) == "".join(row["text"].split())
+            assert all(0 <= word["start"] < word["end"] <= end for word in row["words"])
+
+
+def test_nonsense_about_transcripts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"module\.generation\.beam=0"):
+        AuTGenerationConfig(beam=0)
+    with pytest.raises(ValueError, match="draws nothing"):
+        AuTGenerationConfig(beam=2, temperature=0.5)
+    loss, by = AuTLossConfig(ctc=0), AuTGenerationConfig(timestamps="ctc")
+    with pytest.raises(ValueError, match=r"timestamps=ctc needs the head model\.ctc=true"):
+        AuTModule(tiny_aut(ctc=False), AuTModuleConfig(loss=loss, generation=by))
+
+
+def test_error_rates_by_language_are_jiwers() -> None:
+    rows = [("es", "una vaca", "una baca"), ("es", "un gat", "gat"), ("fr", "un chat", "un chat")]
+    rates = error_rates(rows)
+    assert rates["validation/cer/es"] == cer(["una baca", "gat"], ["una vaca", "un gat"])
+    assert rates["validation/cer/fr"] == 0
+    assert rates["validation/cer"] == cer([h for _, _, h in rows], [r for _, r, _ in rows])
+    assert error_rates([]) == {}
+
+
+def run(folder: Path, steps: int, resume: bool = False) -> AuTModule:
+    L.seed_everything(0, workers=True, verbose=False)
+    made = AuTModule(tiny_aut(), AuTModuleConfig(), OptimConfig(lr=3e-3, warmup_steps=1, schedule="constant"))
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=steps, logger=[ExactCsvLogger(run_dir=folder)],
+        callbacks=[AtomicCheckpoint(CheckpointConfig(every_n_steps=2), run_dir=folder)],
+        log_every_n_steps=1, val_check_interval=4, limit_val_batches=2,
+        check_val_every_n_epoch=None, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        use_distributed_sampler=False, default_root_dir=folder,
+    )  # fmt: skip
+    path = folder / "checkpoints/last.ckpt" if resume else None
+    trainer.fit(made, recordings(augment=AugmentConfig()), ckpt_path=path, weights_only=True)
+    return made
+
+
+def test_resumed_is_uninterrupted_with_all_that_is_random(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 2)
+    parts = run(tmp_path / "parts", 6, resume=True)
+    for (name, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    rows = [(tmp_path / which / "metrics.csv").read_text() for which in ("whole", "parts")]
+    assert rows[0] == rows[1]
+    header = rows[0].splitlines()[0].split(",")
+    assert {"train/loss", "train/loss/ctc", "validation/cer", "validation/cer/es", "gradient_norm/ctc"} <= set(header)
