@@ -120,27 +120,37 @@ def read_recordings(root: Path, format: str) -> tuple[str, dict[str, Path]]:
     raise FileNotFoundError(f"no folder of a voice (as en_US_f_Allison) with .{format} files below {root}")
 
 
+def read_texts(root: Path, language: str, counts: Counts) -> dict[str, str]:
+    """The texts of the list below `root`, by id. Raises FileNotFoundError: there is none."""
+    lists = sorted(root.rglob(f"core-sounds-{language}.txt*"))
+    if not lists:
+        raise FileNotFoundError(f"no core-sounds-{language}.txt.gz below {root}")
+    raw = lists[0].read_bytes()
+    return read_list(gzip.decompress(raw) if lists[0].suffix == ".gz" else raw, counts)
+
+
 def read_lines(opened: dict[str, Opened], languages: list[str], format: str, counts: Counts) -> Iterator[Line]:
-    """The prompts of all languages, by id. Raises FileNotFoundError: a text list or recordings are missing."""
-    texts: dict[str, dict[str, str]] = {}
+    """The prompts that are spoken in `languages`, by id. English texts are read in any case, so that a prompt has the
+    same concept, and split, whatever is chosen. Raises FileNotFoundError: a text list or recordings are missing."""
+    texts = {"en": read_texts(opened[texts_package("en").name].root, "en", counts)}
     recordings: dict[str, dict[str, Path]] = {}
     voices: dict[str, str] = {}
     for language in languages:
-        root = opened[texts_package(language).name].root
-        lists = sorted(root.rglob(f"core-sounds-{language}.txt*"))
-        if not lists:
-            raise FileNotFoundError(f"no core-sounds-{language}.txt.gz below {root}")
-        raw = lists[0].read_bytes()
-        texts[language] = read_list(gzip.decompress(raw) if lists[0].suffix == ".gz" else raw, counts)
-        voice, recordings[language] = read_recordings(opened[recordings_package(language, format).name].root, format)
-        voices[language] = voice
+        if language != "en":
+            texts[language] = read_texts(opened[texts_package(language).name].root, language, counts)
+        root = opened[recordings_package(language, format).name].root
+        voices[language], recordings[language] = read_recordings(root, format)
         if silent := set(texts[language]) - set(recordings[language]):
             counts.left_out["texts: without a recording"] += len(silent)
     for name in sorted({name for files in recordings.values() for name in files}):
         spoken = {language: files[name] for language, files in recordings.items() if name in files}
         yield Line(
             id=name,
-            texts={language: here[name] for language, here in texts.items() if name in here and language in spoken},
+            texts={
+                language: here[name]
+                for language, here in texts.items()
+                if name in here and (language in spoken or language == "en")
+            },
             recordings=spoken,
             voices={language: voices[language] for language in spoken},
         )
@@ -171,10 +181,10 @@ def _languages(options: argparse.Namespace) -> list[str]:
 
 
 def _packages(options: argparse.Namespace) -> list[Package]:
+    languages = _languages(options)
     return [
-        package
-        for language in _languages(options)
-        for package in (recordings_package(language, options.format), texts_package(language))
+        *(recordings_package(language, options.format) for language in languages),
+        *(texts_package(language) for language in dict.fromkeys(["en", *languages])),
     ]
 
 

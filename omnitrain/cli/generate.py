@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from omnitrain.data.chat import ChatTokenizer
     from omnitrain.data.encode import SampleEncoder
     from omnitrain.data.sample import Segment
+    from omnitrain.generation.sampling import Decoding
+    from omnitrain.models.aut_decoder import AuT
     from omnitrain.models.omni import OmniModel
 
 EXAMPLES = """\
@@ -37,13 +39,18 @@ def main(arguments: list[str]) -> None:
     from omnitrain.data.batch import PackedBatch
     from omnitrain.generation.sampling import Decoding
     from omnitrain.generation.text import generate
-    from omnitrain.runs.load import load
+    from omnitrain.models.aut_decoder import AuT
+    from omnitrain.runs.load import load_writer
 
     decoding = Decoding(**{field.name: getattr(options, field.name) for field in fields(Decoding)})
-    model, encoder = load(options.model, device=options.device, dtype=options.dtype)
-    batch = PackedBatch.pack(_encoded_prompts(options, media, encoder))
+    model, encoder = load_writer(options.model, device=options.device, dtype=options.dtype)
+    prompts = _encoded_prompts(options, media, encoder)
     stop_ids = encoder.tokenizer.stop_ids
     output = _OrderedOutput(encoder.tokenizer, options.prompts, stop_ids, options.max_new_tokens, sys.stdout)
+    if isinstance(model, AuT):
+        _transcribe(model, prompts, decoding, encoder.tokenizer)
+        return
+    batch = PackedBatch.pack(prompts)
     with _ReadingBar(model, batch, options.max_new_tokens) as bar:
 
         def on_token(document: int, token: int) -> None:
@@ -106,6 +113,34 @@ def _encoded_prompts(
         except BadSample as error:
             raise ValueError(f"{reading[-1]}: {error}" if reading else str(error)) from error
     return encoded
+
+
+def _transcribe(model: AuT, prompts: Sequence[EncodedSample], decoding: Decoding, tokenizer: ChatTokenizer) -> None:
+    """Print what an AuT writes about the recording of each prompt, window by window, in memory that does not grow with
+    its length. Raises ValueError for options that it does not know, and prompts without one recording."""
+    import torch
+
+    from omnitrain.evaluation.progress import progress_bar
+    from omnitrain.generation.sampling import Decoding
+    from omnitrain.generation.transcribe_stream import StreamingOptions, StreamingTranscriber
+    from omnitrain.vocabulary import TEXT
+
+    if decoding != Decoding(max_new_tokens=decoding.max_new_tokens, seed=decoding.seed):
+        raise ValueError("an AuT writes the most probable token here: leave the options of sampling away")
+    for prompt in prompts:
+        if len(prompt.mel) != 1 or len(prompt.grid_thw):
+            raise ValueError("an AuT answers about one recording, and no pictures: give one --audio FILE")
+        mel, window = torch.from_numpy(prompt.mel[0]), model.aut.config.window_frames
+        options = StreamingOptions(window_frames=window, segment_windows=2, max_new_tokens=decoding.max_new_tokens)
+        ids = prompt.input_ids[prompt.token_types == TEXT].tolist()
+        live = StreamingTranscriber(model, ids, stop_ids=tokenizer.stop_ids, options=options)
+        with progress_bar(len(mel) > 6000, f"hearing {len(mel) // 6000}:{len(mel) // 100 % 60:02} of sound") as bar:
+            heard = bar.add_task("hearing", total=len(mel))
+            for piece in mel.split(window):
+                live.push(piece)
+                bar.advance(heard, len(piece))
+            live.finish()
+        print(" ".join(text for part in live.segments if (text := tokenizer.decode(part).strip())), flush=True)
 
 
 class _ReadingBar:

@@ -95,25 +95,38 @@ def test_the_script(asterisk_trees: dict[str, Path], tmp_path: Path, capsys: pyt
     assert left_out["recordings: without a text"] == 3 + 1 + 3  # unlisted; fr empty; en beep, mine, twice
 
 
+def only(trees: dict[str, Path], language: str) -> dict[str, Path]:
+    """The packages that this spoken language alone needs."""
+    return {name: path for name, path in trees.items() if f"-{language}" in name or name.endswith("-en")}
+
+
 def test_wav_is_kept_at_its_own_rate(asterisk_trees: dict[str, Path], tmp_path: Path) -> None:
-    trees = {name.replace("g722", "wav"): path for name, path in asterisk_trees.items() if "-it" in name}
+    trees = {name.replace("g722", "wav"): path for name, path in only(asterisk_trees, "it").items()}
     for file in list(trees["asterisk-core-sounds-it-wav"].rglob("*.g722")):
         file.with_suffix(".wav").write_bytes(encode_audio(tone(300)[::2], 8_000, "wav"))
         file.unlink()
     arguments = ["--out", str(tmp_path / "out"), "--no-progress", "--languages", "it", "--format", "wav"]
     assert asterisk.main(arguments + as_sources(trees)) == 0
     source = SampleSource(tmp_path / "out")
-    assert len(source) == 3
+    assert {row.id.rpartition("/")[0] for row in source} == {
+        f"asterisk/{n}" for n in ("added", "digits/0", "letters/at")
+    }
     (segment,) = [s for s in source[0].segments if s.type == "audio"]
     assert soundfile.info(io.BytesIO(source.media_bytes(segment))).samplerate == 8_000
 
 
-def test_a_language_alone_and_a_missing_list(asterisk_trees: dict[str, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert asterisk.main(["--out", str(out), "--no-progress", "--languages", "fr", *as_sources(
-        {name: path for name, path in asterisk_trees.items() if "-fr" in name}
-    )]) == 0  # fmt: skip
-    assert {row.task for row in SampleSource(out)} == {"asr"}
-    for file in asterisk_trees["asterisk-core-sounds-fr"].rglob("*.gz"):
+def test_a_language_alone_has_the_same_splits(
+    asterisk_trees: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(asterisk_trees, tmp_path / "all") == 0
+    everything = {row.id: row for row in SampleSource(tmp_path / "all")}
+    trees = only(asterisk_trees, "fr")
+    arguments = ["--out", str(tmp_path / "out"), "--no-progress", "--languages", "fr", *as_sources(trees)]
+    assert asterisk.main(arguments) == 0
+    rows = {row.id: row for row in SampleSource(tmp_path / "out")}
+    assert {row.languages for row in rows.values()} == {("fr", "fr"), ("fr", "en")}
+    assert rows == {name: everything[name] for name in rows}
+    for file in trees["asterisk-core-sounds-fr"].rglob("*.gz"):
         file.unlink()
-    assert run(asterisk_trees, tmp_path / "again") == 1
+    assert asterisk.main([*arguments, "--force"]) == 1
+    assert "no core-sounds-fr.txt.gz" in " ".join(capsys.readouterr().out.split())

@@ -100,7 +100,7 @@ def documents() -> Iterator[tuple[Path, int, str]]:
 
 def calls_in_notebook(path: Path) -> Iterator[Found]:
     """Commands of a notebook: of its text, of cells that begin with "!", and of calls of ``omnitrain_command``."""
-    known: dict[str, Any] = {"os": os, "Path": Path, "held_out": {"file": "a.png"}}
+    known: dict[str, Any] = {"os": os, "Path": Path, "PACK": PACK, "held_out": {"file": "a.png"}}
     for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
         source, place = "".join(cell["source"]), f"{path.relative_to(ROOT)}:cell {number}"
         if cell["cell_type"] != "code":
@@ -178,7 +178,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What the documents' commands take for granted: a run folder, public folders, and that of own recipes."""
     home = tmp_path_factory.mktemp("documents")
     (home / "run").mkdir()
-    for name in ("DIR", "Qwen3-Omni-30B-A3B-Instruct"):
+    for name in ("DIR", "tiny_public"):
         save_small_folder(home / name)
     write_config(compose.run_config(["+recipe=quickstart", f"paths.run_dir={home / 'run'}"]), home / "run")
     for document, group in (("configuration.md", "recipe"), ("benchmarks.md", "eval")):

@@ -11,8 +11,10 @@ from omnitrain.data.batch import PackedBatch
 from omnitrain.generation.cache import PackedKVCache
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.text import generate, read_prompts
+from omnitrain.generation.transcribe import BeamSearch, transcribe
 from omnitrain.interop.public_format import load_pretrained
 from tests.interop import public_models
+from tests.models.whisper_reference import small_aut, spoken_sample
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -76,3 +78,12 @@ def test_prefill_in_chunks_in_bfloat16(setting):
     pieces = read_prompts(model, batch, PackedKVCache(), chunk=7)[0].float()
     assert (whole - pieces).norm() / whole.norm() < 0.1
     assert all(len(tokens) == 5 for tokens in generate(model, batch, Decoding(max_new_tokens=5)))
+
+
+def test_transcripts_equal_those_of_the_cpu():
+    model = small_aut(seed=1)
+    batch = PackedBatch.pack([spoken_sample(i, frames=90 + 70 * i, before=2, after=3) for i in range(4)])
+    on_gpu = copy.deepcopy(model).to("cuda")
+    for decoding in (Decoding(max_new_tokens=8), BeamSearch(width=3, max_new_tokens=8)):
+        expected = transcribe(model, batch, decoding, stop_ids=[20, 31])
+        assert transcribe(on_gpu, batch, decoding, stop_ids=[20, 31]) == expected

@@ -13,6 +13,7 @@ import torch
 from data_prep import sound_captions
 from omnitrain.__main__ import main
 from omnitrain.config.locations import PACK, PACK_SPEECH, RECIPES
+from omnitrain.data.shards import SampleSource
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.runs.load import load, load_writer
 
@@ -90,6 +91,10 @@ def test_hearing_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "run/report.html").stat().st_size > 10_000
     assert main(["predict", "run", "trainer.limit_predict_batches=1"]) == 0
     assert isinstance(load_writer("run")[0], AuT)
+    recording = SampleSource(PACK, split="heldout_concept", where={"task": ["asr"]})
+    heard = next(segment for segment in recording[0].messages[0].segments if segment.type == "audio")
+    Path("said.ogg").write_bytes(recording.media_bytes(heard))
+    assert main(["generate", "run", "--audio", "said.ogg", "Transcribe this recording.", "--max-new-tokens", "5"]) == 0
     with pytest.raises(ValueError, match=r"module\.init_from=\{aut"):
         load("run")
     if name == "aut":
