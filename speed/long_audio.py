@@ -13,8 +13,10 @@ activation checkpointing (ours by segments, theirs by layers). Seconds are those
 else runs on the machine hardly counts. whole: growth of the process's peak resident memory over what it has before
 the file is read. encoder: the same of the encoder alone, in a process that has the mel frames before, less the features
 that it gives: what must grow with the recording is not counted. There, what is freed goes back to the system at once
-(the C library's MALLOC_MMAP_THRESHOLD_), or the figure would be how it cuts up what it keeps. The line fitted is seconds = a + b * minutes. The
-backward pass of transformers, which takes some 270 MiB a minute, is left out above 20 minutes (--reference-backward).
+(the C library's MALLOC_MMAP_THRESHOLD_), or the figure would be how it cuts up what it keeps.
+
+The line fitted is seconds = a + b * minutes. The backward pass of transformers, which takes some 270 MiB a minute, is
+left out above 20 minutes (--reference-backward).
 """
 
 from __future__ import annotations
