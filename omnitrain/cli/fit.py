@@ -53,6 +53,7 @@ def train(config: RunConfig) -> Experiment:
     begun_in = None if checkpoint is None else checkpoint.parent.parent
     changed = check_resume(config, begun_in) if begun_in is not None and (begun_in / CONFIG).is_file() else {}
     check_memory(config)
+    _check_judge(config)
     experiment = build_experiment(config, "fit")
     trainer = experiment.trainer
 
@@ -70,18 +71,24 @@ def train(config: RunConfig) -> Experiment:
     vars(trainer)["callbacks"].insert(0, LambdaCallback(on_train_start=begin))
     if trainer.is_global_zero:
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
-    if config.evaluation.after_fit and isinstance(config.evaluation, (CodecEvaluation, SpeechEvaluation)):
-        from omnitrain.evaluation.judges import find_whisper, missing_judges, missing_judges_notice
+        if config.evaluation.after_fit and isinstance(config.evaluation, (CodecEvaluation, SpeechEvaluation)):
+            from omnitrain.evaluation.judges import missing_judges, missing_judges_notice
 
-        # Said now, while it can still be mended before the end.
-        if config.evaluation.judge is not None:
-            find_whisper(config.evaluation.judge)
-        if (missing := missing_judges()) and trainer.is_global_zero:
-            print(missing_judges_notice(missing), flush=True)
+            if missing := missing_judges():  # said now, while it can still be mended before the end
+                print(missing_judges_notice(missing), flush=True)
     trainer.fit(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
     if config.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
         evaluate_and_report(experiment, config)
     return experiment
+
+
+def _check_judge(config: RunConfig) -> None:
+    """Raise before the training, not after it, where the judge of what it will say cannot be had."""
+    settings = config.evaluation
+    if settings.after_fit and isinstance(settings, (CodecEvaluation, SpeechEvaluation)) and settings.judge is not None:
+        from omnitrain.evaluation.judges import find_whisper
+
+        find_whisper(settings.judge)
 
 
 def _bring_rows(begun_in: Path, run_dir: Path) -> None:

@@ -25,10 +25,11 @@ from omnitrain.config.run_config import (
 from omnitrain.config.typed import ConfigError
 from omnitrain.interop.public_config import FILE, read_config, stored_dtype
 from omnitrain.interop.public_format import empty_model
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.codec import Codec
 from omnitrain.models.discriminators import Discriminators
 from omnitrain.models.omni import OmniModel
-from omnitrain.models.sizes import CodecConfig, OmniConfig
+from omnitrain.models.sizes import AuTModelConfig, CodecConfig, OmniConfig
 from omnitrain.runs.experiment import precision
 from omnitrain.training.lora import lora_targets
 from omnitrain.training.optim import part_of
@@ -78,7 +79,7 @@ def training_memory(config: RunConfig) -> TrainingMemory | None:
         with torch.device("meta"):
             parts = {"codec": Codec(sizes), "discriminators": Discriminators(module.discriminator)}
         counted = [Numbers(name, _count(part), FP32, True) for name, part in parts.items()]
-    elif isinstance(sizes, OmniConfig | PretrainedConfig) and isinstance(module, ThinkerModuleConfig):
+    elif isinstance(sizes, OmniConfig | AuTModelConfig | PretrainedConfig) and isinstance(module, ThinkerModuleConfig):
         model, stored = _on_meta(sizes)
         frozen = FP32 if precision(config.trainer) == "32-true" else stored
         counted = list(_numbers(model, module, frozen))
@@ -100,17 +101,17 @@ def training_memory(config: RunConfig) -> TrainingMemory | None:
     )
 
 
-def _on_meta(sizes: OmniConfig | PretrainedConfig) -> tuple[OmniModel, int]:
+def _on_meta(sizes: OmniConfig | AuTModelConfig | PretrainedConfig) -> tuple[OmniModel | AuT, int]:
     """The model without memory, and the bytes in which one of its numbers is stored."""
-    if isinstance(sizes, OmniConfig):
+    if not isinstance(sizes, PretrainedConfig):
         with torch.device("meta"):
-            return OmniModel(sizes), FP32
+            return (OmniModel(sizes) if isinstance(sizes, OmniConfig) else AuT(sizes)), FP32
     folder = Path(sizes.folder)
     model = empty_model(read_config(folder, speech=sizes.speech)[0], folder / FILE)
     return model, (stored_dtype(folder) or torch.float32).itemsize
 
 
-def _numbers(model: OmniModel, module: ThinkerModuleConfig, frozen: int) -> Iterator[Numbers]:
+def _numbers(model: OmniModel | AuT, module: ThinkerModuleConfig, frozen: int) -> Iterator[Numbers]:
     for name, p in model.named_parameters():
         yield Numbers(part := part_of(name), p.numel(), frozen, part in module.whole_parts)
     if module.lora is not None:
@@ -118,7 +119,7 @@ def _numbers(model: OmniModel, module: ThinkerModuleConfig, frozen: int) -> Iter
             yield Numbers(part_of(target.name), target.parameters(module.lora.rank), FP32, True)
 
 
-def _sums(model: OmniModel, lora: LoraConfig, checkpointed: list[str], size: int) -> int:
+def _sums(model: OmniModel | AuT, lora: LoraConfig, checkpointed: list[str], size: int) -> int:
     """Bytes of the experts' stacks with the adapters added. Kept for each layer, or, where activations are computed
     again, of one layer at a time; beside the gradient of one stack."""
     stacks = Counter[str]()

@@ -85,6 +85,13 @@ def test_missing_data_are_named(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "Traceback" not in error
 
 
+def test_a_judge_that_is_not_there_stops_before_the_training(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "+recipe=codec", "evaluation.judge=./nowhere", "paths.run_dir=run"]) == 1
+    assert "evaluation.judge: there is no folder ./nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_wrong_argument_is_named_with_its_place(toy: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "+data.max_token=3", *toy]) == 1

@@ -76,10 +76,12 @@ def test_processes(folder: Path) -> None:
     assert two.weights == one.weights
 
 
-def test_a_codec_is_counted_and_a_model_of_ones_own_is_not() -> None:
+def test_a_codec_and_aut_alone_are_counted() -> None:
     codec = training_memory(run_config(["+recipe=codec"]))
     assert codec.weights * 4 == codec.total
     assert codec.by_part.keys() == {"codec", "discriminators"}
+    aut = training_memory(run_config(["+recipe=aut_quickstart", "module.train=[aut_decoder]"]))
+    assert aut.weights > aut.gradients == aut.optimizer // 2 > 0
 
 
 def test_what_cannot_fit_is_stopped(folder: Path, monkeypatch, capsys) -> None:
