@@ -28,6 +28,7 @@ SPEAKERS = {"Allison": "woman", "June": "woman", "Carlo": "man", "Maxim": "man"}
 """Voices of `data_prep.asterisk`; the folders of the packages say who they are (``en_US_f_Allison``)."""
 
 _ARTICLE = re.compile(r"^(an?|the|some)\s+", re.IGNORECASE)
+"""What names of things begin with; "We remember those who have died." names nothing that could be heard."""
 
 
 def sound_caption(sample: Sample) -> tuple[str, list[str], list[str]]:
@@ -49,6 +50,9 @@ def captions(source: SampleSource, task: str, languages: Collection[str], counts
     for i, row in enumerate(source.light().to_pylist()):
         if row["task"] == task and row["languages"][-1] in (("en",) if task == "sound" else languages):
             sample = source[i]
+            if task == "sound" and not _ARTICLE.match(sample.reference):
+                counts.left_out["sounds whose text is no name of a thing"] += 1
+                continue
             try:
                 medium = next(s for s in sample.segments if s.type == "audio")
                 sound = Segment(type="audio", media=source.media_bytes(medium))

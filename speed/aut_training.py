@@ -1,7 +1,7 @@
 """Training AuT against training Whisper of the same width and depth: speed, memory, loss and character error rate.
 
     python -m speed.aut_training --out runs/aut_training                # speed, then three seeds of 600 steps
-    python -m speed.aut_training --out runs/aut_training --steps 0      # speed and memory alone, some minutes
+    python -m speed.aut_training --out runs/aut_training --steps 0      # speed and memory alone
 
 Both read the same batches of recordings with their transcripts (one pass over the sources, drawn and packed by
 omnitrain's loader, then repeated in an order that the seed says), the same prompts and targets, from random weights:
@@ -41,7 +41,7 @@ from typing import Any, Protocol
 
 PACK = Path(__file__).parents[1] / "omnitrain/pack"
 VARIANTS = ("omnitrain", "whisper sdpa", "whisper eager", "whisper sdpa, 12.5 a second")
-SIZES: dict[str, Any] = dict(d_model=144, heads=4, ffn=576)
+SIZES: dict[str, Any] = dict(d_model=128, heads=4, ffn=512)
 ENCODER_LAYERS, DECODER_LAYERS, N_MELS = 4, 3, 128
 
 
@@ -368,6 +368,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speed-batches", type=int, default=6)
     parser.add_argument("--passes", type=int, default=3, help="over them; the fastest counts")
     parser.add_argument("--steps", type=int, default=600, help="of learning; 0: speed alone")
+    parser.add_argument("--learn-stacked", action="store_true", help="Whisper at 12.5 positions a second learns too")
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -419,7 +420,7 @@ def print_speed(results: dict[str, Any], args: argparse.Namespace) -> str:
 
 def print_learning(results: dict[str, Any], args: argparse.Namespace, best: str) -> dict[str, list[list[Any]]]:
     """Train all seeds and print the ends of their curves. Returns the points of each variant, seed by seed."""
-    names, threads = ("omnitrain", best, VARIANTS[3]), args.threads[-1]
+    names, threads = ("omnitrain", best, *VARIANTS[3 : 3 + args.learn_stacked]), args.threads[-1]
     curves: dict[str, list[list[Any]]] = {name: [] for name in names}
     print(f"\n{'after ' + str(args.steps) + ' steps':30}{'seed':>5}{'loss':>8}{'CER':>8}{'seconds':>9}")
     for seed in args.seeds:

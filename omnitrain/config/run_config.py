@@ -235,12 +235,12 @@ class ThinkerModuleConfig:
     @property
     def whole_parts(self) -> list[str]:
         """Parts of which every weight learns."""
-        return self.train or []
+        return list(self.train or ())
 
     @property
     def lora_parts(self) -> list[str]:
         """Parts that learn through low-rank adapters."""
-        return [] if self.lora is None else self.lora.parts
+        return [] if self.lora is None else list(self.lora.parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,8 +47,9 @@ class Named:
 
 @cache
 def annotations(cls: Any) -> dict[str, Any]:
-    """Field -> annotation of a dataclass, evaluated."""
-    return typing.get_type_hints(cls)
+    """Field -> annotation of a dataclass, evaluated; what belongs to the class alone is no field."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
 
 
 _NODES = {int: IntegerNode, float: FloatNode, bool: BooleanNode, str: StringNode}

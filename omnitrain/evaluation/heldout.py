@@ -7,6 +7,7 @@ beside those of a unigram model, scores of generated answers, and the media-swap
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -223,7 +224,7 @@ def evaluate(
                 row.loss = loss
                 if loss is not None and modality in baselines:
                     row.unigram_nats = baselines[modality].nats(targets(row.sample, tokenizer))
-            if any(media_segments(row.sample) for row in rows):
+            if settings.media_swap and any(media_segments(row.sample) for row in rows):
                 bar.update(task, description=f"media swap: {name}")
                 result = media_swap(model, encoder, drawn, own_losses=losses, seed=seed, on_sample=advance)
                 by_id = {swap.id: swap for swap in result.swaps}
@@ -393,10 +394,11 @@ PREDICTIONS_SCHEMA = pa.schema(
     + [("chrf", pa.float64()), ("exact_match", pa.bool_()), ("loss", pa.float64()), ("unigram_loss", pa.float64())]
     + [("tokens", pa.int64()), ("bytes", pa.int64())]
     + [("swap_partners", pa.list_(pa.string())), ("swapped_loss", pa.float64())]
-    + [("media_type", pa.string()), ("media", pa.binary())]
+    + [("media_type", pa.string()), ("media", pa.binary()), ("meta", pa.string())]
 )
 """One row per scored sample. `loss`, `unigram_loss`, `swapped_loss`: nats per target token. `prediction` is null where
-none was generated; `media` holds the first medium of some samples (pictures as thumbnails)."""
+none was generated; `media` holds the first medium of some samples (pictures as thumbnails), `meta` is the sample's, as
+JSON."""
 
 
 def write_predictions(rows: Iterable[_Row], path: Path) -> None:
@@ -418,7 +420,7 @@ def write_predictions(rows: Iterable[_Row], path: Path) -> None:
                 "unigram_loss": None if row.unigram_nats is None else row.unigram_nats / max(1, loss.tokens),
                 "swap_partners": list(row.swap.partners) if row.swap else None,
                 "swapped_loss": row.swap.swapped if row.swap else None,
-                "media_type": row.media_type, "media": row.media,
+                "media_type": row.media_type, "media": row.media, "meta": json.dumps(sample.meta, sort_keys=True),
             }
         )  # fmt: skip
     write_parquet(path, pa.Table.from_pylist(table, schema=PREDICTIONS_SCHEMA))

@@ -32,6 +32,7 @@ class HeldoutEvaluation(Evaluation):
         max_samples: of each split and modality, for losses and media swaps; None: all.
         max_generated: of each split and modality, answers that are generated.
         max_new_tokens: of a generated answer.
+        media_swap: score each answer also with other samples' media; the dearest part where recordings are long.
         seed: of which samples are drawn, and of the bootstrap; the same for every run, so that runs compare.
     """
 
@@ -39,6 +40,7 @@ class HeldoutEvaluation(Evaluation):
     max_samples: int | None = 96
     max_generated: int = 24
     max_new_tokens: int = 40
+    media_swap: bool = True
     seed: int = 0
 
 

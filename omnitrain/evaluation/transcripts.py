@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -56,13 +56,12 @@ MODEL, FREQUENT, CONSTANT = "model", "most frequent", "best constant"
 """Who answers: the model; whoever always gives the most frequent training answer of that task and language; whoever
 gives the one of the `CANDIDATES` most frequent that has the lowest character error rate on the training answers."""
 CANDIDATES = 20
-TRAINING_ANSWERS = 6000
-"""So many training answers, evenly spaced, are read for the two that never listen."""
-_CONSTANT_IS_TRIED_ON = 300  # training answers of a task and language
+TRAINING_ANSWERS = 400
+"""So many training answers of a task and language, evenly spaced, are read for the two that never listen."""
 _BATCH = 24  # recordings that are answered together
 _KEPT_BYTES = 1 << 20  # larger recordings are not copied for the report
 _KEPT_MAPS = 6  # recordings of which cross-attention is kept
-_RESAMPLES = 1000
+_RESAMPLES = 500
 
 
 # --- measures ------------------------------------------------------------------------------------------------------
@@ -234,28 +233,39 @@ def references(sample: Sample) -> tuple[str, ...]:
 
 
 def _listed(sample: Sample, key: str) -> tuple[str, ...]:
-    return tuple(json.loads(sample.meta.get(key, "[]")))
+    try:
+        found = json.loads(sample.meta.get(key, "[]"))
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"{key}_invalid", f"meta {key!r} is no JSON: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise BadSample(f"{key}_invalid", f"meta {key!r} must be a JSON list of texts")
+    return tuple(found)
 
 
 Kind = tuple[str, str]
 """A task, and a language or direction of translation."""
 
 
-def training_answers(sources: Mapping[str, Source], most: int = TRAINING_ANSWERS) -> dict[Kind, Counter[str]]:
-    """How often each answer about a recording is given in the training data, from up to `most` evenly spaced ones."""
-    heard = [
-        (source, index, (about["task"], about["languages"]))
-        for source in sources.values()
-        for index, about in listing(source, Counter())
-        if about["modality"] == "audio"
-    ]
+def training_answers(
+    sources: Mapping[str, Source], tested: Collection[Kind], most: int = TRAINING_ANSWERS
+) -> dict[Kind, Counter[str]]:
+    """How often each answer about a recording is given in the training data, from up to `most` evenly spaced ones of
+    each kind that is tested; of all kinds of a task of which a tested language was not trained."""
+    heard: dict[Kind, list[tuple[Source, int]]] = defaultdict(list)
+    for source in sources.values():
+        for index, about in listing(source, Counter()):
+            if about["modality"] == "audio":
+                heard[about["task"], about["languages"]].append((source, index))
+    wanting = {task for task, languages in tested if (task, languages) not in heard}
     found: dict[Kind, Counter[str]] = defaultdict(Counter)
-    for i in range(min(most, len(heard))):
-        source, index, kind = heard[i * len(heard) // min(most, len(heard))]
-        try:
-            found[kind][source[index].reference.strip()] += 1
-        except BadSample:
-            continue  # training counts these; who never listens does without
+    for kind in (kind for kind in heard if kind in tested or kind[0] in wanting):
+        places = heard[kind]
+        for i in range(min(most, len(places))):
+            source, index = places[i * len(places) // min(most, len(places))]
+            try:
+                found[kind][source[index].reference.strip()] += 1
+            except BadSample:
+                continue  # training counts these; who never listens does without
     return dict(found)
 
 
@@ -271,11 +281,9 @@ def constant_answers(training: Mapping[Kind, Counter[str]]) -> dict[Kind, dict[s
 
 
 def _best_constant(counts: Counter[str], language: str) -> str:
-    tried_on = counts.most_common(_CONSTANT_IS_TRIED_ON)
-
     def rate(constant: str) -> float:
-        errors = np.array([_edits(constant, answer, language, True) for answer, _ in tried_on])
-        wrong, length = np.array([n for _, n in tried_on]) @ errors
+        errors = np.array([_edits(constant, answer, language, True) for answer in counts])
+        wrong, length = np.array(list(counts.values())) @ errors
         return wrong / max(1.0, length)
 
     return min((answer for answer, _ in counts.most_common(CANDIDATES)), key=rate)
@@ -340,7 +348,7 @@ def evaluate_transcripts(
         sources, settings.max_samples, seed=settings.seed, skipped=skipped, by=("task", "languages"), turns="split",
         modality="audio",
     )  # fmt: skip
-    groups = {kind: [d for d in drawn if d.sample.reference.strip()] for kind, drawn in groups.items()}
+    groups = {kind: [one for one in drawn if _can_be_scored(one.sample, skipped)] for kind, drawn in groups.items()}
     drawn = [one for part in groups.values() for one in part]
     if not drawn:
         raise ValueError(f"evaluation: no recording with an answer in {', '.join(sources)}; check data.test_sources")
@@ -360,7 +368,7 @@ def evaluate_transcripts(
         swaps = {name: media_swap(model, encoder, some, seed=settings.seed) for name, some in heard.items() if some}
     if not answers:
         raise ValueError(f"evaluation: none of {len(drawn)} recordings could be answered; skipped: {dict(skipped)}")
-    constants = constant_answers(training_answers(train_sources)) if train_sources else {}
+    constants = constant_answers(training_answers(train_sources, groups.keys())) if train_sources else {}
     same = without_listening([a for a in answers if a.window == windows[0]], constants)
     scores = {
         "scores": score([*answers, *same], settings.seed),
@@ -383,6 +391,15 @@ def evaluate_transcripts(
             beside[id] |= cross_attention(model, encoder, by_id[id], said[id], longest)
     _write_rows(answers, beside, longest, out / Path(HEARD).name)
     return scores
+
+
+def _can_be_scored(sample: Sample, skipped: Counter[str]) -> bool:
+    try:
+        Answer.of(sample, "", None)
+    except BadSample as bad:
+        skipped[bad.reason] += 1
+        return False
+    return bool(sample.reference.strip())
 
 
 def _first(groups: Mapping[Kind, Sequence[Drawn]], task: str, most: int) -> list[Drawn]:

@@ -263,6 +263,32 @@ def error_curves(rates: Columns) -> Markup:
 
 
 @_styled
+def position_curves(lengths: Mapping[str, Mapping[str, Any]], measures: Mapping[str, str]) -> Markup:
+    """Scores by position in the recording: a column for each length, a row for each measure (name -> label), points
+    with intervals (`positions.Curve`), and dashed what no listening gives."""
+    names = list(lengths)
+    figure, axes_of = _axes(len(measures) * len(names), len(names), (7.8 / max(3, len(names)), 1.6), (0.3, 0))
+    panels = [(measure, name) for measure in measures for name in names]
+    for axes, (measure, name) in zip(axes_of, panels, strict=True):
+        curve = lengths[name][measure]
+        means = [score.mean for score in curve.scores]
+        low, high = ([abs(getattr(s, end) - s.mean) for s in curve.scores] for end in ("low", "high"))
+        if means:
+            axes.errorbar(curve.places, means, yerr=[low, high], fmt="o-", color=_GREEN, markersize=4, linewidth=1.3)
+        if curve.chance is not None:
+            axes.axhline(curve.chance, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, {"right": 1, "chrf": 100}.get(measure))
+        if name == names[0]:
+            axes.set_ylabel(measures[measure])
+        if measure == next(iter(measures)):
+            axes.set_title(name, fontweight="bold")
+        if measure == list(measures)[-1]:
+            axes.set_xlabel("place, share of the recording")
+    return _svg(figure, "scores by position in the recording")
+
+
+@_styled
 def forest(panels: Sequence[Mapping[str, Any]]) -> Markup:
     """Differences with their intervals against a margin, one panel per row of a table: each has ``title``, ``unit``,
     ``margin``, and ``lines``: label, arm, value, low, high (None: no interval)."""

@@ -32,6 +32,8 @@ from omnitrain.evaluation.transcripts import CONSTANT, FREQUENT, MODEL, Measure,
 from omnitrain.files import read_json, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.mixture import mixture
+from omnitrain.reports.positions import MEASURES as POSITION_MEASURES
+from omnitrain.reports.positions import by_position
 
 SAMPLES_PER_MODALITY = 8
 
@@ -522,6 +524,7 @@ def _render(run: Run) -> str:
         waiting_figure=lines(waiting, "share of time and of peak", share=True),
         norm_figure=lines(norms, "gradient norm"),
         rate_figure=lines(run.below("lr/"), "learning rate"),
+        position_figure=figures.position_curves(by_position(run.predictions), POSITION_MEASURES),
         samples=_samples(run),
         speech=_speech(run.speech) if run.speech else None,
         players=_players(run.spoken),

@@ -75,10 +75,12 @@ def read_arms(runs: Sequence[Run], names: Sequence[str]) -> Arms | None:
 
 
 def _arms(heard: Sequence[tuple[Run, str]]) -> dict[str, list[tuple[Run, str]]]:
-    """The runs by arm, whose label is what their names have in common."""
+    """The runs by arm, whose label is what their names have in common. Folders called after the seed do not tell arms
+    apart: each seed may start from a run of its own."""
     groups: dict[tuple[tuple[str, str], ...], list[tuple[Run, str]]] = {}
     for run, name in heard:
-        settings = {k: v for k, v in flat(run.config).items() if not k.startswith(_NOT_AN_ARM)}
+        own = f"seed={run.config.get('seed', 0)}"
+        settings = {k: v.replace(own, "seed=") for k, v in flat(run.config).items() if not k.startswith(_NOT_AN_ARM)}
         groups.setdefault(tuple(sorted(settings.items())), []).append((run, name))
     arms: dict[str, list[tuple[Run, str]]] = {}
     for part in groups.values():

@@ -25,10 +25,11 @@ from omnitrain.config.run_config import (
 from omnitrain.config.typed import ConfigError
 from omnitrain.interop.public_config import FILE, read_config, stored_dtype
 from omnitrain.interop.public_format import empty_model
+from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.codec import Codec
 from omnitrain.models.discriminators import Discriminators
 from omnitrain.models.omni import OmniModel
-from omnitrain.models.sizes import CodecConfig, OmniConfig
+from omnitrain.models.sizes import AuTModelConfig, CodecConfig, OmniConfig
 from omnitrain.runs.experiment import precision
 from omnitrain.training.lora import lora_targets
 from omnitrain.training.optim import part_of
@@ -78,7 +79,7 @@ def training_memory(config: RunConfig) -> TrainingMemory | None:
         with torch.device("meta"):
             parts = {"codec": Codec(sizes), "discriminators": Discriminators(module.discriminator)}
         counted = [Numbers(name, _count(part), FP32, True) for name, part in parts.items()]
-    elif isinstance(sizes, OmniConfig | PretrainedConfig) and isinstance(module, ThinkerModuleConfig):
+    elif isinstance(sizes, OmniConfig | AuTModelConfig | PretrainedConfig) and isinstance(module, ThinkerModuleConfig):
         model, stored = _on_meta(sizes)
         frozen = FP32 if precision(config.trainer) == "32-true" else stored
         counted = list(_numbers(model, module, frozen))
@@ -100,17 +101,17 @@ def training_memory(config: RunConfig) -> TrainingMemory | None:
     )
 
 
-def _on_meta(sizes: OmniConfig | PretrainedConfig) -> tuple[OmniModel, int]:
+def _on_meta(sizes: OmniConfig | AuTModelConfig | PretrainedConfig) -> tuple[OmniModel | AuT, int]:
     """The model without memory, and the bytes in which one of its numbers is stored."""
-    if isinstance(sizes, OmniConfig):
+    if not isinstance(sizes, PretrainedConfig):
         with torch.device("meta"):
-            return OmniModel(sizes), FP32
+            return (OmniModel(sizes) if isinstance(sizes, OmniConfig) else AuT(sizes)), FP32
     folder = Path(sizes.folder)
     model = empty_model(read_config(folder, speech=sizes.speech)[0], folder / FILE)
     return model, (stored_dtype(folder) or torch.float32).itemsize
 
 
-def _numbers(model: OmniModel, module: ThinkerModuleConfig, frozen: int) -> Iterator[Numbers]:
+def _numbers(model: OmniModel | AuT, module: ThinkerModuleConfig, frozen: int) -> Iterator[Numbers]:
     for name, p in model.named_parameters():
         yield Numbers(part := part_of(name), p.numel(), frozen, part in module.whole_parts)
     if module.lora is not None:
@@ -118,7 +119,7 @@ def _numbers(model: OmniModel, module: ThinkerModuleConfig, frozen: int) -> Iter
             yield Numbers(part_of(target.name), target.parameters(module.lora.rank), FP32, True)
 
 
-def _sums(model: OmniModel, lora: LoraConfig, checkpointed: list[str], size: int) -> int:
+def _sums(model: OmniModel | AuT, lora: LoraConfig, checkpointed: list[str], size: int) -> int:
     """Bytes of the experts' stacks with the adapters added. Kept for each layer, or, where activations are computed
     again, of one layer at a time; beside the gradient of one stack."""
     stacks = Counter[str]()
@@ -143,7 +144,7 @@ def check_memory(config: RunConfig) -> None:
     devices = _devices(config.trainer)
     # On processors each process has a model of its own, in the memory of one machine.
     needed = memory.total if cuda else memory.total * devices
-    free = torch.cuda.mem_get_info()[1] if cuda else available_memory()
+    free = torch.cuda.get_device_properties(0).total_memory if cuda else available_memory()
     where = "of the GPU" if cuda else "free here"
     of = "" if free is None else f" of {gigabytes(free)} {where}"
     each = "" if cuda or devices == 1 else f", {devices} times"
@@ -173,21 +174,35 @@ def _devices(trainer: TrainerConfig) -> int:
 
 def available_memory(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that this process may still take: what the system has, or what is left of the limit of its control group
-    (of a container, or a job of Slurm). None where the system does not say it."""
-    try:
-        lines = (proc / "meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+    (of a container, or a job of Slurm), whose pages of files count as free. None where the system does not say it."""
+    found = _numbers_in(proc / "meminfo")
+    if "MemAvailable" not in found:
         return None
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    left = [found["MemAvailable"] * 1024]
+    for folder, limit, used, of_files in _LIMITS:
         try:
-            available = min(available, int((control / limit).read_text()) - int((control / used).read_text()))
-        except (OSError, ValueError):  # no such limit, or "max"
+            group = control / folder
+            taken = int((group / used).read_text()) - _numbers_in(group / "memory.stat").get(of_files, 0)
+            left.append(int((group / limit).read_text()) - taken)
+        except (OSError, ValueError):  # no such group, or its limit is "max"
             continue
-    return available
+    return min(left)
+
+
+_LIMITS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Control groups of version 2 and 1: folder, files of limit and use, and what memory.stat calls pages of files."""
+
+
+def _numbers_in(path: Path) -> dict[str, int]:
+    """The numbers of a file of lines ``name[:] number ...``; none if there is no such file."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
 def gigabytes(size: int) -> str:

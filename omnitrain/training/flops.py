@@ -22,8 +22,13 @@ from omnitrain.models.omni import OmniModel
 STATED_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
+LORA = ".lora_"
+"""In the names of low-rank adapters' parameters."""
+
+
 def _matrices(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters() if p.ndim >= 2)
+    named = (pair for module in modules for pair in module.named_parameters())
+    return sum(p.numel() for name, p in named if p.ndim >= 2 and LORA not in f".{name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +92,14 @@ def forward_flops(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:
 
 def training_flops_by_part(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:
     """Operations of forward and backward pass. The backward pass of a part costs twice its forward pass if its weights
-    learn, once if gradients only pass through it to a part below, and nothing otherwise."""
+    learn, once if gradients only pass through it, to low-rank adapters or to a part below, and nothing otherwise. The
+    adapters themselves are not counted."""
     encoders_learn = any(p.requires_grad for m in (model.aut, model.visual) for p in m.parameters())
     total = {}
     for part, flops in forward_flops(model, sizes).items():
-        learns = any(p.requires_grad for p in getattr(model, part).parameters())
-        passes_through = part == "thinker" and encoders_learn
+        learning = [name for name, p in getattr(model, part).named_parameters() if p.requires_grad]
+        learns = any(LORA not in name for name in learning)
+        passes_through = bool(learning) or (part == "thinker" and encoders_learn)
         total[part] = flops * (3 if learns else 2 if passes_through else 1)
     return total
 

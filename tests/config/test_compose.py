@@ -39,6 +39,8 @@ def test_cfg_job_prints_and_runs_nothing(tmp_path, monkeypatch, capsys) -> None:
         ("modle=tiny", "model=tiny"),
         ("model=tny", "model=tiny"),
         ("+recipe=quickstrat", "+recipe=quickstart"),
+        ("model.aut.init_from=RUN", "write module.init_from={aut: RUN}"),
+        ("+model.thinker.init_from=DIR", "write module.init_from={thinker: DIR}"),
         ("recipe=quickstart", "+recipe=quickstart"),
         ("+recpe=quickstart", "+recipe=quickstart"),
         ("model.thinker.layer=3", "model.thinker.layers=3"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,10 @@ def recording(i: int, split: str = "heldout_concept", language: str = "es", task
 
 def test_answers_of_the_training_data_are_counted() -> None:
     written = Sample(id="t", source="memory", messages=(Message(role="document", segments=()),))
-    found = training_answers({"a": Samples([*(recording(i) for i in (0, 5, 1)), written])})
-    assert found == {("asr", "es"): Counter({SAID[0]: 2, SAID[1]: 1})}
+    source = Samples([*(recording(i) for i in (0, 5, 1)), recording(2, language="ca"), written])
+    spanish, catalan = {("asr", "es"): Counter({SAID[0]: 2, SAID[1]: 1})}, {("asr", "ca"): Counter({SAID[2]: 1})}
+    assert training_answers({"a": source}, [("asr", "es"), ("s2tt", "es")]) == spanish
+    assert training_answers({"a": source}, [("asr", "es"), ("asr", "pt")]) == spanish | catalan  # pt was never trained
 
 
 def heard_by(
@@ -172,6 +175,17 @@ def test_the_whole_evaluation(evaluated: tuple[dict[str, Any], Path]) -> None:
     assert {row["window"] for row in rows if row["media"]} == {8}
     assert len([row for row in rows if row["media"]]) <= 3
     assert {row["cer"] for row in rows if row["window"] == 8} == {0.0}
+
+
+def test_a_list_that_is_none_is_skipped_and_counted(encoder: SampleEncoder, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(transcripts, "answer_samples", heard_by)
+    model: Any = None
+    torn = [replace(recording(i), meta={"references": text}) for i, text in ((0, "[1]"), (1, "{"))]
+    held = {"m": Samples([*torn, replace(recording(2), meta={"references": '["nada"]'})])}
+    settings = TranscriptEvaluation(max_swapped=0, window_seconds=[1])
+    scores = evaluate_transcripts(model, encoder, held, settings, tmp_path, progress=False)
+    assert scores["skipped"] == {"references_invalid": 2}
+    assert scores["scores"][0]["measures"]["cer"]["mean"] == 0
 
 
 def test_the_table_fits_a_terminal(evaluated: tuple[dict[str, Any], Path]) -> None:

@@ -45,7 +45,9 @@ def algorithms() -> Iterator[None]:
 @pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH - FINETUNE - HEARING - ANSWERING))
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A recipe's prepared data need not be there: the pack has rows of the same tasks and languages.
-    for folder in ("stamps", "moving_stamps"):
+    (tmp_path / "long").mkdir()
+    long = [f"long/{part}" for part in ("train", "validation", "test", "test30", "heldout")]
+    for folder in ("stamps", "moving_stamps", *long):
         (tmp_path / folder).symlink_to(PACK)
     monkeypatch.chdir(tmp_path)
     few = [

@@ -112,7 +112,13 @@ def listener(folder: Path, seed: int, wrong: int, **settings: Any) -> Path:
 def test_seeds_of_an_arm_are_one_column(tmp_path: Path) -> None:
     settings = {"evaluation": {"scores": "transcripts"}}
     runs = [
-        listener(tmp_path / arm / f"seed={seed}", seed, wrong, variables={"encoder": arm}, **settings)
+        listener(
+            tmp_path / arm / f"seed={seed}",
+            seed,
+            wrong,
+            variables={"encoder": arm, "from": f"aut/seed={seed}"},
+            **settings,
+        )
         for arm, wrongs in (("random", (3, 4)), ("aut", (1, 2)))
         for seed, wrong in enumerate(wrongs)
     ]

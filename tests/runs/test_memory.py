@@ -76,10 +76,12 @@ def test_processes(folder: Path) -> None:
     assert two.weights == one.weights
 
 
-def test_a_codec_is_counted_and_a_model_of_ones_own_is_not() -> None:
+def test_a_codec_and_aut_alone_are_counted() -> None:
     codec = training_memory(run_config(["+recipe=codec"]))
     assert codec.weights * 4 == codec.total
     assert codec.by_part.keys() == {"codec", "discriminators"}
+    aut = training_memory(run_config(["+recipe=aut_quickstart", "module.train=[aut_decoder]"]))
+    assert aut.weights > aut.gradients == aut.optimizer // 2 > 0
 
 
 def test_what_cannot_fit_is_stopped(folder: Path, monkeypatch, capsys) -> None:
@@ -111,6 +113,8 @@ def test_what_is_free(tmp_path: Path) -> None:
     assert available_memory(tmp_path, tmp_path) == 1000 * 1024
     (tmp_path / "memory.max").write_text("9000\n")
     assert available_memory(tmp_path, tmp_path) == 4000
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000\n")
+    assert available_memory(tmp_path, tmp_path) == 7000
 
 
 def test_sizes_in_words() -> None:

@@ -13,6 +13,7 @@ from omnitrain.data.batch import PackedBatch
 from omnitrain.interop.lora import merged
 from omnitrain.interop.public_format import load_pretrained
 from omnitrain.models.omni import OmniModel
+from omnitrain.training.flops import BatchSizes, forward_flops, training_flops
 from omnitrain.training.lora import add_lora, lora_targets
 from omnitrain.training.thinker import ThinkerModule
 from tests.interop.public_models import public_sample, save_public_model
@@ -20,11 +21,11 @@ from tests.interop.public_models import public_sample, save_public_model
 ALL = LoraConfig(rank=3, alpha=6, parts=["aut", "visual", "thinker"], targets=["attention", "mlp", "experts"])
 
 
-@pytest.fixture(scope="module", params=[0, 1])
-def case(request, tmp_path_factory):
-    """A model of random public weights, and a pack with text, a picture and sound for it."""
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """A model of random public weights (layers with and without experts), and a pack of text, a picture and sound."""
     folder = tmp_path_factory.mktemp("public")
-    reference = save_public_model(folder, request.param, "full")
+    reference = save_public_model(folder, 1, "full")
     samples = [
         public_sample(reference.config, [("text", 5), ("image", (1, 4, 6)), ("audio", 150), ("text", 9)], s)
         for s in (1, 2)
@@ -116,6 +117,38 @@ def test_what_learns(case) -> None:
     assert one.equal(other)
     assert one.abs().max() <= one.shape[1] ** -0.5
     assert ThinkerModuleConfig(lora=lora).train == []
+
+
+def test_operations_are_those_without_adapters(case) -> None:
+    """Forward as before; backward only towards the input, since no matrix of the model itself learns."""
+    original, pack = case
+    sizes, model = BatchSizes.of(pack), copy.deepcopy(original).requires_grad_(False)
+    add_lora(model, ALL, seed=0)
+    assert forward_flops(model, sizes) == forward_flops(original, sizes)
+    assert training_flops(model, sizes) == 2 * sum(forward_flops(original, sizes).values())
+
+
+def test_the_talker_and_mtp_have_adapters_too(case) -> None:
+    original, _ = case
+    model = copy.deepcopy(original).requires_grad_(False)
+    lora = LoraConfig(rank=2, parts=["talker", "mtp"], targets=["attention", "mlp", "experts"])
+    add_lora(model, lora, seed=0)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.startswith("talker.") and ".lora_" in name for name in learning)
+    assert len(learning) == 2 * len(lora_targets(original, lora))
+    shaken(model)
+    plain = copy.deepcopy(original)
+    plain.load_state_dict(merged(model.state_dict(), scale=16.0))
+    c = model.config.talker
+    inputs = (
+        torch.randn(5, c.d_model),
+        torch.randn(5, c.d_model),
+        torch.randint(0, c.mtp.codebook_size, (5, c.codebooks)),
+    )
+    with torch.no_grad():
+        first, expected, before = (m.talker.mtp(*inputs) for m in (model, plain, original))
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(expected, before, atol=1e-3)
 
 
 @pytest.mark.parametrize(
