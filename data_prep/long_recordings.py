@@ -102,13 +102,13 @@ class Placed:
 
 @dataclass(frozen=True)
 class Question:
-    """`sample`: where in the recording the answer is, None where that is no single place."""
+    """`sample`: where in the recording the answer is; of a needle heard more than once, the first."""
 
     kind: str
     text: str
     answer: str
     languages: tuple[str, ...]
-    sample: int | None
+    sample: int
 
 
 def pieces(source: Source, task: str, languages: Sequence[str]) -> list[Piece]:
@@ -160,13 +160,13 @@ def questions(placed: Sequence[Placed], rng: np.random.Generator) -> Iterator[Qu
     needle, once = placed[heard[0]], len(heard) == 1
     sound, language = needle.piece.text, needle.piece.language
 
-    def ask(kind: str, answer: str, languages: tuple[str, ...], sample: int | None, **words: str) -> Question:
+    def ask(kind: str, answer: str, languages: tuple[str, ...], sample: int, **words: str) -> Question:
         wording = QUESTIONS[kind][int(rng.integers(len(QUESTIONS[kind])))]
         named = {"language": LANGUAGE_NAMES[language], "sound": sound, **words}
         return Question(kind, wording.format(**named), answer, languages, sample)
 
-    yield ask("which", sound, (language,), needle.start if once else None)
-    yield ask("count", f"{len(heard)}.", ("en",), needle.start if once else None)
+    yield ask("which", sound, (language,), needle.start)
+    yield ask("count", f"{len(heard)}.", ("en",), needle.start)
     before, after = placed[heard[0] - 1], placed[heard[0] + 1]
     spoken = [part for part in placed if not part.is_needle]
     if once:
@@ -182,7 +182,7 @@ def questions(placed: Sequence[Placed], rng: np.random.Generator) -> Iterator[Qu
 
 
 def rows(name: str, placed: Sequence[Placed], asked: Sequence[Question], split: str, single: bool) -> Iterator[Sample]:
-    """One conversation, or with `single` a row for each question that has a place."""
+    """One conversation, or with `single` a row for each question."""
     seconds = len(waveform(placed)) / SPEECH_RATE
     recording = Segment(type="audio", path=f"{MEDIA}#{name}")
     licence = " AND ".join(sorted({part.piece.licence for part in placed}))
@@ -195,14 +195,13 @@ def rows(name: str, placed: Sequence[Placed], asked: Sequence[Question], split: 
         )  # fmt: skip
         return
     for question in asked:
-        if question.sample is not None:
-            at = question.sample / SPEECH_RATE
-            place = {"needle_seconds": f"{at:.2f}", "needle_share": f"{at / seconds:.4f}"}
-            yield Sample(
-                id=f"{name}/{question.kind}", source="long_recordings", messages=tuple(_turn(question, recording)),
-                split=split, task=f"needle_{question.kind}", concept=name, languages=question.languages,
-                meta=length | place, licence=licence,
-            )  # fmt: skip
+        at = question.sample / SPEECH_RATE
+        place = {"needle_seconds": f"{at:.2f}", "needle_share": f"{at / seconds:.4f}"}
+        yield Sample(
+            id=f"{name}/{question.kind}", source="long_recordings", messages=tuple(_turn(question, recording)),
+            split=split, task=f"needle_{question.kind}", concept=name, languages=question.languages,
+            meta=length | place, licence=licence,
+        )  # fmt: skip
 
 
 def _turn(question: Question, recording: Segment | None) -> tuple[Message, Message]:
