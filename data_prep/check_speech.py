@@ -6,6 +6,8 @@ It hears the transcribed recordings (`asr`) of a folder of shards and compares, 
 normalisation. `heard.jsonl` has a line per recording, and what was heard before is not heard again; `misfits.json`
 lists the recordings above the threshold, and ``--without DIR/misfits.json`` of the scripts leaves these out.
 
+``--fastest 40`` lists, without listening, what nobody could say in that time: more than 40 characters a second.
+
 A judge errs too, more in some languages than in others ("7" for "seven" counts as wrong outside English): read the list
 before using it.
 """
@@ -16,11 +18,11 @@ import argparse
 import json
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -28,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from data_prep.edit import SPEECH_RATE
-from omnitrain.data.media import decode_audio
+from omnitrain.data.media import decode_audio, probe
 from omnitrain.data.sample import BadSample, Sample
 from omnitrain.data.shards import SampleSource
 from omnitrain.evaluation.metrics import edits, whisper_normalise
@@ -118,6 +120,17 @@ def listen(source: SampleSource, indices: Iterable[int], language: str, judge: H
         yield one
 
 
+def too_fast(source: SampleSource, languages: Sequence[str], fastest: float) -> Iterator[dict[str, Any]]:
+    """The transcribed recordings whose text has more than `fastest` characters for each second of sound."""
+    for language, indices in to_hear(source, languages, limit=None).items():
+        for row in (source[index] for index in indices):
+            sound = next(segment for segment in row.segments if segment.type == "audio")
+            pace = len(row.reference) / max(0.01, probe(source.media_bytes(sound), "audio").seconds)
+            if pace > fastest:
+                name = recording_of(row)
+                yield {"recording": name, "language": language, "text": row.reference, "pace": round(pace, 1)}
+
+
 def check(source: SampleSource, judge: Hears, options: argparse.Namespace, console: Console) -> dict[str, list[Heard]]:
     """What was heard, by language. A language that the judge does not know is named and left out."""
     found: dict[str, list[Heard]] = {}
@@ -147,7 +160,8 @@ def main(argv: list[str] | None = None, judge: Hears | None = None) -> int:
     """The script; `judge` instead of the one that ``--judge`` names."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.check_speech", description=__doc__)
     parser.add_argument("shards", type=Path, help="folder of shards")
-    parser.add_argument("--judge", required=True, help="Whisper: a name (base, large-v3), or a CTranslate2 folder")
+    parser.add_argument("--judge", help="Whisper: a name (base, large-v3), or a CTranslate2 folder")
+    parser.add_argument("--fastest", type=float, help="characters a second; what has more does not fit")
     parser.add_argument("--languages", nargs="*", default=[], help="only these")
     parser.add_argument("--limit", type=int, help="at most so many recordings of each language (a fair sample)")
     parser.add_argument("--threshold", type=float, default=0.5, help="CER above which a text does not fit (0.5)")
@@ -157,20 +171,27 @@ def main(argv: list[str] | None = None, judge: Hears | None = None) -> int:
     options.out = options.out or options.shards
     console = Console(width=110)
     try:
+        if options.judge is None and options.fastest is None:
+            raise ValueError("name a judge (--judge), or the most characters a second (--fastest)")
         source = SampleSource(options.shards)
-        if judge is None:
+        if judge is None and options.judge is not None:
             from omnitrain.evaluation.judges import Whisper
 
             judge = Whisper(options.judge)
-        found = check(source, judge, options, console)
+        hurried = [] if options.fastest is None else list(too_fast(source, options.languages, options.fastest))
+        found = {} if judge is None else check(source, judge, options, console)
     except (FileNotFoundError, ValueError, ImportError) as error:
         console.print(f"error: {error}", markup=False)
         return 1
     misfits = [one for heard in found.values() for one in heard if one.cer > options.threshold]
     misfits.sort(key=lambda one: (-one.cer, one.recording))
-    write_json(options.out / MISFITS, [asdict(one) for one in misfits])
-    print_found(found, options.threshold, console)
-    console.print(f"{options.out / MISFITS}: {len(misfits)} recordings")
+    write_json(options.out / MISFITS, [asdict(one) for one in misfits] + hurried)
+    if found:
+        print_found(found, options.threshold, console)
+    if hurried:
+        counts = Counter(one["language"] for one in hurried)
+        console.print(f"faster than {options.fastest:g} characters a second: {dict(counts)}", markup=False)
+    console.print(f"{options.out / MISFITS}: {len(misfits) + len(hurried)} recordings")
     return 0
 
 

@@ -79,6 +79,7 @@ class Piece:
     text: str
     language: str
     data: bytes
+    licence: str = ""
 
     @cached_property
     def wave(self) -> np.ndarray:
@@ -118,7 +119,7 @@ def pieces(source: Source, task: str, languages: Sequence[str]) -> list[Piece]:
         media = [segment for segment in sample.segments if segment.type == "audio"]
         if sample.task != task or sample.languages[-1] not in languages or len(media) != 1:
             continue
-        piece = Piece(sample.reference, sample.languages[-1], source.media_bytes(media[0]))
+        piece = Piece(sample.reference, sample.languages[-1], source.media_bytes(media[0]), sample.licence)
         if 0.2 * SPEECH_RATE <= len(piece.wave) <= LONGEST_PIECE * SPEECH_RATE:
             found.setdefault((piece.language, piece.text), piece)
     return [found[key] for key in sorted(found, key=lambda key: fraction("long", *key))]
@@ -184,12 +185,13 @@ def rows(name: str, placed: Sequence[Placed], asked: Sequence[Question], split: 
     """One conversation, or with `single` a row for each question that has a place."""
     seconds = len(waveform(placed)) / SPEECH_RATE
     recording = Segment(type="audio", path=f"{MEDIA}#{name}")
+    licence = " AND ".join(sorted({part.piece.licence for part in placed}))
     length = {"seconds": f"{seconds:.2f}"}
     if not single:
         turns = [turn for question in asked for turn in _turn(question, recording if question is asked[0] else None)]
         yield Sample(
             id=name, source="long_recordings", messages=tuple(turns), split=split, task="needle", concept=name,
-            languages=asked[0].languages, meta=length,
+            languages=asked[0].languages, meta=length, licence=licence,
         )  # fmt: skip
         return
     for question in asked:
@@ -199,7 +201,7 @@ def rows(name: str, placed: Sequence[Placed], asked: Sequence[Question], split: 
             yield Sample(
                 id=f"{name}/{question.kind}", source="long_recordings", messages=tuple(_turn(question, recording)),
                 split=split, task=f"needle_{question.kind}", concept=name, languages=question.languages,
-                meta=length | place,
+                meta=length | place, licence=licence,
             )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ from typing import Any, Protocol
 
 PACK = Path(__file__).parents[1] / "omnitrain/pack"
 VARIANTS = ("omnitrain", "whisper sdpa", "whisper eager", "whisper sdpa, 12.5 a second")
-SIZES: dict[str, Any] = dict(d_model=144, heads=4, ffn=576)
+SIZES: dict[str, Any] = dict(d_model=128, heads=4, ffn=512)
 ENCODER_LAYERS, DECODER_LAYERS, N_MELS = 4, 3, 128
 
 

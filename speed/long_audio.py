@@ -12,7 +12,11 @@ fwd + bwd: of the encoder on the same frames, the gradient of the features' sum 
 activation checkpointing (ours by segments, theirs by layers). Seconds are those of the processor, on one thread: what
 else runs on the machine hardly counts. whole: growth of the process's peak resident memory over what it has before
 the file is read. encoder: the same of the encoder alone, in a process that has the mel frames before, less the features
-that it gives: what must grow with the recording is not counted. The line fitted is seconds = a + b * minutes.
+that it gives: what must grow with the recording is not counted. There, what is freed goes back to the system at once
+(the C library's MALLOC_MMAP_THRESHOLD_), or the figure would be how it cuts up what it keeps.
+
+The line fitted is seconds = a + b * minutes. The backward pass of transformers, which takes some 270 MiB a minute, is
+left out above 20 minutes (--reference-backward).
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import argparse
 import gc
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -166,10 +171,25 @@ def _status(key: str) -> int:
 
 def in_a_process(variant: str, what: str, minutes: int, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "speed.long_audio", "--measure", variant, what, str(minutes), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    freed = {} if what == "whole" else {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | freed)
     if done.returncode:
         raise RuntimeError(f"{variant} {what} {minutes} min: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _line(
+    variant: str,
+    minutes: int,
+    whole: dict[str, float],
+    forward: dict[str, float],
+    backward: dict[str, float] | None = None,
+) -> str:
+    last = f"{backward['encode']:9.2f} s{backward['mib']:7.0f} MiB" if backward else f"{'-':>11}{'-':>11}"
+    return (
+        f"{variant:13}{minutes:4} min{whole['read']:6.2f} s{whole['encode']:7.2f} s{whole['mib']:7.0f} MiB"
+        f"{forward['mib']:7.0f} MiB{last}"
+    )
 
 
 def r_squared(minutes: list[int], seconds: list[float]) -> tuple[float, float, float]:
@@ -182,38 +202,36 @@ def r_squared(minutes: list[int], seconds: list[float]) -> tuple[float, float, f
 def report(rows: dict[str, dict[int, dict[str, dict[str, float]]]]) -> None:
     """Lines fitted, flatness and ratios."""
     for variant, found in rows.items():
-        minutes = sorted(found)
-        totals = {
-            "read + forward": [found[m]["whole"]["read"] + found[m]["whole"]["encode"] for m in minutes],
-            "forward + backward": [found[m]["backward"]["encode"] for m in minutes],
-        }
-        for name, seconds in totals.items():
+        for name, what, parts in (
+            ("read + forward", "whole", ("read", "encode")),
+            ("forward + backward", "backward", ("encode",)),
+        ):
+            minutes = [m for m in sorted(found) if what in found[m]]
             if len(minutes) > 2:
-                a, b, r2 = r_squared(minutes, seconds)
+                a, b, r2 = r_squared(minutes, [sum(found[m][what][part] for part in parts) for m in minutes])
                 print(f"{variant}, {name}: {a:+.2f} s {b:+.3f} s a minute, R2 {r2:.4f}")
-        long = [m for m in minutes if m >= 4]
         for what in MEASURED[1:]:
+            long = [m for m in sorted(found) if m >= 4 and what in found[m]]
             if len(long) > 1:
                 memory = [found[m][what]["mib"] for m in long]
                 span, spread = f"{long[0]} to {long[-1]} minutes", max(memory) / min(memory) - 1
                 print(f"{variant}, memory of the encoder {what}: {spread:.1%} apart from {span}")
     if len(rows) == 2:
-        longest = max(rows["omnitrain"])
-        ours, theirs = (rows[name][longest] for name in ("omnitrain", "transformers"))
-        for what, seconds in (("whole", ("read", "encode")), ("backward", ("encode",))):
-            faster, smaller = (
-                sum(theirs[what][s] for s in seconds) / sum(ours[what][s] for s in seconds),
-                theirs[what]["mib"] / ours[what]["mib"],
-            )
-            print(f"{longest} minutes, {what}: transformers takes {faster:.2f} x the time, {smaller:.1f} x the memory")
-        apart = abs(ours["whole"]["sum"] / theirs["whole"]["sum"] - 1)
-        print(f"mean magnitude of the features of {longest} minutes: {apart:.1e} apart")
+        for what, parts in (("whole", ("read", "encode")), ("backward", ("encode",))):
+            longest = max(m for m, found in rows["transformers"].items() if what in found)
+            ours, theirs = (rows[name][longest][what] for name in ("omnitrain", "transformers"))
+            time, memory = sum(theirs[p] for p in parts) / sum(ours[p] for p in parts), theirs["mib"] / ours["mib"]
+            print(f"{longest} minutes, {what}: transformers takes {time:.2f} x the time, {memory:.1f} x the memory")
+            apart = abs(ours["sum"] / theirs["sum"] - 1)
+            print(f"{longest} minutes, {what}: mean magnitudes of the features are {apart:.0e} apart")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=int, nargs="+", default=[1, 2, 4, 10, 20, 40])
     parser.add_argument("--only", choices=list(VARIANTS), help="one of the two")
+    up_to = "the backward pass of transformers up to so many minutes (default 20; 40 take 11 GB)"
+    parser.add_argument("--reference-backward", type=int, default=20, metavar="MINUTES", help=up_to)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -227,14 +245,12 @@ def main() -> None:
         for minutes in args.minutes:
             write_recordings(minutes, Path(name))
             for variant in [args.only] if args.only else VARIANTS:
-                found = {what: in_a_process(variant, what, minutes, Path(name)) for what in MEASURED}
+                measured = MEASURED
+                if variant == "transformers" and minutes > args.reference_backward:
+                    measured = MEASURED[:2]
+                found = {what: in_a_process(variant, what, minutes, Path(name)) for what in measured}
                 rows.setdefault(variant, {})[minutes] = found
-                whole, forward, backward = found.values()
-                print(
-                    f"{variant:13}{minutes:4} min{whole['read']:6.2f} s{whole['encode']:7.2f} s{whole['mib']:7.0f} MiB"
-                    f"{forward['mib']:7.0f} MiB{backward['encode']:9.2f} s{backward['mib']:7.0f} MiB",
-                    flush=True,
-                )
+                print(_line(variant, minutes, **found), flush=True)
     report(rows)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))

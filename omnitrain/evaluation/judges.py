@@ -34,6 +34,7 @@ import torchaudio
 
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.metrics import edits, normalise, whisper_normalise
+from omnitrain.files import did_you_mean
 
 JUDGE_RATE = 16_000  # Hz; what the recogniser, the speaker encoder and wideband PESQ were made for
 SILENT_PEAK = 0.005  # a recording that never gets louder (-46 dB of full scale) is silent
@@ -201,13 +202,17 @@ class Whisper:
 
 def find_whisper(model: str) -> None:
     """Raise what `Whisper` would, as far as it can be known before anything is loaded or downloaded."""
-    _extra("faster_whisper")
+    module = _extra("faster_whisper")
     folder = Path(model).expanduser()
     looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    if folder.is_dir() and not (folder / "model.bin").is_file():
-        raise ValueError(f"evaluation.judge: {model} holds no model.bin; it must be a Whisper in CTranslate2's format")
-    if looks_like_path and not folder.is_dir():
-        raise ValueError(f"evaluation.judge: there is no folder {model}; name a CTranslate2 Whisper, or one of the Hub")
+    fix = "evaluation.judge (or --judge) takes a folder with a Whisper in CTranslate2's format, or a name of the Hub"
+    if folder.is_dir():
+        if not (folder / "model.bin").is_file():
+            raise ValueError(f"the judge {model} is a folder without model.bin; {fix}")
+    elif looks_like_path:
+        raise ValueError(f"the judge {model} is no folder; {fix}")
+    elif "/" not in model and model not in module.available_models():
+        raise ValueError(f"the judge {model!r} is unknown ({did_you_mean(model, module.available_models())}); {fix}")
 
 
 def _load_whisper(model: str) -> Any:
@@ -217,7 +222,7 @@ def _load_whisper(model: str) -> Any:
         # Threads as PyTorch has them: the judge runs beside it.
         return module.WhisperModel(path, device="auto", compute_type="auto", cpu_threads=torch.get_num_threads())
     except (ValueError, RuntimeError, OSError) as error:
-        raise ValueError(f"evaluation.judge: {model} cannot be loaded ({error})") from error
+        raise ValueError(f"the judge {model} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def error_rates(

@@ -20,6 +20,7 @@ from omnitrain.models.sizes import OmniConfig
 
 RECORD = "conversion.json"
 """Says that `omnitrain convert` has made a folder; belongs to that folder alone."""
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 PROCESSOR = "Qwen3OmniMoeProcessor"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 PACK_TOKENIZER = Path(__file__).parents[1] / "pack" / TOKENIZER
@@ -73,6 +74,7 @@ def copy_companions(source: Path, folder: Path) -> set[str]:
     folder.mkdir(exist_ok=True)
     files = [path for path in source.iterdir() if path.is_file() and path.name not in ("config.json", RECORD)]
     files = [path for path in files if "safetensors" not in path.name and not path.name.startswith(".")]
+    files = [path for path in files if path.suffix not in _OTHER_WEIGHTS]
     for path in files:
         if source.resolve() != folder.resolve():
             shutil.copy2(path, folder / path.name)

@@ -12,11 +12,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from omnitrain.config.run_config import PretrainedConfig, RunConfig, TalkerModuleConfig, TrainerConfig
+from omnitrain.config.saved import read_config
 from omnitrain.config.targets import LOOSE, build, check_inside
 from omnitrain.config.typed import ConfigError, Named
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.datamodule import OmniDataModule
-from omnitrain.files import LAST_CHECKPOINT
+from omnitrain.files import CONFIG, LAST_CHECKPOINT
 from omnitrain.interop.public_config import read_config as read_public_config
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
@@ -55,6 +56,7 @@ def build_experiment(config: RunConfig, stage: str) -> Experiment:
         init_weights(model, config.seed)
     if isinstance(model, OmniModel) and model.talker is not None:
         datamodule.speech = give_voice(model, config.codec)
+    check_start(config)
     module: TrainingModule = build(config.module, model, optim=config.optim, seed=config.seed, place="module")
     if isinstance(config.module.config, TalkerModuleConfig) and config.module.config.cached_thinker:
         assert isinstance(model, OmniModel)
@@ -71,6 +73,32 @@ def build_data(config: RunConfig) -> OmniDataModule:
     ids_per_second = sizes.position_id_per_seconds if isinstance(sizes, OmniConfig) else 13
     offered = {"seed": config.seed, "run_dir": config.paths.run_dir, "ids_per_second": ids_per_second}
     return build(config.data, place="data", **offered)
+
+
+READ_BY = ("heads", "kv_heads", "head_dim", "chunk_frames")
+"""Sizes that say how weights are read, and that no weight's shape gives away."""
+
+
+def check_start(config: RunConfig) -> None:
+    """Raise ConfigError, which names the key, if `module.init_from` takes weights from a run that read them otherwise
+    than this model would, though all shapes agree."""
+    start = getattr(config.module.config, "init_from", None)
+    for part, folder in start.items() if isinstance(start, dict) else [(None, start)]:
+        if folder is None or not (Path(folder) / CONFIG).is_file():
+            continue
+        theirs, ours = (_sizes(c.model.config) for c in (read_config(Path(folder)), config))
+        for name in theirs.keys() & (ours if part is None else {part}):
+            for size in READ_BY:
+                there, here = getattr(theirs[name], size, None), getattr(ours[name], size, None)
+                if there != here:
+                    raise ConfigError(f"module.init_from: {folder} has {name}.{size}={there}, and this model {here}")
+
+
+def _sizes(model: Any) -> dict[str, Any]:
+    """Of the parts that a training may start from, by the names of the modules."""
+    if isinstance(model, AuTModelConfig):
+        return {"aut": model.encoder, "decoder": model.decoder}
+    return {"aut": model.aut, "visual": model.vision, "thinker": model.thinker} if isinstance(model, OmniConfig) else {}
 
 
 def has_fresh_weights(config: RunConfig) -> bool:

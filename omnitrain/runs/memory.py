@@ -144,7 +144,7 @@ def check_memory(config: RunConfig) -> None:
     devices = _devices(config.trainer)
     # On processors each process has a model of its own, in the memory of one machine.
     needed = memory.total if cuda else memory.total * devices
-    free = torch.cuda.mem_get_info()[1] if cuda else available_memory()
+    free = torch.cuda.get_device_properties(0).total_memory if cuda else available_memory()
     where = "of the GPU" if cuda else "free here"
     of = "" if free is None else f" of {gigabytes(free)} {where}"
     each = "" if cuda or devices == 1 else f", {devices} times"
@@ -174,21 +174,35 @@ def _devices(trainer: TrainerConfig) -> int:
 
 def available_memory(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that this process may still take: what the system has, or what is left of the limit of its control group
-    (of a container, or a job of Slurm). None where the system does not say it."""
-    try:
-        lines = (proc / "meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+    (of a container, or a job of Slurm), whose pages of files count as free. None where the system does not say it."""
+    found = _numbers_in(proc / "meminfo")
+    if "MemAvailable" not in found:
         return None
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    left = [found["MemAvailable"] * 1024]
+    for folder, limit, used, of_files in _LIMITS:
         try:
-            available = min(available, int((control / limit).read_text()) - int((control / used).read_text()))
-        except (OSError, ValueError):  # no such limit, or "max"
+            group = control / folder
+            taken = int((group / used).read_text()) - _numbers_in(group / "memory.stat").get(of_files, 0)
+            left.append(int((group / limit).read_text()) - taken)
+        except (OSError, ValueError):  # no such group, or its limit is "max"
             continue
-    return available
+    return min(left)
+
+
+_LIMITS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Control groups of version 2 and 1: folder, files of limit and use, and what memory.stat calls pages of files."""
+
+
+def _numbers_in(path: Path) -> dict[str, int]:
+    """The numbers of a file of lines ``name[:] number ...``; none if there is no such file."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
 def gigabytes(size: int) -> str:

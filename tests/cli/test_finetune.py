@@ -55,6 +55,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_pretrained(model.to(dtype), folders[name], max_shard_bytes=limit)
         tokenizer.save(folders[name] / "tokenizer.json")
         (folders[name] / "LICENSE").write_text("free")
+        (folders[name] / "pytorch_model.bin").write_bytes(bytes(9))  # the same weights in another format stay there
     assert len(list(folders["many"].glob("*.safetensors"))) > 3
     return folders
 
@@ -147,6 +148,7 @@ def test_there_and_back(capsys, originals, recordings: Path, tmp_path: Path, nam
     stored = {x.dtype for path in out.glob("*.safetensors") for x in load_file(path).values()}
     assert stored == {torch.float32 if name == "one" else torch.bfloat16}
     assert (out / "LICENSE").read_text() == "free"
+    assert not (out / "pytorch_model.bin").exists()
     before, after = (answers_of_transformers(place, "What is said?") for place in (folder, out))
     assert (before[1] - after[1]).abs().max() > 0.05  # it has learnt
     stops = ChatTokenizer.from_dir(out).stop_ids

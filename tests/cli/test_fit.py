@@ -88,7 +88,7 @@ def test_missing_data_are_named(tmp_path: Path, monkeypatch, capsys) -> None:
 def test_a_judge_that_is_not_there_stops_before_the_training(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "+recipe=codec", "evaluation.judge=./nowhere", "paths.run_dir=run"]) == 1
-    assert "evaluation.judge: there is no folder ./nowhere" in capsys.readouterr().err
+    assert "the judge ./nowhere is no folder" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

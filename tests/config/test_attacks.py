@@ -1005,6 +1005,7 @@ def test_every_recipe_is_let_through(name: str, scene: Scene, no_job: None) -> N
     needs = [
         *(["module.init_from=x"] if name.startswith(starts_from) else []),
         *(["speech=x"] if name == "speech" else []),
+        *([f"data.tokenizer={PACK}"] if name == "aut" else []),
         *([f"model.folder={save_small_folder(scene.theirs / 'public')}"] if name == "finetune" else []),
     ]
     with pytest.raises(Started):

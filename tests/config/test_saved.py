@@ -12,7 +12,7 @@ import yaml
 from omnitrain.config import schemas
 from omnitrain.config.compose import run_config
 from omnitrain.config.door import read
-from omnitrain.config.locations import RECIPES
+from omnitrain.config.locations import PACK, RECIPES
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.saved import read_config, read_values, write_config
 from omnitrain.config.targets import ForbiddenTarget, build
@@ -25,6 +25,7 @@ GIVEN = {
     "talker_continue": ["codec=c", "codes=d", "module.init_from=t"],
     "speaker_finetune": ["codec=c", "codes=d", "module.init_from=t"],
     "speech": ["speech=s"],
+    "aut": [f"data.tokenizer={PACK}"],
     **{f"pretrain_{name}": ["module.init_from=t"] for name in ("s1_audio", "s1_vision", "s2", "s3")},
 }
 """What a recipe must be told."""

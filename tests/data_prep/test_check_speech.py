@@ -96,3 +96,18 @@ def test_a_judge_that_is_not_there_is_named(
     capsys.readouterr()
     assert check_speech.main([str(shards), "--judge", str(tmp_path / "no-model")]) == 1
     assert "no-model" in "".join(capsys.readouterr().out.split())
+
+
+def test_a_text_too_long_for_its_sound_is_listed_without_a_judge(
+    fillets_trees: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "shards"
+    fillets.main(["--out", str(shards), "--no-progress", *as_sources(fillets_trees)])
+    assert check_speech.main([str(shards), "--fastest", "9", "--languages", "cs"]) == 0
+    listed = json.loads((shards / "misfits.json").read_text())  # sounds of 1.1 seconds
+    assert {one["text"]: one["pace"] for one in listed} == {
+        'Řekl: "pes"': 10.0, "Počkej na mně!": 12.7, "Hele, vtip.": 10.0
+    }  # fmt: skip
+    assert "{'cs': 3}" in capsys.readouterr().out
+    assert check_speech.main([str(shards)]) == 1
+    assert "--fastest" in capsys.readouterr().out

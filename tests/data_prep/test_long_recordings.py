@@ -81,6 +81,7 @@ def test_rows_are_the_same_each_time_and_of_one_split(tmp_path: Path) -> None:
         seconds, at = float(row.meta["seconds"]), float(row.meta["needle_seconds"])
         assert float(row.meta["needle_share"]) == pytest.approx(at / seconds, abs=1e-3)
         assert len(decode_audio(held.media_bytes(row.segments[0]))) == pytest.approx(seconds * SPEECH_RATE, abs=400)
+        assert row.licence == "GPL-2.0-only"
         if row.task in ("needle_first", "needle_after", "needle_moment"):
             assert row.reference in sentences
 

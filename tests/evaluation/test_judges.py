@@ -346,15 +346,18 @@ def test_error_rates_with_and_without_whispers_normalisation() -> None:
 
 
 def test_a_judge_that_cannot_be_loaded_is_named_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"evaluation\.judge: there is no folder .*nowhere"):
+    with pytest.raises(ValueError, match=r"nowhere is no folder; evaluation\.judge"):
         find_whisper(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"holds no model\.bin"):
+    with pytest.raises(ValueError, match=r"a folder without model\.bin"):
         find_whisper(str(tmp_path))
     (tmp_path / "model.bin").write_bytes(b"no weights")
     find_whisper(str(tmp_path))
     with pytest.raises(ValueError, match="cannot be loaded"):
         Whisper(str(tmp_path))
     find_whisper("base")
+    find_whisper("somebody/whisper")
+    with pytest.raises(ValueError, match=r"'largev3' is unknown \(did you mean large-v3\?\)"):
+        find_whisper("largev3")
     monkeypatch.setitem(sys.modules, "faster_whisper", None)
     with pytest.raises(ImportError, match=r'pip install "omnitrain\[eval\]"'):
         find_whisper("base")

@@ -113,6 +113,8 @@ def test_what_is_free(tmp_path: Path) -> None:
     assert available_memory(tmp_path, tmp_path) == 1000 * 1024
     (tmp_path / "memory.max").write_text("9000\n")
     assert available_memory(tmp_path, tmp_path) == 4000
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000\n")
+    assert available_memory(tmp_path, tmp_path) == 7000
 
 
 def test_sizes_in_words() -> None:
