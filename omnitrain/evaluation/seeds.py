@@ -27,7 +27,7 @@ class Line:
     """One measure on one language ("all": together) of a task.
 
     Attributes:
-        values: of each arm, over its seeds.
+        values: of each arm that has such a score, over its seeds.
         differences: of each arm but the first to the first, paired by seed and sentence, over the seeds that both have.
     """
 
@@ -69,13 +69,15 @@ def _line(
         name: {seed: measure.statistics([run[id] for id in ids]) for seed, run in sorted(arm.items())}
         for name, arm in arms.items()
     }
-    if measure.combine is None and not any(x[:, 1].any() for of in sums.values() for x in of.values()):
+    if measure.combine is None:  # an arm whose captions name nothing has no share of what is named
+        sums = {name: of for name, of in sums.items() if all(x[:, 1].any() for x in of.values())}
+    if not sums:
         return None
     answers = next(iter(next(iter(arms.values())).values()))
     groups = [answers[id].group for id in ids]
-    first, *others = sums
+    first = next(iter(arms))
     differences = {}
-    for name in others:
+    for name in [name for name in sums if name != first and first in sums]:
         seeds = sorted(sums[name].keys() & sums[first].keys())
         if seeds:
             mine, theirs = (np.stack([sums[arm][seed] for seed in seeds]) for arm in (name, first))

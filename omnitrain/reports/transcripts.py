@@ -116,7 +116,7 @@ def rows(arms: Arms) -> list[dict[str, Any]]:
         {
             "task": line.task, "languages": line.languages, "recordings": line.recordings,
             "measure": f"{line.measure.title} {'↓' if line.measure.lower_is_better else '↑'}",
-            "values": [_cell(line.values[name], line.measure.form) for name in arms.names],
+            "values": [_cell(line.values.get(name), line.measure.form) for name in arms.names],
             "differences": [_cell(line.differences.get(name), line.measure.form, "+") for name in arms.names[1:]],
             "constants": [_constant(arms, line, system) for system in (FREQUENT, CONSTANT)],
         }
@@ -144,7 +144,7 @@ def window_rows(arms: Arms) -> list[dict[str, Any]]:
         first = {line.task: line for line in reversed(lines)}
         found += [
             {"task": task, "window": window, "measure": line.measure.title,
-             "values": [_cell(line.values[name], line.measure.form) for name in arms.names]}
+             "values": [_cell(line.values.get(name), line.measure.form) for name in arms.names]}
             for task, line in sorted(first.items())
         ]  # fmt: skip
     return sorted(found, key=lambda row: (row["task"], row["window"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jiwer
 import numpy as np
 import pytest
@@ -70,3 +72,21 @@ def test_one_seed_has_no_interval_and_only_common_recordings_count() -> None:
     assert lines[0].recordings == 23
     assert lines[0].values["a"].low is None
     assert lines[0].differences == {}  # no seed in common
+
+
+def test_an_arm_without_a_score_has_none() -> None:
+    """Captions that name nothing have no share of what is named."""
+    said = {"silent": "nothing", "loud": "a dog and a cat"}
+    arms = {
+        name: {0: {"1": replace(run(0, 0.0)["1"], task="audio_caption", prediction=text, events=("dog", "cow"))}}
+        for name, text in said.items()
+    }
+    other = {
+        name: {0: {**of[0], "2": replace(of[0]["1"], id="2", events=("cat",), prediction="")}}
+        for name, of in arms.items()
+    }
+    lines = {line.measure.name: line for line in compare(other)}
+    assert lines["named_events"].values["silent"].value == 0
+    assert set(lines["hallucinated_events"].values) == {"loud"}
+    assert lines["hallucinated_events"].values["loud"].value == 0.5
+    assert lines["hallucinated_events"].differences == {}
