@@ -177,10 +177,14 @@ class Started(Exception):
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What the documents' commands take for granted: a run folder, public folders, and that of own recipes."""
     home = tmp_path_factory.mktemp("documents")
-    (home / "run").mkdir()
+    for name in ("run", "run_of_aut"):
+        (home / name).mkdir()
     for name in ("DIR", "tiny_public"):
         save_small_folder(home / name)
-    write_config(compose.run_config(["+recipe=quickstart", f"paths.run_dir={home / 'run'}"]), home / "run")
+    (home / "data").mkdir()
+    (home / "data" / "tokenizer_speech").symlink_to(PACK)
+    for name, recipe in (("run", "quickstart"), ("run_of_aut", "aut_quickstart")):
+        write_config(compose.run_config([f"+recipe={recipe}", f"paths.run_dir={home / name}"]), home / name)
     for document, group in (("configuration.md", "recipe"), ("benchmarks.md", "eval")):
         text = (ROOT / "docs" / document).read_text(encoding="utf-8")
         blocks = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "@package _global_" in b]
@@ -188,7 +192,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (own,) = [block for block in blocks if re.search(rf"\b{name}\b", block)]
         (home / "experiments" / group).mkdir(parents=True)
         (home / "experiments" / group / f"{name}.yaml").write_text(own)
-    return {"home": home, "run": home / "run", "experiments": home / "experiments"}
+    return {name: home / name for name in ("run", "run_of_aut", "experiments")} | {"home": home}
 
 
 def parses(call: Callable[[], Any]) -> None:
@@ -268,7 +272,7 @@ def check_hydra(verb: str, words: list[str], folders: dict[str, Path], monkeypat
     """The command line passes the check that comes before every job, and so do the stages that its recipe has."""
     words = [str(folders["experiments"]) if word.endswith("/experiments") else word for word in words]
     if not words or (not words[0].startswith(("-", "+", "~")) and "=" not in words[0]):
-        words[:1] = [str(folders["run"])]
+        words[:1] = [str(folders["run_of_aut" if words and words[0].endswith("runs/aut") else "run"])]
     words = ["+recipe=quickstart" if word == "+recipe=NAME" else word for word in words]
     if (verb, *words) in SEEN:
         return
