@@ -14,8 +14,9 @@ from omnitrain.cli.test import evaluate_and_report
 from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.saved import write_config
 from omnitrain.config.typed import ConfigError
-from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation
+from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation, TranscriptEvaluation
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
+from omnitrain.models.sizes import AuTModelConfig
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.convert import keep_public
 from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
@@ -53,7 +54,7 @@ def train(config: RunConfig) -> Experiment:
     begun_in = None if checkpoint is None else checkpoint.parent.parent
     changed = check_resume(config, begun_in) if begun_in is not None and (begun_in / CONFIG).is_file() else {}
     check_memory(config)
-    _check_judge(config)
+    _check_scoring(config)
     experiment = build_experiment(config, "fit")
     trainer = experiment.trainer
 
@@ -82,9 +83,13 @@ def train(config: RunConfig) -> Experiment:
     return experiment
 
 
-def _check_judge(config: RunConfig) -> None:
-    """Raise before the training, not after it, where the judge of what it will say cannot be had."""
+def _check_scoring(config: RunConfig) -> None:
+    """Raise before the training, not after it, where it could not be scored: the judge cannot be had, or a Thinker
+    would have to search."""
     settings = config.evaluation
+    searches = isinstance(settings, TranscriptEvaluation) and settings.beam > 1
+    if searches and not isinstance(config.model.config, AuTModelConfig):
+        raise ConfigError(f"evaluation.beam={settings.beam}: a beam search is AuT's alone; set it to 1")
     if settings.after_fit and isinstance(settings, (CodecEvaluation, SpeechEvaluation)) and settings.judge is not None:
         from omnitrain.evaluation.judges import find_whisper
 

@@ -50,7 +50,7 @@ class OmniModel(nn.Module):
 
     def set_activation_checkpointing(self, parts: Collection[str]) -> None:
         """In which parts (`aut`, `visual`, `thinker`, `talker`, `mtp`, `code2wav`) activations are computed again in
-        the backward pass, layer by layer (`layers.checkpointing`); in the others they are kept."""
+        the backward pass, layer by layer, or of long recordings segment by segment; in the others they are kept."""
         mtp = None if self.talker is None else self.talker.mtp
         for name, part in {**dict(self.named_children()), "mtp": mtp}.items():
             if part is not None:

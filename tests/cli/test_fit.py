@@ -85,6 +85,12 @@ def test_missing_data_are_named(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "Traceback" not in error
 
 
+def test_a_thinker_that_would_have_to_search_stops_before_the_training(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "+recipe=aut_transfer", "aut_run=none", "evaluation.beam=4", "paths.run_dir=run"]) == 1
+    assert "evaluation.beam=4: a beam search is AuT's alone" in capsys.readouterr().err
+
+
 def test_a_judge_that_is_not_there_stops_before_the_training(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "+recipe=codec", "evaluation.judge=./nowhere", "paths.run_dir=run"]) == 1
