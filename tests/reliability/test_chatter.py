@@ -13,6 +13,7 @@ import pytest
 RULE = r"[\s━─│┃┏┓┗┛┡┩┳┻╇┴└┘├┤┬┼]*"
 SAID = (
     r"run folder: \S+",
+    r"memory before activations: [\d.]+ MB of [\d.]+ GB free here \(weights [\d.]+ kB, gradients .*, optimizer .*\)",
     r"Training [\d.]+ M of [\d.]+ M parameters on 1 x cpu, optimizer steps 0 to 2",
     r"step \d+/2  loss [\d.]+(  [\d,]+ tokens/s)?",
     r"step 2: validation loss( +\w+ [\d.]+)+",

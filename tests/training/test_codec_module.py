@@ -421,7 +421,7 @@ def test_the_decoder_starts_from_a_public_code2wav(shards: Path, tmp_path: Path)
     with pytest.raises(ValueError, match="does not fit the model of its configuration"):
         CodecModule(tiny_codec(), config)
     save_public_model(tmp_path / "thinker")
-    with pytest.raises(ValueError, match="describes no Code2Wav"):
+    with pytest.raises(ValueError, match="describes no code2wav"):
         CodecModule(codec, CodecModuleConfig(init_from=str(tmp_path / "thinker")))
     with pytest.raises(ValueError, match="give the folder of a codec's run, or one in the public format"):
         CodecModule(codec, CodecModuleConfig(init_from=str(tmp_path)))
