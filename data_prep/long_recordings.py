@@ -146,9 +146,14 @@ def stitch(sentences: Sequence[Piece], needle: Piece, minutes: float, rng: np.ra
     return placed
 
 
+def length(placed: Sequence[Placed]) -> int:
+    """Samples of the recording."""
+    return placed[-1].end + round(PAUSE[0] * SPEECH_RATE)
+
+
 def waveform(placed: Sequence[Placed]) -> np.ndarray:
     """float32 [T] at `SPEECH_RATE`."""
-    wave = np.zeros(placed[-1].end + round(PAUSE[0] * SPEECH_RATE), np.float32)
+    wave = np.zeros(length(placed), np.float32)
     for part in placed:
         wave[part.start : part.end] = part.piece.wave
     return wave
@@ -183,15 +188,15 @@ def questions(placed: Sequence[Placed], rng: np.random.Generator) -> Iterator[Qu
 
 def rows(name: str, placed: Sequence[Placed], asked: Sequence[Question], split: str, single: bool) -> Iterator[Sample]:
     """One conversation, or with `single` a row for each question."""
-    seconds = len(waveform(placed)) / SPEECH_RATE
+    seconds = length(placed) / SPEECH_RATE
     recording = Segment(type="audio", path=f"{MEDIA}#{name}")
     licence = " AND ".join(sorted({part.piece.licence for part in placed}))
-    length = {"seconds": f"{seconds:.2f}"}
+    whole = {"seconds": f"{seconds:.2f}"}
     if not single:
         turns = [turn for question in asked for turn in _turn(question, recording if question is asked[0] else None)]
         yield Sample(
             id=name, source="long_recordings", messages=tuple(turns), split=split, task="needle", concept=name,
-            languages=asked[0].languages, meta=length, licence=licence,
+            languages=asked[0].languages, meta=whole, licence=licence,
         )  # fmt: skip
         return
     for question in asked:
@@ -200,7 +205,7 @@ def rows(name: str, placed: Sequence[Placed], asked: Sequence[Question], split: 
         yield Sample(
             id=f"{name}/{question.kind}", source="long_recordings", messages=tuple(_turn(question, recording)),
             split=split, task=f"needle_{question.kind}", concept=name, languages=question.languages,
-            meta=length | place, licence=licence,
+            meta=whole | place, licence=licence,
         )  # fmt: skip
 
 

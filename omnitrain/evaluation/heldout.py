@@ -31,15 +31,21 @@ from omnitrain.data.shards import Source
 from omnitrain.evaluation.answers import answer_samples
 from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.evaluation.media_swap import Drawn, MediaSwap, Swap, drawn_losses, media_segments, media_swap, swap_gain
-from omnitrain.evaluation.metrics import UnigramBaseline, bits_per_byte, cer, chrf, exact_match, normalise, wer
+from omnitrain.evaluation.metrics import (
+    ERROR_RATE_TASKS,
+    UnigramBaseline,
+    bits_per_byte,
+    cer,
+    chrf,
+    exact_match,
+    normalise,
+    wer,
+)
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import HeldoutEvaluation
 from omnitrain.evaluation.teacher_forced import SampleLoss, Writer
 from omnitrain.files import write_json, write_parquet
 from omnitrain.generation.sampling import Decoding
-
-ERROR_RATE_TASKS = ("asr",)
-"""Tasks whose answer is what was said: they get word and character error rates."""
 
 _GENERATION_BATCH = 24  # prompts that are answered together
 _KEPT_MEDIA = 6  # per split and modality, samples whose medium is copied into predictions.parquet, for the report

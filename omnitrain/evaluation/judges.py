@@ -33,7 +33,7 @@ import torch
 import torchaudio
 
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
-from omnitrain.evaluation.metrics import edits, normalise, whisper_normalise
+from omnitrain.evaluation.metrics import edits, normalise, short_language, whisper_normalise
 from omnitrain.files import did_you_mean
 
 JUDGE_RATE = 16_000  # Hz; what the recogniser, the speaker encoder and wideband PESQ were made for
@@ -184,7 +184,7 @@ class Whisper:
         Raises ValueError for a language that the model does not know.
         """
         known = self._model.supported_languages
-        short = language.split("-")[0].lower()
+        short = short_language(language)
         if short and short not in known:
             raise ValueError(
                 f"the judge {self.name} hears {len(known)} languages, but not {language!r}: give a model that does, or "

@@ -19,6 +19,8 @@ from sacrebleu.metrics import BLEU, CHRF
 _CHRF = CHRF()  # chrF2: characters up to 6-grams, no word n-grams, recall weighted twice
 
 
+ERROR_RATE_TASKS = ("asr",)
+"""Tasks whose answer is what was said, word for word: they get word and character error rates."""
 WITHOUT_SPACES = ("zh", "ja", "yue", "cmn")
 """Languages whose words are not parted by spaces: their error rates count characters."""
 

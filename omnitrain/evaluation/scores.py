@@ -15,8 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omnitrain.evaluation.heldout import ERROR_RATE_TASKS
-from omnitrain.evaluation.metrics import edits, normalise
+from omnitrain.evaluation.metrics import ERROR_RATE_TASKS, edits, normalise
 
 SCORE_COLUMNS = (
     "id", "source", "split", "modality", "task", "concept", "languages", "loss", "tokens", "bytes", "exact_match",

@@ -84,6 +84,11 @@ class Measure:
     lower_is_better: bool = False
     form: str = ".1f"
 
+    @property
+    def heading(self) -> str:
+        """The title, and which way is better."""
+        return f"{self.title} {'↓' if self.lower_is_better else '↑'}"
+
     def interval(self, answers: Sequence[Answer], seed: int) -> Interval | None:
         """The score of the corpus, with its bootstrap interval over sentences; None where nothing can be scored."""
         sums = self.statistics(answers)

@@ -22,6 +22,7 @@ from torchaudio.functional import forced_align, merge_tokens
 
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.models.aut_decoder import AuT, AuTDecoderLayer, text_of
+from omnitrain.models.layers.ctc import shortest_path
 from omnitrain.models.sizes import AuTConfig
 from omnitrain.vocabulary import TEXT
 
@@ -62,7 +63,7 @@ def word_times(
     if by == "ctc":
         media = batch.mel, batch.mel_lengths, batch.grid_thw
         encoded, borders = model.listen(batch.cu_seqlens, batch.token_types, *media)
-        heard = ctc_log_probs(model, encoded).split(borders.diff().tolist())
+        heard = model.ctc_log_probs(encoded).split(borders.diff().tolist())
         spans = [ctc_spans(log_probs, text) for log_probs, text in zip(heard, texts, strict=True)]
     else:
         maps = cross_attention_maps(model, with_texts(batch, texts))
@@ -113,20 +114,12 @@ def document_times(model: AuT, batch: PackedBatch) -> list[Tensor]:
 # --- CTC --------------------------------------------------------------------------------------------------------------
 
 
-def ctc_log_probs(model: AuT, encoded: Tensor) -> Tensor:
-    """log p of each symbol, the blank last, at each feature: [T, D] -> fp32 [T, vocabulary + 1]. Raises ValueError if
-    the model has no CTC head."""
-    if model.ctc is None:
-        raise ValueError("the model has no CTC head (model.ctc=false): take timestamps by attention instead")
-    return model.ctc(encoded).float().log_softmax(dim=-1)
-
-
 def ctc_spans(log_probs: Tensor, tokens: Sequence[int]) -> Spans | None:
     """The features of each token on the likeliest path of CTC: log_probs [T, vocabulary + 1], the blank last. None if
     there is no path, since tokens (and the blanks between equal ones) are more than features."""
     if not tokens:
         return []
-    if len(tokens) + sum(a == b for a, b in pairwise(tokens)) > len(log_probs):
+    if shortest_path(tokens) > len(log_probs):
         return None
     blank = log_probs.shape[1] - 1
     path, scores = forced_align(log_probs[None], torch.tensor([tokens], device=log_probs.device), blank=blank)

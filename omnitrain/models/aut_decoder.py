@@ -184,6 +184,13 @@ class AuT(nn.Module):
         self.aut.activation_checkpointing = "aut" in parts
         self.decoder.activation_checkpointing = "decoder" in parts
 
+    def ctc_log_probs(self, encoded: Tensor) -> Tensor:
+        """log p of each symbol, the blank last, at each feature: [T, D] -> fp32 [T, vocabulary + 1]. Raises ValueError
+        without a CTC head."""
+        if self.ctc is None:
+            raise ValueError("the model has no CTC head (model.ctc=false): take timestamps by attention instead")
+        return self.ctc(encoded).float().log_softmax(dim=-1)
+
     @property
     def output_embedding(self) -> Tensor:
         """[vocabulary, D]: hidden states times it are logits."""

@@ -321,16 +321,12 @@ def _transcripts(scores: Mapping[str, Any]) -> dict[str, Any]:
         tasks.append({
             "task": task,
             "systems": [f"window {windows[-1]} s", *others],
-            "measures": [_measure_title(measure) for measure in measures],
+            "measures": [measure.heading for measure in measures],
             "rows": [_transcript_row([found.get((task, line, *column)) for column in columns], line, measures)
                      for line in lines],
         })  # fmt: skip
         panels[task] = _window_panel(found, task, lines, windows, measures[0])
     return {**scores, "tasks": tasks, "by_window": figures.by_window(panels), "swaps": scores["media_swap"]}
-
-
-def _measure_title(measure: Measure) -> str:
-    return f"{measure.title} {'↓' if measure.lower_is_better else '↑'}"
 
 
 def _transcript_row(records: Sequence[Mapping[str, Any] | None], line: str, measures: Sequence[Measure]) -> Any:

@@ -115,7 +115,7 @@ def rows(arms: Arms) -> list[dict[str, Any]]:
     return [
         {
             "task": line.task, "languages": line.languages, "recordings": line.recordings,
-            "measure": f"{line.measure.title} {'↓' if line.measure.lower_is_better else '↑'}",
+            "measure": line.measure.heading,
             "values": [_cell(line.values.get(name), line.measure.form) for name in arms.names],
             "differences": [_cell(line.differences.get(name), line.measure.form, "+") for name in arms.names[1:]],
             "constants": [_constant(arms, line, system) for system in (FREQUENT, CONSTANT)],

@@ -87,8 +87,8 @@ def check_start(config: RunConfig) -> None:
         if folder is None or not (Path(folder) / CONFIG).is_file():
             continue
         theirs, ours = (_sizes(c.model.config) for c in (read_config(Path(folder)), config))
-        for name in theirs.keys() & (ours if part is None else {part}):
-            for size in READ_BY:
+        for name in theirs.keys() & ours.keys():
+            for size in READ_BY if part in (None, name) else ():
                 there, here = getattr(theirs[name], size, None), getattr(ours[name], size, None)
                 if there != here:
                     raise ConfigError(f"module.init_from: {folder} has {name}.{size}={there}, and this model {here}")

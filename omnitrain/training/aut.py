@@ -10,27 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchaudio.functional import mask_along_axis
 
 from omnitrain.config.run_config import AuTLossConfig, AuTModuleConfig, OptimConfig, SpecAugmentConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
-from omnitrain.evaluation.metrics import edits, normalise
+from omnitrain.evaluation.metrics import ERROR_RATE_TASKS, edits, normalise
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.timestamps import word_times
 from omnitrain.generation.transcribe import BeamSearch, transcribe
 from omnitrain.models.aut_decoder import AuT, AuTOutput
+from omnitrain.models.layers.ctc import ctc_loss
 from omnitrain.training.losses import BatchLosses
 from omnitrain.training.ranks import gather_objects
 from omnitrain.training.thinker import ThinkerModule
-
-TRANSCRIPTION = "asr"
-"""The task whose answer is what was said, word for word: CTC learns it, and error rates count it."""
 
 
 def spec_augment(mel: Tensor, lengths: Sequence[int], config: SpecAugmentConfig) -> Tensor:
@@ -44,25 +40,6 @@ def spec_augment(mel: Tensor, lengths: Sequence[int], config: SpecAugmentConfig)
             image = mask_along_axis(image, config.time_width, mean, axis=2, p=config.time_share)
         parts.append(image[0].T)
     return torch.cat(parts)
-
-
-def ctc_losses(log_probs: Tensor, borders: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:
-    """CTC (Graves et al. 2006) of each recording, in nats: -log of the sum over all ways to write its target with one
-    token or blank a feature.
-
-    Args:
-        log_probs: [T, V + 1], features of recordings end to end; the blank is the last.
-        borders: of the recordings in it, B + 1.  targets: token ids of each; without tokens, or with more than the
-            features can hold (repeats need a blank between them), a recording is left out.
-    """
-    losses = []
-    for (start, end), target in zip(pairwise(borders), targets, strict=True):
-        if target and end - start >= len(target) + sum(a == b for a, b in pairwise(target)):
-            ids = torch.tensor([list(target)], device=log_probs.device)
-            lengths = torch.tensor([end - start]), torch.tensor([len(target)])
-            emitted = log_probs[start:end].unsqueeze(1)
-            losses.append(F.ctc_loss(emitted, ids, *lengths, blank=log_probs.shape[1] - 1, reduction="sum"))
-    return losses
 
 
 class AuTModule(ThinkerModule[AuT]):
@@ -98,16 +75,16 @@ class AuTModule(ThinkerModule[AuT]):
         return replace(text, total=text.total + self.loss_config.ctc * ctc, groups=[*text.groups, group])
 
     def ctc_losses(self, batch: PackedBatch, output: AuTOutput) -> tuple[list[Tensor], int]:
-        """CTC of the transcripts in `batch`, and how many tokens they have."""
-        assert self.model.ctc is not None
-        logits = self.model.ctc(output.encoded).float()
-        borders = output.cu_seqlens_audio.tolist()
-        targets = [
-            target if task == TRANSCRIPTION else []
-            for task, target in zip(batch.tasks, self._targets(batch), strict=True)
-        ]
-        losses = ctc_losses(logits.log_softmax(-1), borders, targets)
-        return losses, sum(map(len, targets))
+        """CTC of the transcripts in `batch`, and how many tokens they have; those that are too long for their
+        recording are left out."""
+        heard = self.model.ctc_log_probs(output.encoded).split(output.cu_seqlens_audio.diff().tolist())
+        losses, tokens = [], 0
+        for task, log_probs, target in zip(batch.tasks, heard, self._targets(batch), strict=True):
+            loss = ctc_loss(log_probs, target) if task in ERROR_RATE_TASKS else None
+            if loss is not None:
+                losses.append(loss)
+                tokens += len(target)
+        return losses, tokens
 
     def _targets(self, batch: PackedBatch) -> list[list[int]]:
         """The tokens of each sample's answers, without those that end one."""
@@ -134,7 +111,7 @@ class AuTModule(ThinkerModule[AuT]):
         return [
             (languages[0] if languages else "", tokenizer.decode(target), tokenizer.decode(ids))
             for task, languages, target, ids in rows
-            if task == TRANSCRIPTION
+            if task in ERROR_RATE_TASKS
         ]
 
     def write(self, batch: PackedBatch) -> list[list[int]]:

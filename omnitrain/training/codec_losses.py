@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from omnitrain.models.discriminators import Opinion
+from omnitrain.models.layers.ctc import ctc_loss
 from omnitrain.models.layers.precision import full_precision
 
 Opinions = Sequence[Opinion]
@@ -106,8 +106,6 @@ class ContentHead(nn.Module):
     of codebook 0's vectors.
     """
 
-    BLANK = 256
-
     def __init__(self, dim: int, slots: int = 3, width: int = 256) -> None:
         super().__init__()
         self.slots = slots
@@ -127,14 +125,10 @@ class ContentHead(nn.Module):
         losses, n_bytes = [], 0
         for row, start, end, text in spans:
             target = list(text.lower().encode())
-            repeats = sum(a == b for a, b in pairwise(target))
-            if not target or len(target) + repeats > (end - start) * self.slots:
-                continue
-            emitted = log_probs[row, start * self.slots : end * self.slots].unsqueeze(1)
-            labels = torch.tensor([target], dtype=torch.int64, device=semantic.device)
-            lengths = torch.tensor([emitted.shape[0]]), torch.tensor([len(target)])
-            losses.append(F.ctc_loss(emitted, labels, *lengths, blank=self.BLANK, reduction="sum"))
-            n_bytes += len(target)
+            loss = ctc_loss(log_probs[row, start * self.slots : end * self.slots], target)
+            if loss is not None:
+                losses.append(loss)
+                n_bytes += len(target)
         return torch.stack(losses).sum() / n_bytes if losses else None
 
 

@@ -143,14 +143,10 @@ class ThinkerModule(TrainingModule, Generic[M]):
         """Loss of the text in `batch`; `window`: of the audio encoder's attention, frames of 10 ms (None: its own)."""
         return self.text_losses(batch, self.model(**batch.model_inputs(), aut_window_frames=window))
 
-    def token_losses(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
-        """Nats of every target, fp32 [N], from hidden states [N, D]."""
-        head = self.model.output_embedding
-        return chunked_cross_entropy(hidden, head, batch.labels, chunk=self.loss_config.chunk)
-
     def text_losses(self, batch: PackedBatch, output: ThinkerOutput | AuTOutput) -> BatchLosses:
         """Loss of the text in `batch`, from the model's output."""
-        nll = self.token_losses(batch, output.hidden)
+        head = self.model.output_embedding
+        nll = chunked_cross_entropy(output.hidden, head, batch.labels, chunk=self.loss_config.chunk)
         weights = token_weights(batch, self.loss_config.modality_weights)
         routers = {}
         if isinstance(output, ThinkerOutput):

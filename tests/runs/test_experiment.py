@@ -40,3 +40,5 @@ def test_weights_that_were_read_otherwise_are_refused(tmp_path: Path, begun: lis
     check_start(run_config([start]))
     with pytest.raises(ConfigError, match=r"has aut\.heads=4, and this model 8"):
         check_start(run_config([start, "model.aut.heads=8"]))
+    check_start(run_config([start, "model=pretrained", "model.folder=DIR"]))  # whose sizes are not known here
+    check_start(run_config([f"module.init_from={{visual: {tmp_path}}}", "model.aut.heads=8"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from omnitrain.generation.transcribe import BeamSearch, transcribe
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.presets import init_weights
 from omnitrain.models.sizes import AuTConfig, AuTDecoderConfig, AuTModelConfig
-from omnitrain.training.aut import AuTModule, ctc_losses, error_rates, spec_augment
+from omnitrain.training.aut import AuTModule, error_rates, spec_augment
 from omnitrain.training.callbacks import AtomicCheckpoint
 from omnitrain.training.logging import ExactCsvLogger
 
@@ -71,26 +70,6 @@ def module(**config: Any) -> AuTModule:
     vars(trainer)["datamodule"] = recordings()
     made.trainer = vars(made)["kept"] = trainer
     return made
-
-
-def test_ctc_is_torchs_on_padded_batches() -> None:
-    torch.manual_seed(0)
-    borders, targets = [0, 9, 9 + 7, 9 + 7 + 12], [[3, 3, 5], [1, 2], [4, 4, 4, 4]]
-    log_probs = torch.randn(28, 11).log_softmax(-1)
-    ours = torch.stack(ctc_losses(log_probs, borders, targets))
-    padded = torch.zeros(12, 3, 11)
-    for i, (a, b) in enumerate(pairwise(borders)):
-        padded[: b - a, i] = log_probs[a:b]
-    lengths = torch.tensor([9, 7, 12]), torch.tensor([3, 2, 4])
-    flat = torch.tensor([token for target in targets for token in target])
-    torch.testing.assert_close(ours, F.ctc_loss(padded, flat, *lengths, blank=10, reduction="none"))
-
-
-def test_a_transcript_that_cannot_be_written_is_left_out() -> None:
-    log_probs = torch.randn(6, 5).log_softmax(-1)
-    # Three times the same token needs two blanks between them; an empty one says nothing.
-    assert len(ctc_losses(log_probs, [0, 4, 6], [[1, 1, 1], []])) == 0
-    assert len(ctc_losses(log_probs, [0, 4, 6], [[1, 2, 1], [3, 3]])) == 1
 
 
 def test_stripes_are_the_mean_and_keep_to_their_bounds() -> None:
