@@ -279,7 +279,7 @@ class AuTLossConfig(LossConfig):
 
     Attributes:
         ctc: weight of the CTC loss of transcripts from the encoder alone (Graves et al. 2006) against the decoder's;
-            needs `model.ctc=true`. 0: none.
+            needs `model.ctc_slots`. 0: none.
     """
 
     ctc: float = 0.3
@@ -320,7 +320,7 @@ class AuTGenerationConfig(GenerationConfig):
         max_new_tokens: of a transcript.
         beam: hypotheses of a beam search, which draws nothing at random; 1: none, one token after the other.
         length_penalty: of a beam search: log p / (number of tokens ^ length_penalty) counts; 0 prefers short texts.
-        timestamps: when each word was said: by `ctc` (needs `model.ctc=true`) or by cross-`attention`; `none`.
+        timestamps: when each word was said: by `ctc` (needs `model.ctc_slots`) or by cross-`attention`; `none`.
     """
 
     max_new_tokens: int = 256

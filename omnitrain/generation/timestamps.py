@@ -27,7 +27,7 @@ from omnitrain.models.sizes import AuTConfig
 from omnitrain.vocabulary import TEXT
 
 Spans = list[tuple[int, int]]
-"""Of each token, its first feature and the one after its last."""
+"""Of each token, its first feature and the one after its last. With CTC, of each byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def word_times(
     by: Literal["ctc", "attention"] = "ctc",
 ) -> list[list[Word] | None]:
     """The words of texts about the documents of `batch`, with their times in the documents' recordings; None for a text
-    that CTC cannot align, since its recording has fewer features than the text has symbols.
+    that CTC cannot align, since its recording has fewer slots than the text has bytes.
 
     Args:
         batch: prompts, as for `transcribe`.
@@ -63,8 +63,12 @@ def word_times(
     if by == "ctc":
         media = batch.mel, batch.mel_lengths, batch.grid_thw
         encoded, borders = model.listen(batch.cu_seqlens, batch.token_types, *media)
-        heard = model.ctc_log_probs(encoded).split(borders.diff().tolist())
-        spans = [ctc_spans(log_probs, text) for log_probs, text in zip(heard, texts, strict=True)]
+        heard = model.ctc_log_probs(encoded, borders)
+        texts, decode = [list(decode(text).encode()) for text in texts], _of_bytes
+        spans = [
+            _of_features(ctc_spans(log_probs, text), model.config.ctc_slots)
+            for log_probs, text in zip(heard, texts, strict=True)
+        ]
     else:
         maps = cross_attention_maps(model, with_texts(batch, texts))
         spans = [attention_spans(_of_tokens(m, len(text))) for m, text in zip(maps, texts, strict=True)]
@@ -124,6 +128,15 @@ def ctc_spans(log_probs: Tensor, tokens: Sequence[int]) -> Spans | None:
     blank = log_probs.shape[1] - 1
     path, scores = forced_align(log_probs[None], torch.tensor([tokens], device=log_probs.device), blank=blank)
     return [(span.start, span.end) for span in merge_tokens(path[0], scores[0], blank=blank)]
+
+
+def _of_features(spans: Spans | None, slots: int) -> Spans | None:
+    """Spans of slots as spans of the features that these belong to."""
+    return spans and [(start // slots, -(-end // slots)) for start, end in spans]
+
+
+def _of_bytes(ids: Sequence[int]) -> str:
+    return bytes(ids).decode(errors="replace")
 
 
 # --- cross-attention --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from omnitrain.models.aut import AuTEncoder, sinusoids
 from omnitrain.models.layers.attention import varlen_attention
 from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.ctc import ByteHead
 from omnitrain.models.layers.decoder import KVCache
 from omnitrain.models.layers.precision import residual
 from omnitrain.models.sizes import AuTDecoderConfig, AuTModelConfig
@@ -176,20 +177,19 @@ class AuT(nn.Module):
         self.aut = AuTEncoder(config.encoder)
         del self.aut.proj1, self.aut.proj2  # the Thinker's adapter
         self.decoder = AuTDecoder(config.decoder)
-        # Tokens, and behind them the blank (Graves et al. 2006).
-        self.ctc = nn.Linear(config.encoder.d_model, config.decoder.vocab_size + 1) if config.ctc else None
+        self.ctc = ByteHead(config.encoder.d_model, config.ctc_slots) if config.ctc_slots else None
 
     def set_activation_checkpointing(self, parts: Collection[str]) -> None:
         """In which parts (`aut`, `decoder`) activations are computed again in the backward pass."""
         self.aut.activation_checkpointing = "aut" in parts
         self.decoder.activation_checkpointing = "decoder" in parts
 
-    def ctc_log_probs(self, encoded: Tensor) -> Tensor:
-        """log p of each symbol, the blank last, at each feature: [T, D] -> fp32 [T, vocabulary + 1]. Raises ValueError
-        without a CTC head."""
+    def ctc_log_probs(self, encoded: Tensor, cu_seqlens_audio: Tensor) -> list[Tensor]:
+        """What `ByteHead` says of each document's features: [T, D] with the documents' borders -> fp32 [slots * T_b,
+        257] each. Raises ValueError without a CTC head."""
         if self.ctc is None:
-            raise ValueError("the model has no CTC head (model.ctc=false): take timestamps by attention instead")
-        return self.ctc(encoded).float().log_softmax(dim=-1)
+            raise ValueError("the model has no CTC head (model.ctc_slots=0): take timestamps by attention instead")
+        return list(self.ctc(encoded).split((cu_seqlens_audio.diff() * self.ctc.slots).tolist()))
 
     @property
     def output_embedding(self) -> Tensor:

@@ -121,12 +121,13 @@ class AuTModelConfig(_Sizes):
 
     Attributes:
         encoder, decoder: sizes of the parts. `encoder.out_dim` is not used: projecting to a Thinker is the Thinker's.
-        ctc: a CTC head on the encoder, for the loss of that name and for alignments
+        ctc_slots: bytes (or blanks) that a CTC head on the encoder writes for each feature, for the loss of that name
+            and for alignments; 0: no such head
     """
 
     encoder: AuTConfig = field(default_factory=AuTConfig)
     decoder: AuTDecoderConfig = field(default_factory=AuTDecoderConfig)
-    ctc: bool = False
+    ctc_slots: int = 0
 
     def __post_init__(self) -> None:
         _must_be_equal(self, "decoder.d_model", "encoder.d_model")
@@ -647,7 +648,7 @@ AUT_PRESETS: dict[str, AuTModelConfig] = {
     "tiny": AuTModelConfig(
         encoder=AuTConfig(d_model=128, layers=4, heads=4, ffn=512, out_dim=192, conv_hidden=32),
         decoder=AuTDecoderConfig(d_model=128, layers=3, heads=4, ffn=512, vocab_size=2048),
-        ctc=True,
+        ctc_slots=4,
     ),
     # The encoders of the published Qwen3-ASR models, 180 M and 300 M (arXiv 2601.21337), and of Qwen3-Omni, 650 M.
     "180m": AuTModelConfig(

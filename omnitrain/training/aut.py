@@ -23,7 +23,7 @@ from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.timestamps import word_times
 from omnitrain.generation.transcribe import BeamSearch, transcribe
 from omnitrain.models.aut_decoder import AuT, AuTOutput
-from omnitrain.models.layers.ctc import ctc_loss
+from omnitrain.models.layers.ctc import ctc_losses
 from omnitrain.training.losses import BatchLosses
 from omnitrain.training.ranks import gather_objects
 from omnitrain.training.thinker import ThinkerModule
@@ -54,9 +54,11 @@ class AuTModule(ThinkerModule[AuT]):
     ) -> None:
         config = config or AuTModuleConfig()
         if config.loss.ctc and model.ctc is None:
-            raise ValueError("module.loss.ctc needs the head model.ctc=true; set it, or module.loss.ctc=0")
+            raise ValueError("module.loss.ctc needs a head: set model.ctc_slots=4, or module.loss.ctc=0")
         if config.generation.timestamps == "ctc" and model.ctc is None:
-            raise ValueError("module.generation.timestamps=ctc needs the head model.ctc=true; take attention instead")
+            raise ValueError(
+                "module.generation.timestamps=ctc needs model.ctc_slots=4; take attention instead"
+            )
         super().__init__(model, config, optim, seed=seed)
         self._transcripts: list[tuple[str, str, str]] = []
         """Of this validation: language, reference and what was written."""
@@ -69,22 +71,22 @@ class AuTModule(ThinkerModule[AuT]):
         text = self.text_losses(batch, output)
         if not self.loss_config.ctc:
             return text
-        found, tokens = self.ctc_losses(batch, output)
+        found, n_bytes = self.ctc_losses(batch, output)
         ctc = torch.stack(found).sum() if found else output.encoded.sum() * 0.0
-        group = (("ctc", "ctc"), (float(ctc.detach()), float(tokens), 0.0, float(len(found))))
+        group = (("ctc", "ctc"), (float(ctc.detach()), float(n_bytes), float(n_bytes), float(len(found))))
         return replace(text, total=text.total + self.loss_config.ctc * ctc, groups=[*text.groups, group])
 
     def ctc_losses(self, batch: PackedBatch, output: AuTOutput) -> tuple[list[Tensor], int]:
-        """CTC of the transcripts in `batch`, and how many tokens they have; those that are too long for their
-        recording are left out."""
-        heard = self.model.ctc_log_probs(output.encoded).split(output.cu_seqlens_audio.diff().tolist())
-        losses, tokens = [], 0
-        for task, log_probs, target in zip(batch.tasks, heard, self._targets(batch), strict=True):
-            loss = ctc_loss(log_probs, target) if task in ERROR_RATE_TASKS else None
-            if loss is not None:
-                losses.append(loss)
-                tokens += len(target)
-        return losses, tokens
+        """CTC of the transcripts in `batch`, and how many bytes they have; those that are too long for their recording
+        are left out."""
+        tokenizer = self.datamodule.tokenizer
+        texts = [
+            list(tokenizer.decode(target).encode()) if task in ERROR_RATE_TASKS else []
+            for task, target in zip(batch.tasks, self._targets(batch), strict=True)
+        ]
+        found = ctc_losses(self.model.ctc_log_probs(output.encoded, output.cu_seqlens_audio), texts)
+        losses = [loss for loss in found if loss is not None]
+        return losses, sum(len(text) for text, loss in zip(texts, found, strict=True) if loss is not None)
 
     def _targets(self, batch: PackedBatch) -> list[list[int]]:
         """The tokens of each sample's answers, without those that end one."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from omnitrain.models.discriminators import Opinion
-from omnitrain.models.layers.ctc import ctc_loss
+from omnitrain.models.layers.ctc import ByteHead, ctc_losses
 from omnitrain.models.layers.precision import full_precision
 
 Opinions = Sequence[Opinion]
@@ -99,36 +99,31 @@ def rvq_commitment_loss(given: Tensor, chosen: Tensor, n_used: Tensor) -> Tensor
 
 
 class ContentHead(nn.Module):
-    """Reads the spoken text off codebook 0: `slots` UTF-8 bytes (or blanks) per frame, trained by CTC (Graves 2006).
+    """Reads the spoken text off codebook 0, trained by CTC (Graves 2006).
 
     What this head can read, codebook 0 carries, so that it becomes the *semantic* codebook without a teacher model.
-    Speech has some 15 letters a second and a frame is 80 ms: one slot per frame would be too few. `dim` is the width
-    of codebook 0's vectors.
+    `dim` is the width of codebook 0's vectors.
     """
 
     def __init__(self, dim: int, slots: int = 3, width: int = 256) -> None:
         super().__init__()
-        self.slots = slots
         # The text of a sound needs its neighbours, but the codes shall still carry it: one narrow convolution.
         self.context = nn.Conv1d(dim, width, 3, padding=1)
-        self.out = nn.Linear(width, slots * 257)
+        self.out = ByteHead(width, slots)
 
     def log_probs(self, semantic: Tensor) -> Tensor:
         """semantic [B, T, dim] -> [B, T * slots, 257]"""
         x = F.gelu(self.context(semantic.transpose(1, 2))).transpose(1, 2)
-        return self.out(x).unflatten(-1, (self.slots, 257)).flatten(1, 2).log_softmax(-1)
+        return self.out(x)
 
     def forward(self, semantic: Tensor, spans: Sequence[tuple[int, int, int, str]]) -> Tensor | None:
         """CTC loss of semantic [B, T, dim] in nats per byte of text; None if there is no text. `spans`: (row, first
         frame, end frame, text) of each whole utterance; those with more bytes than slots are left out."""
-        log_probs = self.log_probs(semantic)
-        losses, n_bytes = [], 0
-        for row, start, end, text in spans:
-            target = list(text.lower().encode())
-            loss = ctc_loss(log_probs[row, start * self.slots : end * self.slots], target)
-            if loss is not None:
-                losses.append(loss)
-                n_bytes += len(target)
+        log_probs, slots = self.log_probs(semantic), self.out.slots
+        targets = [list(text.lower().encode()) for *_, text in spans]
+        found = ctc_losses([log_probs[row, a * slots : b * slots] for row, a, b, _ in spans], targets)
+        losses = [loss for loss in found if loss is not None]
+        n_bytes = sum(len(target) for loss, target in zip(found, targets, strict=True) if loss is not None)
         return torch.stack(losses).sum() / n_bytes if losses else None
 
 

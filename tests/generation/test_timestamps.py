@@ -27,14 +27,14 @@ from omnitrain.generation.timestamps import (
 from omnitrain.generation.transcribe import transcribe
 from omnitrain.models.aut import AuTConfig, AuTEncoder
 from omnitrain.models.aut_decoder import text_of
-from tests.models.whisper_reference import VOCABULARY, small_aut, spoken_sample, whisper_of
+from tests.models.whisper_reference import small_aut, spoken_sample, whisper_of
 
 SHAPES = [(130, 3, 4), (57, 1, 0), (371, 2, 6)]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return small_aut(seed=1, ctc=True)
+    return small_aut(seed=1, ctc_slots=2)
 
 
 @pytest.fixture(scope="module")
@@ -101,24 +101,26 @@ def test_ctc_needs_a_feature_for_each_symbol(model, batch):
     assert ctc_spans(log_probs, []) == []
     assert ctc_spans(log_probs, [1, 1]) == [(0, 1), (2, 3)]
     assert ctc_spans(log_probs, [1, 1, 2]) is None
-    texts = [[1, 2], [5] * 5, [7]]  # 57 frames are 8 features, too few for five equal symbols with blanks between
-    found = word_times(model, batch, texts, lambda ids: "".join(f" w{i}" for i in ids))
-    assert [None if t is None else [w.text for w in t] for t in found] == [["w1", "w2"], None, ["w7"]]
+    texts = [[1, 2], [5] * 9, [7]]  # 57 frames are 8 features of 2 slots, too few for 9 equal bytes, blanks between
+    found = word_times(model, batch, texts, lambda ids: " ".join("abcdefgh"[i] for i in ids[:2]) + "f" * len(ids[2:]))
+    assert [None if t is None else [w.text for w in t] for t in found] == [["b", "c"], None, ["h"]]
     with pytest.raises(ValueError, match="no CTC head"):
         word_times(small_aut(), batch, texts, str)
 
 
 def test_words_are_found_where_they_were_said(model, batch, monkeypatch):
-    """A CTC head that hears token 9 in features 4 and 5, and token 8 in feature 14, of every recording."""
-    said = torch.zeros(64, VOCABULARY + 1)
-    said[:, VOCABULARY] = 5
-    said[[4, 5], 9] = said[14, 8] = 10
+    """A CTC head that hears "é" in features 4 and 5, and "no" in feature 14, of every recording."""
+    said = 0.01 * torch.rand(64, 2, 257)  # where two ways are equally likely, torchaudio may take a third
+    said[..., 256] = 5
+    first, last = "é".encode()
+    said[4, 1, first] = said[5, 0, last] = said[14, 0, ord("n")] = said[14, 1, ord("o")] = 10
     heard = torch.nn.Module()
-    heard.forward = lambda _: torch.cat([said[:n] for n in model.aut.output_lengths(batch.mel_lengths).tolist()])
+    lengths = model.aut.output_lengths(batch.mel_lengths).tolist()
+    heard.slots, heard.forward = 2, lambda _: torch.cat([said[:n].flatten(0, 1) for n in lengths])
     monkeypatch.setattr(model, "ctc", heard)
-    found = word_times(model, batch, [[9, 8], [9], [9, 8]], lambda ids: "".join(f" w{i}" for i in ids))
-    first, second = Word(text="w9", start=0.28, end=0.44), Word(text="w8", start=1.04, end=1.12)
-    assert found == [[first, second], [first], [first, second]]
+    found = word_times(model, batch, [[9, 8], [9], [9, 8]], lambda ids: " ".join({9: "é", 8: "no"}[i] for i in ids))
+    one, other = Word(text="é", start=0.28, end=0.44), Word(text="no", start=1.04, end=1.12)
+    assert found == [[one, other], [one], [one, other]]
 
 
 # --- cross-attention --------------------------------------------------------------------------------------------------

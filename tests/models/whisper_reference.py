@@ -16,12 +16,12 @@ from omnitrain.vocabulary import AUDIO, TEXT
 VOCABULARY, POSITIONS = 61, 64
 
 
-def small_aut(seed: int = 0, *, ctc: bool = False) -> AuT:
+def small_aut(seed: int = 0, *, ctc_slots: int = 0) -> AuT:
     """Random everywhere: initial biases of 0 and norms of 1 would hide errors."""
     torch.manual_seed(seed)
     encoder = AuTConfig(d_model=32, layers=2, heads=4, ffn=48, out_dim=24, conv_hidden=8, n_mels=16, window_frames=200)
     decoder = AuTDecoderConfig(d_model=32, layers=3, heads=4, ffn=40, vocab_size=VOCABULARY)
-    model = AuT(AuTModelConfig(encoder=encoder, decoder=decoder, ctc=ctc)).eval()
+    model = AuT(AuTModelConfig(encoder=encoder, decoder=decoder, ctc_slots=ctc_slots)).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm.weight" in name else 0.0, std=0.4)
     torch.nn.init.normal_(model.output_embedding, std=0.2)  # quiet: the recording is to be heard beside the last token

@@ -35,10 +35,10 @@ from omnitrain.training.logging import ExactCsvLogger
 PACK = Path(__file__).parents[2] / "omnitrain/pack"
 
 
-def tiny_aut(seed: int = 0, ctc: bool = True) -> AuT:
+def tiny_aut(seed: int = 0, ctc_slots: int = 4) -> AuT:
     encoder = AuTConfig(d_model=32, layers=1, heads=2, ffn=32, conv_hidden=4)
     decoder = AuTDecoderConfig(d_model=32, layers=1, heads=2, ffn=32, vocab_size=4096)
-    model = AuT(AuTModelConfig(encoder=encoder, decoder=decoder, ctc=ctc))
+    model = AuT(AuTModelConfig(encoder=encoder, decoder=decoder, ctc_slots=ctc_slots))
     init_weights(model, seed)
     return model
 
@@ -93,13 +93,14 @@ def test_losses_are_the_decoders_and_the_encoders() -> None:
     found = made.losses(batch)
     output = made.model(**batch.model_inputs())
     nll = F.cross_entropy(made.model.decoder.logits(output.hidden), batch.labels, ignore_index=IGNORE, reduction="sum")
-    ctc, tokens = made.ctc_losses(batch, output)
+    ctc, n_bytes = made.ctc_losses(batch, output)
     torch.testing.assert_close(found.total, nll + 0.3 * torch.stack(ctc).sum())
     assert len(ctc) == sum(task == "asr" for task in batch.tasks) > 0
     # The text of the transcripts alone: neither the prompt, nor the token that ends an answer.
     said = made.datamodule.tokenizer.decode(made._targets(batch)[batch.tasks.index("asr")])
     assert said == said.strip() != ""
-    assert tokens == sum(len(t) for t, task in zip(made._targets(batch), batch.tasks, strict=True) if task == "asr")
+    texts = map(made.datamodule.tokenizer.decode, made._targets(batch))
+    assert n_bytes == sum(len(t.encode()) for t, task in zip(texts, batch.tasks, strict=True) if task == "asr")
     groups = dict(found.groups)
     assert ("ctc", "ctc") in groups
     found.total.backward()
@@ -107,9 +108,9 @@ def test_losses_are_the_decoders_and_the_encoders() -> None:
 
 
 def test_a_head_is_needed_for_ctc() -> None:
-    with pytest.raises(ValueError, match=r"model\.ctc=true"):
-        AuTModule(tiny_aut(ctc=False))
-    AuTModule(tiny_aut(ctc=False), AuTModuleConfig(loss=AuTLossConfig(ctc=0)))
+    with pytest.raises(ValueError, match=r"model\.ctc_slots=4"):
+        AuTModule(tiny_aut(ctc_slots=0))
+    AuTModule(tiny_aut(ctc_slots=0), AuTModuleConfig(loss=AuTLossConfig(ctc=0)))
 
 
 def test_transcripts_are_written_as_the_configuration_says() -> None:
@@ -144,8 +145,8 @@ def test_nonsense_about_transcripts_is_refused() -> None:
     with pytest.raises(ValueError, match="draws nothing"):
         AuTGenerationConfig(beam=2, temperature=0.5)
     loss, by = AuTLossConfig(ctc=0), AuTGenerationConfig(timestamps="ctc")
-    with pytest.raises(ValueError, match=r"timestamps=ctc needs the head model\.ctc=true"):
-        AuTModule(tiny_aut(ctc=False), AuTModuleConfig(loss=loss, generation=by))
+    with pytest.raises(ValueError, match=r"timestamps=ctc needs model\.ctc_slots=4"):
+        AuTModule(tiny_aut(ctc_slots=0), AuTModuleConfig(loss=loss, generation=by))
 
 
 def test_error_rates_by_language_are_jiwers() -> None:

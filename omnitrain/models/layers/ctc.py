@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 def shortest_path(target: Sequence[int]) -> int:
@@ -15,15 +16,43 @@ def shortest_path(target: Sequence[int]) -> int:
     return len(target) + sum(a == b for a, b in pairwise(target))
 
 
-def ctc_loss(log_probs: Tensor, target: Sequence[int]) -> Tensor | None:
-    """-log of the sum over all ways to write `target`, in nats; None for an empty one, or one that needs more steps.
+def ctc_losses(log_probs: Sequence[Tensor], targets: Sequence[Sequence[int]]) -> list[Tensor | None]:
+    """-log of the sum over all ways to write each of `targets`, in nats; None for an empty one, or one that needs more
+    steps.
 
     Args:
-        log_probs: [T, V + 1], of each step; the blank is the last symbol.
+        log_probs: of each target [T, V + 1], of each step; the blank is the last symbol.
     """
-    steps, symbols = log_probs.shape
-    if not target or shortest_path(target) > steps:
-        return None
-    ids = torch.tensor([list(target)], device=log_probs.device)
-    lengths = torch.tensor([steps]), torch.tensor([len(target)])
-    return F.ctc_loss(log_probs.unsqueeze(1), ids, *lengths, blank=symbols - 1, reduction="sum")
+    possible = [
+        i
+        for i, (steps, target) in enumerate(zip(log_probs, targets, strict=True))
+        if target and shortest_path(target) <= len(steps)
+    ]
+    losses: list[Tensor | None] = [None] * len(log_probs)
+    if not possible:
+        return losses
+    padded = pad_sequence([log_probs[i] for i in possible])  # [steps, B, V + 1]
+    symbols = torch.tensor([symbol for i in possible for symbol in targets[i]], device=padded.device)
+    steps, lengths = (torch.tensor([len(of[i]) for i in possible]) for of in (log_probs, targets))
+    found = F.ctc_loss(padded, symbols, steps, lengths, blank=padded.shape[-1] - 1, reduction="none")
+    for i, loss in zip(possible, found, strict=True):
+        losses[i] = loss
+    return losses
+
+
+class ByteHead(nn.Linear):
+    """Writes texts as UTF-8 bytes, `slots` bytes or blanks (symbol 256) for each feature.
+
+    Bytes are few, so each is seen often, and the same for all languages. Features that are 80 ms apart need several:
+    speech has some 15 letters a second, and outside of Latin script each is two or three bytes.
+    """
+
+    SYMBOLS = 257
+
+    def __init__(self, width: int, slots: int) -> None:
+        super().__init__(width, slots * self.SYMBOLS)
+        self.slots = slots
+
+    def forward(self, input: Tensor) -> Tensor:
+        """log p of each symbol at each slot: features [..., T, width] -> fp32 [..., T * slots, 257]"""
+        return super().forward(input).unflatten(-1, (self.slots, -1)).flatten(-3, -2).float().log_softmax(-1)
