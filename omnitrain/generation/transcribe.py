@@ -20,6 +20,7 @@ from omnitrain.generation.cache import PackedKVCache
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.text import GREEDY, seeded, write
 from omnitrain.models.aut_decoder import AuT, AuTDecoder, Memory, text_of
+from omnitrain.models.layers.ctc import best_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,17 @@ def transcribe(
         return beam_search(texts, len(cu_seqlens) - 1, decoding, stop)
     generators = seeded(decoding, seeds, len(cu_seqlens) - 1)
     return write(texts, prompts.split(cu_seqlens.diff().tolist()), decoding, generators, stop)
+
+
+@torch.no_grad()
+def ctc_transcribe(model: AuT, batch: PackedBatch, *, aut_window_frames: int | None = None) -> list[str]:
+    """What the encoder's CTC head alone hears in every document of `batch`: its best path (Graves et al. 2006). Prompts
+    are not read, so it is always the transcript. Raises ValueError without such a head, or as `AuT.listen`."""
+    batch = batch.to(model.output_embedding.device)
+    media = batch.mel, batch.mel_lengths, batch.grid_thw
+    encoded, borders = model.listen(batch.cu_seqlens, batch.token_types, *media, aut_window_frames=aut_window_frames)
+    heard = model.ctc_log_probs(encoded, borders)
+    return [bytes(best_path(log_probs)).decode(errors="ignore") for log_probs in heard]
 
 
 class Transcripts:

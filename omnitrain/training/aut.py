@@ -8,7 +8,7 @@ and everything else (normalisation, clipping, the spike guard, resume) is `Think
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.evaluation.metrics import ERROR_RATE_TASKS, edits, normalise
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.timestamps import word_times
-from omnitrain.generation.transcribe import BeamSearch, transcribe
+from omnitrain.generation.transcribe import BeamSearch, ctc_transcribe, transcribe
 from omnitrain.models.aut_decoder import AuT, AuTOutput
 from omnitrain.models.layers.ctc import ctc_losses
 from omnitrain.training.losses import BatchLosses
@@ -56,12 +56,12 @@ class AuTModule(ThinkerModule[AuT]):
         if config.loss.ctc and model.ctc is None:
             raise ValueError("module.loss.ctc needs a head: set model.ctc_slots=4, or module.loss.ctc=0")
         if config.generation.timestamps == "ctc" and model.ctc is None:
-            raise ValueError(
-                "module.generation.timestamps=ctc needs model.ctc_slots=4; take attention instead"
-            )
+            raise ValueError("module.generation.timestamps=ctc needs model.ctc_slots=4; take attention instead")
         super().__init__(model, config, optim, seed=seed)
         self._transcripts: list[tuple[str, str, str]] = []
-        """Of this validation: language, reference and what was written."""
+        """Of this validation: language, reference and what the decoder wrote."""
+        self._heard: list[tuple[str, str, str]] = []
+        """The same, but what the CTC head heard."""
 
     def losses(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
         if self.training and self.config.spec_augment is not None and batch.mel is not None:
@@ -101,18 +101,18 @@ class AuTModule(ThinkerModule[AuT]):
         super().validation_step(batch, batch_idx, dataloader_idx)
         wanted = self.config.validation_transcripts - len(self._transcripts)
         if wanted > 0 and not self.ending:
-            self._transcripts += self._transcribed(batch)[:wanted]
+            tokenizer, prompts = self.datamodule.tokenizer, batch.prompts()
+            longest = Decoding(max_new_tokens=2 * max(map(len, self._targets(batch))) + 4)
+            written = transcribe(self.model, prompts, longest, stop_ids=tokenizer.stop_ids)
+            self._transcripts += self._transcripts_of(batch, map(tokenizer.decode, written))[:wanted]
+            if self.model.ctc is not None:
+                self._heard += self._transcripts_of(batch, ctc_transcribe(self.model, prompts))[:wanted]
 
-    def _transcribed(self, batch: PackedBatch) -> list[tuple[str, str, str]]:
-        tokenizer = self.datamodule.tokenizer
-        longest = max(map(len, targets := self._targets(batch)))
-        written = transcribe(
-            self.model, batch.prompts(), Decoding(max_new_tokens=2 * longest + 4), stop_ids=tokenizer.stop_ids
-        )
-        rows = zip(batch.tasks, batch.languages, targets, written, strict=True)
+    def _transcripts_of(self, batch: PackedBatch, texts: Iterable[str]) -> list[tuple[str, str, str]]:
+        rows = zip(batch.tasks, batch.languages, self._targets(batch), texts, strict=True)
         return [
-            (languages[0] if languages else "", tokenizer.decode(target), tokenizer.decode(ids))
-            for task, languages, target, ids in rows
+            (languages[0] if languages else "", self.datamodule.tokenizer.decode(target), text)
+            for task, languages, target, text in rows
             if task in ERROR_RATE_TASKS
         ]
 
@@ -146,21 +146,22 @@ class AuTModule(ThinkerModule[AuT]):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        rows = [row for rank in gather_objects(self._transcripts) for row in rank]
-        self._transcripts = []
-        rates = error_rates(rows)
+        rates: dict[str, float] = {}
+        for name, texts in (("cer", self._transcripts), ("cer_ctc", self._heard)):
+            rates |= error_rates([row for rank in gather_objects(texts) for row in rank], name)
+        self._transcripts, self._heard = [], []
         self.log_dict(rates, logger=False, sync_dist=True)
         if rates and not self.trainer.sanity_checking:
             self.log_row(rates, self.global_step)
 
     def validation_losses(self) -> dict[str, float]:
-        cer = self.trainer.callback_metrics.get("validation/cer")
-        return super().validation_losses() | ({} if cer is None else {"cer": float(cer)})
+        found = {name: self.trainer.callback_metrics.get(f"validation/{name}") for name in ("cer", "cer_ctc")}
+        return super().validation_losses() | {n: float(rate) for n, rate in found.items() if rate is not None}
 
 
-def error_rates(rows: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+def error_rates(rows: Sequence[tuple[str, str, str]], measure: str = "cer") -> dict[str, float]:
     """`validation/cer` and `validation/cer/LANGUAGE` of (language, reference, hypothesis): characters that are wrong,
-    over the references' length."""
+    over the references' length. `measure`: another name for it."""
     rates: dict[str, Any] = {}
     for name in ("", *sorted({language for language, _, _ in rows})):
         counts = [
@@ -170,5 +171,5 @@ def error_rates(rows: Sequence[tuple[str, str, str]]) -> dict[str, float]:
         ]
         length = sum(n for _, n in counts)
         if length:
-            rates["/".join(filter(None, ("validation/cer", name)))] = sum(wrong for wrong, _ in counts) / length
+            rates["/".join(filter(None, (f"validation/{measure}", name)))] = sum(wrong for wrong, _ in counts) / length
     return rates

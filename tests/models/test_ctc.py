@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
-from omnitrain.models.layers.ctc import ByteHead, ctc_losses
+from omnitrain.models.layers.ctc import ByteHead, best_path, ctc_losses
 
 
 def test_ctc_is_torchs_on_padded_batches() -> None:
@@ -47,3 +47,9 @@ def test_a_head_writes_the_bytes_of_a_feature_one_after_the_other() -> None:
         expected = (head.weight @ feature + head.bias).view(3, 257).log_softmax(-1)
         torch.testing.assert_close(found[3 * i : 3 * i + 3], expected)
     torch.testing.assert_close(head(features[None])[0], found)
+
+
+def test_the_best_path_drops_repeats_and_blanks() -> None:
+    path = [4, 1, 1, 4, 1, 2, 2, 3, 4, 4, 3]  # the blank is 4
+    assert best_path(torch.eye(5)[path].log()) == [1, 1, 2, 3, 3]
+    assert best_path(torch.eye(5)[[4, 4]].log()) == []

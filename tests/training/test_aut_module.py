@@ -182,4 +182,11 @@ def test_resumed_is_uninterrupted_with_all_that_is_random(tmp_path: Path) -> Non
     rows = [(tmp_path / which / "metrics.csv").read_text() for which in ("whole", "parts")]
     assert rows[0] == rows[1]
     header = rows[0].splitlines()[0].split(",")
-    assert {"train/loss", "train/loss/ctc", "validation/cer", "validation/cer/es", "gradient_norm/ctc"} <= set(header)
+    assert {
+        "train/loss",
+        "train/loss/ctc",
+        "validation/cer",
+        "validation/cer/es",
+        "validation/cer_ctc",
+        "gradient_norm/ctc",
+    } <= set(header)

@@ -40,6 +40,12 @@ def ctc_losses(log_probs: Sequence[Tensor], targets: Sequence[Sequence[int]]) ->
     return losses
 
 
+def best_path(log_probs: Tensor) -> list[int]:
+    """The symbols on the path of the likeliest symbol at each step: [T, V + 1] -> symbols, without blanks."""
+    path = log_probs.argmax(dim=-1).unique_consecutive().tolist()
+    return [symbol for symbol in path if symbol != log_probs.shape[-1] - 1]
+
+
 class ByteHead(nn.Linear):
     """Writes texts as UTF-8 bytes, `slots` bytes or blanks (symbol 256) for each feature.
 
