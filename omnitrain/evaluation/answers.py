@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.chat import ChatTokenizer
@@ -11,7 +12,7 @@ from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, Writer, evaluating, packs
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.text import generate
-from omnitrain.generation.transcribe import BeamSearch, transcribe
+from omnitrain.generation.transcribe import BeamSearch, ctc_transcribe, transcribe
 from omnitrain.models.aut_decoder import AuT
 
 
@@ -20,19 +21,24 @@ def answer_prompts(
     tokenizer: ChatTokenizer,
     prompts: Sequence[EncodedSample],
     *,
-    decoding: Decoding | BeamSearch,
+    decoding: Decoding | BeamSearch | Literal["ctc"],
     aut_window_frames: int | None = None,
 ) -> list[str]:
     """The answer to each prompt (`SampleEncoder.encode_prompt`), in their order. Prompts are answered together within
-    `DEFAULT_BUDGET`; one that is larger is answered alone. `aut_window_frames`: attention window of the audio encoder,
-    default the configuration's."""
+    `DEFAULT_BUDGET`; one that is larger is answered alone. `decoding` "ctc": what the CTC head of an AuT hears.
+    `aut_window_frames`: attention window of the audio encoder, default the configuration's."""
     answers = [""] * len(prompts)
     with evaluating(model):
         for pack in packs(prompts, DEFAULT_BUDGET):
             batch = PackedBatch.pack([prompt for _, prompt in pack])
-            written = _write(model, batch, decoding, tokenizer.stop_ids, aut_window_frames)
-            for (index, _), ids in zip(pack, written, strict=True):
-                answers[index] = tokenizer.decode(ids)
+            if decoding == "ctc":
+                assert isinstance(model, AuT)
+                written = ctc_transcribe(model, batch, aut_window_frames=aut_window_frames)
+            else:
+                ids = _write(model, batch, decoding, tokenizer.stop_ids, aut_window_frames)
+                written = map(tokenizer.decode, ids)
+            for (index, _), text in zip(pack, written, strict=True):
+                answers[index] = text
     return answers
 
 
@@ -55,12 +61,12 @@ def answer_samples(
     encoder: SampleEncoder,
     asked: Sequence[tuple[Sample, Callable[[Segment], bytes]]],
     *,
-    decoding: Decoding | BeamSearch,
+    decoding: Decoding | BeamSearch | Literal["ctc"],
     on_bad: Callable[[BadSample, str], None],
     aut_window_frames: int | None = None,
 ) -> list[str | None]:
     """The answer to each sample, which stands beside what reads its media, without surrounding spaces; None for one
-    that cannot be asked, whose error and id `on_bad` is told. `aut_window_frames` as in `answer_prompts`."""
+    that cannot be asked, whose error and id `on_bad` is told. The other arguments as in `answer_prompts`."""
     prompts: dict[int, EncodedSample] = {}
     for index, (sample, media_bytes) in enumerate(asked):
         try:

@@ -33,6 +33,7 @@ from omnitrain.evaluation.heldout import direction, draw, listing
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.media_swap import Drawn, MediaSwap, media_segments, media_swap
 from omnitrain.evaluation.metrics import (
+    ERROR_RATE_TASKS,
     WITHOUT_SPACES,
     bleu_from,
     bleu_statistics,
@@ -55,6 +56,9 @@ from omnitrain.vocabulary import TEXT
 MODEL, FREQUENT, CONSTANT = "model", "most frequent", "best constant"
 """Who answers: the model; whoever always gives the most frequent training answer of that task and language; whoever
 gives the one of the `CANDIDATES` most frequent that has the lowest character error rate on the training answers."""
+HEARD_BY_CTC = "asr_ctc"
+"""The task of transcripts that the CTC head of an AuT writes, beside those of its decoder: what the encoder alone
+hears."""
 CANDIDATES = 20
 TRAINING_ANSWERS = 400
 """So many training answers of a task and language, evenly spaced, are read for the two that never listen."""
@@ -182,6 +186,7 @@ HALLUCINATING = Measure(
 )  # fmt: skip
 OF_TASK = {
     "asr": (CER, WER),
+    HEARD_BY_CTC: (CER, WER),
     "s2tt": (CHRF, BLEU),
     "audio_caption": (NAMED, HALLUCINATING, HALLUCINATED, CHRF, CIDER),
 }
@@ -431,7 +436,24 @@ def _answers(
             model, encoder, [(one.sample, one.source.media_bytes) for one in part],
             decoding=decoding, on_bad=count_bad, aut_window_frames=100 * window,
         )  # fmt: skip
-        yield [Answer.of(one.sample, text, window) for one, text in zip(part, said, strict=True) if text is not None]
+        answers = [
+            Answer.of(one.sample, text, window) for one, text in zip(part, said, strict=True) if text is not None
+        ]
+        if isinstance(model, AuT) and model.ctc is not None:
+            spoken = [one for one in part if one.sample.task in ERROR_RATE_TASKS]
+            heard = answer_samples(
+                model, encoder, [(one.sample, one.source.media_bytes) for one in spoken],
+                decoding="ctc", on_bad=lambda *_: None, aut_window_frames=100 * window,
+            )  # fmt: skip
+            answers += [
+                _by_ctc(one.sample, text, window) for one, text in zip(spoken, heard, strict=True) if text is not None
+            ]
+        yield answers
+
+
+def _by_ctc(sample: Sample, text: str, window: int) -> Answer:
+    """Under an id of its own, since the decoder answers about the same recording."""
+    return replace(Answer.of(sample, text, window), task=HEARD_BY_CTC, id=f"{sample.id}/ctc")
 
 
 def _swap_record(task: str, swap: MediaSwap) -> dict[str, Any]:

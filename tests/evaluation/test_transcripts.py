@@ -19,6 +19,7 @@ from rich.console import Console
 from sacrebleu.metrics import BLEU, CHRF
 from whisper_normalizer.basic import BasicTextNormalizer
 
+from omnitrain.data.batch import PackedBatch
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.media import encode_audio
 from omnitrain.data.sample import BadSample, Message, Sample, Segment
@@ -38,6 +39,7 @@ from omnitrain.evaluation.transcripts import (
     score,
     training_answers,
 )
+from omnitrain.generation.transcribe import ctc_transcribe
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.sizes import AuTConfig, AuTDecoderConfig, AuTModelConfig
 
@@ -175,6 +177,30 @@ def test_the_whole_evaluation(evaluated: tuple[dict[str, Any], Path]) -> None:
     assert {row["window"] for row in rows if row["media"]} == {8}
     assert len([row for row in rows if row["media"]]) <= 3
     assert {row["cer"] for row in rows if row["window"] == 8} == {0.0}
+
+
+def test_what_the_encoder_alone_hears_stands_beside_what_the_decoder_writes(
+    encoder: SampleEncoder, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = AuTModelConfig(
+        encoder=AuTConfig(d_model=16, layers=1, heads=2, ffn=16, out_dim=16, conv_hidden=4),
+        decoder=AuTDecoderConfig(d_model=16, layers=1, heads=2, ffn=16, vocab_size=encoder.tokenizer.vocab_size),
+        ctc_slots=2,
+    )
+    model = AuT(config)
+    held = {"m": Samples([*(recording(i) for i in range(3)), recording(0, task="s2tt")])}
+    settings = TranscriptEvaluation(max_swapped=0, window_seconds=[1, 2], max_new_tokens=3)
+    scores = evaluate_transcripts(model, encoder, held, settings, tmp_path, progress=False)
+    rows = pq.read_table(tmp_path / "transcripts.parquet").to_pylist()
+    said = {row["id"]: row["prediction"] for row in rows if row["window"] == 2}
+    tasks = Counter(row["task"] for row in rows)
+    assert tasks == {"asr": 6, "asr_ctc": 6, "s2tt": 2}
+    for i in range(3):
+        prompt = encoder.encode_prompt(recording(i), lambda segment: segment.media)
+        [heard] = ctc_transcribe(model, PackedBatch.pack([prompt]), aut_window_frames=200)
+        assert said[f"{recording(i).id}/ctc"] == heard.strip() != ""
+    assert record(scores["scores"], task="asr_ctc", languages="all", window=2)["measures"]["cer"]["mean"] > 0
 
 
 def test_a_list_that_is_none_is_skipped_and_counted(encoder: SampleEncoder, tmp_path: Path, monkeypatch: Any) -> None:
