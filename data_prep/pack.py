@@ -3,9 +3,9 @@
     python -m data_prep.pack --out omnitrain/pack
 
 It holds a few hundred stamps with captions in thirteen languages, the matching recordings and sound effects, short
-moving stamps, dictionary definitions and the Universal Declaration, as one shard per split, with `media.parquet`, a
-byte-level BPE (`tokenizer.json`) and `NOTICE.md`. All choices are hashes of ids: the same packages give the same rows
-and the same decoded content each time.
+moving stamps, dictionary definitions and the Universal Declaration, as one shard per split, with `media.parquet`, two
+byte-level BPEs (`tokenizer.json`, and the smaller `tokenizer_speech.json` for AuT) and `NOTICE.md`. All choices are
+hashes of ids: the same packages give the same rows and the same decoded content each time.
 
 Sizes are chosen for a small model and a few minutes: short captions ("A fire truck."), each stamp in many rows, clips
 of two seconds, recordings without their silent ends.
@@ -38,6 +38,8 @@ from omnitrain.files import write_text
 LIMIT_BYTES = 12_000_000
 LICENCES = Path(__file__).parent / "licences"
 VOCABULARY = 4096
+SPEECH_VOCABULARY, SPEECH_TOKENIZER = 512, "tokenizer_speech.json"
+"""Of the words that are said, for AuT: pieces so short that nearly all are in recordings of other words too."""
 SPOKEN = ("fr", "es", "ca", "ru")
 """Languages whose recordings are in the pack (nearly every stamp has them); English too, where there is one."""
 
@@ -232,6 +234,8 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
         write_shards([row for row in rows if row.split == split], options.out, split, progress=options.progress)
 
     train_bpe(training_texts(rows), VOCABULARY).save(options.out / "tokenizer.json")
+    spoken = [row for row in rows if row.task in ("asr", "s2tt")]
+    train_bpe(dict.fromkeys(training_texts(spoken)), SPEECH_VOCABULARY).save(options.out / SPEECH_TOKENIZER)
     write_text(options.out / "NOTICE.md", notice(opened, counts))
     shutil.copytree(LICENCES, options.out / "licences", dirs_exist_ok=True)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())

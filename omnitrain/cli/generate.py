@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from omnitrain.data.encode import SampleEncoder
     from omnitrain.data.sample import Segment
     from omnitrain.generation.sampling import Decoding
+    from omnitrain.generation.transcribe_stream import StreamingTranscriber
     from omnitrain.models.aut_decoder import AuT
     from omnitrain.models.omni import OmniModel
 
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
     stop_ids = encoder.tokenizer.stop_ids
     output = _OrderedOutput(encoder.tokenizer, options.prompts, stop_ids, options.max_new_tokens, sys.stdout)
     if isinstance(model, AuT):
-        _transcribe(model, prompts, decoding, encoder.tokenizer)
+        _transcribe(model, prompts, decoding, encoder.tokenizer, stream=options.stream)
         return
     batch = PackedBatch.pack(prompts)
     with _ReadingBar(model, batch, options.max_new_tokens) as bar:
@@ -115,9 +116,12 @@ def _encoded_prompts(
     return encoded
 
 
-def _transcribe(model: AuT, prompts: Sequence[EncodedSample], decoding: Decoding, tokenizer: ChatTokenizer) -> None:
+def _transcribe(
+    model: AuT, prompts: Sequence[EncodedSample], decoding: Decoding, tokenizer: ChatTokenizer, *, stream: bool
+) -> None:
     """Print what an AuT writes about the recording of each prompt, window by window, in memory that does not grow with
-    its length. Raises ValueError for options that it does not know, and prompts without one recording."""
+    its length; with `stream` as soon as it is final, else at the end. Raises ValueError for options that it does not
+    know, and prompts without one recording."""
     import torch
 
     from omnitrain.evaluation.progress import progress_bar
@@ -134,13 +138,26 @@ def _transcribe(model: AuT, prompts: Sequence[EncodedSample], decoding: Decoding
         options = StreamingOptions(window_frames=window, segment_windows=2, max_new_tokens=decoding.max_new_tokens)
         ids = prompt.input_ids[prompt.token_types == TEXT].tolist()
         live = StreamingTranscriber(model, ids, stop_ids=tokenizer.stop_ids, options=options)
-        with progress_bar(len(mel) > 6000, f"hearing {len(mel) // 6000}:{len(mel) // 100 % 60:02} of sound") as bar:
+        plain, printed = f"hearing {len(mel) // 6000}:{len(mel) // 100 % 60:02} of sound", 0
+        with progress_bar(len(mel) > 6000 and not stream, plain) as bar:
             heard = bar.add_task("hearing", total=len(mel))
             for piece in mel.split(window):
                 live.push(piece)
                 bar.advance(heard, len(piece))
+                if stream:
+                    printed = _print_from(printed, live, tokenizer)
             live.finish()
-        print(" ".join(text for part in live.segments if (text := tokenizer.decode(part).strip())), flush=True)
+        _print_from(printed, live, tokenizer)
+        print(flush=True)
+
+
+def _print_from(printed: int, live: StreamingTranscriber, tokenizer: ChatTokenizer) -> int:
+    """Print what is final behind the first `printed` characters; returns how many there are now. The bytes of half a
+    character wait."""
+    parts = (tokenizer.decode(part).strip() for part in live.segments)
+    text = " ".join(filter(None, parts)).rstrip("\ufffd ")
+    print(text[printed:], end="", flush=True)
+    return len(text)
 
 
 class _ReadingBar:

@@ -227,7 +227,7 @@ def _curves(run: Run) -> dict[str, figures.Columns]:
 
 def _validation_errors(run: Run) -> figures.Columns:
     """Character error rates of validations, of all languages and of each."""
-    whole = _named(run.metrics, {"validation/cer": "all"})
+    whole = _named(run.metrics, {"validation/cer": "all", "validation/cer_ctc": "all, CTC head"})
     return {**whole, **run.below("validation/cer/")}
 
 

@@ -24,6 +24,7 @@ from omnitrain.generation.timestamps import word_times
 from omnitrain.generation.transcribe import BeamSearch, ctc_transcribe, transcribe
 from omnitrain.models.aut_decoder import AuT, AuTOutput
 from omnitrain.models.layers.ctc import ctc_losses
+from omnitrain.training.flops import aut_training_flops
 from omnitrain.training.losses import BatchLosses
 from omnitrain.training.ranks import gather_objects
 from omnitrain.training.thinker import ThinkerModule
@@ -95,7 +96,7 @@ class AuTModule(ThinkerModule[AuT]):
         return [[t for t in part.tolist() if t != IGNORE and t not in stop] for part in parts]
 
     def batch_flops(self, batch: PackedBatch) -> float:
-        return float("nan")  # not counted for AuT
+        return aut_training_flops(self.model, batch, self._aut_window_frames())
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         super().validation_step(batch, batch_idx, dataloader_idx)

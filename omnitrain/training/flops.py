@@ -10,13 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 
 from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.models.aut import AuTEncoder
+from omnitrain.models.aut_decoder import AuT, AuTDecoderLayer
 from omnitrain.models.layers.moe import SwiGLUExperts
 from omnitrain.models.omni import OmniModel
+from omnitrain.vocabulary import TEXT
 
 # Dense bf16 peaks as stated by the manufacturer, in operations per second.
 STATED_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -66,17 +70,7 @@ def forward_flops(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:
         + 4.0 * pairs * config.heads * config.head_dim * len(thinker.layers)
     }
     if len(sizes.mel_lengths):
-        aut, c, mels = model.aut, model.config.aut.conv_hidden, model.config.aut.n_mels
-        frames = float(sum(sizes.mel_lengths))
-        # Each convolution halves time and frequency: positions out x 3 x 3 x channels in x channels out.
-        convolutions = 2 * 9 * frames * mels * c * (1 / 4 + c / 16 + c / 64)
-        outputs = aut.output_lengths(torch.tensor(sizes.mel_lengths, device="cpu")).double()
-        per_window = aut.output_lengths(torch.tensor([model.config.aut.window_frames], device="cpu")).item()
-        whole, rest = outputs // per_window, outputs % per_window
-        pairs = float((whole * per_window**2 + rest**2).sum())
-        linear = _matrices(aut.conv_out, aut.layers, aut.proj1, aut.proj2)
-        width = model.config.aut.d_model * len(aut.layers)
-        flops["aut"] = convolutions + 2.0 * float(outputs.sum()) * linear + 4.0 * pairs * width
+        flops["aut"] = encoder_flops(model.aut, sizes.mel_lengths)
     if len(sizes.grid_thw):
         visual = model.visual
         patches = float(sum(t * h * w for t, h, w in sizes.grid_thw))
@@ -88,6 +82,52 @@ def forward_flops(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:
             + 4.0 * pairs * model.config.vision.d_model * len(visual.blocks)
         )
     return flops
+
+
+def encoder_flops(aut: AuTEncoder, mel_lengths: Sequence[int], window_frames: int | None = None) -> float:
+    """Operations of one forward pass of the audio encoder over recordings of so many frames, its projection included
+    where it has one. `window_frames`: of its attention; default the configuration's."""
+    config, c = aut.config, aut.config.conv_hidden
+    # Each convolution halves time and frequency: positions out x 3 x 3 x channels in x channels out.
+    convolutions = 2 * 9 * float(sum(mel_lengths)) * config.n_mels * c * (1 / 4 + c / 16 + c / 64)
+    outputs = aut.output_lengths(torch.tensor(mel_lengths, device="cpu")).double()
+    per_window = aut.output_lengths(torch.tensor([window_frames or config.window_frames], device="cpu")).item()
+    whole, rest = outputs // per_window, outputs % per_window
+    pairs = float((whole * per_window**2 + rest**2).sum())
+    linear = sum(_matrices(part) for name, part in aut.named_children() if not name.startswith("conv2d"))
+    return convolutions + 2.0 * float(outputs.sum()) * linear + 4.0 * pairs * config.d_model * len(aut.layers)
+
+
+def aut_forward_flops(model: AuT, batch: PackedBatch, window_frames: int | None = None) -> dict[str, float]:
+    """Operations of one forward pass of an AuT, by part: `aut`, `decoder`, `ctc`."""
+    is_text = batch.token_types == TEXT
+    borders = batch.cu_seqlens.diff().tolist()
+    text, heard = (
+        torch.tensor([int(part.sum()) for part in mask.split(borders)]).double() for mask in (is_text, ~is_text)
+    )
+    assert batch.mel_lengths is not None
+    decoder, width = model.decoder, model.config.decoder.d_model
+    layers = cast(Sequence[AuTDecoderLayer], decoder.layers)
+    listening = sum(_matrices(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for layer in layers)
+    pairs = float((text * (text + 1) / 2 + text * heard).sum())  # self-attention is causal, listening is not
+    targets = int((batch.labels != IGNORE).sum())
+    found = {
+        "aut": encoder_flops(model.aut, batch.mel_lengths.tolist(), window_frames),
+        "decoder": 2.0 * float(text.sum()) * (_matrices(decoder.layers) - listening)
+        + 2.0 * float(heard.sum()) * listening
+        + 2.0 * targets * _matrices(decoder.embed_tokens)
+        + 4.0 * pairs * width * len(layers),
+    }
+    return found | ({} if model.ctc is None else {"ctc": 2.0 * float(heard.sum()) * _matrices(model.ctc)})
+
+
+def aut_training_flops(model: AuT, batch: PackedBatch, window_frames: int | None = None) -> float:
+    """Operations of forward and backward pass of an AuT; the backward pass is counted as in `training_flops_by_part`,
+    gradients reaching every part below which something learns."""
+    learns = {part: any(p.requires_grad for p in getattr(model, part).parameters()) for part in ("aut", "decoder")}
+    learns["ctc"] = model.ctc is not None and any(p.requires_grad for p in model.ctc.parameters())
+    forward = aut_forward_flops(model, batch, window_frames)
+    return sum(flops * (3 if learns[part] else 2 if learns["aut"] else 1) for part, flops in forward.items())
 
 
 def training_flops_by_part(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:

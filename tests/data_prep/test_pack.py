@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import omnitrain
-from data_prep import pack
+from data_prep import pack, tokenizer
 from data_prep.prompts import FEW, prompt
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.media import decode_audio, decode_image, decode_video
@@ -102,13 +102,21 @@ def test_every_row_decodes(source: SampleSource, samples: list[Sample]) -> None:
     assert seconds > 20 * 60 * 0.9
 
 
+def test_the_tokenizer_of_speech_is_that_of_the_spoken_rows(samples: list[Sample], tmp_path: Path) -> None:
+    assert tokenizer.main([str(PACK), "--out", str(tmp_path), "--vocabulary", "512", "--tasks", "asr", "s2tt"]) == 0
+    assert (tmp_path / "tokenizer.json").read_bytes() == (PACK / pack.SPEECH_TOKENIZER).read_bytes()
+    speech = ChatTokenizer.from_file(PACK / pack.SPEECH_TOKENIZER)
+    for sample in [s for s in samples if s.task == "asr"][:300]:
+        assert speech.decode(speech.encode(sample.reference)) == sample.reference
+
+
 def test_the_tokenizer_fits(samples: list[Sample]) -> None:
-    tokenizer = ChatTokenizer.from_dir(PACK)
-    assert tokenizer.vocab_size == pack.VOCABULARY
+    bpe = ChatTokenizer.from_dir(PACK)
+    assert bpe.vocab_size == pack.VOCABULARY
     caption = next(s for s in samples if s.task == "caption" and s.languages == ("en",) and s.split == "train")
-    assert len(tokenizer.encode(caption.reference)) <= 8
+    assert len(bpe.encode(caption.reference)) <= 8
     for sample in samples[:300]:
-        assert tokenizer.decode(tokenizer.encode(sample.reference)) == sample.reference
+        assert bpe.decode(bpe.encode(sample.reference)) == sample.reference
 
 
 def test_a_pack_is_made_the_same_each_time(

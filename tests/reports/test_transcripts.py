@@ -32,7 +32,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "eval").mkdir()
     (folder / "config.yaml").write_text("name: a listener\nevaluation: {scores: transcripts}\n")
     (folder / "metrics.csv").write_text(
-        "step,validation/cer,validation/cer/es,train/loss/audio\n1,0.9,0.8,4\n2,0.7,0.6,3\n"
+        "step,validation/cer,validation/cer/es,validation/cer_ctc,train/loss/audio\n1,0.9,0.8,1,4\n2,0.7,0.6,0.5,3\n"
     )
     systems = [(MODEL, 1, 0.61), (MODEL, 8, 0.4321), (FREQUENT, None, 0.8), (CONSTANT, None, 0.75)]
     gain = {"mean": 0.31, "low": 0.2, "high": 0.4, "n": 4, "groups": 4, "level": 0.95, "above_zero": True}

@@ -8,8 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_training import step_samples, toy_model
 
 from omnitrain.data.batch import PackedBatch
+from omnitrain.models.aut_decoder import text_of
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
-from omnitrain.training.flops import BatchSizes, forward_flops, peak_flops, training_flops, training_flops_by_part
+from omnitrain.training.flops import (
+    BatchSizes,
+    aut_forward_flops,
+    aut_training_flops,
+    forward_flops,
+    peak_flops,
+    training_flops,
+    training_flops_by_part,
+)
+from tests.models.whisper_reference import small_aut, spoken_sample
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
@@ -85,3 +95,35 @@ def test_peak_is_measured_on_a_processor() -> None:
     peak, source = peak_flops(torch.device("cpu"), seconds=0.05)
     assert source == "measured"
     assert peak > 1e8
+
+
+def test_forward_flops_of_an_aut() -> None:
+    """As above: torch's count of each part, attention added, whole seconds of sound."""
+    model = small_aut(ctc_slots=3)
+    shapes = [(200, 3, 4), (500, 1, 2), (100, 2, 6)]
+    batch = PackedBatch.pack(
+        [spoken_sample(i, frames=f, before=b, after=a, answer=3) for i, (f, b, a) in enumerate(shapes)]
+    )
+    with torch.no_grad():
+        output = model(**batch.model_inputs(), aut_window_frames=200)
+        with FlopCounterMode(display=False) as whole:
+            model(**batch.model_inputs(), aut_window_frames=200)
+        with FlopCounterMode(display=False) as encoding:
+            model.aut.encode(batch.mel, batch.mel_lengths, 200)
+        with FlopCounterMode(display=False) as by_ctc:
+            model.ctc_log_probs(output.encoded, output.cu_seqlens_audio)
+    encoded, decoded = encoding.get_total_flops(), whole.get_total_flops() - encoding.get_total_flops()
+    targets = int((batch.labels >= 0).sum())
+    text, heard = text_of(batch.cu_seqlens, batch.token_types)[2].diff(), output.cu_seqlens_audio.diff()
+    # In windows of 2 s, thus of 26 features: 1; 2, and one of 1 s; one of 1 s.
+    in_windows = 26**2 + 2 * 26**2 + 13**2 + 13**2
+    in_decoder = float((text * (text + 1) / 2 + text * heard).sum())
+    found = aut_forward_flops(model, batch, window_frames=200)
+    assert found["ctc"] == by_ctc.get_total_flops()
+    assert found["aut"] == pytest.approx(encoded + 4 * in_windows * 32 * 2, rel=0.003)  # 25 columns become 13
+    head = 2 * targets * model.output_embedding.numel()
+    assert found["decoder"] == decoded + head + 4 * in_decoder * 32 * 3
+    assert aut_training_flops(model, batch, 200) == 3 * sum(found.values())
+    model.requires_grad_(False)
+    model.decoder.requires_grad_(True)
+    assert aut_training_flops(model, batch, 200) == 3 * found["decoder"] + found["aut"] + found["ctc"]
