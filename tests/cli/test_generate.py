@@ -13,10 +13,12 @@ import soundfile
 from PIL import Image
 
 from omnitrain.__main__ import main
-from omnitrain.cli.generate import _OrderedOutput
+from omnitrain.cli.generate import _OrderedOutput, _transcribe
 from omnitrain.data.chat import ChatTokenizer, train_bpe
+from omnitrain.generation.sampling import Decoding
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.presets import build, init_weights
+from tests.models.whisper_reference import small_aut, spoken_sample
 
 SMALL = {"thinker": {"layers": 2}, "aut": {"layers": 1}, "vision": {"layers": 2}}
 
@@ -187,3 +189,26 @@ def test_weights_that_do_not_fit_are_refused(capsys, run_dir, tmp_path):
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("    layers: 2\n", "    layers: 3\n", 1))
     assert "does not fit the model" in fail(capsys, folder, *LESS, "hello")
+
+
+def test_an_aut_prints_what_is_final_as_it_comes(capsys, monkeypatch) -> None:
+    """Five seconds in windows of two: with --stream several pieces, together the line that is printed else."""
+    written = []
+
+    class Letters:
+        stop_ids = ()
+
+        def decode(self, ids) -> str:
+            return "".join("abcdé"[i % 5] for i in ids)
+
+    model, prompt = small_aut(seed=1), spoken_sample(0, frames=500, before=2, after=3)
+    for stream in (False, True):
+        _transcribe(model, [prompt], Decoding(max_new_tokens=6), Letters(), stream=stream)
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+    assert len(written[0].strip()) > 6
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *texts, **_: pieces.extend(filter(None, texts)))
+    _transcribe(model, [prompt], Decoding(max_new_tokens=6), Letters(), stream=True)
+    assert len(pieces) > 1
+    assert "".join(pieces) == written[0].strip()
