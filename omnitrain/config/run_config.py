@@ -321,11 +321,15 @@ class AuTGenerationConfig(GenerationConfig):
         beam: hypotheses of a beam search, which draws nothing at random; 1: none, one token after the other.
         length_penalty: of a beam search: log p / (number of tokens ^ length_penalty) counts; 0 prefers short texts.
         timestamps: when each word was said: by `ctc` (needs `model.ctc_slots`) or by cross-`attention`; `none`.
+        ctc_weight: of CTC against the decoder in transcripts (needs `model.ctc_slots`): CTC proposes `beam` texts, or 8
+            where that is 1, and weight * its log p + (1 - weight) * the decoder's chooses (`generation.rescore`); null:
+            the decoder alone writes. Other answers, such as translations, are always the decoder's.
     """
 
     max_new_tokens: int = 256
     beam: int = 1
     length_penalty: float = 1.0
+    ctc_weight: float | None = None
     timestamps: Literal["none", "ctc", "attention"] = "none"
 
     def __post_init__(self) -> None:
@@ -333,6 +337,8 @@ class AuTGenerationConfig(GenerationConfig):
             raise ValueError(f"module.generation.beam={self.beam}: must be at least 1")
         if self.beam > 1 and self.temperature:
             raise ValueError("module.generation: a beam search draws nothing; leave temperature or beam alone")
+        if self.ctc_weight is not None:
+            _check_share(self.ctc_weight, "module.generation.ctc_weight")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import BadSample, Sample, Segment
 from omnitrain.evaluation.teacher_forced import DEFAULT_BUDGET, Writer, evaluating, packs
+from omnitrain.generation.rescore import Rescoring, rescored
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.text import generate
 from omnitrain.generation.transcribe import BeamSearch, ctc_transcribe, transcribe
@@ -21,12 +22,13 @@ def answer_prompts(
     tokenizer: ChatTokenizer,
     prompts: Sequence[EncodedSample],
     *,
-    decoding: Decoding | BeamSearch | Literal["ctc"],
+    decoding: Decoding | BeamSearch | Rescoring | Literal["ctc"],
     aut_window_frames: int | None = None,
 ) -> list[str]:
     """The answer to each prompt (`SampleEncoder.encode_prompt`), in their order. Prompts are answered together within
-    `DEFAULT_BUDGET`; one that is larger is answered alone. `decoding` "ctc": what the CTC head of an AuT hears.
-    `aut_window_frames`: attention window of the audio encoder, default the configuration's."""
+    `DEFAULT_BUDGET`; one that is larger is answered alone. `decoding` "ctc": what the CTC head of an AuT
+    hears; `Rescoring`: what it and the decoder write together. `aut_window_frames`: attention window of the audio
+    encoder, default the configuration's."""
     answers = [""] * len(prompts)
     with evaluating(model):
         for pack in packs(prompts, DEFAULT_BUDGET):
@@ -34,6 +36,10 @@ def answer_prompts(
             if decoding == "ctc":
                 assert isinstance(model, AuT)
                 written = ctc_transcribe(model, batch, aut_window_frames=aut_window_frames)
+            elif isinstance(decoding, Rescoring):
+                assert isinstance(model, AuT)
+                encode, end = tokenizer.encode, tokenizer.stop_ids[0]
+                written = rescored(model, batch, encode, end, decoding, aut_window_frames=aut_window_frames)
             else:
                 ids = _write(model, batch, decoding, tokenizer.stop_ids, aut_window_frames)
                 written = map(tokenizer.decode, ids)
@@ -61,7 +67,7 @@ def answer_samples(
     encoder: SampleEncoder,
     asked: Sequence[tuple[Sample, Callable[[Segment], bytes]]],
     *,
-    decoding: Decoding | BeamSearch | Literal["ctc"],
+    decoding: Decoding | BeamSearch | Rescoring | Literal["ctc"],
     on_bad: Callable[[BadSample, str], None],
     aut_window_frames: int | None = None,
 ) -> list[str | None]:

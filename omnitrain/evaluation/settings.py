@@ -54,6 +54,8 @@ class TranscriptEvaluation(Evaluation):
         window_seconds: attention windows of the audio encoder, whole seconds; everything is answered with each.
         max_new_tokens: of an answer.
         beam: hypotheses of a beam search (AuT alone); 1: the likeliest token each time.
+        ctc_weight: of the CTC head of an AuT against its decoder, where transcripts of both are scored too
+            (`generation.rescore.Rescoring`); null: these are not.
         players: recordings that can be heard in the report.
         seed: of which samples are drawn, and of the bootstrap; the same for every run, so that runs compare.
     """
@@ -64,6 +66,7 @@ class TranscriptEvaluation(Evaluation):
     window_seconds: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     max_new_tokens: int = 64
     beam: int = 1
+    ctc_weight: float | None = 0.5
     players: int = 12
     seed: int = 0
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,7 @@ from omnitrain.evaluation.progress import progress_bar
 from omnitrain.evaluation.settings import TranscriptEvaluation
 from omnitrain.evaluation.teacher_forced import Writer, evaluating
 from omnitrain.files import HEARD, TRANSCRIPTS, write_json, write_parquet
+from omnitrain.generation.rescore import Rescoring
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.timestamps import cross_attention_maps
 from omnitrain.generation.transcribe import BeamSearch
@@ -56,9 +57,9 @@ from omnitrain.vocabulary import TEXT
 MODEL, FREQUENT, CONSTANT = "model", "most frequent", "best constant"
 """Who answers: the model; whoever always gives the most frequent training answer of that task and language; whoever
 gives the one of the `CANDIDATES` most frequent that has the lowest character error rate on the training answers."""
-HEARD_BY_CTC = "asr_ctc"
-"""The task of transcripts that the CTC head of an AuT writes, beside those of its decoder: what the encoder alone
-hears."""
+BY_CTC, BY_BOTH = "asr_ctc", "asr_ctc_decoder"
+"""The tasks of transcripts that do not come from an AuT's decoder alone: those of its CTC head, which is what the
+encoder hears, and those of both (`generation.rescore`)."""
 CANDIDATES = 20
 TRAINING_ANSWERS = 400
 """So many training answers of a task and language, evenly spaced, are read for the two that never listen."""
@@ -186,7 +187,8 @@ HALLUCINATING = Measure(
 )  # fmt: skip
 OF_TASK = {
     "asr": (CER, WER),
-    HEARD_BY_CTC: (CER, WER),
+    BY_CTC: (CER, WER),
+    BY_BOTH: (CER, WER),
     "s2tt": (CHRF, BLEU),
     "audio_caption": (NAMED, HALLUCINATING, HALLUCINATED, CHRF, CIDER),
 }
@@ -366,12 +368,17 @@ def evaluate_transcripts(
     windows, decoding = settings.window_seconds, Decoding(max_new_tokens=settings.max_new_tokens)
     if settings.beam > 1:
         decoding = BeamSearch(width=settings.beam, max_new_tokens=settings.max_new_tokens)
+    others: dict[str, Rescoring | Literal["ctc"]] = {}
+    if isinstance(model, AuT) and model.ctc is not None:
+        others[BY_CTC] = "ctc"
+        if settings.ctc_weight is not None:
+            others[BY_BOTH] = Rescoring(ctc_weight=settings.ctc_weight)
     with progress_bar(progress, f"answering about {len(drawn)} recordings, {len(windows)} windows") as bar:
         task = bar.add_task("transcripts", total=len(drawn) * len(windows))
         answers = []
         for window in windows:
             bar.update(task, description=f"window of {window} s")
-            for found in _answers(model, encoder, drawn, window, decoding, skipped):
+            for found in _answers(model, encoder, drawn, window, decoding, others, skipped):
                 answers += found
                 bar.advance(task, _BATCH)
         bar.update(task, description="media swap", completed=len(drawn) * len(windows))
@@ -425,35 +432,33 @@ def _answers(
     drawn: Sequence[Drawn],
     window: int,
     decoding: Decoding | BeamSearch,
+    others: Mapping[str, Rescoring | Literal["ctc"]],
     skipped: Counter[str],
 ) -> Iterator[list[Answer]]:
+    """Of `_BATCH` recordings at a time; `others`: ways to write transcripts by the tasks under which they stand."""
+
     def count_bad(bad: BadSample, _: str) -> None:
         skipped[bad.reason] += 1
 
+    def asked(
+        part: Sequence[Drawn], way: Any, on_bad: Callable[[BadSample, str], None]
+    ) -> Iterator[tuple[Sample, str]]:
+        media = [(one.sample, one.source.media_bytes) for one in part]
+        texts = answer_samples(model, encoder, media, decoding=way, on_bad=on_bad, aut_window_frames=100 * window)
+        return ((one.sample, text) for one, text in zip(part, texts, strict=True) if text is not None)
+
     for start in range(0, len(drawn), _BATCH):
         part = drawn[start : start + _BATCH]
-        said = answer_samples(
-            model, encoder, [(one.sample, one.source.media_bytes) for one in part],
-            decoding=decoding, on_bad=count_bad, aut_window_frames=100 * window,
-        )  # fmt: skip
-        answers = [
-            Answer.of(one.sample, text, window) for one, text in zip(part, said, strict=True) if text is not None
-        ]
-        if isinstance(model, AuT) and model.ctc is not None:
-            spoken = [one for one in part if one.sample.task in ERROR_RATE_TASKS]
-            heard = answer_samples(
-                model, encoder, [(one.sample, one.source.media_bytes) for one in spoken],
-                decoding="ctc", on_bad=lambda *_: None, aut_window_frames=100 * window,
-            )  # fmt: skip
-            answers += [
-                _by_ctc(one.sample, text, window) for one, text in zip(spoken, heard, strict=True) if text is not None
-            ]
+        answers = [Answer.of(sample, text, window) for sample, text in asked(part, decoding, count_bad)]
+        spoken = [one for one in part if one.sample.task in ERROR_RATE_TASKS]
+        for task, way in others.items():
+            answers += [_heard(*pair, window, task) for pair in asked(spoken, way, lambda *_: None)]
         yield answers
 
 
-def _by_ctc(sample: Sample, text: str, window: int) -> Answer:
+def _heard(sample: Sample, text: str, window: int, task: str) -> Answer:
     """Under an id of its own, since the decoder answers about the same recording."""
-    return replace(Answer.of(sample, text, window), task=HEARD_BY_CTC, id=f"{sample.id}/ctc")
+    return replace(Answer.of(sample, text, window), task=task, id=f"{sample.id}/{task}")
 
 
 def _swap_record(task: str, swap: MediaSwap) -> dict[str, Any]:

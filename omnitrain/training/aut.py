@@ -19,6 +19,7 @@ from torchaudio.functional import mask_along_axis
 from omnitrain.config.run_config import AuTLossConfig, AuTModuleConfig, OptimConfig, SpecAugmentConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.evaluation.metrics import ERROR_RATE_TASKS, edits, normalise
+from omnitrain.generation.rescore import Rescoring, rescored
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.timestamps import word_times
 from omnitrain.generation.transcribe import BeamSearch, ctc_transcribe, transcribe
@@ -58,6 +59,8 @@ class AuTModule(ThinkerModule[AuT]):
             raise ValueError("module.loss.ctc needs a head: set model.ctc_slots=4, or module.loss.ctc=0")
         if config.generation.timestamps == "ctc" and model.ctc is None:
             raise ValueError("module.generation.timestamps=ctc needs model.ctc_slots=4; take attention instead")
+        if config.generation.ctc_weight is not None and model.ctc is None:
+            raise ValueError("module.generation.ctc_weight needs model.ctc_slots=4; null: the decoder alone")
         super().__init__(model, config, optim, seed=seed)
         self._transcripts: list[tuple[str, str, str]] = []
         """Of this validation: language, reference and what the decoder wrote."""
@@ -126,7 +129,17 @@ class AuTModule(ThinkerModule[AuT]):
                 length_penalty=wanted.length_penalty,
                 max_new_tokens=wanted.max_new_tokens,
             )
-        return transcribe(self.model, batch, decoding, stop_ids=self.datamodule.tokenizer.stop_ids)
+        tokenizer = self.datamodule.tokenizer
+        spoken = [task in ERROR_RATE_TASKS for task in batch.tasks]
+        written: list[list[int]] = [[] for _ in spoken]
+        if wanted.ctc_weight is None or not all(spoken):
+            written = transcribe(self.model, batch, decoding, stop_ids=tokenizer.stop_ids)
+        if wanted.ctc_weight is not None and any(spoken):
+            rescoring = Rescoring(ctc_weight=wanted.ctc_weight, width=wanted.beam if wanted.beam > 1 else 8)
+            texts = rescored(self.model, batch, tokenizer.encode, tokenizer.stop_ids[0], rescoring)
+            heard = map(tokenizer.encode, texts)
+            written = [own if of_ctc else ids for own, ids, of_ctc in zip(heard, written, spoken, strict=True)]
+        return written
 
     def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """What was heard in a batch of recordings: `id`, `source`, `task`, `languages` and `text` of each; with

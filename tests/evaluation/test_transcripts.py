@@ -39,6 +39,7 @@ from omnitrain.evaluation.transcripts import (
     score,
     training_answers,
 )
+from omnitrain.generation.rescore import Rescoring, rescored
 from omnitrain.generation.transcribe import ctc_transcribe
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.sizes import AuTConfig, AuTDecoderConfig, AuTModelConfig
@@ -179,7 +180,7 @@ def test_the_whole_evaluation(evaluated: tuple[dict[str, Any], Path]) -> None:
     assert {row["cer"] for row in rows if row["window"] == 8} == {0.0}
 
 
-def test_what_the_encoder_alone_hears_stands_beside_what_the_decoder_writes(
+def test_what_ctc_hears_and_both_write_stands_beside_what_the_decoder_writes(
     encoder: SampleEncoder, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -195,11 +196,16 @@ def test_what_the_encoder_alone_hears_stands_beside_what_the_decoder_writes(
     rows = pq.read_table(tmp_path / "transcripts.parquet").to_pylist()
     said = {row["id"]: row["prediction"] for row in rows if row["window"] == 2}
     tasks = Counter(row["task"] for row in rows)
-    assert tasks == {"asr": 6, "asr_ctc": 6, "s2tt": 2}
+    assert tasks == {"asr": 6, "asr_ctc": 6, "asr_ctc_decoder": 6, "s2tt": 2}
     for i in range(3):
         prompt = encoder.encode_prompt(recording(i), lambda segment: segment.media)
         [heard] = ctc_transcribe(model, PackedBatch.pack([prompt]), aut_window_frames=200)
-        assert said[f"{recording(i).id}/ctc"] == heard.strip() != ""
+        assert said[f"{recording(i).id}/asr_ctc"] == heard.strip() != ""
+        [both] = rescored(
+            model, PackedBatch.pack([prompt]), encoder.tokenizer.encode, encoder.tokenizer.stop_ids[0],
+            Rescoring(), aut_window_frames=200,
+        )  # fmt: skip
+        assert said[f"{recording(i).id}/asr_ctc_decoder"] == both.strip()
     assert record(scores["scores"], task="asr_ctc", languages="all", window=2)["measures"]["cer"]["mean"] > 0
 
 

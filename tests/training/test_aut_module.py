@@ -23,6 +23,7 @@ from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.settings import AugmentConfig, DataConfig, SourceConfig
 from omnitrain.evaluation.metrics import cer
+from omnitrain.generation.rescore import Rescoring, rescored
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.transcribe import BeamSearch, transcribe
 from omnitrain.models.aut_decoder import AuT
@@ -139,12 +140,29 @@ def test_transcripts_are_written_as_the_configuration_says() -> None:
             assert all(0 <= word["start"] < word["end"] <= end for word in row["words"])
 
 
+def test_both_halves_write_transcripts_and_the_decoder_all_else() -> None:
+    data = recordings()
+    prompts = a_batch(data).prompts()
+    assert set(prompts.tasks) == {"asr", "s2tt"}
+    made = module(generation=AuTGenerationConfig(ctc_weight=0.5, max_new_tokens=4)).eval()
+    texts = [row["text"] for row in made.predict_step(prompts, 0)]
+    alone = transcribe(made.model, prompts, Decoding(max_new_tokens=4), stop_ids=data.tokenizer.stop_ids)
+    both = rescored(made.model, prompts, data.tokenizer.encode, data.tokenizer.stop_ids[0], Rescoring())
+    for task, text, ids, together in zip(prompts.tasks, texts, alone, both, strict=True):
+        assert text == (together if task == "asr" else data.tokenizer.decode(ids))
+
+
 def test_nonsense_about_transcripts_is_refused() -> None:
     with pytest.raises(ValueError, match=r"module\.generation\.beam=0"):
         AuTGenerationConfig(beam=0)
     with pytest.raises(ValueError, match="draws nothing"):
         AuTGenerationConfig(beam=2, temperature=0.5)
-    loss, by = AuTLossConfig(ctc=0), AuTGenerationConfig(timestamps="ctc")
+    with pytest.raises(ValueError, match=r"module\.generation\.ctc_weight"):
+        AuTGenerationConfig(ctc_weight=2.0)
+    loss, weighed = AuTLossConfig(ctc=0), AuTGenerationConfig(ctc_weight=0.5)
+    with pytest.raises(ValueError, match=r"ctc_weight needs model\.ctc_slots=4"):
+        AuTModule(tiny_aut(ctc_slots=0), AuTModuleConfig(loss=loss, generation=weighed))
+    by = AuTGenerationConfig(timestamps="ctc")
     with pytest.raises(ValueError, match=r"timestamps=ctc needs model\.ctc_slots=4"):
         AuTModule(tiny_aut(ctc_slots=0), AuTModuleConfig(loss=loss, generation=by))
 
