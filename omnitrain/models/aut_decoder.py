@@ -128,7 +128,15 @@ class AuTDecoder(nn.Module):
 
     def memory(self, encoded: Tensor, cu_seqlens: Tensor) -> Memory:
         """The keys and values that all layers will look at, made once for a recording: encoded [T, D], the documents'
-        borders in it int32 [B + 1]."""
+        borders in it int32 [B + 1].
+
+        The encoder's positions begin anew in each second. Here each feature is told its place in the document, without
+        which the decoder could not know what was said first.
+        """
+        lengths = cu_seqlens.diff().long()
+        place = torch.arange(len(encoded), device=encoded.device)
+        place = place - cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=len(encoded))
+        encoded = encoded + sinusoids(place, encoded.shape[1]).to(encoded.dtype)
         keys, values = zip(*(cast(AuTDecoderLayer, layer).keys_values(encoded) for layer in self.layers), strict=True)
         return Memory(keys=keys, values=values, cu_seqlens=cu_seqlens)
 

@@ -27,7 +27,7 @@ from omnitrain.generation.timestamps import (
 from omnitrain.generation.transcribe import transcribe
 from omnitrain.models.aut import AuTConfig, AuTEncoder
 from omnitrain.models.aut_decoder import text_of
-from tests.models.whisper_reference import small_aut, spoken_sample, whisper_of
+from tests.models.whisper_reference import placed, small_aut, spoken_sample, whisper_of
 
 SHAPES = [(130, 3, 4), (57, 1, 0), (371, 2, 6)]
 
@@ -134,7 +134,7 @@ def test_attention_maps_equal_the_reference(model, batch):
     texts = batch.input_ids[rows[0]].split(rows[2].diff().tolist())
     found = cross_attention_maps(model, batch)
     for ids, features, maps in zip(texts, encoded.split(heard.diff().tolist()), found, strict=True):
-        out = reference(ids[None], encoder_hidden_states=features[None], output_attentions=True)
+        out = reference(ids[None], encoder_hidden_states=placed(features)[None], output_attentions=True)
         expected = torch.cat(out.cross_attentions)
         assert maps.shape == (3, 4, len(ids), len(features))
         torch.testing.assert_close(maps, expected, atol=1e-4, rtol=1e-4)

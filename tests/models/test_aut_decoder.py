@@ -13,7 +13,7 @@ from omnitrain.generation.cache import PackedKVCache
 from omnitrain.models.aut_decoder import AuT, text_of
 from omnitrain.models.presets import build, count_parameters, init_weights
 from omnitrain.models.sizes import AUT_PRESETS, AuTConfig, AuTDecoderConfig, AuTModelConfig
-from tests.models.whisper_reference import VOCABULARY, small_aut, spoken_sample, whisper_of
+from tests.models.whisper_reference import VOCABULARY, placed, small_aut, spoken_sample, whisper_of
 
 TEXTS, RECORDINGS = [1, 7, 20, 7], [30, 1, 12, 30]
 
@@ -49,13 +49,13 @@ def test_hidden_states_and_gradients_equal_the_reference(model, documents):
     reference = whisper_of(model.decoder).model.decoder
     weight = torch.randn(sum(TEXTS), 32)
     (sum(
-        (reference(i[None], encoder_hidden_states=e[None]).last_hidden_state[0] * w).sum()
+        (reference(i[None], encoder_hidden_states=placed(e)[None]).last_hidden_state[0] * w).sum()
         for (i, e), w in zip(documents, weight.split(TEXTS), strict=True)
     ) / 100).backward()  # fmt: skip
     expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     expected["embed_tokens.weight"] = expected["embed_tokens.weight"] * math.sqrt(32)  # there, they are scaled already
     heard = [e.grad.clone() for _, e in documents]
-    alone = [reference(i[None], encoder_hidden_states=e[None]).last_hidden_state[0] for i, e in documents]
+    alone = [reference(i[None], encoder_hidden_states=placed(e)[None]).last_hidden_state[0] for i, e in documents]
 
     for model.decoder.activation_checkpointing in (True, False):
         model.zero_grad()
@@ -78,7 +78,7 @@ def test_hidden_states_and_gradients_equal_the_reference(model, documents):
 def test_logits_equal_the_reference(model, documents):
     reference = whisper_of(model.decoder)
     for ids, encoded in documents:
-        hidden = reference.model.decoder(ids[None], encoder_hidden_states=encoded[None]).last_hidden_state[0]
+        hidden = reference.model.decoder(ids[None], encoder_hidden_states=placed(encoded)[None]).last_hidden_state[0]
         ours = model.decoder.logits(decoded(model, [(ids, encoded)]))
         torch.testing.assert_close(ours, reference.proj_out(hidden), atol=1e-4, rtol=1e-4)
 

@@ -50,6 +50,11 @@ def whisper_of(decoder: AuTDecoder):
     return reference
 
 
+def placed(encoded: torch.Tensor) -> torch.Tensor:
+    """A recording's features [T, D] as Whisper's encoder gives them: its positions go through the whole recording."""
+    return encoded + sinusoids(torch.arange(len(encoded)), encoded.shape[1])
+
+
 def spoken_sample(
     seed: int, *, frames: int, before: int, after: int, answer: int = 0, n_mels: int = 16
 ) -> EncodedSample:
