@@ -12,7 +12,7 @@ from omnitrain.data.batch import PackedBatch
 from omnitrain.generation.sampling import Decoding
 from omnitrain.generation.transcribe import BeamSearch, transcribe
 from omnitrain.models.aut_decoder import text_of
-from tests.models.whisper_reference import VOCABULARY, small_aut, spoken_sample, whisper_of
+from tests.models.whisper_reference import VOCABULARY, placed, small_aut, spoken_sample, whisper_of
 
 NEW = 14
 SHAPES = [(130, 3, 4), (57, 1, 0), (100, 0, 2), (371, 2, 6), (101, 3, 4)]
@@ -50,7 +50,7 @@ def reference_tokens(model, sample, **options) -> list[int]:
     reference = whisper_of(model.decoder)
     reference.generation_config.eos_token_id = options.pop("eos_token_id", None)
     out = GenerationMixin.generate(  # Whisper's own adds its task tokens
-        reference, encoder_outputs=BaseModelOutput(last_hidden_state=encoded[None]), decoder_input_ids=prompt,
+        reference, encoder_outputs=BaseModelOutput(last_hidden_state=placed(encoded)[None]), decoder_input_ids=prompt,
         do_sample=False, max_new_tokens=NEW, **options,
     )  # fmt: skip
     return out[0, prompt.shape[1] :].tolist()

@@ -66,7 +66,7 @@ def a_batch(data: OmniDataModule) -> PackedBatch:
 
 def module(**config: Any) -> AuTModule:
     optim = OptimConfig(lr=3e-3, warmup_steps=1, schedule="constant")
-    made = AuTModule(tiny_aut(), AuTModuleConfig(**config), optim)
+    made = AuTModule(tiny_aut(seed=1), AuTModuleConfig(**config), optim)  # one that does not say the same of all
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     vars(trainer)["datamodule"] = recordings()
     made.trainer = vars(made)["kept"] = trainer
