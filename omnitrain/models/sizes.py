@@ -644,7 +644,7 @@ CODEC_PRESETS: dict[str, CodecConfig] = {
 }  # fmt: skip
 
 AUT_PRESETS: dict[str, AuTModelConfig] = {
-    # Minutes on two CPU cores: 2.2 M parameters with a vocabulary of 2,048, 0.9 M of them the encoder's.
+    # Minutes on two CPU cores: 2.1 M parameters with a vocabulary of 2,048, 0.9 M of them the encoder's.
     "tiny": AuTModelConfig(
         encoder=AuTConfig(d_model=128, layers=4, heads=4, ffn=512, out_dim=192, conv_hidden=32),
         decoder=AuTDecoderConfig(d_model=128, layers=3, heads=4, ffn=512, vocab_size=2048),
