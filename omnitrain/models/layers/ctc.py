@@ -8,7 +8,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 
 def shortest_path(target: Sequence[int]) -> int:
@@ -31,11 +30,13 @@ def ctc_losses(log_probs: Sequence[Tensor], targets: Sequence[Sequence[int]]) ->
     losses: list[Tensor | None] = [None] * len(log_probs)
     if not possible:
         return losses
-    padded = pad_sequence([log_probs[i] for i in possible])  # [steps, B, V + 1]
+    longest = max(len(log_probs[i]) for i in possible)
+    # Not `pad_sequence`, whose backward pass copies the whole for each of its parts.
+    padded = torch.stack([F.pad(log_probs[i], (0, 0, 0, longest - len(log_probs[i]))) for i in possible], dim=1)
     symbols = torch.tensor([symbol for i in possible for symbol in targets[i]], device=padded.device)
     steps, lengths = (torch.tensor([len(of[i]) for i in possible]) for of in (log_probs, targets))
     found = F.ctc_loss(padded, symbols, steps, lengths, blank=padded.shape[-1] - 1, reduction="none")
-    for i, loss in zip(possible, found, strict=True):
+    for i, loss in zip(possible, found.unbind(), strict=True):
         losses[i] = loss
     return losses
 
