@@ -304,7 +304,8 @@ def _best_constant(counts: Counter[str], language: str) -> str:
 def without_listening(answers: Sequence[Answer], constants: Mapping[Kind, Mapping[str, str]]) -> Iterator[Answer]:
     """What `FREQUENT` and `CONSTANT` answer about the same recordings; nothing of a task that was never trained."""
     for answer in answers:
-        known = constants.get((answer.task, answer.languages), constants.get((answer.task, "")))
+        task = "asr" if answer.task in (BY_CTC, BY_BOTH) else answer.task
+        known = constants.get((task, answer.languages), constants.get((task, "")))
         for system, said in (known or {}).items():
             yield replace(answer, system=system, prediction=said, window=None)
 

@@ -192,7 +192,8 @@ def test_what_ctc_hears_and_both_write_stands_beside_what_the_decoder_writes(
     model = AuT(config)
     held = {"m": Samples([*(recording(i) for i in range(3)), recording(0, task="s2tt")])}
     settings = TranscriptEvaluation(max_swapped=0, window_seconds=[1, 2], max_new_tokens=3)
-    scores = evaluate_transcripts(model, encoder, held, settings, tmp_path, progress=False)
+    train = {"train": Samples([recording(0, "train")])}
+    scores = evaluate_transcripts(model, encoder, held, settings, tmp_path, train_sources=train, progress=False)
     rows = pq.read_table(tmp_path / "transcripts.parquet").to_pylist()
     said = {row["id"]: row["prediction"] for row in rows if row["window"] == 2}
     tasks = Counter(row["task"] for row in rows)
@@ -207,6 +208,8 @@ def test_what_ctc_hears_and_both_write_stands_beside_what_the_decoder_writes(
         )  # fmt: skip
         assert said[f"{recording(i).id}/asr_ctc_decoder"] == both.strip()
     assert record(scores["scores"], task="asr_ctc", languages="all", window=2)["measures"]["cer"]["mean"] > 0
+    constants = [record(scores["scores"], task=t, languages="all", system=FREQUENT) for t in ("asr", "asr_ctc")]
+    assert constants[0]["measures"] == constants[1]["measures"]
 
 
 def test_a_list_that_is_none_is_skipped_and_counted(encoder: SampleEncoder, tmp_path: Path, monkeypatch: Any) -> None:
