@@ -84,8 +84,8 @@ def test_hearing_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     if name == "aut":  # of the three sources one is like the pack's
         (tmp_path / "stamps").symlink_to(PACK)
         absent = ("prompts", "dialogues", "prompts_translated", "dialogues_translated")
-        overrides += [f"data.sources.{source}=null" for source in absent]
-        overrides += [f"data.{which}_sources.{s}=null" for which in ("validation", "test") for s in absent[:2]]
+        overrides += [f"data.{which}.{source}=null" for which in ("sources", "test_sources") for source in absent]
+        overrides += [f"data.validation_sources.{source}=null" for source in absent[:2]]
         overrides += [f"data.tokenizer={PACK / 'tokenizer.json'}"]
     assert main(["fit", f"+recipe={name}", "paths.run_dir=run", *overrides]) == 0
     scores = json.loads((tmp_path / "run/eval/transcripts.json").read_text())
