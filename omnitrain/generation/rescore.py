@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from omnitrain.data.batch import PackedBatch
+from omnitrain.generation.transcribe import listen
 from omnitrain.models.aut_decoder import AuT, text_of
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 
@@ -94,8 +95,7 @@ def rescored(
     Raises ValueError: a model without a CTC head, a document without a recording (`AuT.listen`) or without text.
     """
     batch = batch.to(model.output_embedding.device)
-    media = batch.mel, batch.mel_lengths, batch.grid_thw
-    encoded, borders = model.listen(batch.cu_seqlens, batch.token_types, *media, aut_window_frames=aut_window_frames)
+    encoded, borders = listen(model, batch, aut_window_frames)
     proposed = []
     for log_probs in model.ctc_log_probs(encoded, borders):
         texts: dict[str, float] = {}  # bytes that are no UTF-8 are left out, which may make two texts one

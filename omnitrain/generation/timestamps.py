@@ -21,6 +21,7 @@ from torch import Tensor
 from torchaudio.functional import forced_align, merge_tokens
 
 from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.generation.transcribe import listen
 from omnitrain.models.aut_decoder import AuT, AuTDecoderLayer, text_of
 from omnitrain.models.layers.ctc import shortest_path
 from omnitrain.models.sizes import AuTConfig
@@ -61,8 +62,7 @@ def word_times(
     """
     batch = batch.to(model.output_embedding.device)
     if by == "ctc":
-        media = batch.mel, batch.mel_lengths, batch.grid_thw
-        encoded, borders = model.listen(batch.cu_seqlens, batch.token_types, *media)
+        encoded, borders = listen(model, batch)
         heard = model.ctc_log_probs(encoded, borders)
         texts, decode = [list(decode(text).encode()) for text in texts], _of_bytes
         spans = [

@@ -45,6 +45,12 @@ class BeamSearch:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
 
 
+def listen(model: AuT, batch: PackedBatch, aut_window_frames: int | None = None) -> tuple[Tensor, Tensor]:
+    """`AuT.listen` to the recordings of `batch`, which is on the model's device."""
+    media = batch.mel, batch.mel_lengths, batch.grid_thw
+    return model.listen(batch.cu_seqlens, batch.token_types, *media, aut_window_frames=aut_window_frames)
+
+
 @torch.no_grad()
 def transcribe(
     model: AuT,
@@ -69,8 +75,7 @@ def transcribe(
     Raises ValueError: a document without a recording (`AuT.listen`) or without text.
     """
     batch = batch.to(model.output_embedding.device)
-    media = batch.mel, batch.mel_lengths, batch.grid_thw
-    encoded, borders = model.listen(batch.cu_seqlens, batch.token_types, *media, aut_window_frames=aut_window_frames)
+    encoded, borders = listen(model, batch, aut_window_frames)
     rows, positions, cu_seqlens = text_of(batch.cu_seqlens, batch.token_types)
     prompts = batch.input_ids[rows]
     texts = Transcripts(model.decoder, model.decoder.memory(encoded, borders), prompts, positions, cu_seqlens)
@@ -86,8 +91,7 @@ def ctc_transcribe(model: AuT, batch: PackedBatch, *, aut_window_frames: int | N
     """What the encoder's CTC head alone hears in every document of `batch`: its best path (Graves et al. 2006). Prompts
     are not read, so it is always the transcript. Raises ValueError without such a head, or as `AuT.listen`."""
     batch = batch.to(model.output_embedding.device)
-    media = batch.mel, batch.mel_lengths, batch.grid_thw
-    encoded, borders = model.listen(batch.cu_seqlens, batch.token_types, *media, aut_window_frames=aut_window_frames)
+    encoded, borders = listen(model, batch, aut_window_frames)
     heard = model.ctc_log_probs(encoded, borders)
     return [bytes(best_path(log_probs)).decode(errors="ignore") for log_probs in heard]
 

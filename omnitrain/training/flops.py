@@ -17,10 +17,9 @@ from torch import nn
 
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.models.aut import AuTEncoder
-from omnitrain.models.aut_decoder import AuT, AuTDecoderLayer
+from omnitrain.models.aut_decoder import AuT, AuTDecoderLayer, text_of
 from omnitrain.models.layers.moe import SwiGLUExperts
 from omnitrain.models.omni import OmniModel
-from omnitrain.vocabulary import TEXT
 
 # Dense bf16 peaks as stated by the manufacturer, in operations per second.
 STATED_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -100,11 +99,8 @@ def encoder_flops(aut: AuTEncoder, mel_lengths: Sequence[int], window_frames: in
 
 def aut_forward_flops(model: AuT, batch: PackedBatch, window_frames: int | None = None) -> dict[str, float]:
     """Operations of one forward pass of an AuT, by part: `aut`, `decoder`, `ctc`."""
-    is_text = batch.token_types == TEXT
-    borders = batch.cu_seqlens.diff().tolist()
-    text, heard = (
-        torch.tensor([int(part.sum()) for part in mask.split(borders)]).double() for mask in (is_text, ~is_text)
-    )
+    text = text_of(batch.cu_seqlens, batch.token_types)[2].diff().double()
+    heard = batch.cu_seqlens.diff() - text
     assert batch.mel_lengths is not None
     decoder, width = model.decoder, model.config.decoder.d_model
     layers = cast(Sequence[AuTDecoderLayer], decoder.layers)
