@@ -46,7 +46,8 @@ def augment(wave: np.ndarray, sample_rate: int, config: AugmentConfig, draw: ran
     generator = torch.Generator().manual_seed(draw.getrandbits(62))
     if draw.random() < config.room_share:
         echo = room(draw.uniform(*config.room_seconds), sample_rate, generator)
-        x = fftconvolve(x, echo)[: len(x)]
+        whole = fast_length(len(x) + len(echo) - 1) + 1 - len(echo)  # of x, with silence behind it
+        x = fftconvolve(torch.nn.functional.pad(x, (0, whole - len(x))), echo)[: len(x)]
     if draw.random() < config.noise_share:
         noise = coloured_noise(len(x), draw.uniform(0, 2), generator)
         x = add_noise(x, noise, torch.tensor(draw.uniform(*config.noise_snr)))
@@ -67,6 +68,14 @@ def room(seconds: float, sample_rate: int, generator: torch.Generator) -> Tensor
 
 def coloured_noise(samples: int, exponent: float, generator: torch.Generator) -> Tensor:
     """Noise [samples] whose power falls with frequency as f ** -exponent: 0 white, 1 pink, 2 brown."""
-    spectrum = torch.fft.rfft(torch.randn(samples, generator=generator))
+    n = fast_length(samples)
+    spectrum = torch.fft.rfft(torch.randn(n, generator=generator))
     frequency = torch.arange(len(spectrum)).clamp(min=1).float()
-    return torch.fft.irfft(spectrum * frequency ** (-exponent / 2), n=samples)
+    return torch.fft.irfft(spectrum * frequency ** (-exponent / 2), n=n)[:samples]
+
+
+def fast_length(n: int) -> int:
+    """`n` or a little more (an eighth at most): 8 to 16 times a power of two. A Fourier transform of such a length is
+    four times as fast as one whose length has large primes."""
+    step = 1 << max(0, n.bit_length() - 4)
+    return -(-n // step) * step

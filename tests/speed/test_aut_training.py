@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -69,15 +71,16 @@ def test_whisper_writes_what_its_own_generate_writes(data):
         assert found[i] == out[0, n:].tolist()
 
 
-def test_a_step_of_each_and_its_figures(data, args):
-    for name in ("omnitrain", "whisper sdpa, 12.5 a second"):
-        speed = benchmark.measure_speed(name, data, args)
-        assert speed["recordings_per_s"] > 0
-        assert 0 < speed["gib"] < 4
-        first, last = benchmark.measure_learning(name, data, args)["points"]
-        assert (first["step"], last["step"]) == (0, 2)
-        assert last["loss"] < first["loss"]
-        assert 0 < last["seconds"] < 60
+@pytest.mark.parametrize("name", ["omnitrain", "whisper sdpa, 12.5 a second"])
+def test_a_step_of_each_and_its_figures(data, args, name):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:  # this one may have had the memory already
+        speed = own.submit(benchmark.measure_speed, name, data, args).result()
+    assert speed["recordings_per_s"] > 0
+    assert 0 < speed["gib"] < 4
+    first, last = benchmark.measure_learning(name, data, args)["points"]
+    assert (first["step"], last["step"]) == (0, 2)
+    assert last["loss"] < first["loss"]
+    assert 0 < last["seconds"] < 60
 
 
 def test_each_pass_has_all_batches_in_its_own_order():
