@@ -193,7 +193,7 @@ def rows(name: str, placed: Sequence[Placed], asked: Sequence[Question], split: 
     licence = " AND ".join(sorted({part.piece.licence for part in placed}))
     whole = {"seconds": f"{seconds:.2f}"}
     if not single:
-        turns = [turn for question in asked for turn in _turn(question, recording if question is asked[0] else None)]
+        turns = [turn for i, question in enumerate(asked) for turn in _turn(question, None if i else recording)]
         yield Sample(
             id=name, source="long_recordings", messages=tuple(turns), split=split, task="needle", concept=name,
             languages=asked[0].languages, meta=whole, licence=licence,
@@ -225,7 +225,7 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
         source = open_source(folder, split=options.split, where={"task": ["asr", "sound"]}, name=folder)
         sentences += pieces(source, "asr", options.speech)
         sounds += pieces(source, "sound", options.named)
-    sounds = sounds[: options.sounds]
+    sentences, sounds = sentences[: options.sentences], sounds[: options.sounds]
     if len(sentences) < 2 or not sounds:
         raise ValueError(
             f"{len(sentences)} sentences in {', '.join(options.speech)} and {len(sounds)} sounds named in "
@@ -240,7 +240,9 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
             name = f"{options.split}/{options.seed}/{minutes:g}min/{number}"
             needle = sounds[int(rng.integers(len(sounds)))]
             placed = stitch(sentences, needle, minutes, rng)
-            made.extend(rows(name, placed, list(questions(placed, rng)), options.split, options.single))
+            asked = list(questions(placed, rng))
+            rng.shuffle(asked)  # else it is their order that a conversation teaches, and not what is asked
+            made.extend(rows(name, placed, asked, options.split, options.single))
             yield name, encode_audio(waveform(placed), SPEECH_RATE, options.format, bit_rate=24_000)
 
     write_media_table(recordings(), options.out / MEDIA)
@@ -255,6 +257,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--recordings", type=int, default=8, help="how many (default 8)")
     add("--speech", nargs="+", default=["es"], help="languages of the sentences (default es)")
     add("--named", nargs="+", default=["en"], help="languages in which sounds are named (default en)")
+    add("--sentences", type=int, help="so many different sentences; default: all")
     add("--sounds", type=int, help="so many different needles; default: all")
     add("--single", action="store_true", help="a row a question, with its position, instead of conversations")
     add("--format", choices=["opus", "flac"], default="opus", help="of the recordings (default opus, 24 kbit/s)")

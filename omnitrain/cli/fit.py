@@ -19,7 +19,7 @@ from omnitrain.files import CONFIG, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THR
 from omnitrain.models.sizes import AuTModelConfig
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.convert import keep_public
-from omnitrain.runs.experiment import Experiment, build_experiment, starting_checkpoint
+from omnitrain.runs.experiment import Experiment, build_experiment, gather, starting_checkpoint
 from omnitrain.runs.lock import hold
 from omnitrain.runs.memory import check_memory
 from omnitrain.runs.resume import check_resume, record_changes
@@ -78,8 +78,10 @@ def train(config: RunConfig) -> Experiment:
             if missing := missing_judges():  # said now, while it can still be mended before the end
                 print(missing_judges_notice(missing), flush=True)
     trainer.fit(experiment.module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True)
-    if config.evaluation.after_fit and trainer.is_global_zero and not trainer.interrupted:
-        evaluate_and_report(experiment, config)
+    if config.evaluation.after_fit and not trainer.interrupted:
+        gather(experiment, config)
+        if trainer.is_global_zero:
+            evaluate_and_report(experiment, config)
     return experiment
 
 

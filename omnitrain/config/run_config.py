@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from omnitrain.config.typed import Named
@@ -484,6 +484,42 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes of a run (trainer.devices * trainer.num_nodes) share the model; docs/scale.md.
+
+    Attributes:
+        engine: ddp: each has a copy of it. fsdp: they share copies, as the sizes say.
+        data: copies; auto: what `shard` and `context` leave.
+        shard: processes that share a copy and read data of their own; auto: what `data` and `context` leave. With both
+            auto there is one copy.
+        expert: processes that share the experts of a layer; auto: as many as the experts allow, of those of a node that
+            share a copy.
+        context: processes that share each pack.
+        offload: shards wait in the host's memory, and the optimizer runs there.
+        timeout_seconds: of a collective that some process does not come to.
+    """
+
+    engine: str = "ddp"
+    data: int | str = "auto"
+    shard: int | str = "auto"
+    expert: int | str = 1
+    context: int = 1
+    offload: bool = False
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel.engine={self.engine}: must be ddp or fsdp")
+        for name in ("data", "shard", "expert"):
+            if not isinstance(value := getattr(self, name), int) and value != "auto":
+                raise ValueError(f"parallel.{name}={value}: must be a number of processes, or auto")
+        if self.engine == "ddp" and any(
+            getattr(self, f.name) != f.default for f in fields(self) if f.name not in ("engine", "timeout_seconds")
+        ):
+            raise ValueError("parallel.engine=ddp copies the whole model and shares nothing; set parallel=fsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """``checkpoints/last.ckpt``: the whole state, all or nothing, also on SIGTERM and Ctrl-C.
 
@@ -607,7 +643,7 @@ class RunConfig:
             that a scheduler can call the same line again and again. A file, or a run's folder: start from there.
         codec: run folder of the codec that a Talker speaks through.
         codes: folder of shards with its frames (`omnitrain data encode`).
-        model, data, module, optim, trainer, callbacks, logger, evaluation, paths: one option of each group.
+        model, data, module, optim, trainer, parallel, callbacks, logger, evaluation, paths: one option of each group.
         eval: benchmarks, for the verb test (docs/benchmarks.md).
         stages: of a recipe of several commands: [{name: NAME, command: [VERB, ARGUMENT, ...]}, ...].
         stage_overrides: more arguments for a stage: 'stage_overrides.NAME=[trainer.max_steps=50]'.
@@ -626,6 +662,7 @@ class RunConfig:
     module: Named
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     callbacks: dict[str, Named | None] = field(default_factory=dict)
     logger: dict[str, Named | None] = field(default_factory=dict)
     evaluation: HeldoutEvaluation | TranscriptEvaluation | CodecEvaluation | SpeechEvaluation = field(

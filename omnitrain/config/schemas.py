@@ -21,7 +21,7 @@ from omnitrain.evaluation.settings import SETTINGS
 from omnitrain.models.sizes import AUT_PRESETS, CODEC_PRESETS, PRESETS, SPEECH_PRESETS, OmniConfig, codec_vocabulary
 
 _TARGETS = {cls: target for target, cls in OURS.items()}
-GROUPS = ("model", "data", "module", "optim", "trainer", "callbacks", "logger", "evaluation", "paths")
+GROUPS = ("model", "data", "module", "optim", "trainer", "parallel", "callbacks", "logger", "evaluation", "paths")
 """One option of each stands in every configuration."""
 
 
@@ -67,6 +67,7 @@ def _options() -> dict[str, dict[str, DictConfig]]:
         "module": {name: _named(cls) for name, cls in modules.items()},
         "optim": {"adamw": schema(c.OptimConfig)},
         "trainer": {"trainer": schema(c.TrainerConfig)},
+        "parallel": {"parallel": schema(c.ParallelConfig)},
         "callbacks": {"default": OmegaConf.create({name: _named(cls) for name, cls in callbacks.items()})},
         "logger": {
             "csv": OmegaConf.create({"csv": _named(c.CsvLoggerConfig)}),

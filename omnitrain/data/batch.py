@@ -244,6 +244,24 @@ class PackedBatch:
         return replace(self, **moved)
 
     @staticmethod
+    def nothing() -> PackedBatch:
+        """One position that nothing is to be learnt from: what a rank computes while only others have data."""
+        zero = torch.zeros(1, dtype=torch.int64)
+        return PackedBatch(
+            input_ids=zero,
+            labels=torch.full_like(zero, IGNORE),
+            token_types=zero.to(torch.uint8),
+            position_ids=torch.zeros(3, 1),
+            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+            sample_ids=("",),
+            sources=("",),
+            tasks=("",),
+            modalities=("text",),
+            languages=((),),
+            target_bytes=zero,
+        )
+
+    @staticmethod
     def pack(samples: list[EncodedSample], **extra: Any) -> PackedBatch:
         """Lay `samples` end to end. `extra` sets `stream_state` and `skipped`. Raises ValueError if there is none."""
         if not samples:

@@ -21,7 +21,7 @@ from omnitrain.data.mixture import Mixture
 from omnitrain.data.packing import Packing
 from omnitrain.data.settings import Budget, DataConfig, SourceConfig, Stage
 from omnitrain.data.shards import Source
-from omnitrain.data.stream import BadSampleLog, FinitePacks, PackedStream, planned_mixture
+from omnitrain.data.stream import BadSampleLog, FinitePacks, PackedStream, RoundRobin, add_counts, planned_mixture
 from omnitrain.files import BAD_SAMPLES
 
 _START_ANEW = "or start a new run from the checkpoint's weights alone (module.init_from)"
@@ -81,9 +81,12 @@ class OmniDataModule(LightningDataModule):
         self._rank, self._world_size, self._tokenizer = rank, world_size, tokenizer
         self._opened: dict[str, dict[str, Source]] = {}
         self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state that no stream has taken over yet
-        self._trained: dict[str, Any] | None = None  # the stream's state after the last trained batch
-        self._stream: PackedStream | None = None
-        self._emitted: dict[str, Any] | None = None  # the stream's state after the last batch handed out
+        self._n_streams: int | None = None  # that of the checkpoint
+        self._trained: dict[
+            int, dict[str, Any]
+        ] = {}  # by stream of this process: its state after its last trained batch
+        self._stream: RoundRobin | None = None
+        self._emitted: dict[int, dict[str, Any]] = {}  # the same after the last batch handed out
 
     @property
     def encoder(self) -> SampleEncoder:
@@ -110,23 +113,42 @@ class OmniDataModule(LightningDataModule):
             self._opened[which] = {config.name: config.open() for config in getattr(self, which)}
         return self._opened[which]
 
-    def _mixture(self, which: str, encode: Any, names: Sequence[str] | None = None) -> Mixture:
+    def _mixture(
+        self, which: str, encode: Any, part: tuple[int, int] | None = None, names: Sequence[str] | None = None
+    ) -> Mixture:
+        """`part`: (rank, world_size) of `Mixture`; default: this process's share."""
         opened = self.opened(which)
-        return Mixture(
-            {name: opened[name] for name in names or opened},
-            encode,
-            seed=self.seed,
-            rank=self.global_rank,
-            world_size=self.global_world_size,
-        )
+        rank, world_size = part or (self.data_rank, self.data_ranks)
+        sources = {name: opened[name] for name in names or opened}
+        return Mixture(sources, encode, seed=self.seed, rank=rank, world_size=world_size)
 
     @property
-    def global_rank(self) -> int:
-        return self._rank if self._rank is not None else (self.trainer.global_rank if self.trainer else 0)
+    def data_rank(self) -> int:
+        """Which share of the data this process reads; those that share each pack have the same."""
+        return self._share("rank") if self._rank is None else self._rank
 
     @property
-    def global_world_size(self) -> int:
-        return self._world_size if self._world_size is not None else (self.trainer.world_size if self.trainer else 1)
+    def data_ranks(self) -> int:
+        """How many shares there are."""
+        return self._share("num_replicas") if self._world_size is None else self._world_size
+
+    def _share(self, which: str) -> int:
+        alone = {"rank": 0, "num_replicas": 1}
+        strategy = self.trainer.strategy if self.trainer else None
+        return (getattr(strategy, "distributed_sampler_kwargs", None) or alone)[which]
+
+    @property
+    def n_streams(self) -> int:
+        """Streams of packs, which the processes share evenly. Raises ValueError if they cannot."""
+        n, processes = self._n_streams or self.config.streams or self.data_ranks, self.data_ranks
+        if n % processes:
+            fits = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+            raise ValueError(
+                f"{processes} processes cannot share the {n} streams of packs that this run's data are dealt to: use "
+                f"one of {fits} (and trainer.accumulate_grad_batches so that a step has as many packs as before), or "
+                "begin a run with data.streams=N"
+            )
+        return n
 
     def setup(self, stage: str) -> None:
         """Open what `stage` reads, so that a missing shard or tokenizer stops the run before anything is built."""
@@ -159,7 +181,7 @@ class OmniDataModule(LightningDataModule):
         if not names:
             return []
         return FinitePacks(
-            self._mixture(which, self.encoder.encode_prompt if prompts else self.encoder, names),
+            self._mixture(which, self.encoder.encode_prompt if prompts else self.encoder, names=names),
             packing=Packing(budget=self.validation_budget, window=1, n_bytes=self.tokenizer.n_bytes),
             max_bad_fraction=self.config.max_bad_fraction,
         )
@@ -170,27 +192,28 @@ class OmniDataModule(LightningDataModule):
             self._stream.close()
             self._stream = None
 
-    def stream(self) -> PackedStream:
-        """The training stream, standing after the last trained batch."""
+    def stream(self) -> RoundRobin:
+        """The training streams of this process, standing after the last trained batch."""
         self._take_over_loaded()
         if self._stream is not None and self._emitted != self._trained:  # it has read ahead of training
             self._stream.close()
             self._stream = None
         if self._stream is None:
-            self._stream = self._new_stream(self._trained)
-            self._emitted = self._trained
+            numbers = range(self.data_rank, self.n_streams, self.data_ranks)
+            self._stream = RoundRobin([self._new_stream(number, self._trained.get(number)) for number in numbers])
+            self._emitted = dict(self._trained)
         return self._stream
 
-    def _new_stream(self, state: Mapping[str, Any] | None) -> PackedStream:
+    def _new_stream(self, number: int, state: Mapping[str, Any] | None) -> PackedStream:
         return PackedStream(
-            self._mixture("sources", self._training_encoder()),
+            self._mixture("sources", self._training_encoder(), (number, self.n_streams)),
             weights=self._weights(),
             packing=Packing(budget=self.budget, window=self.config.window, n_bytes=self.tokenizer.n_bytes),
             stages=self.stages,
             max_bad_fraction=self.config.max_bad_fraction,
             num_workers=self.config.num_workers,
             ahead=self.config.worker_buffer,
-            log=BadSampleLog(self._log_path()),
+            log=BadSampleLog(self._log_path(number)),
             state=state,
         )
 
@@ -199,11 +222,12 @@ class OmniDataModule(LightningDataModule):
             return self.encoder
         return AugmentingEncoder(encoder=self.encoder, config=self.config.augment, seed=self.seed)
 
-    def next_batch(self, stream: PackedStream) -> PackedBatch | None:
+    def next_batch(self, stream: RoundRobin) -> PackedBatch | None:
         """The next batch of `stream`; None after its last."""
         batch = next(stream, None)
         if batch is not None and stream is self._stream:
-            self._emitted = batch.stream_state
+            assert batch.stream_state is not None
+            self._emitted[batch.stream_state["rank"]] = batch.stream_state
         return batch
 
     def mark_trained(self, batch: PackedBatch) -> None:
@@ -211,25 +235,26 @@ class OmniDataModule(LightningDataModule):
         not from the training loader."""
         if batch.stream_state is None:
             raise ValueError("mark_trained needs a batch of the training loader (its stream_state is None)")
-        self._trained = batch.stream_state
+        self._trained[batch.stream_state["rank"]] = batch.stream_state
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last trained batch, of all ranks (a collective call when distributed), and the settings
+        """Position after the last trained batch, of all streams (a collective call when distributed), and the settings
         it depends on. Plain Python values, so it loads with ``weights_only=True``."""
         self._take_over_loaded()
-        ranks: list[Any] = [self._trained]
-        if self.global_world_size > 1:
+        trained = dict(self._trained)
+        if self.data_ranks > 1:
             import torch.distributed as dist
 
             if dist.is_available() and dist.is_initialized():
-                ranks = [None] * self.global_world_size
-                dist.all_gather_object(ranks, self._trained)
-        return {"settings": self._settings(), "ranks": ranks}
+                everywhere: list[dict[int, Any]] = [{}] * dist.get_world_size()
+                dist.all_gather_object(everywhere, self._trained)
+                trained = {number: state for there in everywhere for number, state in there.items()}
+        return {"settings": self._settings(), "ranks": [trained.get(number) for number in range(self.n_streams)]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`. Raises ValueError: another number of ranks, or settings that make another stream;
-        the message names them. The number of workers may differ, and so may the end of the current stage
-        (`until_tokens`) and all later stages."""
+        """Continue from `state_dict`. Raises ValueError: settings that make another stream, or more processes than can
+        share its streams; the message names them. The number of workers may differ, and so may the end of the current
+        stage (`until_tokens`) and all later stages."""
         self._loaded = state_dict
         self._take_over_loaded()
 
@@ -238,6 +263,7 @@ class OmniDataModule(LightningDataModule):
         if state is None:
             return
         ranks = state["ranks"]
+        self._n_streams = len(ranks)
         stage = max((rank["stage"] for rank in ranks if rank is not None), default=0)
         saved, now = dict(state["settings"]), self._settings()
         for settings in (saved, now):
@@ -255,16 +281,15 @@ class OmniDataModule(LightningDataModule):
                 f"the data stream cannot continue exactly, because data source {other[0]!r} holds other content than "
                 "when the checkpoint was written. Bring its files back, " + _START_ANEW
             )
-        if len(ranks) != self.global_world_size:
-            raise ValueError(f"the checkpoint holds data positions of {len(ranks)} of {self.global_world_size} ranks")
-        self._trained = ranks[self.global_rank]
+        mine = range(self.data_rank, self.n_streams, self.data_ranks)
+        self._trained = {number: ranks[number] for number in mine if ranks[number] is not None}
         self.teardown("fit")
 
     def _settings(self) -> dict[str, Any]:
         """All that the order and the content of the batches depend on."""
         geometry = self.config.audio, self.config.vision, self.config.limits
         return {
-            "world_size": self.global_world_size,
+            "world_size": self.n_streams,
             "seed": self.seed,
             "sources": {name: len(source) for name, source in self.opened("sources").items()},
             "content": self._fingerprints,
@@ -287,28 +312,32 @@ class OmniDataModule(LightningDataModule):
         opened = self.opened("sources")
         return {c.name: float(len(opened[c.name]) if c.weight is None else c.weight) for c in self.sources}
 
-    def _log_path(self) -> Path | None:
-        path, rank = self.bad_samples_path, self.global_rank
-        return path if path is None or not rank else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+    def _log_path(self, number: int) -> Path | None:
+        path = self.bad_samples_path
+        return path if path is None or not number else path.with_name(f"{path.stem}.rank{number}{path.suffix}")
 
     def planned_mixture(self) -> list[dict[str, Any]]:
         """See `stream.planned_mixture`."""
         return planned_mixture(self.stages, self._weights())
 
     def seen_mixture(self) -> dict[str, Any]:
-        """What this rank has trained on so far: samples and tokens by source, modality and languages (``"en>fr"``);
+        """What this process has trained on so far: samples and tokens by source, modality and languages (``"en>fr"``);
         samples drawn by source (these follow the plan exactly; some still wait in open packs, some were skipped);
         skipped samples by reason; packing efficiency (mean filling of a pack, by the budget nearest to its end)."""
         self._take_over_loaded()
-        state = self._trained
         names = [config.name for config in self.sources]
-        if state is None:
-            return {"seen": {}, "drawn": dict.fromkeys(names, 0), "skipped": {}, "tokens": 0, "batches": 0, "stage": 0}
-        drawn = [a + b for a, b in zip(state["drawn"], state["before"], strict=True)]
-        return {name: state[name] for name in ("seen", "skipped", "tokens", "batches", "stage")} | {
-            "drawn": dict(zip(names, drawn, strict=True)),
-            "packing_efficiency": state["filling"] / max(1, state["batches"]),
-        }
+        found: dict[str, Any] = {"seen": {}, "drawn": dict.fromkeys(names, 0), "skipped": {}}
+        found |= {"tokens": 0, "batches": 0, "stage": 0}
+        if not self._trained:
+            return found
+        filling = 0.0
+        for state in self._trained.values():
+            drawn = [a + b for a, b in zip(state["drawn"], state["before"], strict=True)]
+            counted = {name: state[name] for name in ("seen", "skipped", "tokens", "batches")}
+            found = add_counts(found, counted | {"drawn": dict(zip(names, drawn, strict=True))})
+            filling += state["filling"]
+        stage = min(state["stage"] for state in self._trained.values())
+        return found | {"stage": stage, "packing_efficiency": filling / max(1, found["batches"])}
 
 
 class TrainLoader(Iterable[PackedBatch]):

@@ -235,7 +235,10 @@ class DataConfig:
         validation_max_tokens: budget of tokens outside training; null: max_tokens.
         window: packs kept open by the packer. More packs fill better and hold more decoded media in memory.
         stages: e.g. [{until_tokens: 2000000, max_tokens: 1024}, {}].
-        num_workers: processes that decode media; batches do not depend on it.
+        streams: of packs that the data are dealt to, a multiple of the processes; null: one for each. A run goes on
+            with any number of processes that divides it, and learns the same if a step has as many packs as before
+            (trainer.accumulate_grad_batches).
+        num_workers: processes that decode media, of each stream; batches do not depend on it.
         worker_buffer: encoded samples that each keeps ready; more than a pack holds, or training waits.
         max_bad_fraction: more unreadable samples than this stop the run.
         thinking: the model is one that thinks first: a last answer without thoughts begins with empty ones.
@@ -258,6 +261,7 @@ class DataConfig:
     validation_max_tokens: int | None = None
     window: int = 8
     stages: list[Stage] = field(default_factory=list)
+    streams: int | None = None
     num_workers: int = 1
     worker_buffer: int = 64
     max_bad_fraction: float = 0.01
@@ -270,6 +274,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_loading(self)
+        if self.streams is not None and self.streams < 1:
+            raise ValueError(f"data.streams is {self.streams}; it must be at least 1, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,22 @@ class Skipped:
         )
 
 
+class RoundRobin(Iterator[PackedBatch]):
+    """The streams of one process in turn: next comes that which has given fewest packs. Where the processes of a run
+    become fewer, each takes over streams of those that are gone, and a step has the packs that it would have had."""
+
+    def __init__(self, streams: Sequence[PackedStream]) -> None:
+        self.streams = list(streams)
+
+    def __next__(self) -> PackedBatch:
+        return next(min(self.streams, key=lambda stream: stream.batches))
+
+    def close(self) -> None:
+        """End the worker processes of all."""
+        for stream in self.streams:
+            stream.close()
+
+
 class PackedStream(Iterator[PackedBatch]):
     """Packed batches of one rank, without end unless the last stage has one; each carries the state after it.
 
@@ -163,6 +179,11 @@ class PackedStream(Iterator[PackedBatch]):
                 done = self._drawn, self._before
                 self._draws = self._mixture.draws(self._stage_weights(), *done, self._num_workers, self._ahead)
             self._take(next(self._draws))
+
+    @property
+    def batches(self) -> int:
+        """How many it has given."""
+        return self._batches
 
     def close(self) -> None:
         """End the worker processes. The stream may be continued; it starts them again."""
@@ -293,6 +314,16 @@ class PackedStream(Iterator[PackedBatch]):
                 f"a sample that could be read before the stop no longer can: {draw.bad}; were the shards changed?"
             )
         return draw.sample
+
+
+def add_counts(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested counts summed by key."""
+    return {
+        key: add_counts(a.get(key, {}), b.get(key, {}))
+        if isinstance(a.get(key, b.get(key)), Mapping)
+        else a.get(key, 0) + b.get(key, 0)
+        for key in [*a, *(k for k in b if k not in a)]
+    }
 
 
 def planned_mixture(stages: Sequence[Stage], weights: Mapping[str, float]) -> list[dict[str, Any]]:

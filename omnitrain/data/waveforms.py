@@ -197,6 +197,7 @@ class WaveStream(Iterator[WaveBatch]):
         self._batches += 1
         self._frames += batch.frames
         state = {
+            "rank": self._mixture.rank,
             "stage": 0,
             "drawn": list(self._drawn),
             "before": [0] * len(self._drawn),
@@ -207,6 +208,11 @@ class WaveStream(Iterator[WaveBatch]):
             "seen": {"source": {"samples": dict(self._seen.samples), "tokens": dict(self._seen.tokens)}},
         }
         return replace(batch, stream_state=state, skipped=dict(self._skipped.counts))
+
+    @property
+    def batches(self) -> int:
+        """How many it has given."""
+        return self._batches
 
     def close(self) -> None:
         """End the worker processes."""
@@ -228,15 +234,15 @@ class WaveformDataModule(OmniDataModule):
         self.reader = UtteranceReader(sample_rate=config.sample_rate, limits=config.limits)
         self.filler = RowFiller(config.rows, config.row_samples, config.samples_per_frame, self.seed)
 
-    def _new_stream(self, state: Mapping[str, Any] | None) -> Any:
+    def _new_stream(self, number: int, state: Mapping[str, Any] | None) -> Any:
         return WaveStream(
-            self._mixture("sources", self.reader),
+            self._mixture("sources", self.reader, (number, self.n_streams)),
             self.filler,
             weights=self._weights(),
             max_bad_fraction=self.config.max_bad_fraction,
             num_workers=self.config.num_workers,
             ahead=self.config.worker_buffer,
-            log=BadSampleLog(self._log_path()),
+            log=BadSampleLog(self._log_path(number)),
             state=state,
         )
 
@@ -244,7 +250,7 @@ class WaveformDataModule(OmniDataModule):
         """The first rows of the sources, read once."""
         if not names:
             return []
-        mixture = self._mixture(which, self.reader, names)
+        mixture = self._mixture(which, self.reader, names=names)
         rows = RowFiller(1, self.rows.row_samples, self.rows.samples_per_frame, self.seed)
         found: list[WaveBatch] = []
         utterances: Any = ((d.pick.source, d.pick.position, d.sample) for d in mixture.once() if d.sample is not None)

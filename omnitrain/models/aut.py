@@ -140,6 +140,10 @@ class AuTEncoder(nn.Module):
         """
         return self._by_segments(mel, mel_lengths, window_frames, projected=True)
 
+    def silence(self) -> tuple[Tensor, Tensor]:
+        """mel [8, n_mels] and mel_lengths [1] of a recording in which nothing is heard, of one feature."""
+        return self.ln_post.weight.new_zeros(8, self.config.n_mels), torch.tensor([8])
+
     def encode(self, mel: Tensor, mel_lengths: Tensor, window_frames: int | None = None) -> Tensor:
         """Steps 1 to 3 and the LayerNorm: what AuT's own decoder reads. The projection that follows it belongs to the
         Thinker, and is not trained with AuT.

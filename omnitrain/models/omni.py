@@ -28,6 +28,9 @@ class OmniModel(nn.Module):
     `forward` runs the Thinker's side; Talker and Code2Wav are called on their own, since their inputs depend on what
     is to be said.
 
+    With `encodes_always` an encoder that has nothing to read reads a moment of silence, or a grey tile, and adds its
+    features nought times: where encoders are spread over processes, all must take part in gathering each layer.
+
     `source` is the public folder that the weights were read from, if it was one: whoever writes them takes the other
     files (tokenizer, chat template) from there.
     """
@@ -40,6 +43,7 @@ class OmniModel(nn.Module):
         self.aut = AuTEncoder(config.aut)
         self.visual = VisionEncoder(config.vision)
         self.thinker = Thinker(config.thinker)
+        self.encodes_always = False
         self.talker = None if config.talker is None else Talker(config.talker)
         self.code2wav = None if config.code2wav is None else Code2Wav(config.code2wav)
 
@@ -109,12 +113,17 @@ class OmniModel(nn.Module):
             x = _place(x, features, token_types == AUDIO, "audio", f"{mel_lengths.numel()} recordings")
         elif bool((token_types == AUDIO).any()):
             raise ValueError("token_types has audio positions, but mel and mel_lengths were not given")
+        elif self.encodes_always:
+            x = x + 0.0 * self.aut(*self.aut.silence()).sum().to(x.dtype)
         if patches is not None and grid_thw is not None:
             features, deepstack = self.visual(patches, grid_thw)
             visual_mask = (token_types == IMAGE) | (token_types == VIDEO)
             x = _place(x, features, visual_mask, "image and video", f"{len(grid_thw)} pictures and videos")
         elif bool(((token_types == IMAGE) | (token_types == VIDEO)).any()):
             raise ValueError("token_types has image or video positions, but patches and grid_thw were not given")
+        elif self.encodes_always:
+            features, levels = self.visual(*self.visual.grey_tile())
+            x = x + 0.0 * torch.stack([part.sum() for part in (features, *levels)]).sum().to(x.dtype)
         return x, visual_mask, deepstack
 
 

@@ -107,11 +107,12 @@ class Talker(nn.Module):
         x = x.index_add(0, rows, self.text_projection(thinker_embedding(words))[which].to(x.dtype))
 
         rows = _named(inputs.hidden_rows)
-        if len(rows):
-            if accept_hidden is None:
+        if accept_hidden is None:
+            if len(rows):
                 raise ValueError("hidden_rows names rows of accept_hidden, which was not given")
-            heard = self.hidden_projection(accept_hidden[inputs.hidden_rows[rows]])
-            x = x.index_add(0, rows, heard.to(x.dtype))
+            accept_hidden = weight.new_zeros(0, self.config.thinker_dim)
+        # Of no rows too: its gradient is then zero, as it is on a process whose neighbours have some.
+        x = x.index_add(0, rows, self.hidden_projection(accept_hidden[inputs.hidden_rows[rows]]).to(x.dtype))
 
         rows = _named(inputs.codec_ids)
         x = x.index_add(0, rows, self.codec_embedding(inputs.codec_ids[rows]))

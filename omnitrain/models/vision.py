@@ -153,6 +153,12 @@ class VisionEncoder(nn.Module):
                 deepstack.append(self.merger_list[len(deepstack)](x))
         return self.merger(x), deepstack
 
+    def grey_tile(self) -> tuple[Tensor, Tensor]:
+        """patches [merge^2, patch_dim] and grid_thw [1, 3] of the smallest picture, of one feature."""
+        merge = self.config.merge
+        patches = self.pos_embed.weight.new_zeros(merge * merge, self.config.patch_dim)
+        return patches, torch.tensor([[1, merge, merge]])
+
     def _check(self, patches: Tensor, grids: list[list[int]]) -> None:
         config = self.config
         for i, (t, h, w) in enumerate(grids):

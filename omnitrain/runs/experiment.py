@@ -23,6 +23,8 @@ from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import init_codec_weights, init_weights
 from omnitrain.models.sizes import AuTModelConfig, CodecConfig, OmniConfig
+from omnitrain.training.lora import add_lora
+from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.quiet import quiet_libraries
 
@@ -62,7 +64,8 @@ def build_experiment(config: RunConfig, stage: str) -> Experiment:
         assert isinstance(model, OmniModel)
         assert datamodule.speech is not None
         datamodule.speech = replace(datamodule.speech, thinker=thinker_fingerprint(model))
-    return Experiment(run_dir=run_dir, datamodule=datamodule, module=module, trainer=build_trainer(config))
+    trainer = build_trainer(config, spread=stage in ("fit", "validate"))
+    return Experiment(run_dir=run_dir, datamodule=datamodule, module=module, trainer=trainer)
 
 
 def build_data(config: RunConfig) -> OmniDataModule:
@@ -106,12 +109,15 @@ def has_fresh_weights(config: RunConfig) -> bool:
     return isinstance(config.model.config, OmniConfig | AuTModelConfig | CodecConfig)
 
 
-def build_trainer(config: RunConfig) -> L.Trainer:
-    """Lightning's Trainer with callbacks and loggers, all of which write into the run folder alone."""
+def build_trainer(config: RunConfig, *, spread: bool) -> L.Trainer:
+    """Lightning's Trainer with callbacks and loggers, all of which write into the run folder alone. `spread`: the model
+    is shared as `config.parallel` says; else each process has its own, as those that write answers need it."""
     run_dir = Path(config.paths.run_dir)
     arguments: dict[str, Any] = {**vars(config.trainer), "precision": precision(config.trainer)}
     for name in ("strategy", "profiler"):
         arguments[name] = _part(arguments[name], config, f"trainer.{name}")
+    if config.parallel.engine == "fsdp" and spread:
+        arguments["strategy"] = _mesh_strategy(config)
     plugins = [_part(plugin, config, f"trainer.plugins[{i}]") for i, plugin in enumerate(config.trainer.plugins)]
     arguments["plugins"] = plugins or None
     for group, nodes in (("callbacks", config.callbacks), ("logger", config.logger)):
@@ -120,6 +126,14 @@ def build_trainer(config: RunConfig) -> L.Trainer:
         return L.Trainer(**arguments, default_root_dir=run_dir)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {error}") from error
+
+
+def _mesh_strategy(config: RunConfig) -> MeshStrategy:
+    if config.trainer.strategy != "auto":
+        raise ConfigError(f"trainer.strategy={config.trainer.strategy}: parallel.engine=fsdp brings its own; set auto")
+    if isinstance(config.model.config, CodecConfig):
+        raise ConfigError("parallel.engine=fsdp: a codec is small, and each process has a copy; set parallel=ddp")
+    return MeshStrategy(**{name: value for name, value in vars(config.parallel).items() if name != "engine"})
 
 
 def precision(config: TrainerConfig) -> str:
@@ -141,6 +155,20 @@ def _part(node: Any, config: RunConfig, place: str) -> Any:
         default = {"save_dir": str(run_dir)} if place.startswith("logger.") else {}
         node = replace(node, keywords={**default, **node.keywords, **given})
     return build(node, run_dir=run_dir, run_name=config.name, place=place)
+
+
+def gather(experiment: Experiment, config: RunConfig) -> None:
+    """Put the whole model, on the first process, in the place of one that is spread. A collective."""
+    module = experiment.module
+    if module.mesh is None:
+        return
+    state = module.mesh.lightning_module_state_dict()
+    if experiment.trainer.is_global_zero:
+        model = build(config.model, place="model")
+        if (lora := getattr(config.module.config, "lora", None)) is not None:
+            add_lora(model, lora, config.seed)
+        model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+        module.model = model
 
 
 def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:

@@ -29,7 +29,7 @@ SAFE = (
     "trainer.log_every_n_steps", "trainer.val_check_interval", "trainer.limit_*", "trainer.check_val_every_n_epoch",
     "trainer.num_sanity_val_steps", "trainer.enable_*", "trainer.detect_anomaly", "trainer.profiler*",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy*", "trainer.plugins*",
-    "trainer.benchmark", "trainer.deterministic",
+    "parallel.*", "trainer.benchmark", "trainer.deterministic",
     "data.num_workers", "data.worker_buffer", "data.max_bad_fraction", "data.validation_max_tokens",
     "data.validation_sources.*", "data.test_sources.*", "data.predict_sources.*", "data.voice_sources.*",
     "data.validation_rows", "data.tokenizer", "data.sources.*.path", "data.stages*", "module.generation.*",

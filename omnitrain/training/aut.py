@@ -25,6 +25,7 @@ from omnitrain.generation.timestamps import word_times
 from omnitrain.generation.transcribe import BeamSearch, ctc_transcribe, transcribe
 from omnitrain.models.aut_decoder import AuT, AuTOutput
 from omnitrain.models.layers.ctc import ctc_losses
+from omnitrain.parallel.sharding import gather_all, shard_again
 from omnitrain.training.flops import aut_training_flops
 from omnitrain.training.losses import BatchLosses
 from omnitrain.training.ranks import gather_objects
@@ -111,6 +112,16 @@ class AuTModule(ThinkerModule[AuT]):
             self._transcripts += self._transcripts_of(batch, map(tokenizer.decode, written))[:wanted]
             if self.model.ctc is not None:
                 self._heard += self._transcripts_of(batch, ctc_transcribe(self.model, prompts))[:wanted]
+
+    evaluates_together = False
+
+    def on_validation_start(self) -> None:
+        if self.mesh is not None:  # to write, each rank runs the decoder as often as its recordings need
+            gather_all(self.model)
+
+    def on_validation_end(self) -> None:
+        if self.mesh is not None:
+            shard_again(self.model)
 
     def _transcripts_of(self, batch: PackedBatch, texts: Iterable[str]) -> list[tuple[str, str, str]]:
         rows = zip(batch.tasks, batch.languages, self._targets(batch), texts, strict=True)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from omnitrain.config.run_config import OptimConfig
+from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.optim import schedule_factor
 from omnitrain.training.ranks import gather_objects
 
@@ -62,6 +63,16 @@ class TrainingModule(L.LightningModule):
             for parameter in self.parameters():
                 if parameter.requires_grad or self.trainer.precision == "32-true":
                     parameter.data = parameter.data.float()
+
+    def configure_model(self) -> None:
+        if self.mesh is not None:
+            self.mesh.spread()
+
+    @property
+    def mesh(self) -> MeshStrategy | None:
+        """The strategy that the model is spread by, if it is."""
+        strategy = self.trainer.strategy
+        return strategy if isinstance(strategy, MeshStrategy) else None
 
     @property
     def datamodule(self) -> Any:
@@ -122,6 +133,14 @@ class TrainingModule(L.LightningModule):
         """This rank's counters; plain values and tensors."""
         return {}
 
+    def dealt_out(self, states: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+        """What the ranks of a checkpoint have counted, for another number of `ranks`. Raises ValueError: if this module
+        cannot."""
+        raise ValueError(
+            f"the checkpoint was written by {len(states)} processes, this run has {ranks}; resume with as many, or "
+            "start a new run from its weights with module.init_from=RUN_DIR"
+        )
+
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Put back what `extra_state` returned."""
 
@@ -130,6 +149,7 @@ class TrainingModule(L.LightningModule):
         checkpoint["omnitrain"] = {
             "ranks": gather_objects({"rng": rng_state(), **self.extra_state()}),
             "skipped_steps": self.skipped_steps,
+            "accumulate": self.trainer.accumulate_grad_batches,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -139,19 +159,28 @@ class TrainingModule(L.LightningModule):
                 f"the checkpoint holds weights alone: no {type(self).__name__} wrote it, so that there is nothing to "
                 "continue; start a new run from it with module.init_from=RUN_DIR paths.run_dir=FOLDER"
             )
-        ours, theirs = self.state_dict(), checkpoint["state_dict"]
+        ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        if self.mesh is not None:
+            ours |= {f"model.{name}": self.mesh.whole.shape(name) for name in self.mesh.whole.parameters}
+        theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         for name in {**ours, **theirs}:  # torch would list them all
-            found = [tuple(x[name].shape) if name in x else "not there" for x in (theirs, ours)]
+            found = [x.get(name, "not there") for x in (theirs, ours)]
             if found[0] != found[1]:
                 raise ValueError(f"the checkpoint is of another model: {name} is {found[0]} in it, and {found[1]} here")
         if state is None:  # as of `omnitrain convert`: enough to be scored
             return
         self._saved, self.skipped_steps = state["ranks"], state["skipped_steps"]
         if len(self._saved) != self.trainer.world_size:
-            raise ValueError(
-                f"the checkpoint was written by {len(self._saved)} processes, this run has {self.trainer.world_size}; "
-                "resume with as many, or start a new run from its weights with module.init_from=RUN_DIR"
-            )
+            self._saved = self.dealt_out(self._saved, self.trainer.world_size)
+        self._go_on_with(checkpoint["loops"]["fit_loop"], state.get("accumulate"))
+
+    def _go_on_with(self, loop: dict[str, Any], accumulated: int | None) -> None:
+        """Count in batches of this run what Lightning has counted in those of one that accumulated otherwise. Raises
+        ValueError: if a step has another number of packs than before."""
+        now = self.trainer.accumulate_grad_batches
+        for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current") if accumulated):
+            for name, count in counts.items():
+                counts[name] = count // accumulated * now
 
     def on_train_start(self) -> None:
         if not self._saved:

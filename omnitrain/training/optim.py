@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,10 +40,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 def by_decay(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict]:
     """Parameters that are decayed, group `""`, and those that never are, `".no_decay"`: norms, biases and other
-    vectors, also those of several dimensions (the lengths [C, 1, 1] of weight normalisation)."""
-    groups: dict[bool, list[nn.Parameter]] = {}
+    vectors, also those of several dimensions (the lengths [C, 1, 1] of weight normalisation). Parameters that are
+    spread over another mesh are in another group, of the same name: a fused step takes those of one mesh."""
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for parameter in parameters:
-        groups.setdefault(parameter.ndim >= 2 and parameter.numel() > len(parameter), []).append(parameter)
+        decay = parameter.ndim >= 2 and parameter.numel() > len(parameter)
+        groups.setdefault((decay, getattr(parameter, "device_mesh", None)), []).append(parameter)
     return [
         {
             "name": "" if decay else ".no_decay",
@@ -50,7 +53,7 @@ def by_decay(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[di
             "lr": config.lr,
             "weight_decay": config.weight_decay if decay else 0.0,
         }
-        for decay, group in groups.items()
+        for (decay, _), group in groups.items()
     ]
 
 

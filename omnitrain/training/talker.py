@@ -50,7 +50,8 @@ class TalkerModule(ThinkerModule[OmniModel]):
         spoken = batch.spoken
         text, accept_hidden = None, spoken.heard if spoken is not None else None
         listens = spoken is not None and spoken.heard is None and bool((spoken.hidden_rows >= 0).any())
-        if self.joint or listens:  # of text alone the Talker reads the embeddings, which need no Thinker
+        together = self.mesh is not None and not self.config.cached_thinker  # whoever listens needs all
+        if self.joint or listens or together:  # of text alone the Talker reads the embeddings, which need no Thinker
             with nullcontext() if self.joint else torch.no_grad():
                 output = self.model(**batch.model_inputs(), aut_window_frames=window)
             accept_hidden = output.accept_hidden
@@ -82,8 +83,15 @@ class TalkerModule(ThinkerModule[OmniModel]):
     def _silence(self) -> BatchLosses:
         """Of a pack in which nobody speaks: no loss, a zero gradient for every part, and the same message to the other
         ranks as of any other."""
-        zero = torch.stack([p.sum() for p in self.talker.parameters() if p.requires_grad]).sum() * 0.0
         c = self.talker.config
+        if self.mesh is None:
+            zero = torch.stack([p.sum() for p in self.talker.parameters() if p.requires_grad]).sum() * 0.0
+        else:  # a frame in which all ranks take part, nought times
+            codes = torch.zeros(1, c.codebooks, dtype=torch.int64, device=self.device)
+            first = self.talker.codec_embedding(codes[:, 0])
+            borders = torch.tensor([0, 1], dtype=torch.int32, device=self.device)
+            hidden = self.talker(first, torch.zeros(3, 1, device=self.device), borders).hidden
+            zero = 0.0 * (hidden.sum() + self.talker.mtp(hidden, first, codes).sum())
         counts = zero.new_zeros(c.layers, c.n_experts, dtype=torch.float32)
         return BatchLosses(
             total=zero, weight=zero.detach(), routers={"talker": RouterUse(counts, counts, 0)}, groups=[]

@@ -8,11 +8,12 @@ target tokens of all ranks and all accumulation steps. Clipping, the spike guard
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
@@ -28,6 +29,8 @@ from omnitrain.models.aut_decoder import AuT, AuTOutput
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.thinker import ThinkerOutput
+from omnitrain.parallel.sharding import within
+from omnitrain.parallel.state import local
 from omnitrain.training.flops import BatchSizes, training_flops
 from omnitrain.training.lora import add_lora
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
@@ -47,6 +50,20 @@ def hide_words(batch: PackedBatch, share: float) -> PackedBatch:
     hidden = answers & (torch.rand(batch.n_tokens, device=lengths.device) < share)
     return replace(batch, input_ids=torch.where(hidden, opening, batch.input_ids))
 
+
+class _JoinTheOthers(L.Callback):
+    """Ranks may have unequally many batches to be evaluated on, and each of a spread model needs all ranks: who has no
+    more computes along. The first of what happens at the end, before any other collective."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ThinkerModule)
+        while pl_module.evaluates_together and float(sum_over_ranks(torch.zeros((), device=pl_module.device))):
+            pl_module.computed(PackedBatch.nothing().to(pl_module.device))
+
+    on_test_epoch_end = on_validation_epoch_end
+
+
+_NO_STREAM: dict[str, Any] = {"skipped": {}, "packing": []}
 
 M = TypeVar("M", bound=OmniModel | AuT)
 
@@ -83,11 +100,12 @@ class ThinkerModule(TrainingModule, Generic[M]):
         self._window = torch.zeros(2, dtype=torch.float64)
         self._window_routers: dict[str, tuple[float, Tensor]] = {}
         self._window_sums = LossSums()
+        self._window_media = {"aut": 0.0, "visual": 0.0}  # mel frames and patches of all ranks
         # Since the last logged row; since the start.
         self._row_sums = LossSums()
         self._row_counts: dict[str, Tensor] = {}
         self._seen = {"tokens": 0, "samples": 0, "target_tokens": 0}
-        self._stream: dict[str, Any] = {"skipped": {}, "packing": []}
+        self._stream: dict[str, Any] = _NO_STREAM
         self._part_norms: dict[str, float] = {}
         self._evaluation: dict[int, LossSums] = {}
         self.evaluation_sums: dict[str, LossSums] = {}
@@ -95,11 +113,13 @@ class ThinkerModule(TrainingModule, Generic[M]):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         seen = hide_words(batch, self.config.word_dropout) if self.config.word_dropout else batch
-        losses = self.losses(seen, window=self._aut_window_frames())
+        losses = self.computed(seen, self._aut_window_frames())
         loss, routers = losses.total, losses.routers
-        # One message to the other ranks: nats, weights, the data's stage, and positions and counts of every router.
+        # One message to the other ranks: nats, weights, the data's stage, what there is to hear and to see, and
+        # positions and counts of every router.
         stage = (batch.stream_state or {}).get("stage", 0)
-        known = torch.tensor([stage, *(use.positions for use in routers.values())], device=loss.device)
+        media = [0 if part is None else len(part) for part in (batch.mel, batch.patches)]
+        known = torch.tensor([stage, *media, *(use.positions for use in routers.values())], device=loss.device)
         step = [torch.stack([loss.detach().double(), losses.weight.double()]), known.double()]
         step += [use.counts.double().flatten() for use in routers.values()]
         flat = sum_over_ranks(torch.cat(step))
@@ -108,7 +128,8 @@ class ThinkerModule(TrainingModule, Generic[M]):
         nats, weights = self._window.tolist()
         self.step_loss = nats / weights if weights else 0.0  # without the balance term
         weight = float(nats_and_weight[1])
-        self.data_stage, *positions = known.tolist()
+        self.data_stage, mel, patches, *positions = known.tolist()
+        self._window_media = {"aut": self._window_media["aut"] + mel, "visual": self._window_media["visual"] + patches}
         self._window_sums.add(losses.groups)
 
         for (name, use), n, flat_counts in zip(routers.items(), positions, all_counts, strict=True):
@@ -128,7 +149,17 @@ class ThinkerModule(TrainingModule, Generic[M]):
         self._count(batch)
         self.mark_trained(batch)
         # Lightning divides by the accumulation steps and DDP by the ranks: undo both, so that gradients are plain sums.
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        ranks = self.trainer.world_size if self.mesh is None else 1
+        return loss * (self.trainer.accumulate_grad_batches * ranks)
+
+    def computed(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
+        """`losses`, of a model that may be spread."""
+
+        def compute() -> tuple[Tensor, list[Tensor], BatchLosses]:
+            losses = self.losses(batch, window)
+            return losses.total, [use.prob_sums for use in losses.routers.values()], losses
+
+        return within(self.model, compute)[-1]
 
     def _count(self, batch: PackedBatch) -> None:
         self.samples_in_step += batch.sample_ids
@@ -169,17 +200,23 @@ class ThinkerModule(TrainingModule, Generic[M]):
             return
         by_part: dict[str, list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():
+            if not self._window_media.get(name.split(".")[0], 1):
+                parameter.grad = None  # of a spread encoder that had nothing to read: a gradient of zeros
             if parameter.grad is not None:
-                by_part.setdefault(part_of(name), []).append(parameter.grad)
+                by_part.setdefault(part_of(name), []).append(local(parameter.grad))
         gradients = [g for part in by_part.values() for g in part]
         if not gradients or not self._window[1]:  # no rank has a target: nothing is learnt, and nothing moves
             self.zero_grad()
             self._part_norms, self.gradient_norm = {}, 0.0
             return
         torch._foreach_div_(gradients, float(self._window[1]))
-        norms = {part: torch.stack(torch._foreach_norm(g)).norm() for part, g in by_part.items()}
-        self._part_norms = {part: float(norm) for part, norm in norms.items()}
-        self.gradient_norm = float(torch.stack(list(norms.values())).norm())
+        if self.mesh is None:
+            norms = torch.stack([torch.stack(torch._foreach_norm(g)).norm() for g in by_part.values()])
+        else:
+            squares = torch.stack([self.mesh.whole.squared_norm(g) for g in by_part.values()])
+            norms = self.mesh.whole.add_up(squares.to(self.device)).sqrt()
+        self._part_norms = dict(zip(by_part, norms.tolist(), strict=True))
+        self.gradient_norm = float(norms.norm())
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -188,7 +225,7 @@ class ThinkerModule(TrainingModule, Generic[M]):
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only `norm` is supported")
         if gradient_clip_val and self.gradient_norm > gradient_clip_val and not self._discarded:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, gradient_clip_val / self.gradient_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -203,6 +240,7 @@ class ThinkerModule(TrainingModule, Generic[M]):
             self._log_row(step)
         self._window.zero_()
         self._window_routers, self._window_sums, self._discarded = {}, LossSums(), False
+        self._window_media = dict.fromkeys(self._window_media, 0.0)
         self.samples_in_step = []
 
     def _log_row(self, step: int) -> None:
@@ -235,11 +273,22 @@ class ThinkerModule(TrainingModule, Generic[M]):
         return training_flops(self.model, BatchSizes.of(batch))
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if not self.ending:
-            self._evaluation.setdefault(dataloader_idx, LossSums()).add(self.losses(batch).groups)
+        if self.evaluates_together:
+            sum_over_ranks(torch.ones((), device=self.device))  # for those that have none: `_JoinTheOthers`
+        losses = self.computed(batch) if self.evaluates_together or not self.ending else None
+        if losses is not None and not self.ending:
+            self._evaluation.setdefault(dataloader_idx, LossSums()).add(losses.groups)
 
     def test_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)
+
+    @property
+    def evaluates_together(self) -> bool:
+        """Whether each batch of an evaluation needs all ranks."""
+        return self.mesh is not None
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [_JoinTheOthers()]
 
     def on_validation_epoch_end(self) -> None:
         self._finish_evaluation("validation", self.trainer.val_dataloaders)
@@ -302,6 +351,21 @@ class ThinkerModule(TrainingModule, Generic[M]):
             "seen": dict(self._seen),
             "stream": self._stream,
         }
+
+    def dealt_out(self, states: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+        """The sums to the first, and to the others none."""
+        sums, seen, skipped = LossSums(), Counter[str](), Counter[str]()
+        for state in states:
+            part = LossSums()
+            part.load_state_dict(state["row_sums"])
+            sums.merge(part)
+            seen.update(state["seen"])
+            skipped.update(state["stream"]["skipped"])
+        packing = [share for state in states for share in state["stream"]["packing"]]
+        stream = {"skipped": dict(skipped), "packing": packing}
+        first = {"row_sums": sums.state_dict(), "seen": dict(seen), "stream": stream}
+        none = {"row_sums": LossSums().state_dict(), "seen": dict.fromkeys(seen, 0), "stream": _NO_STREAM}
+        return [{**states[rank % len(states)], **(none if rank else first)} for rank in range(ranks)]
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self._row_sums.load_state_dict(state["row_sums"])

@@ -230,13 +230,14 @@ def test_settings_that_would_change_the_stream_are_named(folder, uninterrupted):
         ({"seed": 2}, "seed: 1 -> 2"),
         ({"max_tokens": 170}, "budget"),
         ({"window": 4}, "window: 3 -> 4"),
-        ({"rank": 0, "world_size": 2}, "world_size: 1 -> 2"),
         ({"sources": {"text": {"path": folder, "where": {"task": "text"}}}}, "sources"),
         ({"vision": {"min_pixels": 64 * 64}}, "features"),
         ({"stages": [{"until_tokens": 5, "max_tokens": 100}, {}]}, "stages"),
     ]:
         with pytest.raises(ValueError, match=f"cannot continue exactly.*{name}"):
             module(folder, **changes).load_state_dict(state)
+    with pytest.raises(ValueError, match="2 processes cannot share the 1 streams"):
+        module(folder, rank=0, world_size=2).load_state_dict(state)
     # a later stage may be planned afterwards, and workers are free
     module(folder, stages=[{"until_tokens": 10**6}, {"max_tokens": 320}], num_workers=3).load_state_dict(state)
 
@@ -441,3 +442,29 @@ def test_mistakes_are_named(folder):
     ]:
         with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
             module(folder, **changes).setup("fit")
+
+
+def test_fewer_processes_take_over_the_streams(folder):
+    """Four streams in 4, then 2, then 1 processes: each step has the packs of a run in four processes throughout."""
+
+    def steps(processes, n, state=None):
+        found, states = [], []
+        for rank in range(processes):
+            data = module(folder, rank=rank, world_size=processes, streams=4)
+            if state is not None:
+                data.load_state_dict(state)
+            found.append(take(data, n * 4 // processes))
+            states.append(data.state_dict())
+        whole = {"settings": states[0]["settings"], "ranks": []}
+        whole["ranks"] = [next(s["ranks"][i] for s in states if s["ranks"][i] is not None) for i in range(4)]
+        each = 4 // processes
+        ids = [{b.sample_ids for rank in found for b in rank[s * each : (s + 1) * each]} for s in range(n)]
+        return ids, whole
+
+    whole, _ = steps(4, 6)
+    first, state = steps(4, 2)
+    second, state = steps(2, 2, state)
+    third, _ = steps(1, 2, state)
+    assert first + second + third == whole
+    with pytest.raises(ValueError, match="3 processes cannot share the 4 streams"):
+        module(folder, rank=0, world_size=3).load_state_dict(state)

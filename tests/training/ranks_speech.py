@@ -22,6 +22,7 @@ from omnitrain.data.settings import AudioGeometry, MediaLimits, VisionGeometry
 from omnitrain.data.waveforms import FiniteRows, WaveBatch
 from omnitrain.training.codec import CodecModule
 from omnitrain.training.logging import ExactCsvLogger
+from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.talker import TalkerModule
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
@@ -55,10 +56,15 @@ class _Loader:
         return iter(self.batches)
 
 
-def _fit(module: L.LightningModule, data: _Given, out: str, ranks: int, **options: Any) -> None:
+def _fit(
+    module: L.LightningModule, data: _Given, out: str, ranks: int, mesh: dict[str, int] | None = None, **options: Any
+) -> None:
     torch.set_num_threads(1)
+    strategy: Any = "ddp" if ranks > 1 else "auto"
+    if mesh is not None:
+        strategy = MeshStrategy(**mesh, process_group_backend="gloo")
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=len(data.steps),
+        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=len(data.steps),
         max_epochs=-1, log_every_n_steps=1, num_sanity_val_steps=0, check_val_every_n_epoch=None,
         use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=False,
         enable_checkpointing=False, default_root_dir=out, logger=ExactCsvLogger(run_dir=out), **options,
@@ -67,10 +73,18 @@ def _fit(module: L.LightningModule, data: _Given, out: str, ranks: int, **option
         assert isinstance(logger, ExactCsvLogger)
         logger.begin(None)
     trainer.fit(module, datamodule=data)
-    torch.save(module.state_dict(), Path(out) / f"final.{RANK}.pt")
+    torch.save(trainer.strategy.lightning_module_state_dict(), Path(out) / f"final.{RANK}.pt")
 
 
-def talker(out: str, ranks: int, parts: int, train: list[str], silent: bool = False) -> None:
+def talker(
+    out: str,
+    ranks: int,
+    parts: int,
+    train: list[str],
+    *,
+    silent: bool = False,
+    mesh: dict[str, int] | None = None,
+) -> None:
     """Steps of `parts` packs, each on its rank, or one after the other in one process: in the first, nobody speaks in
     the last pack; in the second, in the first one alone; in the third all speak; in the fourth, if `silent`, nobody."""
     encoder = SampleEncoder(
@@ -97,7 +111,7 @@ def talker(out: str, ranks: int, parts: int, train: list[str], silent: bool = Fa
     module = TalkerModule(talking_model(), TalkerModuleConfig(train=train, frame_dropout=0.0), optim)
     accumulate = 1 if ranks > 1 else parts
     _fit(
-        module, _Given(steps, validation), out, ranks, accumulate_grad_batches=accumulate,
+        module, _Given(steps, validation), out, ranks, mesh, accumulate_grad_batches=accumulate,
         val_check_interval=3 * accumulate,
     )  # fmt: skip
 

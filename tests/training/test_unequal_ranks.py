@@ -64,6 +64,18 @@ def test_talker(runs: Runs, tmp_path: Path, ranks: int, train: list[str]) -> Non
         assert_same_weights(one, torch.load(tmp_path / f"{ranks}/final.{rank}.pt"), atol=1e-5)
 
 
+@pytest.mark.parametrize("train", [["talker", "mtp"], ALL])
+@pytest.mark.parametrize("mesh", [{"shard": 2}, {"shard": 2, "expert": 2}])
+def test_talker_on_a_mesh(runs: Runs, tmp_path: Path, mesh: dict[str, int], train: list[str]) -> None:
+    for devices, sizes in ((1, None), (2, mesh)):
+        out = tmp_path / str(devices)
+        given = {"out": str(out), "ranks": devices, "parts": 2, "train": train, "mesh": sizes}
+        runs.start(out, devices, call="ranks_speech:talker", given=given).finish()
+    assert_same_rows(tmp_path / "1", tmp_path / "2")
+    one, spread = (torch.load(tmp_path / f"{ranks}/final.0.pt") for ranks in (1, 2))
+    assert_same_weights(one, spread, atol=1e-5)
+
+
 def test_a_step_in_which_nobody_speaks_moves_nothing(runs: Runs, tmp_path: Path) -> None:
     for silent in (False, True):
         out = tmp_path / str(silent)

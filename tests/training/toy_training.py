@@ -40,6 +40,7 @@ from omnitrain.models.thinker import ThinkerConfig
 from omnitrain.models.vision import VisionConfig
 from omnitrain.training.callbacks import AtomicCheckpoint, RunRecord, SpikeGuard, Throughput
 from omnitrain.training.logging import ExactCsvLogger
+from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.thinker import ThinkerModule
 from omnitrain.vocabulary import AUDIO, IMAGE, TEXT
 
@@ -189,10 +190,14 @@ class ToyData(L.LightningDataModule):
         return {"seen": {"source": {"samples": {"toy": self.position * 8}}}, "stage": 0, "packing_efficiency": 0.5}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        assert self.trainer is not None
+        return {"position": self.position, "accumulate": self.trainer.accumulate_grad_batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.position = state_dict["position"]
+        assert self.trainer is not None
+        steps, rest = divmod(state_dict["position"], state_dict["accumulate"])
+        assert not rest
+        self.position = steps * self.trainer.accumulate_grad_batches
 
 
 class _Fixed:
@@ -223,6 +228,7 @@ class Toy:
     out: str
     steps: int = 6
     devices: int = 1
+    mesh: dict[str, int] | None = None  # sizes of it, where the model is spread
     accumulate: int = 1
     val_every: int = 0
     checkpoint_every: int = 1000
@@ -281,9 +287,11 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
         from lightning.pytorch.callbacks import EMAWeightAveraging
 
         callbacks.append(EMAWeightAveraging(decay=0.9))
-    strategy = "auto"
+    strategy: Any = "auto"
     if toy.devices > 1:
         strategy = L.pytorch.strategies.DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")
+    if toy.mesh is not None:
+        strategy = MeshStrategy(**toy.mesh, process_group_backend="gloo")
     trainer = L.Trainer(
         accelerator="cpu",
         devices=toy.devices,
@@ -308,8 +316,9 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
     last = out / "checkpoints" / "last.ckpt"
     ckpt = last if toy.resume and last.exists() else None
     trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    state = trainer.strategy.lightning_module_state_dict()
     if trainer.is_global_zero:
-        torch.save(module.model.state_dict(), out / "final.pt")
+        torch.save({name.removeprefix("model."): value for name, value in state.items()}, out / "final.pt")
     return trainer, module, data
 
 

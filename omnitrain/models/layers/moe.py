@@ -76,7 +76,7 @@ class SwiGLUExperts(nn.Module):
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
         if x.is_cuda and dtype == torch.bfloat16:
             return self._grouped(x.to(dtype), routing, dtype).to(x.dtype)
-        if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
+        if 0 < len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
             return self._one_by_one(x, routing)
         return _ExpertLoop.apply(x, self.gate_up, self.down, routing.weights, *sort_by_expert(routing))
 

@@ -18,6 +18,7 @@ from omnitrain.data.sample import BadSample, Sample, has_medium
 from omnitrain.data.view import Shown, show
 from omnitrain.evaluation.heldout import draw, prompt_text
 from omnitrain.evaluation.media_swap import Drawn
+from omnitrain.parallel.sharding import within
 from omnitrain.training.ranks import gather_objects
 from omnitrain.training.thinker import ThinkerModule
 
@@ -57,8 +58,11 @@ class MediaPanels(Callback):
         if logger is None or trainer.sanity_checking:
             return
         assert isinstance(pl_module, ThinkerModule)
+        answered: list[Answered] = []
+        if trainer.is_global_zero or pl_module.mesh is not None:  # for a spread model, all ranks write the same
+            answered = within(pl_module.model, self.answered, pl_module)
         if trainer.is_global_zero:
-            panels = self.panels(self.answered(pl_module), pl_module.datamodule.config.limits)
+            panels = self.panels(answered, pl_module.datamodule.config.limits)
             logger.experiment.log({**panels, "trainer/global_step": trainer.global_step})
         gather_objects(None)  # the other ranks wait here, and not in their next step's time
 

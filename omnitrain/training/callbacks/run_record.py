@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from omnitrain.config.run_config import RunRecordConfig
 from omnitrain.data.composition import composition
+from omnitrain.data.stream import add_counts
 from omnitrain.files import write_json
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.ranks import gather_objects
@@ -48,7 +48,7 @@ class RunRecord(Callback):
             return
         seen: dict[str, Any] = {}
         for rank in gather_objects(data.seen_mixture()):
-            seen = _add_counts(seen, rank)
+            seen = add_counts(seen, rank)
         # Not sums over ranks: a mean and a position.
         if "packing_efficiency" in seen:
             seen["packing_efficiency"] /= trainer.world_size
@@ -64,16 +64,6 @@ class RunRecord(Callback):
                 **seen,
             }
             write_json(self.run_dir / "data.json", record)
-
-
-def _add_counts(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested counts summed by key."""
-    return {
-        key: _add_counts(a.get(key, {}), b.get(key, {}))
-        if isinstance(a.get(key, b.get(key)), Mapping)
-        else a.get(key, 0) + b.get(key, 0)
-        for key in [*a, *(k for k in b if k not in a)]
-    }
 
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:
