@@ -45,7 +45,7 @@ class TokenExchange:
         counts_there = _exchange_counts(counts, self.group).view(processes, -1)  # [from, local expert]
         sent = counts.view(processes, -1).sum(1).tolist()
         received = counts_there.sum(1).tolist()
-        rows = _Exchange.apply(x[order // inverse.shape[1]], sent, received, self.group)
+        rows = Exchange.apply(x[order // inverse.shape[1]], sent, received, self.group)
         local = torch.arange(counts_there.shape[1], device=x.device).repeat(processes)
         choice = local.repeat_interleave(counts_there.flatten(), output_size=len(rows))
         here = Routing(
@@ -60,11 +60,11 @@ class TokenExchange:
     def after(self, experts: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Results [M, D] of the experts here -> [N, D], the weighted sums of this process's tokens."""
         told = self._under_way.pop()
-        rows = _Exchange.apply(output, told.received, told.sent, self.group)
+        rows = Exchange.apply(output, told.received, told.sent, self.group)
         return torch.einsum("nk, nkd -> nd", told.weights.to(rows.dtype), rows[told.inverse]).to(output.dtype).clone()
 
 
-class _Exchange(torch.autograd.Function):
+class Exchange(torch.autograd.Function):
     """rows [M, D], those for each process end to end -> rows from each process end to end; gradients go back."""
 
     @staticmethod

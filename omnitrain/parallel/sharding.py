@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from omnitrain.parallel.context import slice_packs
 from omnitrain.parallel.experts import give_out_experts
 from omnitrain.parallel.mesh import Mesh
 
@@ -43,7 +44,11 @@ def spread(
 
     Returns:
         How many experts there are in all, by the name of the module that keeps some of them.
+
+    Raises ValueError: experts, or heads where packs are shared, that cannot be dealt out.
     """
+    if mesh.sizes.context > 1:
+        slice_packs(model, mesh.context.get_group())
     given_out = give_out_experts(model, mesh.experts["expert"].get_group()) if mesh.sizes.expert > 1 else {}
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from omnitrain.models.omni import OmniModel
+from omnitrain.parallel.context import Slices
 from omnitrain.parallel.experts import numbers_of_experts
 from omnitrain.parallel.mesh import Mesh, MeshSizes
 from omnitrain.parallel.sharding import spread
@@ -60,6 +61,11 @@ class MeshStrategy(ModelParallelStrategy):
     def whole(self) -> Whole:
         assert self._whole is not None, "the model is not spread yet"
         return self._whole
+
+    @property
+    def slices(self) -> Slices | None:
+        """Whose the positions of a pack are, where processes share packs."""
+        return Slices(self.mesh.context.get_group()) if self.mesh.sizes.context > 1 else None
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

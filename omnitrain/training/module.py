@@ -184,7 +184,8 @@ class TrainingModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         if not self._saved:
-            if rank := self.trainer.global_rank:  # every rank hides other words and frames
+            rank = self.trainer.global_rank  # every rank hides other words and frames, in packs of its own
+            if rank := rank if self.mesh is None else self.mesh.mesh.data_rank(rank):
                 torch.manual_seed(torch.initial_seed() + rank)
             return
         mine = self._saved[self.trainer.global_rank]

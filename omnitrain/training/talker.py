@@ -56,6 +56,9 @@ class TalkerModule(ThinkerModule[OmniModel]):
                 output = self.model(**batch.model_inputs(), aut_window_frames=window)
             accept_hidden = output.accept_hidden
             text = self.text_losses(batch, output) if self.joint else None
+            if text is not None and self.mesh is not None and self.mesh.slices is not None:
+                # Its gradient is collected from all who share the pack, of whom one speaks.
+                text = replace(text, total=text.total + 0.0 * accept_hidden.sum())
         return self._together(text, self._silence() if spoken is None else self._speech_losses(spoken, accept_hidden))
 
     def _speech_losses(self, spoken: SpokenAnswers, accept_hidden: Tensor | None) -> BatchLosses:

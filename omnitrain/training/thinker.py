@@ -153,16 +153,26 @@ class ThinkerModule(TrainingModule, Generic[M]):
         return loss * (self.trainer.accumulate_grad_batches * ranks)
 
     def computed(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
-        """`losses`, of a model that may be spread."""
+        """`losses`, of a model that may be spread; where processes share packs, of this one's part of it."""
+        slices = None if self.mesh is None else self.mesh.slices
+        if slices is not None:
+            labels = torch.full_like(batch.labels, IGNORE)
+            labels[slices.mine(len(labels))] = batch.labels[slices.mine(len(labels))]
+            batch = replace(batch, labels=labels, spoken=None if slices.rank else batch.spoken)
 
         def compute() -> tuple[Tensor, list[Tensor], BatchLosses]:
             losses = self.losses(batch, window)
             return losses.total, [use.prob_sums for use in losses.routers.values()], losses
 
-        return within(self.model, compute)[-1]
+        losses = within(self.model, compute)[-1]
+        if slices is not None and slices.rank:  # who shares a pack counts its samples and their bytes once
+            losses = replace(losses, groups=[(key, (nll, n, 0.0, 0.0)) for key, (nll, n, _, _) in losses.groups])
+        return losses
 
     def _count(self, batch: PackedBatch) -> None:
         self.samples_in_step += batch.sample_ids
+        if self.mesh is not None and self.mesh.slices is not None and self.mesh.slices.rank:
+            return  # whoever shares this pack with us counts it
         self._seen["tokens"] += batch.n_tokens
         self._seen["samples"] += len(batch)
         self._seen["target_tokens"] += int((batch.labels != IGNORE).sum())
@@ -181,7 +191,9 @@ class ThinkerModule(TrainingModule, Generic[M]):
         weights = token_weights(batch, self.loss_config.modality_weights)
         routers = {}
         if isinstance(output, ThinkerOutput):
-            routers["thinker"] = RouterUse(output.router_counts, output.router_prob_sums, batch.n_tokens)
+            slices = None if self.mesh is None else self.mesh.slices
+            n = batch.n_tokens if slices is None else slices.sizes(batch.n_tokens)[slices.rank]
+            routers["thinker"] = RouterUse(output.router_counts, output.router_prob_sums, n)
         return BatchLosses(
             total=(nll * weights).sum(),
             weight=weights.sum(),

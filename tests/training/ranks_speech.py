@@ -35,17 +35,23 @@ class _Given(L.LightningDataModule, Iterable[Any]):
         super().__init__()
         self.steps, self.validation = steps, validation
 
+    def share(self) -> tuple[int, int]:
+        """Which of how many parts of the data this process reads."""
+        strategy = self.trainer.strategy if self.trainer else None
+        found = getattr(strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        return found["rank"], found["num_replicas"]
+
     def __iter__(self) -> Iterator[Any]:
-        alone = self.trainer is None or self.trainer.world_size == 1
+        rank, parts = self.share()
         for step in self.steps:
-            yield from step if alone else [step[RANK]]
+            yield from step if parts == 1 else [step[rank]]
 
     def train_dataloader(self) -> Any:
         return _Loader(self)
 
     def val_dataloader(self) -> Any:
-        alone = self.trainer is None or self.trainer.world_size == 1
-        return FiniteRows([b for rank in self.validation for b in rank] if alone else self.validation[RANK])
+        rank, parts = self.share()
+        return FiniteRows([b for rank in self.validation for b in rank] if parts == 1 else self.validation[rank])
 
 
 class _Loader:
@@ -109,7 +115,8 @@ def talker(
     # eps above rounding, which AdamW would turn into full steps.
     optim = OptimConfig(lr=3e-3, warmup_steps=1, total_steps=8, eps=0.1)
     module = TalkerModule(talking_model(), TalkerModuleConfig(train=train, frame_dropout=0.0), optim)
-    accumulate = 1 if ranks > 1 else parts
+    together = 1 if mesh is None else mesh.get("context", 1)
+    accumulate = 1 if ranks > together else parts
     _fit(
         module, _Given(steps, validation), out, ranks, mesh, accumulate_grad_batches=accumulate,
         val_check_interval=3 * accumulate,

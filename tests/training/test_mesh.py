@@ -16,11 +16,13 @@ MESHES: dict[str, dict[str, int]] = {
     "hybrid": {"data": 2, "shard": 2},
     "hybrid_ep": {"data": 2, "shard": 2, "expert": 2},
     "fsdp_ep_of_four": {"shard": 4, "expert": 2},
+    "context": {"shard": 1, "context": 2},
+    "fsdp_ep_cp": {"shard": 2, "expert": 2, "context": 2},
 }
 
 
 def start_toy(runs: Runs, out: Path, mesh: dict[str, int] | None = None, **toy: Any) -> Run:
-    devices = 1 if mesh is None else mesh.get("data", 1) * mesh["shard"]
+    devices = 1 if mesh is None else mesh.get("data", 1) * mesh["shard"] * mesh.get("context", 1)
     return runs.start(out, ranks=devices, toy={"out": str(out), "devices": devices, "mesh": mesh, **toy})
 
 

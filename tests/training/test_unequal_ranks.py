@@ -65,7 +65,7 @@ def test_talker(runs: Runs, tmp_path: Path, ranks: int, train: list[str]) -> Non
 
 
 @pytest.mark.parametrize("train", [["talker", "mtp"], ALL])
-@pytest.mark.parametrize("mesh", [{"shard": 2}, {"shard": 2, "expert": 2}])
+@pytest.mark.parametrize("mesh", [{"shard": 2}, {"shard": 2, "expert": 2}, {"shard": 1, "context": 2}])
 def test_talker_on_a_mesh(runs: Runs, tmp_path: Path, mesh: dict[str, int], train: list[str]) -> None:
     for devices, sizes in ((1, None), (2, mesh)):
         out = tmp_path / str(devices)

@@ -129,13 +129,19 @@ class ToyData(L.LightningDataModule):
         self.position = 0
         self.poison, self.delay, self.stage_at = poison, delay, stage_at
 
+    def share(self) -> tuple[int, int]:
+        """Which of how many parts of a step's samples this process reads."""
+        strategy = self.trainer.strategy if self.trainer else None
+        found = getattr(strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        return found["rank"], found["num_replicas"]
+
     def train_dataloader(self) -> Any:
         return _Endless(self)
 
     def batches(self) -> Iterator[PackedBatch]:
         trainer = self.trainer
         assert trainer is not None
-        accumulate, world, rank = trainer.accumulate_grad_batches, trainer.world_size, trainer.global_rank
+        accumulate, (rank, world) = trainer.accumulate_grad_batches, self.share()
         size = 8 // (accumulate * world)
         position = self.position
         while True:
@@ -163,8 +169,7 @@ class ToyData(L.LightningDataModule):
             yield batch
 
     def val_dataloader(self) -> Any:
-        trainer = self.trainer
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        rank, world = self.share()
         if self.uneven:  # rank 0 has three packs, rank 1 one, rank 2 none, rank 3 two; one process has them all
             of_rank = {0: (1000, 1001, 1002), 1: (1003,), 2: (), 3: (1004, 1005)}
             steps = (

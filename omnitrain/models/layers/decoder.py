@@ -33,6 +33,21 @@ class KVCache(Protocol):
         ...
 
 
+class Attend(Protocol):
+    """Called as `varlen_attention` is."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        causal: bool,
+        cu_seqlens_key: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderOutput:
     """hidden [N, D]: after the final norm.  router_counts, router_prob_sums: [L, E] over the L layers with experts (see
@@ -46,7 +61,8 @@ class DecoderOutput:
 class Attention(nn.Module):
     """Causal grouped-query attention with RMSNorm on every query and key head (Qwen3) and rotary positions.
 
-    The projections of queries, keys and values are one matrix: rows [q heads, k heads, v heads] x head_dim.
+    The projections of queries, keys and values are one matrix: rows [q heads, k heads, v heads] x head_dim. `attend` is
+    what parallelism replaces, where a pack is shared.
     """
 
     def __init__(self, c: DecoderConfig | MTPConfig) -> None:
@@ -56,6 +72,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(c.heads * c.head_dim, c.d_model, bias=c.attention_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.attend: Attend = varlen_attention
 
     def project(self, x: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, H, head_dim], keys and values [N, H_kv, head_dim] of x [N, D], normed and rotated; rope = (cos,
@@ -74,7 +91,7 @@ class Attention(nn.Module):
         cu_seqlens_key = None
         if cache is not None:
             k, v, cu_seqlens_key = cache.append(layer, k, v, cu_seqlens)
-        y = varlen_attention(q, k, v, cu_seqlens, causal=True, cu_seqlens_key=cu_seqlens_key)
+        y = self.attend(q, k, v, cu_seqlens, causal=True, cu_seqlens_key=cu_seqlens_key)
         return self.out(y.reshape(len(x), self.heads * self.head_dim))
 
 
