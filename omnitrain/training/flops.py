@@ -7,6 +7,7 @@ utilisation, MFU, Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,9 +59,10 @@ def forward_flops(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:
     """Operations of one forward pass over a batch of these sizes, by part: `thinker`, `aut`, `visual`. An encoder that
     has nothing to encode does not run. Only the shapes of the model's weights matter (it may be on `meta`)."""
     thinker, config = model.thinker, model.config.thinker
-    experts = _matrices(*(part for part in thinker.layers.modules() if isinstance(part, SwiGLUExperts)))
-    # Of a layer's experts, top_k work on a token.
-    dense = _matrices(thinker.layers) - experts + experts * config.top_k / config.n_experts
+    experts = [part for part in thinker.layers.modules() if isinstance(part, SwiGLUExperts)]
+    # Of a layer's experts, top_k work on a token, wherever they are.
+    working = config.top_k * sum(math.prod(p.shape[1:]) for part in experts for p in (part.gate_up, part.down))
+    dense = _matrices(thinker.layers) - _matrices(*experts) + working
     # Causal attention: half of n^2 pairs, two products (scores, values).
     pairs = float(sum(n * (n + 1) // 2 for n in sizes.lengths))
     flops = {

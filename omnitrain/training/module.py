@@ -75,9 +75,28 @@ class TrainingModule(L.LightningModule):
         return strategy if isinstance(strategy, MeshStrategy) else None
 
     @property
+    def data_ranks(self) -> int:
+        """Ranks with packs of their own."""
+        return self.trainer.world_size if self.mesh is None else self.mesh.mesh.data_ranks
+
+    @property
+    def counts_pack(self) -> bool:
+        """Of the ranks that share a pack, one counts it."""
+        slices = None if self.mesh is None else self.mesh.slices
+        return slices is None or slices.rank == 0
+
+    @property
     def datamodule(self) -> Any:
         """The trainer's datamodule, or None."""
         return vars(self.trainer).get("datamodule")
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """Parameters that are trained, and all, of the whole model."""
+        sizes = {name: (p.numel(), p.requires_grad) for name, p in self.named_parameters()}
+        if self.mesh is not None:
+            whole = self.mesh.whole
+            sizes |= {f"model.{n}": (math.prod(whole.shape(n)), p.requires_grad) for n, p in whole.parameters.items()}
+        return sum(n for n, trained in sizes.values() if trained), sum(n for n, _ in sizes.values())
 
     def row_is_due(self, step: int) -> bool:
         """Whether a row is logged after optimizer step number `step` (from 1)."""

@@ -171,8 +171,8 @@ class ThinkerModule(TrainingModule, Generic[M]):
 
     def _count(self, batch: PackedBatch) -> None:
         self.samples_in_step += batch.sample_ids
-        if self.mesh is not None and self.mesh.slices is not None and self.mesh.slices.rank:
-            return  # whoever shares this pack with us counts it
+        if not self.counts_pack:
+            return
         self._seen["tokens"] += batch.n_tokens
         self._seen["samples"] += len(batch)
         self._seen["target_tokens"] += int((batch.labels != IGNORE).sum())

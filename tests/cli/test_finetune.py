@@ -228,3 +228,26 @@ def test_what_is_refused(capsys, originals, recordings: Path, tmp_path: Path, wo
     assert main([*line, *words]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_two_processes_share_the_model(capsys, runs, originals, recordings: Path, tmp_path: Path) -> None:
+    """`parallel=fsdp_ep trainer.devices=2`, exported and read by transformers: what one process has learnt."""
+    line = ["fit", "+recipe=finetune", f"model.folder={originals['one']}", f"+data.sources.mine.path={recordings}"]
+    line += ["data.num_workers=0", "data.max_tokens=128", "optim.lr=1e-2", "optim.warmup_steps=1", "optim.eps=1e-3"]
+    line += ["optim.total_steps=4", "trainer.max_steps=4", "trainer.precision=32-true", "data.streams=2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = [*line, "parallel=fsdp_ep", "trainer.devices=2", f"paths.run_dir={two}"]
+    run = runs.start(tmp_path / "printed", 2, argv=shared)
+    assert main([*line, "trainer.accumulate_grad_batches=2", f"paths.run_dir={one}"]) == 0, capsys.readouterr().err
+    run.finish()
+    weights = [model_weights(place / LAST_CHECKPOINT) for place in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    convert(capsys, two, tmp_path / "out")
+    stops = ChatTokenizer.from_dir(tmp_path / "out").stop_ids
+    theirs, ours = (
+        answers(tmp_path / "out", "What is said?") for answers in (answers_of_transformers, answers_of_omnitrain)
+    )
+    assert without_stop(theirs[0], stops) == without_stop(ours[0], stops)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-4)

@@ -11,15 +11,23 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from test_aut_module import recordings, tiny_aut
 from test_codec_module import SMALL_DISCRIMINATORS, tiny_codec, tone
 from test_talker_module import SPEECH, TOKENIZER, speech_sample, talking_model
 
-from omnitrain.config.run_config import CodecLossConfig, CodecModuleConfig, OptimConfig, TalkerModuleConfig
+from omnitrain.config.run_config import (
+    AuTModuleConfig,
+    CodecLossConfig,
+    CodecModuleConfig,
+    OptimConfig,
+    TalkerModuleConfig,
+)
 from omnitrain.data.batch import PackedBatch
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.settings import AudioGeometry, MediaLimits, VisionGeometry
 from omnitrain.data.waveforms import FiniteRows, WaveBatch
+from omnitrain.training.aut import AuTModule
 from omnitrain.training.codec import CodecModule
 from omnitrain.training.logging import ExactCsvLogger
 from omnitrain.training.mesh_strategy import MeshStrategy
@@ -132,3 +140,24 @@ def codec(out: str, ranks: int) -> None:
     config = CodecModuleConfig(discriminator=SMALL_DISCRIMINATORS, loss=CodecLossConfig(adversarial_after=1, content=0))
     module = CodecModule(tiny_codec(), config, OptimConfig(lr=1e-3, warmup_steps=1, total_steps=8))
     _fit(module, _Given(steps, validation), out, ranks, val_check_interval=3)
+
+
+def aut(out: str, ranks: int, mesh: dict[str, int] | None = None) -> None:
+    """Four steps of two packs, which two processes have one of each, and unequally many recordings to validate on."""
+    optim = OptimConfig(lr=3e-3, warmup_steps=1, total_steps=8, eps=1e-3)
+    config = AuTModuleConfig(spec_augment=None, validation_transcripts=2)
+    module = AuTModule(tiny_aut(), config, optim)
+    data = recordings({}, streams=2)
+    torch.set_num_threads(1)
+    strategy: Any = "auto" if mesh is None else MeshStrategy(**mesh, process_group_backend="gloo")
+    trainer = L.Trainer(
+        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=4, max_epochs=-1, log_every_n_steps=1,
+        num_sanity_val_steps=0, check_val_every_n_epoch=None, use_distributed_sampler=False,
+        enable_model_summary=False, enable_progress_bar=False, enable_checkpointing=False, default_root_dir=out,
+        logger=ExactCsvLogger(run_dir=out), accumulate_grad_batches=2 // ranks, val_check_interval=4 // ranks,
+    )  # fmt: skip
+    for logger in trainer.loggers:
+        assert isinstance(logger, ExactCsvLogger)
+        logger.begin(None)
+    trainer.fit(module, datamodule=data)
+    torch.save(trainer.strategy.lightning_module_state_dict(), Path(out) / f"final.{RANK}.pt")

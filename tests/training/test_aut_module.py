@@ -44,7 +44,10 @@ def tiny_aut(seed: int = 0, ctc_slots: int = 4) -> AuT:
     return model
 
 
-def recordings(**settings: Any) -> OmniDataModule:
+ALONE = {"rank": 0, "world_size": 1}
+
+
+def recordings(share: dict[str, int] = ALONE, **settings: Any) -> OmniDataModule:
     rows = {"task": ["asr", "s2tt"], "languages": ["es", "es>ca"]}
     source = SourceConfig(path=str(PACK), split="train", where=rows, limit=40)
     config = DataConfig(
@@ -55,7 +58,7 @@ def recordings(**settings: Any) -> OmniDataModule:
         num_workers=0,
         **settings,
     )
-    data = OmniDataModule(config, rank=0, world_size=1)
+    data = OmniDataModule(config, **share)
     data.setup("fit")
     return data
 

@@ -76,6 +76,17 @@ def test_talker_on_a_mesh(runs: Runs, tmp_path: Path, mesh: dict[str, int], trai
     assert_same_weights(one, spread, atol=1e-5)
 
 
+def test_aut_on_a_mesh(runs: Runs, tmp_path: Path) -> None:
+    """Its validation writes, each rank as often as its own recordings need."""
+    for devices, sizes in ((1, None), (2, {"shard": 2})):
+        out = tmp_path / str(devices)
+        given = {"out": str(out), "ranks": devices, "mesh": sizes}
+        runs.start(out, devices, call="ranks_speech:aut", given=given).finish()
+    assert_same_rows(tmp_path / "1", tmp_path / "2")
+    one, spread = (torch.load(tmp_path / f"{ranks}/final.0.pt") for ranks in (1, 2))
+    assert_same_weights(one, spread, atol=1e-5)
+
+
 def test_a_step_in_which_nobody_speaks_moves_nothing(runs: Runs, tmp_path: Path) -> None:
     for silent in (False, True):
         out = tmp_path / str(silent)

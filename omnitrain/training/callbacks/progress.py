@@ -45,8 +45,8 @@ class TrainingProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.is_enabled:
             return
-        parameters = sum(p.numel() for p in pl_module.parameters())
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        assert isinstance(pl_module, TrainingModule)
+        trained, parameters = pl_module.parameter_counts()
         self.console.print(
             f"Training {trained / 1e6:.1f} M of {parameters / 1e6:.1f} M parameters on {trainer.world_size} x "
             f"{pl_module.device.type}, optimizer steps {trainer.global_step} to {trainer.max_steps}",
@@ -73,10 +73,10 @@ class TrainingProgress(ProgressBar):
     ) -> None:
         if not self.is_enabled:
             return
-        self._window.append((time.perf_counter(), batch.n_tokens * trainer.world_size))
+        assert isinstance(pl_module, TrainingModule)
+        self._window.append((time.perf_counter(), batch.n_tokens * pl_module.data_ranks))
         if not step_ended(trainer):
             return
-        assert isinstance(pl_module, TrainingModule)
         status = f"loss {pl_module.last_loss:.3f}"
         if len(self._window) > 1:
             seconds = self._window[-1][0] - self._window[0][0]

@@ -63,9 +63,10 @@ class Throughput(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self._busy += time.perf_counter() - self._batch_start
-        self._tokens += batch.n_tokens
-        self._samples += len(batch)
-        self._flops += pl_module.batch_flops(batch)
+        if pl_module.counts_pack:
+            self._tokens += batch.n_tokens
+            self._samples += len(batch)
+            self._flops += pl_module.batch_flops(batch)
         if not step_ended(trainer):
             return
         self._steps += 1
