@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from omnitrain.models.codec import Codec
 from omnitrain.models.discriminators import Discriminators
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import AuTModelConfig, CodecConfig, OmniConfig
+from omnitrain.parallel.mesh import MeshSizes
 from omnitrain.runs.experiment import precision
 from omnitrain.training.lora import lora_targets
 from omnitrain.training.optim import part_of
@@ -72,7 +74,7 @@ class Numbers:
 def training_memory(config: RunConfig) -> TrainingMemory | None:
     """What `config` will take on each of its devices; None for a model or module of the user's own. Raises
     CheckpointError if the folder of a pretrained model cannot be read, ValueError for adapters that it has no place
-    for."""
+    for, ConfigError for a mesh that the devices do not make."""
     module, sizes = config.module.config, config.model.config
     counted, sums = list[Numbers](), 0
     if isinstance(sizes, CodecConfig) and isinstance(module, CodecModuleConfig):
@@ -86,19 +88,42 @@ def training_memory(config: RunConfig) -> TrainingMemory | None:
         sums = 0 if module.lora is None else _sums(model, module.lora, module.activation_checkpointing, frozen)
     else:
         return None
+    shared_by = _shared_by(config)
     # DDP reduces gradients in buckets of its own, beside them.
-    per_gradient = FP32 * (1 if _devices(config.trainer) * config.trainer.num_nodes == 1 else 2)
+    copies = config.parallel.engine == "ddp" and _devices(config.trainer) * config.trainer.num_nodes > 1
+    per_gradient = FP32 * (2 if copies else 1)
     by_part = Counter[str]()
     for x in counted:
-        by_part[x.part] += x.count * (FP32 + per_gradient + 2 * FP32 if x.trained else x.stored)
+        by_part[x.part] += x.count * (FP32 + per_gradient + 2 * FP32 if x.trained else x.stored) // shared_by
     trained = sum(x.count for x in counted if x.trained)
     return TrainingMemory(
-        weights=sum(x.count * (FP32 if x.trained else x.stored) for x in counted),
-        gradients=trained * per_gradient,
-        optimizer=trained * 2 * FP32,
+        weights=sum(x.count * (FP32 if x.trained else x.stored) for x in counted) // shared_by,
+        gradients=trained * per_gradient // shared_by,
+        optimizer=trained * 2 * FP32 // shared_by,
         sums=sums,
         by_part=by_part,
     )
+
+
+def _shared_by(config: RunConfig) -> int:
+    """Processes that hold the shards of one copy of the model."""
+    parallel = config.parallel
+    if parallel.engine == "ddp":
+        return 1
+    world = _devices(config.trainer) * config.trainer.num_nodes
+    asked = partial(MeshSizes.of, world, data=parallel.data, shard=parallel.shard, context=parallel.context)
+    try:
+        return asked(expert=parallel.expert, experts=_experts(config.model.config)).copy
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _experts(sizes: object) -> list[int]:
+    """How many experts the layers have that have any."""
+    if isinstance(sizes, PretrainedConfig):
+        sizes = read_config(sizes.folder, speech=sizes.speech)[0]
+    decoders = [sizes.thinker, sizes.talker] if isinstance(sizes, OmniConfig) else []
+    return [decoder.n_experts for decoder in decoders if decoder is not None and decoder.n_experts]
 
 
 def _on_meta(sizes: OmniConfig | AuTModelConfig | PretrainedConfig) -> tuple[OmniModel | AuT, int]:

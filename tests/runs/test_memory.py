@@ -76,6 +76,18 @@ def test_processes(folder: Path) -> None:
     assert two.weights == one.weights
 
 
+def test_a_shared_copy(folder: Path) -> None:
+    """Each process has its shards of all, and gradients once."""
+    one = training_memory(config_of(folder))
+    for options in (["parallel=fsdp"], ["parallel=fsdp_ep"], ["parallel=fsdp_ep_cp"]):
+        four = training_memory(config_of(folder, *options, "trainer.devices=4"))
+        assert 4 * four.total == pytest.approx(one.total, abs=16)
+    copies = training_memory(config_of(folder, "parallel=fsdp", "parallel.shard=2", "trainer.devices=4"))
+    assert 2 * copies.total == pytest.approx(one.total, abs=16)
+    with pytest.raises(ConfigError, match=r"parallel\.shard=3: does not divide 4"):
+        training_memory(config_of(folder, "parallel=fsdp", "parallel.shard=3", "trainer.devices=4"))
+
+
 def test_a_codec_and_aut_alone_are_counted() -> None:
     codec = training_memory(run_config(["+recipe=codec"]))
     assert codec.weights * 4 == codec.total
