@@ -47,22 +47,21 @@ def pretended_world(size: int) -> Generator[None]:
 def fake_numbers(*, as_on_gpu: bool) -> Generator[None]:
     """What is built and computed here has shapes and no values.
 
-    `as_on_gpu`: under bf16 autocast, and the model takes the ways that it takes on CUDA: its tensors say that they are
-    there. (They are not: autograd would ask for a device.)
+    `as_on_gpu`: the model takes the ways that it takes on CUDA under bf16 autocast: its tensors say that they are
+    there. (They are not: autograd would ask for a device. What is to run under autocast needs that of ``cpu``.)
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Pretence())
         if as_on_gpu:
             stack.enter_context(patch.object(FakeTensor, "is_cuda", True, create=True))
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             stack.enter_context(_autocast_of_cuda())
         yield
 
 
 @contextlib.contextmanager
 def _autocast_of_cuda() -> Generator[None]:
-    """`torch.autocast("cuda")` does nothing where there is no GPU."""
+    """For those who ask; `torch.autocast("cuda")` says no where there is no GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)

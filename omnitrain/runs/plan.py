@@ -90,7 +90,9 @@ def spread_module(module: ThinkerModule, mesh: Mesh, *, bf16: bool, offload: boo
     strategy.spread()
 
 
-def step(module: ThinkerModule, batch: PackedBatch, ledger: Ledger, passes: int = 1) -> Counter[str]:
+def step(
+    module: ThinkerModule, batch: PackedBatch, ledger: Ledger, *, passes: int = 1, bf16: bool = False
+) -> Counter[str]:
     """Forward and backward pass, `passes` times, and the first step of AdamW on `batch`, in a module that is spread;
     what a training logs beside it (sums over processes of a few kB) is left out.
 
@@ -101,7 +103,10 @@ def step(module: ThinkerModule, batch: PackedBatch, ledger: Ledger, passes: int 
     optimizer = adamw(parameter_groups(model, module.optim_config), module.optim_config)
     with ledger:
         for _ in range(passes):
-            _loss(module, batch).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = _loss(module, batch)
+            loss.backward()
+        del loss
         ledger.mark(GRADIENTS, (local(p.grad) for p in model.parameters() if p.grad is not None))
         before, most = ledger.now.copy(), ledger.peak.copy()
         optimizer.step()
@@ -177,7 +182,7 @@ def rehearse(recipe: Recipe, sizes: MeshSizes, gpu: Gpu, *, as_on_gpu: bool = Tr
         batch = fake_pack(recipe.pack, recipe.model)
         operations = training_flops(module.model, BatchSizes.of(batch))
         spread_module(module, Mesh.over(sizes, "cpu"), bf16=as_on_gpu, offload=recipe.parallel.offload)
-        peak = step(module, batch, ledger, recipe.passes)
+        peak = step(module, batch, ledger, passes=recipe.passes, bf16=as_on_gpu)
     return Estimate(
         sizes=sizes,
         gpu=gpu,
