@@ -18,6 +18,7 @@ TOOL_VERBS = {
     "data": "inspect, verify, summarise or import data",
     "convert": "to and from the public Qwen3-Omni format; table of its keys",
     "report": "one HTML file about a run",
+    "plan": "memory, messages and time of a run on GPUs that are not here, by mesh",
     "search": "the best learning rate of each arm of a search",
 }
 VERBS = {**HYDRA_VERBS, **TOOL_VERBS}

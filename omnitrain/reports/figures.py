@@ -21,6 +21,9 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from omnitrain.parallel.estimate import Estimate
+from omnitrain.parallel.ledger import KINDS
+
 FEATURES_PER_SECOND = 13
 """Of the audio encoder (`models.aut`)."""
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -386,3 +389,29 @@ def cell_maps(
         axes.set_xticks(range(len(columns)), columns if axes is axes_of[-1] else [""] * len(columns))
         axes.spines[:].set_visible(False)
     return _svg(figure, "cells of input and language")
+
+
+@_styled
+def plan(estimates: Sequence[Estimate]) -> Markup:
+    """Memory of each process at its peak, stacked by what it is for, and positions per second of each GPU; one bar a
+    mesh, in order."""
+    figure, (memory, speed) = _axes(2, 2, (3.6, 0.9 + 0.26 * len(estimates)), (0.6, 0))
+    places = range(len(estimates))
+    names = [" x ".join(f"{n}" for n in vars(e.sizes).values()) for e in estimates]
+    left = np.zeros(len(estimates))
+    for kind, c in zip(KINDS, (_BLUE, _GREEN, _ORANGE, _VIOLET, _RED), strict=True):
+        widths = np.array([e.memory.get(kind, 0) / 1e9 for e in estimates])
+        memory.barh(places, widths, left=left, color=c, height=0.7, label=kind)
+        left += widths
+    memory.axvline(estimates[0].gpu.memory / 1e9, color=_INK, linewidth=1)
+    memory.set_xlabel("GB of each process, and of the GPU")
+    memory.legend(fontsize=7)
+    colours = [_GREEN if e.fits else _OTHER for e in estimates]
+    speed.barh(places, [e.tokens_per_second for e in estimates], color=colours, height=0.7)
+    speed.set_xlabel("positions per second of each GPU (grey: does not fit)")
+    for axes in (memory, speed):
+        axes.set_yticks(places, names if axes is memory else [""] * len(names))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+    memory.set_title("data x shard x expert x context")
+    return _svg(figure, "memory and speed by mesh")
