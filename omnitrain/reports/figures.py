@@ -270,7 +270,7 @@ def position_curves(lengths: Mapping[str, Mapping[str, Any]], measures: Mapping[
     """Scores by position in the recording: a column for each length, a row for each measure (name -> label), points
     with intervals (`positions.Curve`), and dashed what no listening gives."""
     names = list(lengths)
-    figure, axes_of = _axes(len(measures) * len(names), len(names), (7.8 / max(3, len(names)), 1.6), (0.3, 0))
+    figure, axes_of = _axes(len(measures) * len(names), len(names), (max(1.5, 7.8 / max(3, len(names))), 1.6), (0.3, 0))
     panels = [(measure, name) for measure in measures for name in names]
     for axes, (measure, name) in zip(axes_of, panels, strict=True):
         curve = lengths[name][measure]
@@ -285,8 +285,8 @@ def position_curves(lengths: Mapping[str, Mapping[str, Any]], measures: Mapping[
         if name == names[0]:
             axes.set_ylabel(measures[measure])
         if measure == next(iter(measures)):
-            axes.set_title(name, fontweight="bold")
-        if measure == list(measures)[-1]:
+            axes.set_title(name.replace(", ", "\n"), fontweight="bold")
+        if measure == list(measures)[-1] and name == names[len(names) // 2]:
             axes.set_xlabel("place, share of the recording")
     return _svg(figure, "scores by position in the recording")
 
