@@ -1,9 +1,9 @@
 """FSDP2 (arXiv 2304.11277) for the models of this library: which modules are gathered together.
 
-One unit is a layer of any stack (Thinker, Talker, MTP, AuT encoder and decoder, vision encoder, Code2Wav's
-transformer), another the experts of a layer where they are given out. What is left (embeddings, heads, norms,
-convolutional stems, projections) is one unit more, gathered once a step: everything outside of a layer may be called in
-any order, by any method.
+One unit is a layer of any stack (Thinker, Talker, MTP, AuT's encoder, vision encoder, Code2Wav's transformer), another
+the experts of a layer where they are given out. What is left (embeddings, heads, norms, convolutional stems,
+projections) is one unit more, gathered once a step: everything outside of a layer may be called in any order, by any
+method.
 
 Gradients are summed over processes, not averaged: the training divides them by the global batch's targets.
 """
@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from omnitrain.models.aut_decoder import AuTDecoderLayer
 from omnitrain.parallel.context import slice_packs
 from omnitrain.parallel.experts import give_out_experts
 from omnitrain.parallel.mesh import Mesh
@@ -62,7 +63,8 @@ def spread(
     for stack in [m for n, m in model.named_modules() if n.rpartition(".")[2] in STACKS]:
         assert isinstance(stack, nn.ModuleList)
         for layer in stack:
-            fully_shard(layer, mesh=mesh.parameters, **options)
+            if not isinstance(layer, AuTDecoderLayer):  # asked for keys and values before it runs
+                fully_shard(layer, mesh=mesh.parameters, **options)
     fully_shard(model, mesh=mesh.parameters, reshard_after_forward=False, **options)
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)
@@ -75,7 +77,8 @@ def spread(
 
 def within(model: nn.Module, compute: Callable[..., Any], *arguments: Any) -> Any:
     """compute(*arguments), with what of `model` stands outside of its layers gathered, if it is spread. Tensors that a
-    backward pass begins at must be in the result, or in a tuple of it."""
+    backward pass begins at must be in the result, or in a tuple of it. In it, `model.forward(...)` is to be written for
+    `model(...)`, which would let go at its end of what is gathered."""
     gathered = getattr(model, "within", None)
     return compute(*arguments) if gathered is None else gathered(compute, *arguments)
 

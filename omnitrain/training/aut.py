@@ -72,7 +72,7 @@ class AuTModule(ThinkerModule[AuT]):
         if self.training and self.config.spec_augment is not None and batch.mel is not None:
             assert batch.mel_lengths is not None
             batch = replace(batch, mel=spec_augment(batch.mel, batch.mel_lengths.tolist(), self.config.spec_augment))
-        output = self.model(**batch.model_inputs(), aut_window_frames=window)
+        output = self.output_of(batch, window)
         text = self.text_losses(batch, output)
         if not self.loss_config.ctc:
             return text

@@ -53,7 +53,7 @@ class TalkerModule(ThinkerModule[OmniModel]):
         together = self.mesh is not None and not self.config.cached_thinker  # whoever listens needs all
         if self.joint or listens or together:  # of text alone the Talker reads the embeddings, which need no Thinker
             with nullcontext() if self.joint else torch.no_grad():
-                output = self.model(**batch.model_inputs(), aut_window_frames=window)
+                output = self.output_of(batch, window)
             accept_hidden = output.accept_hidden
             text = self.text_losses(batch, output) if self.joint else None
             if text is not None and self.mesh is not None and self.mesh.slices is not None:

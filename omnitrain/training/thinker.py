@@ -63,7 +63,10 @@ class _JoinTheOthers(L.Callback):
     on_test_epoch_end = on_validation_epoch_end
 
 
-_NO_STREAM: dict[str, Any] = {"skipped": {}, "packing": []}
+def _streams_in(state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Those of an `extra_state`; older ones have one, under another name."""
+    return state["streams"] if "streams" in state else {0: state["stream"]}
+
 
 M = TypeVar("M", bound=OmniModel | AuT)
 
@@ -105,7 +108,7 @@ class ThinkerModule(TrainingModule, Generic[M]):
         self._row_sums = LossSums()
         self._row_counts: dict[str, Tensor] = {}
         self._seen = {"tokens": 0, "samples": 0, "target_tokens": 0}
-        self._stream: dict[str, Any] = _NO_STREAM
+        self._streams: dict[int, dict[str, Any]] = {}  # of packs: what was skipped, and how full they were
         self._part_norms: dict[str, float] = {}
         self._evaluation: dict[int, LossSums] = {}
         self.evaluation_sums: dict[str, LossSums] = {}
@@ -178,11 +181,16 @@ class ThinkerModule(TrainingModule, Generic[M]):
         self._seen["target_tokens"] += int((batch.labels != IGNORE).sum())
         state = batch.stream_state or {}
         filled = [state["filling"] / state["batches"]] if state.get("batches") else []
-        self._stream = {"skipped": dict(batch.skipped), "packing": filled}
+        self._streams[state.get("rank", 0)] = {"skipped": dict(batch.skipped), "packing": filled}
 
     def losses(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
         """Loss of the text in `batch`; `window`: of the audio encoder's attention, frames of 10 ms (None: its own)."""
-        return self.text_losses(batch, self.model(**batch.model_inputs(), aut_window_frames=window))
+        return self.text_losses(batch, self.output_of(batch, window))
+
+    def output_of(self, batch: PackedBatch, window: int | None) -> Any:
+        """What the model makes of `batch`; not by a call, see `within`."""
+        forward: Any = self.model.forward
+        return forward(**batch.model_inputs(), aut_window_frames=window)
 
     def text_losses(self, batch: PackedBatch, output: ThinkerOutput | AuTOutput) -> BatchLosses:
         """Loss of the text in `batch`, from the model's output."""
@@ -256,11 +264,12 @@ class ThinkerModule(TrainingModule, Generic[M]):
         self.samples_in_step = []
 
     def _log_row(self, step: int) -> None:
-        ranks = gather_objects((self._row_sums, self._seen, self._stream))
+        ranks = gather_objects((self._row_sums, self._seen, self._streams))
         sums = LossSums()
         for row_sums, _, _ in ranks:
             sums.merge(row_sums)
-        packing = [share for _, _, stream in ranks for share in stream["packing"]]
+        streams = [stream for _, _, of_rank in ranks for stream in of_rank.values()]
+        packing = [share for stream in streams for share in stream["packing"]]
         row: dict[str, float] = sums.metrics("train") | {"gradient_norm": self.gradient_norm}
         row |= {f"gradient_norm/{part}": norm for part, norm in self._part_norms.items()}
         row |= {
@@ -272,7 +281,8 @@ class ThinkerModule(TrainingModule, Generic[M]):
             row |= expert_load(counts, "experts" if name == "thinker" else f"experts/{name}")
         if packing:
             row["packing/efficiency"] = sum(packing) / len(packing)
-        self.log_row(row | self.data_row((seen, stream["skipped"]) for _, seen, stream in ranks), step)
+        counts = [(seen, {}) for _, seen, _ in ranks] + [({}, stream["skipped"]) for stream in streams]
+        self.log_row(row | self.data_row(counts), step)
         self._row_sums, self._row_counts = LossSums(), {}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -361,25 +371,28 @@ class ThinkerModule(TrainingModule, Generic[M]):
             "row_sums": self._row_sums.state_dict(),
             "row_counts": {name: counts.cpu() for name, counts in self._row_counts.items()},  # the same on every rank
             "seen": dict(self._seen),
-            "stream": self._stream,
+            "streams": {number: dict(stream) for number, stream in self._streams.items()},
         }
 
     def dealt_out(self, states: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
-        """The sums to the first, and to the others none."""
-        sums, seen, skipped = LossSums(), Counter[str](), Counter[str]()
+        """The sums to the first, and to the others none; streams to who reads them."""
+        sums, seen, streams = LossSums(), Counter[str](), dict[int, Any]()
         for state in states:
             part = LossSums()
             part.load_state_dict(state["row_sums"])
             sums.merge(part)
             seen.update(state["seen"])
-            skipped.update(state["stream"]["skipped"])
-        packing = [share for state in states for share in state["stream"]["packing"]]
-        stream = {"skipped": dict(skipped), "packing": packing}
-        first = {"row_sums": sums.state_dict(), "seen": dict(seen), "stream": stream}
-        none = {"row_sums": LossSums().state_dict(), "seen": dict.fromkeys(seen, 0), "stream": _NO_STREAM}
-        return [{**states[rank % len(states)], **(none if rank else first)} for rank in range(ranks)]
+            streams |= _streams_in(state)
+        first = {"row_sums": sums.state_dict(), "seen": dict(seen)}
+        none = {"row_sums": LossSums().state_dict(), "seen": dict.fromkeys(seen, 0)}
+        parts = self.data_ranks
+        return [
+            {**states[rank % len(states)], **(none if rank else first)}
+            | {"streams": {n: stream for n, stream in streams.items() if n % parts == rank}}
+            for rank in range(ranks)
+        ]
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self._row_sums.load_state_dict(state["row_sums"])
-        self._seen, self._stream = dict(state["seen"]), state["stream"]
+        self._seen, self._streams = dict(state["seen"]), dict(_streams_in(state))
         self._row_counts = {name: counts.to(self.device) for name, counts in state["row_counts"].items()}

@@ -145,7 +145,7 @@ def codec(out: str, ranks: int) -> None:
 def aut(out: str, ranks: int, mesh: dict[str, int] | None = None) -> None:
     """Four steps of two packs, which two processes have one of each, and unequally many recordings to validate on."""
     optim = OptimConfig(lr=3e-3, warmup_steps=1, total_steps=8, eps=1e-3)
-    config = AuTModuleConfig(spec_augment=None, validation_transcripts=2)
+    config = AuTModuleConfig(spec_augment=None, validation_transcripts=20)
     module = AuTModule(tiny_aut(), config, optim)
     data = recordings({}, streams=2)
     torch.set_num_threads(1)
