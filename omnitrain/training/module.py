@@ -71,7 +71,7 @@ class TrainingModule(L.LightningModule):
     @property
     def mesh(self) -> MeshStrategy | None:
         """The strategy that the model is spread by, if it is."""
-        strategy = self.trainer.strategy
+        strategy = getattr(self._trainer, "strategy", None)  # there may be no trainer
         return strategy if isinstance(strategy, MeshStrategy) else None
 
     @property

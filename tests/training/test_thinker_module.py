@@ -104,7 +104,7 @@ def test_checkpoint_holds_only_plain_values(tmp_path: Path) -> None:
     train(Toy(out=str(tmp_path), steps=3, val_every=2))
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3
-    assert checkpoint["ToyData"] == {"position": 3}  # trained, not fetched
+    assert checkpoint["ToyData"] == {"position": 3, "accumulate": 1}  # trained, not fetched
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
