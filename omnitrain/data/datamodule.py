@@ -82,11 +82,10 @@ class OmniDataModule(LightningDataModule):
         self._opened: dict[str, dict[str, Source]] = {}
         self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state that no stream has taken over yet
         self._n_streams: int | None = None  # that of the checkpoint
-        self._trained: dict[
-            int, dict[str, Any]
-        ] = {}  # by stream of this process: its state after its last trained batch
+        # By stream of this process: its state after its last trained batch, and after the last one handed out.
+        self._trained: dict[int, dict[str, Any]] = {}
+        self._emitted: dict[int, dict[str, Any]] = {}
         self._stream: RoundRobin | None = None
-        self._emitted: dict[int, dict[str, Any]] = {}  # the same after the last batch handed out
 
     @property
     def encoder(self) -> SampleEncoder:

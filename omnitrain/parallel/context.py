@@ -173,9 +173,8 @@ def slice_packs(model: nn.Module, group: dist.ProcessGroup) -> None:
     for layer in model.thinker.layers:
         attention = layer.attention
         assert isinstance(attention, Attention)
-        if attention.heads % slices.count or max(attention.kv_heads, slices.count) % min(
-            attention.kv_heads, slices.count
-        ):
+        few, many = sorted((attention.kv_heads, slices.count))
+        if attention.heads % slices.count or many % few:
             raise ValueError(
                 f"parallel.context={slices.count}: the Thinker's {attention.heads} heads of queries and "
                 f"{attention.kv_heads} of keys cannot be dealt out to so many"

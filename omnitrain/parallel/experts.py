@@ -33,8 +33,8 @@ class _Sent:
 class TokenExchange:
     """The two hooks of one layer's experts."""
 
-    def __init__(self, group: dist.ProcessGroup, n_experts: int) -> None:
-        self.group, self.n_experts = group, n_experts
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
         self._under_way: list[_Sent] = []
 
     def before(self, experts: nn.Module, inputs: tuple[Tensor, Routing]) -> tuple[Tensor, Routing]:
@@ -108,7 +108,7 @@ def give_out_experts(model: nn.Module, group: dist.ProcessGroup) -> dict[str, in
         for key, parameter in list(experts.named_parameters(recurse=False)):
             part = parameter.detach()[here * n // processes : (here + 1) * n // processes].clone()
             setattr(experts, key, nn.Parameter(part, requires_grad=parameter.requires_grad))
-        exchange = TokenExchange(group, n)
+        exchange = TokenExchange(group)
         experts.register_forward_pre_hook(exchange.before)
         experts.register_forward_hook(exchange.after)
         found[name] = n

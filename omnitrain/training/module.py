@@ -194,8 +194,7 @@ class TrainingModule(L.LightningModule):
         self._go_on_with(checkpoint["loops"]["fit_loop"], state.get("accumulate"))
 
     def _go_on_with(self, loop: dict[str, Any], accumulated: int | None) -> None:
-        """Count in batches of this run what Lightning has counted in those of one that accumulated otherwise. Raises
-        ValueError: if a step has another number of packs than before."""
+        """Count in batches of this run what Lightning has counted in those of one that accumulated otherwise."""
         now = self.trainer.accumulate_grad_batches
         for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current") if accumulated):
             for name, count in counts.items():
