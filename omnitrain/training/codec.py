@@ -22,6 +22,8 @@ from omnitrain.models.discriminators import Discriminators
 from omnitrain.training.codec_losses import (
     ContentHead,
     MelDistance,
+    codebook_users,
+    feature_magnitudes,
     feature_matching_loss,
     gan_discriminator_loss,
     gan_generator_loss,
@@ -84,7 +86,7 @@ class CodecModule(TrainingModule):
 
         output = self.model(batch.wav)
         wav = _heard(output, batch)
-        terms = self._reconstruction(output, wav, batch)
+        terms = self._reconstruction(output, wav, batch, of_all_ranks=True)
         values: dict[str, float] = {}
         discriminators_norm = torch.zeros(())
         if adversarial:
@@ -96,7 +98,11 @@ class CodecModule(TrainingModule):
                 real = self.discriminators(wav)
             fake = self.discriminators(output.wav)
             self.discriminators.requires_grad_(True)
-            terms |= {"adversarial": gan_generator_loss(fake), "features": feature_matching_loss(real, fake)}
+            magnitudes = self._mean_over_ranks(feature_magnitudes(real))
+            terms |= {
+                "adversarial": gan_generator_loss(fake),
+                "features": feature_matching_loss(real, fake, magnitudes),
+            }
         weights = vars(config)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         optimizers[0].zero_grad()
@@ -105,7 +111,7 @@ class CodecModule(TrainingModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         self.gradient_norm = float(norm if discriminators_norm.isfinite() else discriminators_norm)
         # Of all ranks, so that each comes to the same decision about a spike.
-        self.step_loss = float(sum_over_ranks(loss.detach()) / self.trainer.world_size)
+        self.step_loss = float(self._mean_over_ranks(loss.detach()))
         optimizers[0].step()
         if not self._discarded:  # the spike guard has let the step pass: all that learns moves, or nothing does
             self.model.quantizer.update()
@@ -128,15 +134,25 @@ class CodecModule(TrainingModule):
         if self.row_is_due(self.global_step):
             self._log_row(self.global_step)
 
-    def _reconstruction(self, output: CodecOutput, wav: Tensor, batch: WaveBatch) -> dict[str, Tensor]:
-        """The terms that need no discriminator."""
+    def _reconstruction(
+        self, output: CodecOutput, wav: Tensor, batch: WaveBatch, *, of_all_ranks: bool = False
+    ) -> dict[str, Tensor]:
+        """The terms that need no discriminator. `of_all_ranks`: divided so that the mean over ranks, whose rows are
+        equally long but use unequally many codebooks and say unequally much, is the term of all their rows; that is a
+        collective."""
+        users = codebook_users(output.n_used, len(output.given))
+        nats, n_bytes = self.content(output.semantic, batch.spans) if self.loss_config.content else (None, 0)
+        counts = torch.cat([users, users.new_tensor([n_bytes])])
+        *users, n_bytes = (self._mean_over_ranks(counts) if of_all_ranks else counts).unbind()
         terms = {
             "mel": self.mel(output.wav, wav),
             "waveform": (output.wav - wav).abs().mean(),
-            "commitment": rvq_commitment_loss(output.given, output.chosen, output.n_used).mean(),
+            "commitment": rvq_commitment_loss(output.given, output.chosen, output.n_used, torch.stack(users)).mean(),
         }
-        content = self.content(output.semantic, batch.spans) if self.loss_config.content else None
-        return terms if content is None else terms | {"content": content}
+        return terms if nats is None or not n_bytes else terms | {"content": nats / n_bytes}
+
+    def _mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor) / self.trainer.world_size
 
     def _discriminator_gradient(
         self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer

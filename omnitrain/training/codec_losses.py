@@ -67,18 +67,30 @@ def gan_generator_loss(fake: Opinions) -> Tensor:
     return torch.stack([-f.mean() for f, _ in fake]).mean()
 
 
-def feature_matching_loss(real: Opinions, fake: Opinions) -> Tensor:
+def feature_magnitudes(real: Opinions) -> Tensor:
+    """[L]: mean |D_l(x)| of each layer of each discriminator."""
+    return torch.stack([layer.detach().abs().mean() for _, layers in real for layer in layers])
+
+
+def feature_matching_loss(real: Opinions, fake: Opinions, magnitudes: Tensor | None = None) -> Tensor:
     """Mean over discriminators and layers of |D_l(x) - D_l(G(x))| / mean |D_l(x)| (Kumar et al. 2019, arXiv 1910.06711;
-    scaled as in EnCodec, arXiv 2210.13438, section 3.4)."""
-    matching = [
-        (a.detach() - b).abs().mean() / a.detach().abs().mean().clamp(min=1e-6)
+    scaled as in EnCodec, arXiv 2210.13438, section 3.4). `magnitudes` [L]: `feature_magnitudes` of a larger batch
+    that this one is a part of."""
+    magnitudes = feature_magnitudes(real) if magnitudes is None else magnitudes
+    distances = [
+        (a.detach() - b).abs().mean()
         for (_, fa), (_, fb) in zip(real, fake, strict=True)
         for a, b in zip(fa, fb, strict=True)
     ]
-    return torch.stack(matching).mean()
+    return (torch.stack(distances) / magnitudes.clamp(min=1e-6)).mean()
 
 
-def rvq_commitment_loss(given: Tensor, chosen: Tensor, n_used: Tensor) -> Tensor:
+def codebook_users(n_used: Tensor, quantizers: int) -> Tensor:
+    """fp32 [Q]: how many of the samples use each codebook, of int64 [B] codebooks in use."""
+    return (torch.arange(quantizers, device=n_used.device)[:, None] < n_used).float().sum(dim=1)
+
+
+def rvq_commitment_loss(given: Tensor, chosen: Tensor, n_used: Tensor, users: Tensor | None = None) -> Tensor:
     """What holds the encoder to its codes (van den Oord et al. 2017, arXiv 1711.00937, eq. 3; residual: SoundStream,
     arXiv 2107.03312).
 
@@ -89,13 +101,15 @@ def rvq_commitment_loss(given: Tensor, chosen: Tensor, n_used: Tensor) -> Tensor
 
     Args:
         given: r, fp32 [Q, B, T, d].  chosen: e, the same shape.  n_used: int64 [B], codebooks in use (see `Quantized`).
+        users: fp32 [Q], by how many samples the sums are divided, by default `codebook_users(n_used, Q)`.
 
     Returns:
         fp32 [Q]
     """
     used = torch.arange(len(given), device=given.device)[:, None] < n_used  # [Q, B]
     distance = (given - chosen).square().mean(dim=(2, 3))
-    return (distance * used).sum(dim=1) / used.sum(dim=1).clamp_min(1)
+    users = codebook_users(n_used, len(given)) if users is None else users
+    return (distance * used).sum(dim=1) / torch.where(users > 0, users, 1)
 
 
 class ContentHead(nn.Module):
@@ -116,15 +130,15 @@ class ContentHead(nn.Module):
         x = F.gelu(self.context(semantic.transpose(1, 2))).transpose(1, 2)
         return self.out(x)
 
-    def forward(self, semantic: Tensor, spans: Sequence[tuple[int, int, int, str]]) -> Tensor | None:
-        """CTC loss of semantic [B, T, dim] in nats per byte of text; None if there is no text. `spans`: (row, first
-        frame, end frame, text) of each whole utterance; those with more bytes than slots are left out."""
+    def forward(self, semantic: Tensor, spans: Sequence[tuple[int, int, int, str]]) -> tuple[Tensor, int]:
+        """CTC loss of semantic [B, T, dim]: nats, and the bytes of text that they are of. `spans`: (row, first frame,
+        end frame, text) of each whole utterance; those with more bytes than slots are left out."""
         log_probs, slots = self.log_probs(semantic), self.out.slots
         targets = [list(text.lower().encode()) for *_, text in spans]
         found = ctc_losses([log_probs[row, a * slots : b * slots] for row, a, b, _ in spans], targets)
         losses = [loss for loss in found if loss is not None]
         n_bytes = sum(len(target) for loss, target in zip(found, targets, strict=True) if loss is not None)
-        return torch.stack(losses).sum() / n_bytes if losses else None
+        return (torch.stack(losses).sum() if losses else semantic.new_zeros(())), n_bytes
 
 
 def si_sdr(wav: Tensor, target: Tensor) -> Tensor:

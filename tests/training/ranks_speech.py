@@ -131,15 +131,41 @@ def talker(
     )  # fmt: skip
 
 
-def codec(out: str, ranks: int) -> None:
-    """Three steps, with discriminators from the second on; unequally many rows to validate on."""
-    waves = [torch.from_numpy(np.stack([tone(150 + 30 * i, 0.96)])) for i in range(3 * ranks)]
-    rows = [WaveBatch(wav=w, spans=(), sample_ids=(f"{i}",), sources=("t",), frames=12) for i, w in enumerate(waves)]
-    steps = [rows[i * ranks : (i + 1) * ranks] for i in range(3)]
-    validation = [[*rows[:3]], [rows[0]], [], [rows[1]]][:ranks]
-    config = CodecModuleConfig(discriminator=SMALL_DISCRIMINATORS, loss=CodecLossConfig(adversarial_after=1, content=0))
-    module = CodecModule(tiny_codec(), config, OptimConfig(lr=1e-3, warmup_steps=1, total_steps=8))
+def codec(out: str, ranks: int, parts: int) -> None:
+    """Six steps of `parts` batches, each on its rank, or as one batch in one process: with discriminators from the
+    second on. In each, the rows use unequally many codebooks, and the last part says nothing; in the third, nobody
+    does. Ranks validate on unequally many rows."""
+    config = CodecModuleConfig(discriminator=SMALL_DISCRIMINATORS, loss=CodecLossConfig(adversarial_after=1), clip=0.5)
+    rows = [
+        WaveBatch(
+            wav=torch.from_numpy(np.stack([tone(150 + 30 * i, 0.96)])), sample_ids=(f"{i}",), sources=("t",), frames=12,
+            spans=((0, 2, 10 - i % 2, "word" * (1 + i % 2)),) if i // parts != 2 and (i + 1) % parts else (),
+        )
+        for i in range(6 * parts)
+    ]  # fmt: skip
+    steps = [rows[i * parts : (i + 1) * parts] for i in range(6)]
+    if ranks == 1:
+        steps = [[_together(step)] for step in steps]
+    validation = [[*rows[:3]], [rows[0]], [], [rows[1]]][:parts]
+    model = tiny_codec()
+    quantizer, drawn = model.quantizer, model.quantizer._n_used
+
+    def by_row(latent: torch.Tensor, *given: Any) -> torch.Tensor:
+        return 1 + (torch.arange(len(latent)) + RANK) % 3 if quantizer.training else drawn(latent, *given)
+
+    quantizer._n_used = by_row
+    module = CodecModule(model, config, OptimConfig(lr=1e-3, warmup_steps=1, total_steps=8, eps=1e-2))
     _fit(module, _Given(steps, validation), out, ranks, val_check_interval=3)
+
+
+def _together(rows: list[WaveBatch]) -> WaveBatch:
+    return WaveBatch(
+        wav=torch.cat([r.wav for r in rows]),
+        spans=tuple((i, *span[1:]) for i, r in enumerate(rows) for span in r.spans),
+        sample_ids=tuple(x for r in rows for x in r.sample_ids),
+        sources=tuple(x for r in rows for x in r.sources),
+        frames=sum(r.frames for r in rows),
+    )
 
 
 def aut(out: str, ranks: int, mesh: dict[str, int] | None = None) -> None:

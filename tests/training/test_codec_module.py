@@ -202,17 +202,17 @@ def test_content_loss_is_ctc_over_the_frames_of_the_utterance() -> None:
     torch.manual_seed(0)
     head = ContentHead(8)
     semantic = torch.randn(2, 10, 8)
-    loss = head(semantic, [(1, 2, 9, "Hello")])
+    nats, n_bytes = head(semantic, [(1, 2, 9, "Hello")])
     log_probs = head.log_probs(semantic)[1, 6:27]
     expected = F.ctc_loss(
         log_probs[:, None], torch.tensor([list(b"hello")]), torch.tensor([21]), torch.tensor([5]), 256, reduction="sum"
     )
-    assert loss is not None
-    assert float(loss) == pytest.approx(float(expected) / 5, rel=1e-5)
-    assert head(semantic, [(0, 0, 1, "far too long for one frame")]) is None
-    assert head(semantic, [(0, 0, 2, "aabbcc")]) is None  # six slots; between equal bytes stands a blank
-    assert head(semantic, [(0, 0, 3, "aabbcc")]) is not None
-    assert head(semantic, []) is None
+    assert float(nats) == pytest.approx(float(expected), rel=1e-5)
+    assert n_bytes == 5
+    assert head(semantic, [(0, 0, 1, "far too long for one frame")])[1] == 0
+    assert head(semantic, [(0, 0, 2, "aabbcc")])[1] == 0  # six slots; between equal bytes stands a blank
+    assert head(semantic, [(0, 0, 3, "aabbcc")])[1] == 6
+    assert head(semantic, []) == (0, 0)
 
 
 def test_adversarial_losses() -> None:

@@ -97,13 +97,17 @@ def test_a_step_in_which_nobody_speaks_moves_nothing(runs: Runs, tmp_path: Path)
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_codec(runs: Runs, tmp_path: Path, ranks: int) -> None:
-    """Weights and codebooks, which no gradient moves, end equal on all ranks."""
-    runs.start(tmp_path, ranks, call="ranks_speech:codec", given={"out": str(tmp_path), "ranks": ranks}).finish()
-    assert len(rows(tmp_path)) == 4
-    first = torch.load(tmp_path / "final.0.pt")
-    assert any("codebooks" in name for name in first)
-    for rank in range(1, ranks):
-        assert_same_weights(first, torch.load(tmp_path / f"final.{rank}.pt"), atol=1e-6)
+    """Weights of the codec and its discriminators, and codebooks, which no gradient moves, are those of one process
+    that has the rows of all ranks in a batch."""
+    for devices in (1, ranks):
+        out = tmp_path / str(devices)
+        given = {"out": str(out), "ranks": devices, "parts": ranks}
+        runs.start(out, devices, call="ranks_speech:codec", given=given).finish()
+    assert_same_rows(tmp_path / "1", tmp_path / str(ranks))
+    one = torch.load(tmp_path / "1/final.0.pt")
+    assert any("codebooks" in name for name in one)
+    for rank in range(ranks):
+        assert_same_weights(one, torch.load(tmp_path / f"{ranks}/final.{rank}.pt"), atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [None, signal.SIGKILL])
