@@ -133,6 +133,17 @@ class Mesh:
             context=slices["context"],
         )
 
+    @property
+    def shards(self) -> DeviceMesh:
+        """Over which FSDP2 cuts parameters. With one copy it is not to hear of copies: it would keep a second set of
+        gradients until the end of each backward pass, for a sum over one process."""
+        return self.parameters if self.sizes.data > 1 else self.parameters["copy"]
+
+    @property
+    def shards_of_experts(self) -> DeviceMesh:
+        """The same, of the experts that are given out."""
+        return self.experts["data", "rest"] if self.sizes.data > 1 else self.experts["rest"]
+
     def data_rank(self, rank: int) -> int:
         """Which part of the data the process `rank` reads: those that share a pack read the same."""
         return rank // self.sizes.context

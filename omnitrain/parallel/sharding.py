@@ -59,13 +59,13 @@ def spread(
     }
     for name, module in model.named_modules():
         if name in given_out:
-            fully_shard(module, mesh=mesh.experts["data", "rest"], **options)
+            fully_shard(module, mesh=mesh.shards_of_experts, **options)
     for stack in [m for n, m in model.named_modules() if n.rpartition(".")[2] in STACKS]:
         assert isinstance(stack, nn.ModuleList)
         for layer in stack:
             if not isinstance(layer, AuTDecoderLayer):  # asked for keys and values before it runs
-                fully_shard(layer, mesh=mesh.parameters, **options)
-    fully_shard(model, mesh=mesh.parameters, reshard_after_forward=False, **options)
+                fully_shard(layer, mesh=mesh.shards, **options)
+    fully_shard(model, mesh=mesh.shards, reshard_after_forward=False, **options)
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)

@@ -100,6 +100,11 @@ def step(
     """
     model = module.model
     ledger.mark(WEIGHTS, map(local, model.parameters()))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # a sum over one process is no message, by which a ledger would know it
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: ledger.mark(GRADIENTS, [local(cast(Tensor, p.grad))])
+            )
     optimizer = adamw(parameter_groups(model, module.optim_config), module.optim_config)
     with ledger:
         for _ in range(passes):
@@ -107,7 +112,6 @@ def step(
                 loss = _loss(module, batch)
             loss.backward()
         del loss
-        ledger.mark(GRADIENTS, (local(p.grad) for p in model.parameters() if p.grad is not None))
         before, most = ledger.now.copy(), ledger.peak.copy()
         optimizer.step()
         ledger.mark(MOMENTS, (local(v) for state in optimizer.state.values() for v in state.values()))

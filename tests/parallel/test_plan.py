@@ -64,7 +64,7 @@ def rehearsed(sizes: MeshSizes, train: list[str] | None) -> Rehearsed:
         assert pack.mel is not None
         assert pack.patches is not None
         pack = replace(pack, mel=torch.empty(pack.mel.shape), patches=torch.empty(pack.patches.shape))
-        memory = step(module, pack, ledger)
+        memory = step(module, pack, ledger, passes=2)
     numbers = {name: sum(n for m, n in ledger.messages.items() if _counts(m, name)) for name in COLLECTIVES}
     sums = {name: sum(n for m, n in ledger.bytes.items() if _counts(m, name)) for name in COLLECTIVES}
     return Rehearsed(numbers=numbers, bytes=sums, memory=memory, gradients=ledger.now[GRADIENTS])

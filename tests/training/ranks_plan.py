@@ -52,7 +52,7 @@ def toy_module(train: list[str] | None = None) -> ThinkerModule:
 
 
 def count(out: str, sizes: dict[str, int], train: list[str] | None = None) -> None:
-    """One step; what this process has counted goes to `out`/RANK.json."""
+    """A step of two packs; what this process has counted goes to `out`/RANK.json."""
     rank, mesh = int(os.environ["LOCAL_RANK"]), MeshSizes(**sizes)
     dist.init_process_group("gloo", rank=rank, world_size=mesh.world)
     module = toy_module(train)
@@ -61,7 +61,7 @@ def count(out: str, sizes: dict[str, int], train: list[str] | None = None) -> No
     for name in WRAPPED:
         if hasattr(dist, name):
             _wrap(name, numbers, sums)
-    peak = step(module, toy_pack(), Ledger(GPUS["H100"]))
+    peak = step(module, toy_pack(), Ledger(GPUS["H100"]), passes=2)
     found = {"numbers": numbers, "bytes": sums, "peak": sum(peak.values()), "held": _held(module)}
     (Path(out) / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
