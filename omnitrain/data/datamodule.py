@@ -22,6 +22,7 @@ from omnitrain.data.packing import Packing
 from omnitrain.data.settings import Budget, DataConfig, SourceConfig, Stage
 from omnitrain.data.shards import Source
 from omnitrain.data.stream import BadSampleLog, FinitePacks, PackedStream, RoundRobin, add_counts, planned_mixture
+from omnitrain.data.work import Balance, Work
 from omnitrain.files import BAD_SAMPLES
 
 _START_ANEW = "or start a new run from the checkpoint's weights alone (module.init_from)"
@@ -42,6 +43,7 @@ class OmniDataModule(LightningDataModule):
         speech: how the model's Talker numbers codes and voices; spoken answers are then laid out for it. None: their
             text alone is used. Settable later (`datamodule.speech = ...`), before anything is encoded.
         tokenizer: instead of the file that `config` names.
+        work: what training on a sample costs, where `config.balance` asks for it; settable later.
         rank, world_size: default: the trainer's.
 
     Raises FileNotFoundError: a missing shard or tokenizer (on setup).
@@ -57,6 +59,7 @@ class OmniDataModule(LightningDataModule):
         vocab_size: int | None = None,
         speech: SpeechCodes | None = None,
         tokenizer: ChatTokenizer | None = None,
+        work: Work | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -76,7 +79,7 @@ class OmniDataModule(LightningDataModule):
         self.validation_budget = replace(self.budget, tokens=config.validation_max_tokens or config.max_tokens)
         self.stages = list(config.stages)
         self.seed = seed if config.seed is None else config.seed
-        self.ids_per_second, self.vocab_size, self.speech = ids_per_second, vocab_size, speech
+        self.ids_per_second, self.vocab_size, self.speech, self.work = ids_per_second, vocab_size, speech, work
         self.bad_samples_path = None if run_dir is None else Path(run_dir) / BAD_SAMPLES
         self._rank, self._world_size, self._tokenizer = rank, world_size, tokenizer
         self._opened: dict[str, dict[str, Source]] = {}
@@ -207,7 +210,7 @@ class OmniDataModule(LightningDataModule):
         return PackedStream(
             self._mixture("sources", self._training_encoder(), (number, self.n_streams)),
             weights=self._weights(),
-            packing=Packing(budget=self.budget, window=self.config.window, n_bytes=self.tokenizer.n_bytes),
+            packing=self.packing,
             stages=self.stages,
             max_bad_fraction=self.config.max_bad_fraction,
             num_workers=self.config.num_workers,
@@ -215,6 +218,23 @@ class OmniDataModule(LightningDataModule):
             log=BadSampleLog(self._log_path(number)),
             state=state,
         )
+
+    @property
+    def packing(self) -> Packing:
+        """How samples become packs in training."""
+        return Packing(
+            budget=self.budget, window=self.config.window, n_bytes=self.tokenizer.n_bytes, balance=self._balance
+        )
+
+    @property
+    def _balance(self) -> Balance | None:
+        if self.config.balance is None:
+            return None
+        if self.work is None:
+            raise ValueError(
+                f"data.balance={self.config.balance}: nothing is known of what this training costs; set it to null"
+            )
+        return Balance(work=self.work, most=self.config.balance)
 
     def _training_encoder(self) -> SampleEncoder | AugmentingEncoder:
         if self.config.augment is None:
@@ -296,6 +316,7 @@ class OmniDataModule(LightningDataModule):
             "weights": self._weights(),
             "budget": asdict(self.budget),
             "window": self.config.window,
+            "balance": None if self._balance is None else asdict(self._balance),
             "stages": [_plain(asdict(stage)) for stage in self.stages],
             "tokenizer": zlib.crc32(self.tokenizer.to_json().encode()),
             "features": [*map(asdict, geometry), self.ids_per_second, self.vocab_size],

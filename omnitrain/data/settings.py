@@ -148,7 +148,7 @@ class Budget:
     def __post_init__(self) -> None:
         _at_least_one(self, "pack budget")
 
-    def filling(self, sizes: Iterable[int]) -> float:
+    def filling(self, sizes: Iterable[float]) -> float:
         """How full a pack of these `EncodedSample.sizes` is, by the bound nearest to its end. Above 1: does not fit."""
         return max(used / most for used, most in zip(sizes, vars(self).values(), strict=True) if most is not None)
 
@@ -234,6 +234,9 @@ class DataConfig:
             one of these budgets is full; a mel frame has 10 ms, a codec frame of a spoken answer 80 ms.
         validation_max_tokens: budget of tokens outside training; null: max_tokens.
         window: packs kept open by the packer. More packs fill better and hold more decoded media in memory.
+        balance: a pack holds at most so many times the operations of one that fills its budgets and is like the mixture
+            as a whole, so that no process waits long for another's; 1 suits most mixtures, with a window of 16 or more.
+            null: no bound.
         stages: e.g. [{until_tokens: 2000000, max_tokens: 1024}, {}].
         streams: of packs that the data are dealt to, a multiple of the processes; null: one for each. A run goes on
             with any number of processes that divides it, and learns the same if a step has as many packs as before
@@ -260,6 +263,7 @@ class DataConfig:
     max_frames: int | None = None
     validation_max_tokens: int | None = None
     window: int = 8
+    balance: float | None = None
     stages: list[Stage] = field(default_factory=list)
     streams: int | None = None
     num_workers: int = 1
@@ -276,6 +280,8 @@ class DataConfig:
         _check_loading(self)
         if self.streams is not None and self.streams < 1:
             raise ValueError(f"data.streams is {self.streams}; it must be at least 1, or null")
+        if self.balance is not None and self.balance <= 0:
+            raise ValueError(f"data.balance is {self.balance}; it must be above 0, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

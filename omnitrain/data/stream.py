@@ -7,6 +7,7 @@ packs, and counters. Restoring fetches the waiting samples again and counts on; 
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,9 @@ from typing import Any
 
 from omnitrain.data.batch import EncodedSample, PackedBatch
 from omnitrain.data.mixture import Draw, Mixture, Schedule
-from omnitrain.data.packing import FirstFit, Item, Packing, cut
+from omnitrain.data.packing import Item, Packing, cut
 from omnitrain.data.settings import Stage
+from omnitrain.data.work import Seen
 from omnitrain.files import append_line, atomic, printable
 
 STATE_VERSION = 1
@@ -156,6 +158,7 @@ class PackedStream(Iterator[PackedBatch]):
         self._stage, self._drawn, self._before = 0, [0] * len(mixture.names), [0] * len(mixture.names)
         self._read, self._batches, self._tokens, self._filling = 0, 0, 0, 0.0
         self._seen = {"source": Tally(), "modality": Tally(), "languages": Tally()}
+        self._brought = [Seen() for _ in mixture.names]
         self._open_packer(packing)
         if state is not None:
             self._restore(state)
@@ -199,6 +202,7 @@ class PackedStream(Iterator[PackedBatch]):
             self._skipped.check(self._read)
         else:
             self._admit(draw.pick.source, draw.pick.position, draw.sample)
+            self._learn(draw.pick.source)
         self._unused = 0 if self._pending else self._unused + 1
         if self._unused >= MAX_WITHOUT_BATCH:
             raise RuntimeError(
@@ -213,6 +217,21 @@ class PackedStream(Iterator[PackedBatch]):
         if not parts:
             bad = {"reason": TOO_LONG, "detail": self._packing.budget.excess(whole.sizes)}
             self._skipped.add(self._mixture.row(source, position, whole.id) | bad)
+
+    def _learn(self, source: int) -> None:
+        """What the sample brings that was queued, and so how much work a pack may hold from now on."""
+        if (balance := self._packing.balance) is None or not self._pending:
+            return
+        seen = self._brought[source]
+        seen.samples += 1
+        for item in self._pending:
+            seen.sizes = list(map(operator.add, seen.sizes, item.sample.sizes))
+            seen.work = list(map(operator.add, seen.work, balance.work.of(item.sample)))
+        self._bound()
+
+    def _bound(self) -> None:
+        if (balance := self._packing.balance) is not None:
+            self._packer.bounds = balance.bounds(self._brought, self._stage_weights(), self._packing.budget)
 
     def _emit(self, items: list[Item]) -> PackedBatch:
         batch = PackedBatch.pack([item.sample for item in items])
@@ -248,7 +267,8 @@ class PackedStream(Iterator[PackedBatch]):
         own = {"tokens": stage.max_tokens, "mel_frames": stage.max_mel_frames, "patches": stage.max_patches}
         budget = replace(self._own_budget, **{name: most for name, most in own.items() if most})
         self._packing = replace(packing, budget=budget)
-        self._packer = FirstFit(budget, packing.window)
+        self._packer = self._packing.packer()
+        self._bound()
 
     def _enter(self, stage: int) -> None:
         """Change mixture and budgets. Samples that wait in open packs are packed anew, first; what worker processes
@@ -284,6 +304,8 @@ class PackedStream(Iterator[PackedBatch]):
             "skipped": self._skipped.counts,
             "seen": {kind: vars(tally) for kind, tally in self._seen.items()},
         }
+        if self._packing.balance is not None:
+            state["brought"] = [vars(seen) for seen in self._brought]
         return deepcopy(state)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -296,6 +318,7 @@ class PackedStream(Iterator[PackedBatch]):
         self._read, self._batches, self._tokens = state["read"], state["batches"], state["tokens"]
         self._filling, self._skipped.counts = state["filling"], state["skipped"]
         self._seen = {kind: Tally(**tally) for kind, tally in state["seen"].items()}
+        self._brought = [Seen(**seen) for seen in state.get("brought", [{} for _ in self._mixture.names])]
         fetched: dict[tuple[int, int], EncodedSample] = {}
 
         def item(source: int, position: int, start: int, end: int) -> Item:
@@ -379,7 +402,7 @@ class FinitePacks(Iterable[PackedBatch]):
         self._mixture, self._packing, self._max_bad_fraction = mixture, packing, max_bad_fraction
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        packer, skipped = FirstFit(self._packing.budget, self._packing.window), Skipped(self._max_bad_fraction)
+        packer, skipped = self._packing.packer(), Skipped(self._max_bad_fraction)
         read = packs = 0
 
         def pack(items: list[Item]) -> PackedBatch:

@@ -215,6 +215,28 @@ def lines(series: Columns, ylabel: str, *, share: bool = False) -> Markup:
 
 
 @_styled
+def rank_waiting(shares: Columns) -> Markup:
+    """Heat map of the share of the time that each rank (its number -> steps, shares) waits, over steps."""
+    ranks = sorted(shares, key=int)
+    steps = np.unique(np.concatenate([shares[rank][0] for rank in ranks]))
+    cells = np.full((len(ranks), len(steps)), np.nan)
+    for row, rank in enumerate(ranks):
+        cells[row, np.searchsorted(steps, shares[rank][0])] = shares[rank][1]
+    figure, (axes,) = _axes(1, 1, (7.8, 0.9 + 0.16 * len(ranks)))
+    top = max(0.1, float(np.nanmax(cells)))
+    image = axes.imshow(cells, aspect="auto", interpolation="nearest", cmap="YlOrRd", vmin=0, vmax=top)
+    axes.grid(visible=False)
+    axes.set_yticks(range(0, len(ranks), max(1, len(ranks) // 16)))
+    places = np.linspace(0, len(steps) - 1, min(6, len(steps))).round().astype(int)
+    axes.set_xticks(places, [f"{steps[place]:g}" for place in places])
+    axes.set_xlabel("step")
+    axes.set_ylabel("rank")
+    axes.set_title("share of its computing time that each rank waits for the slowest")
+    figure.colorbar(image, ax=axes, pad=0.015).outline.set_visible(False)
+    return _svg(figure, "waiting of each rank over steps")
+
+
+@_styled
 def by_window(panels: Mapping[str, Mapping[str, Any]]) -> Markup:
     """A score over the attention window of the audio encoder, a panel for each task: title -> ``unit``, ``points``
     (seconds, value, low, high) of all languages, ``languages``, name -> (seconds, value), and ``constant``, the score

@@ -78,7 +78,7 @@ class Run:
 
     def below(self, prefix: str) -> figures.Columns:
         """The metrics whose names begin with `prefix`, by the rest of their names."""
-        return {name.removeprefix(prefix): v for name, v in self.metrics.items() if name.startswith(prefix)}
+        return _below(self.metrics, prefix)
 
     @property
     def training_seconds(self) -> float | None:
@@ -214,6 +214,11 @@ def _headline(run: Run) -> list[dict[str, Any]]:
 def _named(table: figures.Columns, names: Mapping[str, str]) -> figures.Columns:
     """The columns of `table` that are there, under their labels."""
     return {label: table[column] for column, label in names.items() if column in table}
+
+
+def _below(table: figures.Columns, prefix: str) -> figures.Columns:
+    """The columns whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): values for name, values in table.items() if name.startswith(prefix)}
 
 
 def _curves(run: Run) -> dict[str, figures.Columns]:
@@ -424,10 +429,14 @@ def _speed(run: Run) -> list[tuple[str, str]]:
     """Figures of the throughput file: medians over the rows after the first, and maxima of memory."""
     forms = {
         "tokens_per_second": ("tokens per second", ",.0f"),
+        "text_tokens_per_second": ("of them text", ",.0f"),
         "samples_per_second": ("samples per second", ",.1f"),
         "seconds_per_step": ("seconds per step", ".2f"),
+        "tflops": ("1e12 operations per second and device", ".3g"),
         "mfu": ("share of the matmul peak (MFU)", ".0%"),
         "data_wait": ("time waiting for data", ".1%"),
+        "waiting": ("time that ranks wait for the slowest", ".1%"),
+        "waiting_counted": ("the same, by operations", ".1%"),
         "memory_gb": ("largest memory, GB", ".2f"),
         "memory_cuda_gb": ("largest GPU memory, GB", ".2f"),
     }
@@ -495,7 +504,7 @@ def _render(run: Run) -> str:
     swap, loads = run.scores.get("media_swap", []), run.scores.get("expert_load", {})
     experts = _named(run.metrics, {"experts/entropy": "mean of layers", "experts/entropy_min": "worst layer"})
     tokens = _named(run.throughput, {"tokens_per_second": "tokens"})
-    waiting = _named(run.throughput, {"data_wait": "waiting for data", "mfu": "MFU"})
+    shares = {"data_wait": "waiting for data", "mfu": "MFU", "waiting": "waiting for the slowest rank"}
     norms = _named(run.metrics, {"gradient_norm": "all parts"})
     lines, folder = figures.lines, run.folder.resolve().name
     return templates().get_template("run.html.j2").render(
@@ -517,7 +526,8 @@ def _render(run: Run) -> str:
         expert_figure=figures.expert_load({m: loads[m] for m in _by_modality(loads)}),
         entropy_figure=lines(experts, "expert load entropy (1: even)", share=True),
         speed_figure=lines(tokens, "tokens per second"),
-        waiting_figure=lines(waiting, "share of time and of peak", share=True),
+        waiting_figure=lines(_named(run.throughput, shares), "share of time and of peak", share=True),
+        ranks_figure=figures.rank_waiting(_below(run.throughput, "waiting/")),
         norm_figure=lines(norms, "gradient norm"),
         rate_figure=lines(run.below("lr/"), "learning rate"),
         position_figure=figures.position_curves(by_position(run.predictions), POSITION_MEASURES),

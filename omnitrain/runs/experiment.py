@@ -64,6 +64,7 @@ def build_experiment(config: RunConfig, stage: str) -> Experiment:
         assert isinstance(model, OmniModel)
         assert datamodule.speech is not None
         datamodule.speech = replace(datamodule.speech, thinker=thinker_fingerprint(model))
+    datamodule.work = module.work()
     trainer = build_trainer(config, spread=stage in ("fit", "validate"))
     return Experiment(run_dir=run_dir, datamodule=datamodule, module=module, trainer=trainer)
 

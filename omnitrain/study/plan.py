@@ -6,7 +6,7 @@ The real order, mixing and packing run over samples that have sizes and hold not
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 from omnitrain.data.batch import IGNORE, EncodedSample
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.mixture import Mixture
-from omnitrain.data.packing import Packing
 from omnitrain.data.sizes import SizedSource, as_it_is, measure, sized_sources
 from omnitrain.data.stream import PackedStream, Stage
 from omnitrain.evaluation.progress import progress_bar
 from omnitrain.files import write_parquet
 from omnitrain.models.omni import OmniModel
 from omnitrain.study.spec import StudySpec
-from omnitrain.training.flops import BatchSizes, training_flops, training_flops_by_part
+from omnitrain.training.flops import BatchSizes, thinker_work, training_flops, training_flops_by_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +64,8 @@ class Planner:
         self, spec: StudySpec, data: OmniDataModule, sizes: Mapping[str, SizedSource], model: OmniModel
     ) -> None:
         self._spec, self._data, self._model = spec, data, model
+        data.work = thinker_work(model)
+        self._packing = replace(data.packing, n_bytes=len)
         self._sizes = {name: sizes[name] for name in data.opened("sources")}
         self._mixture = Mixture(self._sizes, as_it_is, seed=data.seed)
         self._cost = cache(partial(training_flops, model))
@@ -78,7 +79,7 @@ class Planner:
         stream = PackedStream(
             Mixture({name: self._sizes[name] for name in names}, as_it_is, seed=self._data.seed),
             weights=dict.fromkeys(names, 1),
-            packing=Packing(budget=self._data.budget, window=self._data.config.window, n_bytes=len),
+            packing=self._packing,
             stages=stages,
             max_bad_fraction=self._data.config.max_bad_fraction,
         )
@@ -147,7 +148,7 @@ class Planner:
 
     def _packed_sizes(self, sample: EncodedSample) -> Iterable[BatchSizes]:
         """Of `sample` as the stream packs it: whole, in pieces, or not at all."""
-        for _, _, part in Packing(budget=self._data.budget, n_bytes=len).parts(sample):
+        for _, _, part in self._packing.parts(sample):
             yield BatchSizes(
                 lengths=(len(part),),
                 targets=int((part.labels != IGNORE).sum()),

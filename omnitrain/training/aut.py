@@ -18,6 +18,7 @@ from torchaudio.functional import mask_along_axis
 
 from omnitrain.config.run_config import AuTLossConfig, AuTModuleConfig, OptimConfig, SpecAugmentConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.data.work import Work
 from omnitrain.evaluation.metrics import ERROR_RATE_TASKS, edits, normalise
 from omnitrain.generation.rescore import Rescoring, rescored
 from omnitrain.generation.sampling import Decoding
@@ -26,7 +27,7 @@ from omnitrain.generation.transcribe import BeamSearch, ctc_transcribe, transcri
 from omnitrain.models.aut_decoder import AuT, AuTOutput
 from omnitrain.models.layers.ctc import ctc_losses
 from omnitrain.parallel.sharding import gather_all, shard_again
-from omnitrain.training.flops import aut_training_flops
+from omnitrain.training.flops import aut_training_flops_by_part, aut_work
 from omnitrain.training.losses import BatchLosses
 from omnitrain.training.ranks import gather_objects
 from omnitrain.training.thinker import ThinkerModule
@@ -99,8 +100,11 @@ class AuTModule(ThinkerModule[AuT]):
         parts = batch.labels.split(batch.cu_seqlens.diff().tolist())
         return [[t for t in part.tolist() if t != IGNORE and t not in stop] for part in parts]
 
-    def batch_flops(self, batch: PackedBatch) -> float:
-        return aut_training_flops(self.model, batch, self._aut_window_frames())
+    def batch_flops(self, batch: PackedBatch) -> dict[str, float]:
+        return aut_training_flops_by_part(self.model, batch, self._aut_window_frames())
+
+    def work(self) -> Work:
+        return aut_work(self.model)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         super().validation_step(batch, batch_idx, dataloader_idx)

@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from omnitrain.config.run_config import OptimConfig
+from omnitrain.data.work import Work
 from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.optim import schedule_factor
+from omnitrain.training.own_time import OwnTime
 from omnitrain.training.ranks import gather_objects
 
 
@@ -38,6 +40,8 @@ class TrainingModule(L.LightningModule):
         """Stage of the data's mixture, summed over ranks: it changes where the mixture does."""
         self.batch_end_time = 0.0
         """When the last batch and all that follows it (checkpoint, logging) was done; from `time.perf_counter`."""
+        self.own_time = OwnTime()
+        """Of this rank's forward passes."""
         self.ending = False
         """Set when the run ends amid a validation: its remaining batches are passed over."""
         self.skipped_steps = 0
@@ -110,9 +114,13 @@ class TrainingModule(L.LightningModule):
         self._discarded = True
         self.skipped_steps += 1
 
-    def batch_flops(self, batch: Any) -> float:
-        """Operations of a training step on `batch`; NaN if they are not counted."""
-        return math.nan
+    def batch_flops(self, batch: Any) -> dict[str, float]:
+        """Operations of a training step on `batch` by part of the model; none if they are not counted."""
+        return {}
+
+    def work(self) -> Work | None:
+        """What training on a sample costs; None if it is not counted."""
+        return None
 
     def validation_losses(self) -> dict[str, float]:
         """What the progress bar says after a validation, by name."""

@@ -6,7 +6,6 @@ in the same step. Everything else (normalisation, clipping, the spike guard, res
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -15,8 +14,10 @@ from torch import Tensor
 
 from omnitrain.config.run_config import THINKER_PARTS, OptimConfig, TalkerLossConfig, TalkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch, SpokenAnswers
+from omnitrain.data.work import Work
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.talker import Talker, TalkerInputs
+from omnitrain.training.flops import talker_work
 from omnitrain.training.losses import BatchLosses, RouterUse, talker_loss
 from omnitrain.training.thinker import ThinkerModule
 
@@ -109,5 +110,8 @@ class TalkerModule(ThinkerModule[OmniModel]):
             groups=[group for part, _ in parts for group in part.groups],
         )
 
-    def batch_flops(self, batch: PackedBatch) -> float:
-        return math.nan  # not counted for the Talker
+    def batch_flops(self, batch: PackedBatch) -> dict[str, float]:
+        return {}  # not counted for the Talker
+
+    def work(self) -> Work:
+        return talker_work(self.model, self.talker, joint=self.joint, listens=not self.config.cached_thinker)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from omnitrain.config.run_config import OptimConfig, ThinkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
+from omnitrain.data.work import Work
 from omnitrain.interop.start_from import start_from
 from omnitrain.models.aut_decoder import AuT, AuTOutput
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
@@ -31,7 +32,7 @@ from omnitrain.models.omni import OmniModel
 from omnitrain.models.thinker import ThinkerOutput
 from omnitrain.parallel.sharding import within
 from omnitrain.parallel.state import local
-from omnitrain.training.flops import BatchSizes, training_flops
+from omnitrain.training.flops import BatchSizes, thinker_work, training_flops_by_part
 from omnitrain.training.lora import add_lora
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
 from omnitrain.training.module import TrainingModule
@@ -164,7 +165,8 @@ class ThinkerModule(TrainingModule, Generic[M]):
             batch = replace(batch, labels=labels, spoken=None if slices.rank else batch.spoken)
 
         def compute() -> tuple[Tensor, list[Tensor], BatchLosses]:
-            losses = self.losses(batch, window)
+            with self.own_time.running(self.device):
+                losses = self.losses(batch, window)
             return losses.total, [use.prob_sums for use in losses.routers.values()], losses
 
         losses = within(self.model, compute)[-1]
@@ -290,9 +292,13 @@ class ThinkerModule(TrainingModule, Generic[M]):
         schedule = self.schedule(self.optim_config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def batch_flops(self, batch: PackedBatch) -> float:
+    def batch_flops(self, batch: PackedBatch) -> dict[str, float]:
         assert isinstance(self.model, OmniModel)
-        return training_flops(self.model, BatchSizes.of(batch))
+        return training_flops_by_part(self.model, BatchSizes.of(batch))
+
+    def work(self) -> Work:
+        assert isinstance(self.model, OmniModel)
+        return thinker_work(self.model)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.evaluates_together:

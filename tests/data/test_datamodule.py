@@ -21,6 +21,7 @@ from omnitrain.data.sample import BadSample, Message, Sample, Segment
 from omnitrain.data.settings import DataConfig
 from omnitrain.data.shards import SampleSource, write_media_table, write_shards
 from omnitrain.data.stream import TooManyBadSamples
+from omnitrain.data.work import Work
 from omnitrain.vocabulary import AUDIO, IMAGE, VIDEO
 from tests.data import corrupt
 
@@ -78,7 +79,9 @@ def folder(tmp_path_factory):
 
 def module(folder, **changes):
     others = {
-        name: changes.pop(name) for name in ("seed", "run_dir", "vocab_size", "rank", "world_size") if name in changes
+        name: changes.pop(name)
+        for name in ("seed", "run_dir", "vocab_size", "work", "rank", "world_size")
+        if name in changes
     }
     config = typed(
         DataConfig,
@@ -438,19 +441,22 @@ def test_mistakes_are_named(folder):
         ({"max_bad_fraction": 2}, "max_bad_fraction"),
         ({"num_workers": -1}, "num_workers"),
         ({"max_patches": 0}, "patches is 0"),
+        ({"balance": 0}, "data.balance is 0"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json"),
     ]:
         with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
             module(folder, **changes).setup("fit")
 
 
-def test_fewer_processes_take_over_the_streams(folder):
+@pytest.mark.parametrize("balance", [None, 0.7])
+def test_fewer_processes_take_over_the_streams(folder, balance):
     """Four streams in 4, then 2, then 1 processes: each step has the packs of a run in four processes throughout."""
+    work = Work(token=1.0, pair=0.01, mel_frame=0.5, patch=2.0)
 
     def steps(processes, n, state=None):
         found, states = [], []
         for rank in range(processes):
-            data = module(folder, rank=rank, world_size=processes, streams=4)
+            data = module(folder, rank=rank, world_size=processes, streams=4, balance=balance, work=work)
             if state is not None:
                 data.load_state_dict(state)
             found.append(take(data, n * 4 // processes))
@@ -468,3 +474,6 @@ def test_fewer_processes_take_over_the_streams(folder):
     assert first + second + third == whole
     with pytest.raises(ValueError, match="3 processes cannot share the 4 streams"):
         module(folder, rank=0, world_size=3).load_state_dict(state)
+    for changes in ({"balance": 0.8, "work": work}, {"balance": 0.7, "work": Work(token=2.0)}):
+        with pytest.raises(ValueError, match="these settings changed: balance"):
+            module(folder, rank=0, world_size=1, **changes).load_state_dict(state)

@@ -7,6 +7,7 @@ import pytest
 
 from omnitrain.data.batch import IGNORE, EncodedSample, PackedBatch
 from omnitrain.data.packing import Budget, FirstFit, Item, cut, is_document, pieces
+from omnitrain.data.work import Balance, Seen, Work
 from omnitrain.vocabulary import AUDIO, TEXT
 
 
@@ -61,6 +62,55 @@ def test_every_sample_once_and_no_budget_broken():
         assert sum(item.sample.mel_frames for item in pack) <= 150
         assert sum(item.sample.n_patches for item in pack) <= 140
     assert sorted(item.position for pack in packs for item in pack) == list(range(500))
+
+
+def test_packs_hold_no_more_work_than_they_may():
+    """Patches and long documents are dear, in squares too. One sample in fifty alone has more patches than a pack may
+    hold: no other patch is with it."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers([2, 0], [90, 20], (1000, 2))
+    sizes[::50, 1] = 60
+    samples = [encoded(str(i), int(n), n_patches=2 * int(p), document=p < 10) for i, (n, p) in enumerate(sizes)]
+    work = Work(token=3.0, pair=0.01, target=1.0, patch=20.0, patch_pair=0.02)
+    seeing = np.array([20 * 2 * p + 0.02 * (2 * p) ** 2 for _, p in sizes])
+    whole = seeing + [3 * n + 0.01 * n * (n + 1) / 2 + (n - 1 if p < 10 else 1) for n, p in sizes]
+    assert [work.of(sample)[0] for sample in samples] == pytest.approx(whole)
+    assert [work.of(sample)[3] for sample in samples] == pytest.approx(seeing)
+    bounds = (5000.0, 2000.0, 0.0, 2500.0, 0.0)
+    assert (seeing > bounds[3]).sum() == 20
+    packer, packs = FirstFit(Budget(tokens=512), 4, work), []
+    packer.bounds = bounds
+    for i, sample in enumerate(samples):
+        packs += filter(None, [packer.add(Item(0, i, 0, len(sample), sample))])
+    while closed := packer.close_fullest():
+        packs.append(closed)
+    places = [[item.position for item in pack] for pack in packs]
+    assert sorted(place for pack in places for place in pack) == list(range(1000))
+    for pack in places:
+        heavy = [place for place in pack if seeing[place] > bounds[3]]
+        if heavy:
+            assert seeing[pack].sum() == seeing[heavy].sum()
+            assert len(heavy) == 1
+        else:
+            assert seeing[pack].sum() <= bounds[3]
+            assert whole[pack].sum() <= bounds[0]
+
+
+def test_bounds_are_those_of_a_pack_like_the_mixture():
+    """Of three texts for a picture: 100 and 50 tokens, in packs of 1,000."""
+    balance = Balance(work=Work(token=2.0, patch=3.0), most=0.9)
+    seen = [Seen(samples=4, sizes=[400, 0, 0, 0], work=[800.0, 800.0, 0.0, 0.0, 0.0]), Seen()]
+    for _ in range(2):
+        seen[1].samples += 1
+        seen[1].sizes = [50 * seen[1].samples, 0, 64 * seen[1].samples, 0]
+        seen[1].work = [seen[1].samples * each for each in (292.0, 100.0, 0.0, 192.0, 0.0)]
+        count = 1000 / 350  # of three texts and a picture, in a pack
+        expected = 0.9 * count * np.array([892, 1.1 * 700, 0, 1.1 * 192, 0])
+        assert balance.bounds(seen, [3.0, 1.0], Budget(tokens=1000)) == pytest.approx(expected)
+    count = 20 / 64
+    expected = 0.9 * count * np.array([892, 1.1 * 700, 0, 1.1 * 192, 0])
+    assert balance.bounds(seen, [3, 1], Budget(tokens=1000, patches=20)) == pytest.approx(expected)
+    assert balance.bounds([Seen()], [1.0], Budget()) == (float("inf"),) * 5
 
 
 def test_a_wide_mix_of_lengths_fills_packs():

@@ -23,6 +23,7 @@ from omnitrain.data.stream import (
     check_stages,
     planned_mixture,
 )
+from omnitrain.data.work import Balance, Work
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import test modules
 
@@ -88,7 +89,7 @@ def stream(num_workers=0, state=None, sources=SOURCES, rank=0, world_size=1, **c
         Mixture(sources, encode, seed=3, rank=rank, world_size=world_size),
         **{
             "weights": {"chat": 3, "sound": 2, "books": 0.5},
-            "packing": Packing(budget=budget, window=window, n_bytes=len),
+            "packing": Packing(budget=budget, window=window, n_bytes=len, balance=changes.pop("balance", None)),
             "max_bad_fraction": 0.2,
             "stages": STAGES,
             "num_workers": num_workers,
@@ -126,6 +127,18 @@ def test_resumed_equals_uninterrupted_at_every_batch(uninterrupted):
     for stop, batch in enumerate(uninterrupted[:-4]):
         state = json.loads(json.dumps(batch.stream_state))  # plain values only
         for a, b in zip(uninterrupted[stop + 1 : stop + 4], take(stream(state=state), 3), strict=True):
+            assert_equal(a, b)
+
+
+def test_balanced_packs_resume_at_every_batch(uninterrupted):
+    """Over all stages, whose packs differ in length; some samples alone cost more than a pack of the second may."""
+    balance = Balance(work=Work(token=1.0, target=1.0, mel_frame=0.7), most=0.8)
+    whole = take(stream(balance=balance), 60)
+    assert [b.sample_ids for b in whole[:45]] != [b.sample_ids for b in uninterrupted]
+    assert {batch.stream_state["stage"] for batch in whole} == {0, 1, 2}
+    for stop in range(0, 58, 3):
+        state = json.loads(json.dumps(whole[stop].stream_state))
+        for a, b in zip(whole[stop + 1 : stop + 3], take(stream(balance=balance, state=state), 2), strict=True):
             assert_equal(a, b)
 
 

@@ -45,7 +45,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "step,train/loss,train/loss/image,train/loss/text,validation/loss/image,experts/entropy,lr/aut,gradient_norm\n"
         "1,5.0,5.5,4.5,,0.9,0.1,1.0\n2,4.0,4.5,nan,,0.9,0.1,1.0\n2,,,,4.75,,,\n3,3.0,3.5,2.5,,0.9,0.1,1.0\n"
     )
-    (folder / "throughput.csv").write_text("step,tokens_per_second,data_wait,mfu\n1,10,0.5,0.1\n2,1234,0.01,0.5\n")
+    (folder / "throughput.csv").write_text(
+        "step,tokens_per_second,data_wait,mfu,waiting,waiting/0,waiting/1\n"
+        "1,10,0.5,0.1,0.2,0.1,0.3\n2,1234,0.01,0.5,0.128,0.256,0\n"
+    )
     data = {
         "planned": [{"until_tokens": None, "shares": {"pictures": 0.75, "words": 0.25}}],
         "drawn": {"pictures": 30, "words": 10},
@@ -110,7 +113,8 @@ def test_every_section_is_there(page: str) -> None:
     assert [s for s in SECTIONS if f'id="{s}"' not in page] == []
     assert 'class="missing"' not in page
     for text in ("fancy run", "+0.310", "The interval is above zero", "33.3", "75.0%", "98.7%", "image_corrupt",
-                 "1,234", "planted-bad", "packages.torch", "preset: tiny"):  # fmt: skip
+                 "1,234", "12.8%", "waiting of each rank over steps", "planted-bad", "packages.torch",
+                 "preset: tiny"):  # fmt: skip
         assert text in page, text
     assert page.count("<svg") >= 6
 

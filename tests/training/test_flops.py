@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from test_talker_module import talking_model
 from torch.utils.flop_counter import FlopCounterMode
 from toy_training import step_samples, toy_model
 
-from omnitrain.data.batch import PackedBatch
+from omnitrain.data.batch import EncodedSample, PackedBatch
+from omnitrain.data.work import Work
 from omnitrain.models.aut_decoder import text_of
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.training.flops import (
     BatchSizes,
     aut_forward_flops,
     aut_training_flops,
+    aut_work,
     forward_flops,
     peak_flops,
+    talker_work,
+    thinker_work,
     training_flops,
     training_flops_by_part,
 )
@@ -127,3 +136,55 @@ def test_forward_flops_of_an_aut() -> None:
     model.requires_grad_(False)
     model.decoder.requires_grad_(True)
     assert aut_training_flops(model, batch, 200) == 3 * found["decoder"] + found["aut"] + found["ctc"]
+
+
+def _operations(work: Work, samples: Sequence[EncodedSample]) -> float:
+    for sample in samples:
+        whole, *parts = work.of(sample)
+        assert whole == sum(parts)
+    return sum(work.of(sample)[0] for sample in samples)
+
+
+def test_work_of_a_sample() -> None:
+    """That of the samples of a pack adds up to what the pack costs, whatever learns; recordings last whole windows."""
+    model, batch = toy_model(), PackedBatch.pack(samples := [*step_samples(0), *step_samples(2)])
+    frames = model.aut.config.window_frames
+    samples = [replace(s, mel=tuple(np.zeros((frames, 16)) for _ in s.mel)) for s in samples]
+    sizes = replace(BatchSizes.of(batch), mel_lengths=[frames for s in samples for _ in s.mel])
+    assert _operations(thinker_work(model), samples) == pytest.approx(training_flops(model, sizes))
+    model.requires_grad_(False)
+    model.visual.requires_grad_(True)
+    assert _operations(thinker_work(model), samples) == pytest.approx(training_flops(model, sizes))
+
+
+def test_work_of_an_aut() -> None:
+    """But for the attention of the decoder, which is left out."""
+    model = small_aut(ctc_slots=3)
+    frames = model.aut.config.window_frames
+    samples = [spoken_sample(i, frames=n * frames, before=3, after=4, answer=20) for i, n in enumerate((1, 2))]
+    batch = PackedBatch.pack(samples)
+    text = text_of(batch.cu_seqlens, batch.token_types)[2].diff()
+    pairs = float((text * (text + 1) / 2 + text * (batch.cu_seqlens.diff() - text)).sum())
+    for learning in (True, False):
+        model.aut.requires_grad_(learning)
+        expected = aut_training_flops(model, batch) - 3 * 4 * pairs * 32 * 3
+        assert _operations(aut_work(model), samples) == pytest.approx(expected)
+
+
+def test_work_of_a_frame_of_speech() -> None:
+    """What ten frames more cost, by torch's count, forward; text and the beginning of an answer are the same."""
+    model = talking_model()
+    assert model.talker is not None
+    work = talker_work(model, model.talker, joint=False, listens=False)
+    counts = []
+    for frames in (10, 20):
+        hidden = torch.zeros(frames, model.talker.config.d_model)
+        codes = torch.zeros(frames, model.talker.config.codebooks, dtype=torch.int64)
+        borders = torch.tensor([0, frames], dtype=torch.int32)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            output = model.talker(hidden, torch.zeros(3, frames), borders)
+            model.talker.logits(output.hidden)
+            model.talker.mtp.logits(model.talker.mtp(output.hidden, hidden, codes))
+        counts.append(counter.get_total_flops())
+    assert work.frame == pytest.approx(3 * (counts[1] - counts[0]) / 10)
+    assert not any(work.of(step_samples(0)[0]))
