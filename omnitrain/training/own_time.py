@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from omnitrain.models.layers.moe import SwiGLUExperts
-from omnitrain.parallel.sharding import units
 
 
 class OwnTime:
@@ -31,12 +30,10 @@ class OwnTime:
         self._hooks: list[RemovableHandle] = []
 
     def watch(self, model: nn.Module) -> None:
-        """From now on stand still where the layers of `model`, if it is spread, wait for messages: ahead of what hooks
-        that are there do before and after a layer, until behind that. And tell the parts of the model (``aut``,
-        ``thinker``, ...) apart, in each of which the processes then go step by step."""
+        """From now on stand still where the layers of `model`, which is spread, wait for messages: ahead of what hooks
+        that are there do before and after a layer, until behind that. And tell its parts (``aut``, ``thinker``, ...)
+        apart, through each of which the processes go together."""
         self.forget()
-        if not any(units(model)):
-            return
         for name, module in model.named_modules():
             if isinstance(module, FSDPModule | SwiGLUExperts):
                 mark = torch.compiler.disable(partial(self._mark, name.split(".")[0]))

@@ -17,8 +17,8 @@ def test_the_columns() -> None:
 
 
 def test_ranks_wait_less_for_balanced_packs() -> None:
-    simulation = balance.Simulation(["data.window=16"], samples=80)
-    without, balanced = (simulation.row(4, 16, 4, most) for most in (None, 1.0))
+    simulation = balance.Simulation(["data.window=16", "data.max_tokens=1024"], samples=60)
+    without, balanced = (simulation.row(4, 12, 4, most) for most in (None, 1.0))
     assert balanced.waiting < 0.75 * without.waiting
     assert balanced.by_layer < 0.75 * without.by_layer
     assert balanced.tokens > 0.9 * without.tokens

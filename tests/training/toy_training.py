@@ -257,7 +257,8 @@ class Toy:
     resume: bool = True
     train: tuple[str, ...] | None = None
     recomputed: tuple[str, ...] = ()
-    rests: tuple[float, ...] = ()  # seconds that each rank rests in the attention of the last layer, in each pass
+    rests: tuple[float, ...] = ()  # seconds that each rank rests in the Thinker's last layer, in each pass
+    rests_hearing: tuple[float, ...] = ()  # and in that of the audio encoder
 
 
 def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
@@ -280,9 +281,10 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
         # eps well above rounding: AdamW would turn a gradient that is only rounding noise into a full step.
         OptimConfig(lr=toy.lr, warmup_steps=2, total_steps=toy.max_steps_of_schedule, eps=1e-4, decay_fraction=0.2),
     )
-    if toy.rests:
-        seconds = toy.rests[int(os.environ.get("LOCAL_RANK", "0"))]
-        module.model.thinker.layers[-1].attention.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    for layers, rests in ((module.model.thinker.layers, toy.rests), (module.model.aut.layers, toy.rests_hearing)):
+        if rests:
+            seconds, inside = rests[int(os.environ.get("LOCAL_RANK", "0"))], next(layers[-1].children())
+            inside.register_forward_pre_hook(lambda *_, seconds=seconds: time.sleep(seconds))
     data = ToyData(poison=tuple(toy.poison), delay=toy.delay, stage_at=toy.stage_at, uneven=toy.uneven)
     if toy.fail is not None and toy.fail[0] == int(os.environ.get("LOCAL_RANK", "0")):
         data.fails_at = toy.fail[1]

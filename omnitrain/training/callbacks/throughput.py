@@ -74,7 +74,8 @@ class Throughput(Callback):
             self.peak = peak_flops(pl_module.device)
         self._mine, self._steps = _Rank(), 0
         self._counted_any = False
-        pl_module.own_time.watch(pl_module)
+        if pl_module.mesh is not None:
+            pl_module.own_time.watch(pl_module.get_submodule("model"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
