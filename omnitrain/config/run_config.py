@@ -555,7 +555,7 @@ class SpikeGuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughputConfig:
-    """Tokens/s, MFU, data wait and memory, in throughput.csv.
+    """Tokens/s, MFU, waiting for data and for other ranks, and memory, in throughput.csv.
 
     Attributes:
         peak_tflops: what MFU is measured against, per device; null: see `training.flops.peak_flops`.

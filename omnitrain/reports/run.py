@@ -503,6 +503,7 @@ def templates() -> jinja2.Environment:
 def _render(run: Run) -> str:
     swap, loads = run.scores.get("media_swap", []), run.scores.get("expert_load", {})
     experts = _named(run.metrics, {"experts/entropy": "mean of layers", "experts/entropy_min": "worst layer"})
+    busiest = _named(run.metrics, {"experts/max_over_mean": "worst layer"})
     tokens = _named(run.throughput, {"tokens_per_second": "tokens"})
     shares = {"data_wait": "waiting for data", "mfu": "MFU", "waiting": "waiting for the slowest rank"}
     norms = _named(run.metrics, {"gradient_norm": "all parts"})
@@ -525,6 +526,7 @@ def _render(run: Run) -> str:
         curves_figure=figures.learning_curves(_curves(run)),
         expert_figure=figures.expert_load({m: loads[m] for m in _by_modality(loads)}),
         entropy_figure=lines(experts, "expert load entropy (1: even)", share=True),
+        busiest_figure=lines(busiest, "load of the busiest expert over the mean (1: even)"),
         speed_figure=lines(tokens, "tokens per second"),
         waiting_figure=lines(_named(run.throughput, shares), "share of time and of peak", share=True),
         ranks_figure=figures.rank_waiting(_below(run.throughput, "waiting/")),

@@ -42,8 +42,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "note: </pre><script>\n"
     )
     (folder / "metrics.csv").write_text(
-        "step,train/loss,train/loss/image,train/loss/text,validation/loss/image,experts/entropy,lr/aut,gradient_norm\n"
-        "1,5.0,5.5,4.5,,0.9,0.1,1.0\n2,4.0,4.5,nan,,0.9,0.1,1.0\n2,,,,4.75,,,\n3,3.0,3.5,2.5,,0.9,0.1,1.0\n"
+        "step,train/loss,train/loss/image,train/loss/text,validation/loss/image,experts/entropy,experts/max_over_mean,"
+        "lr/aut,gradient_norm\n1,5.0,5.5,4.5,,0.9,1.5,0.1,1.0\n2,4.0,4.5,nan,,0.9,1.5,0.1,1.0\n2,,,,4.75,,,,\n"
+        "3,3.0,3.5,2.5,,0.9,1.4,0.1,1.0\n"
     )
     (folder / "throughput.csv").write_text(
         "step,tokens_per_second,data_wait,mfu,waiting,waiting/0,waiting/1\n"
@@ -113,7 +114,7 @@ def test_every_section_is_there(page: str) -> None:
     assert [s for s in SECTIONS if f'id="{s}"' not in page] == []
     assert 'class="missing"' not in page
     for text in ("fancy run", "+0.310", "The interval is above zero", "33.3", "75.0%", "98.7%", "image_corrupt",
-                 "1,234", "12.8%", "waiting of each rank over steps", "planted-bad", "packages.torch",
+                 "1,234", "12.8%", "waiting of each rank over steps", "busiest expert", "planted-bad", "packages.torch",
                  "preset: tiny"):  # fmt: skip
         assert text in page, text
     assert page.count("<svg") >= 6
