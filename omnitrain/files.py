@@ -28,6 +28,8 @@ PUBLIC = "public"
 """Folder in a run that began as a public folder: that folder's files, but the weights."""
 CHECKPOINTS = "checkpoints"
 LAST_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
+"""A file of one process, or a folder of several that share the model."""
+PREVIOUS_CHECKPOINT = f"{CHECKPOINTS}/previous.ckpt"
 METRICS = "metrics.csv"
 THROUGHPUT = "throughput.csv"
 HISTORY = "history.jsonl"
@@ -55,6 +57,11 @@ WRITTEN = frozenset((
 _UNFINISHED = ".partial"
 
 
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The one that a run goes on from: where a kill came between two names (`_exchange`), the one before it."""
+    return next((p for p in (run_dir / LAST_CHECKPOINT, run_dir / PREVIOUS_CHECKPOINT) if p.exists()), None)
+
+
 @contextmanager
 def atomic(path: str | os.PathLike[str], *, replace: bool = True) -> Generator[Path]:
     """A place beside `path` to write a file or a folder to; at the end of the block it is on disk as `path`. Without
@@ -79,7 +86,7 @@ def unfinished(path: str | os.PathLike[str]) -> Generator[Path]:
             error.filename = str(path)
         raise
     finally:
-        _delete(partial)
+        delete(partial)
 
 
 def place(partial: Path, path: str | os.PathLike[str], *, replace: bool = True) -> None:
@@ -92,29 +99,43 @@ def place(partial: Path, path: str | os.PathLike[str], *, replace: bool = True) 
     if not replace:
         with suppress(FileExistsError):
             os.link(partial, path)
-    elif partial.is_dir() and path.is_dir():
+    elif path.exists() and (partial.is_dir() or path.is_dir()):
         _exchange(partial, path)
-        shutil.rmtree(partial)
+        delete(partial)
     else:
         os.replace(partial, path)
     _to_disk(path.parent)
 
 
+def linked(source: Path, target: str | os.PathLike[str]) -> None:
+    """Give `source`, a file or a folder of files, a further name, which takes no space and keeps what it says of its
+    age. OSError where the file system has no links."""
+    with atomic(target) as partial:
+        if source.is_dir():
+            partial.mkdir()
+            for inner in source.iterdir():
+                os.link(inner, partial / inner.name)
+            shutil.copystat(source, partial)
+        else:
+            os.link(source, partial)
+
+
 def sweep(folder: Path) -> None:
     """Delete what killed writers left in `folder`. Only for who knows that nobody is writing there."""
     for path in folder.glob(f".*{_UNFINISHED}"):
-        _delete(path)
+        delete(path)
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir():
+def delete(path: Path) -> None:
+    """Delete a file or a folder, or a link and not what it names; nothing, if there is none."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Two folders swap their names: in one step on Linux, elsewhere in three."""
+    """Two names, of a folder and of a file or a folder, are swapped: in one step on Linux, elsewhere in three."""
     with suppress(AttributeError):
         swap = 2  # RENAME_EXCHANGE; -100: relative to the working folder
         if ctypes.CDLL(None).renameat2(-100, os.fsencode(one), -100, os.fsencode(other), swap) == 0:

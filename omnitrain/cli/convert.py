@@ -1,4 +1,5 @@
-"""``omnitrain convert``: runs to the public Qwen3-Omni format and back, and which of its keys are which tensors."""
+"""``omnitrain convert``: runs to the public Qwen3-Omni format and back, checkpoints in parts to one file, and which
+public keys are which tensors."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ examples:
   python -m omnitrain convert from-hf Qwen3-Omni-30B-A3B-Instruct runs/start
   python -m omnitrain fit model=qwen3_omni_30b_a3b data.tokenizer=QWEN3 module.init_from=runs/start
   python -m omnitrain generate runs/start "What can you do?"
+  python -m omnitrain convert to-ckpt runs/quickstart last.ckpt       what several processes saved, as one file
   python -m omnitrain convert table Qwen3-Omni-30B-A3B-Instruct
 """
 
@@ -42,6 +44,8 @@ def main(argv: list[str]) -> int:
          "checkpoints, or a folder in the public format"),
         ("from-hf", "DIR", "write a public folder as a run, for module.init_from, generate and talk",
          "a folder in the public format"),
+        ("to-ckpt", "RUN_OR_CKPT", "write what several processes have saved together as one file, as one process saves",
+         "a run (its last checkpoint), or one of its checkpoints, that is a folder"),
         ("table", "DIR", "our tensors and the public keys, from the headers of a folder in the public format; exit "
          "status 1 if a key is unknown, missing or of another shape", "a folder in the public format"),
     ):  # fmt: skip
@@ -49,6 +53,7 @@ def main(argv: list[str]) -> int:
         verb.add_argument("source", type=Path, metavar=source, help=takes)
         if name != "table":
             kept = "a new or empty folder; an earlier conversion of the same is replaced"
+            kept = "a new file" if name == "to-ckpt" else kept
             verb.add_argument("out", type=Path, metavar="OUT", help=kept)
         if name == "to-hf":
             speaks = "default: full, if the model can speak"
@@ -67,7 +72,7 @@ def main(argv: list[str]) -> int:
             table = key_table(options.source, track)
         return _print(table)
 
-    from omnitrain.runs.convert import from_hf, to_hf
+    from omnitrain.runs.convert import from_hf, to_ckpt, to_hf
 
     with _progress(f"writing {printable(options.out)}") as track:
         if options.verb == "to-hf":
@@ -75,6 +80,8 @@ def main(argv: list[str]) -> int:
 
             dtype = None if options.dtype is None else getattr(torch, options.dtype)
             to_hf(options.source, options.out, layout=options.layout, base=options.base, dtype=dtype, track=track)
+        elif options.verb == "to-ckpt":
+            to_ckpt(options.source, options.out, track=track)
         else:
             from_hf(options.source, options.out, track=track)
     print(printable(options.out))

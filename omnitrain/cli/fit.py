@@ -15,7 +15,7 @@ from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.saved import write_config
 from omnitrain.config.typed import ConfigError
 from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation, TranscriptEvaluation
-from omnitrain.files import CONFIG, LAST_CHECKPOINT, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER
+from omnitrain.files import CONFIG, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZER, last_checkpoint
 from omnitrain.models.sizes import AuTModelConfig
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.convert import keep_public
@@ -47,7 +47,7 @@ def train(config: RunConfig) -> Experiment:
     be."""
     run_dir = Path(config.paths.run_dir)
     checkpoint = starting_checkpoint(config)
-    if config.ckpt_path is None and (run_dir / LAST_CHECKPOINT).exists():
+    if config.ckpt_path is None and last_checkpoint(run_dir) is not None:
         raise ConfigError(
             f"{run_dir} already holds a run; continue it with ckpt_path=last, or choose another paths.run_dir"
         )

@@ -521,7 +521,8 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """``checkpoints/last.ckpt``: the whole state, all or nothing, also on SIGTERM and Ctrl-C.
+    """``checkpoints/last.ckpt``: the whole state, all or nothing, also on SIGTERM and Ctrl-C; a file, or of processes
+    that share the model a folder.
 
     Attributes:
         every_n_steps: optimizer steps between checkpoints.

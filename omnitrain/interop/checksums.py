@@ -1,4 +1,5 @@
-"""Whether a checkpoint still is what was written: every tensor's checksum stands in the file.
+"""Whether a checkpoint still is what was written: every tensor's checksum stands in the file, that of every file in a
+folder (`checkpoint_folder`).
 
 `torch.save` writes a ZIP archive in which each tensor's storage is an entry with its CRC-32; `torch.load` never looks
 at them. Here somebody does: 400 MB take 0.2 s on one core, where loading takes 0.3 s.
@@ -16,12 +17,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from omnitrain.interop import checkpoint_folder
+
 NO_CHECKPOINT = "damaged, or no checkpoint of omnitrain"
 
 
-def damage(path: str | Path) -> str | None:
-    """What a file of `torch.save` is, if it is not as it was written (None). Raises OSError if it cannot be opened."""
+def damage(path: str | Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What a checkpoint, a file of `torch.save` or a folder, is, if it is not as it was written (None). `share`: this
+    process's number, and of how many that look together, each at some of it. Raises OSError if it cannot be opened."""
     path = Path(path)
+    if path.is_dir():
+        return checkpoint_folder.damage(path, share)
+    if share[0]:
+        return None
     with path.open("rb") as file:
         if not file.read(1):
             return "empty"

@@ -5,7 +5,7 @@ A training starts from a run, a folder in the public format or, for its Thinker,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from omnitrain.files import LAST_CHECKPOINT, did_you_mean
+from omnitrain.interop import checkpoint_folder
 from omnitrain.interop.audio_tower import PROJECTION, load_tower
+from omnitrain.interop.checkpoint_folder import StoredTensors, below, shapes
 from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
 from omnitrain.interop.lora import merged
 from omnitrain.interop.public_config import CheckpointError
@@ -26,10 +28,14 @@ INIT_PARTS = ("aut", "visual", "thinker")
 """What `module.init_from` can take from a folder each, by the names of the modules of `OmniModel`."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that a run has written, on the CPU. The only place where one is read.
+def read_checkpoint(path: str | Path, find_damage: Callable[[Path], str | None] = damage) -> dict[str, Any]:
+    """A checkpoint that a run has written, a file or a folder, on the CPU. The only place where one is read.
 
-    Its tensors lie in the file until they are used; no code in the file runs.
+    Its tensors lie in the file until they are used; no code in the file runs. Of a folder, weights and moments are
+    `StoredTensors`, each read whenever somebody asks for it.
+
+    Args:
+        find_damage: how it is looked at before it is read; see `checksums.damage`.
 
     Raises:
         FileNotFoundError: there is no such file.  OSError: it cannot be read.
@@ -38,15 +44,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: this run has not written a checkpoint yet")
-    if (wrong := damage(path)) is not None:
+    if (wrong := find_damage(path)) is not None:
         raise _unusable(path, wrong)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if path.is_dir():
+            checkpoint = checkpoint_folder.read(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
         raise
     except Exception as error:  # of many kinds, with advice that is not for users
         raise _unusable(path, NO_CHECKPOINT) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if isinstance(state, StoredTensors):
+        return checkpoint
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
         raise _unusable(path, NO_CHECKPOINT)
     return checkpoint
@@ -55,14 +66,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _unusable(path: Path, wrong: str) -> CheckpointError:
     good = newest_whole(path)
     cure = "copy it again, or train again" if good is None else f"the last good one is {good} (ckpt_path={good})"
-    return CheckpointError(f"{path}: this file is {wrong}; {cure}")
+    return CheckpointError(f"{path}: this {'folder' if path.is_dir() else 'file'} is {wrong}; {cure}")
 
 
-def model_weights(checkpoint: str | Path) -> dict[str, Tensor]:
+def model_weights(checkpoint: str | Path) -> Mapping[str, Tensor]:
     """The model's weights in a checkpoint of a run, by their names in the model, low-rank adapters added to what they
     stand beside. Errors as `read_checkpoint`."""
     found = read_checkpoint(checkpoint)
-    state = {name.removeprefix("model."): x for name, x in found["state_dict"].items() if name.startswith("model.")}
+    state = below(found["state_dict"], "model.")
     scale = (found.get("omnitrain") or {}).get("lora_scale")
     return state if scale is None else merged(state, scale)
 
@@ -70,21 +81,34 @@ def model_weights(checkpoint: str | Path) -> dict[str, Tensor]:
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path, *, assign: bool = False) -> None:
     """Replace all weights of `module` by those read from `checkpoint`; with `assign` they stay where and as they are,
     and the module needs none of its own. Raises CheckpointError if they do not fit."""
-    if wrong := _differences(module.state_dict(), weights):
+    if wrong := _differences(shapes(module.state_dict()), shapes(weights)):
         raise CheckpointError(
             f"{checkpoint} does not fit the model of its configuration: {len(wrong)} weights differ. First: "
             f"{'; '.join(wrong[:3])}"
         )
-    module.load_state_dict(weights, assign=assign)
+    if assign:
+        module.load_state_dict(weights, assign=True)
+    else:
+        _fill(module, weights, weights)
 
 
-def _differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+@torch.no_grad()
+def _fill(module: nn.Module, weights: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Copy those of these names into `module`, one after the other."""
+    own = module.state_dict()
+    for name in names:
+        own[name].copy_(weights[name])
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _differences(own: Shapes, weights: Shapes) -> list[str]:
     """What is missing, unknown or of another shape in `weights`."""
     return [
-        f"{name}: {tuple(weights[name].shape) if name in weights else 'missing'} in the folder, "
-        f"{tuple(own[name].shape) if name in own else 'missing'} in the model"
+        f"{name}: {weights.get(name, 'missing')} in the folder, {own.get(name, 'missing')} in the model"
         for name in sorted(own.keys() | weights.keys())
-        if name not in own or name not in weights or own[name].shape != weights[name].shape
+        if own.get(name) != weights.get(name)
     ]
 
 
@@ -109,16 +133,15 @@ def start_from(model: OmniModel | AuT, init_from: str | Path | Mapping[str, str 
             notices += _start_aut(model, Path(folder), key)
             continue
         weights, said = _weights_in(model, Path(folder), part, key)
-        own: Mapping[str, Tensor] = model.state_dict()
+        own, theirs = shapes(model.state_dict()), shapes(weights)
         if part is None:
             absent = tuple(part for part in SPEECH_PARTS if not any(name.startswith(part) for name in weights))
-            own = {name: x for name, x in own.items() if not name.startswith(absent)}
+            own = {name: shape for name, shape in own.items() if not name.startswith(absent)}
         else:
-            own = {name: x for name, x in own.items() if name.startswith(f"{part}.")}
-            weights = {name: x for name, x in weights.items() if name.startswith(f"{part}.")}
-        _check_fit(own, weights, key, folder)
-        model.load_state_dict(weights, strict=False)
-        del own, weights  # before those of the next part are read
+            own, theirs = ({n: x for n, x in named.items() if n.startswith(f"{part}.")} for named in (own, theirs))
+        _check_fit(own, theirs, key, folder)
+        _fill(model, weights, theirs)
+        del weights  # before those of the next part are read
         notices += said
     return notices
 
@@ -126,12 +149,13 @@ def start_from(model: OmniModel | AuT, init_from: str | Path | Mapping[str, str 
 def _start_aut(model: OmniModel | AuT, folder: Path, key: str) -> list[str]:
     """Replace the weights of the audio encoder. Its projection stays as it is, where the folder has none for this
     Thinker; that is said."""
-    weights, own = _aut_in(model, folder, key), dict(model.aut.state_dict())
-    found, wanted = (w["proj2.bias"].shape if "proj2.bias" in w else None for w in (weights, own))
+    weights = _aut_in(model, folder, key)
+    own, theirs = shapes(model.aut.state_dict()), shapes(weights)
+    found, wanted = theirs.get("proj2.bias"), own.get("proj2.bias")
     if found != wanted:
-        own, weights = ({n: x for n, x in w.items() if not n.startswith(PROJECTION)} for w in (own, weights))
-    _check_fit(own, weights, key, folder)
-    model.aut.load_state_dict(weights, strict=False)
+        own, theirs = ({n: x for n, x in w.items() if not n.startswith(PROJECTION)} for w in (own, theirs))
+    _check_fit(own, theirs, key, folder)
+    _fill(model.aut, weights, theirs)
     if wanted in (found, None):  # AuT itself has none
         return []
     why = "was trained without one" if found is None else f"has one to width {found[0]}"
@@ -139,17 +163,16 @@ def _start_aut(model: OmniModel | AuT, folder: Path, key: str) -> list[str]:
     return [f"{key}={folder}: the projection (aut.proj1, aut.proj2) stays as it was drawn: {into}"]
 
 
-def _aut_in(model: OmniModel | AuT, folder: Path, key: str) -> dict[str, Tensor]:
+def _aut_in(model: OmniModel | AuT, folder: Path, key: str) -> Mapping[str, Tensor]:
     """The weights of the audio encoder in `folder` by their names in `AuTEncoder`: of a run of the Thinker or of AuT,
     or of a public folder."""
-    if (folder / LAST_CHECKPOINT).is_file():
-        weights = model_weights(folder / LAST_CHECKPOINT)
-        return {name.removeprefix("aut."): x for name, x in weights.items() if name.startswith("aut.")}
+    if (folder / LAST_CHECKPOINT).exists():
+        return below(model_weights(folder / LAST_CHECKPOINT), "aut.")
     _check_public(folder, key)
     return load_tower(folder, model.aut.config)
 
 
-def _check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], key: str, folder: str | Path) -> None:
+def _check_fit(own: Shapes, weights: Shapes, key: str, folder: str | Path) -> None:
     if wrong := _differences(own, weights):
         raise ValueError(
             f"{key}={folder}: {len(wrong)} weights do not fit this model; choose the model preset that the "
@@ -171,7 +194,7 @@ def start_codec_from(module: nn.Module, folder: str | Path) -> None:
     not know. Raises ValueError if it is neither, or one of other sizes."""
     folder = Path(folder)
     checkpoint = folder / LAST_CHECKPOINT
-    if checkpoint.is_file():
+    if checkpoint.exists():
         load_weights(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
     elif (folder / "config.json").is_file():
         load_weights(module.get_submodule("model.decoder"), load_part(folder, "code2wav", torch.float32), folder)
@@ -185,7 +208,7 @@ def _weights_in(
     model: OmniModel | AuT, folder: Path, part: str | None, key: str
 ) -> tuple[Mapping[str, Tensor], list[str]]:
     """All weights that `folder` holds, by their names in `OmniModel`, and what is to be said about them."""
-    if (folder / LAST_CHECKPOINT).is_file():
+    if (folder / LAST_CHECKPOINT).exists():
         return model_weights(folder / LAST_CHECKPOINT), []
     _check_public(folder, key)
     if not is_text_model(folder):

@@ -1,7 +1,6 @@
-"""The state of a spread model, whole: what a single process would hold, and back.
+"""The state of a spread model: which part of what a single process would hold lies here, and how to have it whole.
 
-A tensor is gathered from, or cut for, all processes, one at a time. Names and shapes are those of the model that is not
-spread, so that a checkpoint says nothing of the mesh that wrote it.
+Names and shapes are those of the model that is not spread, so that a checkpoint says nothing of the mesh that wrote it.
 """
 
 from __future__ import annotations
@@ -46,20 +45,16 @@ class Whole:
             whole = torch.cat(parts)
         return whole.detach().cpu()
 
-    @torch.no_grad()
-    def cut(self, name: str, whole: Tensor, into: Tensor) -> None:
-        """Copy this process's part of `whole` to `into`, a tensor that is cut as parameter `name` is."""
+    def place(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where in the whole of parameter `name` this process's part of it begins, and the part's shape."""
+        part = self.parameters[name]
+        shape, offset = tuple(part.shape), (0,) * part.ndim
+        if isinstance(part, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(part.shape, part.device_mesh, part.placements)
         if name in self.experts:
             here = self.mesh.experts["expert"].get_local_rank()
-            n = self.experts[name] // self.mesh.sizes.expert
-            whole = whole[here * n : (here + 1) * n]
-        if not isinstance(into, DTensor):
-            into.copy_(whole)
-            return
-        shape, offset = compute_local_shape_and_global_offset(into.shape, into.device_mesh, into.placements)
-        local = into.to_local()
-        if local.numel():
-            local.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])
+            offset = (here * self.experts[name] // self.mesh.sizes.expert + offset[0], *offset[1:])
+        return tuple(offset), tuple(shape)
 
     def squared_norm(self, tensors: Iterable[Tensor]) -> Tensor:
         """fp64 []: sum of the squares of gradients that are cut as parameters are; of what is here (see `add_up`)."""

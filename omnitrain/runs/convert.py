@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -22,9 +23,10 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.settings import DataConfig, MediaLimits
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, PUBLIC, TOKENIZER, atomic, read_json, write_json
 from omnitrain.interop import public_config
+from omnitrain.interop.checkpoint_folder import StoredTensors, on_disk
 from omnitrain.interop.public_files import RECORD, copy_companions
 from omnitrain.interop.public_format import Track, empty_model, load_pretrained, save_pretrained
-from omnitrain.interop.start_from import load_weights, model_weights
+from omnitrain.interop.start_from import load_weights, model_weights, read_checkpoint
 from omnitrain.interop.text_model import is_text_model
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import OmniConfig
@@ -51,16 +53,41 @@ def to_hf(
     Raises ValueError or FileNotFoundError: no such thing, or `out` holds something else; one line that says which.
     """
     record = _record(source, out, "to-hf")
-    if source.is_file() or is_run(source):
-        model, encoder = _of_run(source)
-        if dtype is None and model.source is not None:
-            dtype = public_config.stored_dtype(model.source)
-    else:
-        model, encoder = load_pretrained(source, track=track), None
-    if dtype is not None:
-        model = model.to(dtype)
-    with _written(out, record) as partial:
-        save_pretrained(model, partial, layout=layout, base=base, encoder=encoder, track=track)
+    with ExitStack() as stack:
+        if _is_checkpoint(source) or is_run(source):
+            model, encoder = _of_run(source, lambda: stack.enter_context(_scratch(out)))
+            if dtype is None and model.source is not None:
+                dtype = public_config.stored_dtype(model.source)
+        else:
+            model, encoder = load_pretrained(source, track=track), None
+        if dtype is not None:
+            model = model.to(dtype)
+        with _written(out, record) as partial:
+            save_pretrained(model, partial, layout=layout, base=base, encoder=encoder, track=track)
+
+
+def to_ckpt(source: Path, out: Path, *, track: Track = iter) -> None:
+    """Write the checkpoint that several processes have written, a folder or the last one of a run, as the file that one
+    process would have written. Memory holds one tensor at a time; the disk, all of them twice meanwhile.
+
+    Raises ValueError or FileNotFoundError: no such checkpoint, it is a file already, or there is something at `out`.
+    """
+    if not _is_checkpoint(source) and is_run(source):
+        source = source / LAST_CHECKPOINT
+    if source.is_file():
+        raise ValueError(f"{source} is one file already")
+    if out.exists():
+        raise ValueError(f"{out} is there already; name a new file")
+    checkpoint = read_checkpoint(source)
+    places = [("state_dict", (checkpoint, "state_dict"))]
+    for i, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
+        places += [(f"optimizer_states.{i}.{n}", (optimizer["state"], n)) for n in optimizer["state"]]
+    with _scratch(out) as scratch:
+        for name, (place, key) in track(places):
+            (scratch / name).mkdir()
+            place[key] = on_disk(place[key], scratch / name)
+        with atomic(out) as partial:
+            torch.save(checkpoint, partial)
 
 
 def from_hf(source: Path, out: Path, *, track: Track = iter) -> None:
@@ -100,12 +127,27 @@ def _run_of(sizes: OmniConfig, encoder: SampleEncoder, folder: Path) -> RunConfi
     )
 
 
-def _of_run(path: Path) -> tuple[OmniModel, SampleEncoder]:
-    """Weights, as they are stored, and the encoder of a run folder or of a checkpoint in one."""
-    run = path if path.is_dir() else next((p for p in path.absolute().parents[:2] if (p / CONFIG).is_file()), None)
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and path.suffix == ".ckpt")
+
+
+@contextmanager
+def _scratch(out: Path) -> Generator[Path]:
+    """A folder beside `out` for as long as the block takes."""
+    beside = out.resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=beside) as folder:
+        yield Path(folder)
+
+
+def _of_run(path: Path, scratch: Callable[[], Path]) -> tuple[OmniModel, SampleEncoder]:
+    """Weights, as they are stored, and the encoder of a run folder or of a checkpoint in one. What lies in parts is put
+    together in a folder that `scratch` gives."""
+    above = path.absolute().parents[:2] if _is_checkpoint(path) else [path]
+    run = next((folder for folder in above if (folder / CONFIG).is_file()), None)
     if run is None:
         raise ValueError(f"{path}: no checkpoint in the folder of its run (there is no {CONFIG} above it)")
-    checkpoint = run / LAST_CHECKPOINT if path.is_dir() else path
+    checkpoint = path if _is_checkpoint(path) else run / LAST_CHECKPOINT
     config = read_config(run)
     sizes = config.model.config
     if isinstance(sizes, PretrainedConfig):
@@ -120,7 +162,9 @@ def _of_run(path: Path) -> tuple[OmniModel, SampleEncoder]:
     tokenizer = ChatTokenizer.from_file(run_tokenizer(run))
     encoder = SampleEncoder(tokenizer=tokenizer, audio=data.audio, vision=data.vision, limits=MediaLimits())
     model = empty_model(sizes, run / CONFIG)
-    load_weights(model, model_weights(checkpoint), checkpoint, assign=True)
+    weights = model_weights(checkpoint)
+    weights = on_disk(weights, scratch()) if isinstance(weights, StoredTensors) else weights
+    load_weights(model, weights, checkpoint, assign=True)
     model.source = came_from(run)
     return model, encoder
 

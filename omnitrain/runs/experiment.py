@@ -17,7 +17,7 @@ from omnitrain.config.targets import LOOSE, build, check_inside
 from omnitrain.config.typed import ConfigError, Named
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.datamodule import OmniDataModule
-from omnitrain.files import CONFIG, LAST_CHECKPOINT
+from omnitrain.files import CONFIG, LAST_CHECKPOINT, last_checkpoint
 from omnitrain.interop.public_config import read_config as read_public_config
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
@@ -163,7 +163,7 @@ def gather(experiment: Experiment, config: RunConfig) -> None:
     module = experiment.module
     if module.mesh is None:
         return
-    state = module.mesh.lightning_module_state_dict()
+    state = module.mesh.whole_state()
     if experiment.trainer.is_global_zero:
         model = build(config.model, place="model")
         if (lora := getattr(config.module.config, "lora", None)) is not None:
@@ -205,15 +205,14 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
 
 
 def starting_checkpoint(config: RunConfig) -> Path | None:
-    """The file that `ckpt_path` names: ``last`` is that of the run folder, or None while there is none. Raises
-    ConfigError if the file does not exist."""
+    """The file or folder that `ckpt_path` names: ``last`` is that of the run folder, or None while there is none.
+    Raises ConfigError if it does not exist."""
     if config.ckpt_path is None:
         return None
     if config.ckpt_path == "last":
-        last = Path(config.paths.run_dir) / LAST_CHECKPOINT
-        return last if last.exists() else None
+        return last_checkpoint(Path(config.paths.run_dir))
     path = Path(config.ckpt_path)
-    path = path / LAST_CHECKPOINT if path.is_dir() else path
+    path = path / LAST_CHECKPOINT if path.is_dir() and path.suffix != ".ckpt" else path
     if not path.exists():
         raise ConfigError(f"ckpt_path={config.ckpt_path}: there is no file {path}")
     return path

@@ -143,7 +143,7 @@ def bits_per_frame(codec: Codec | MimiCodec) -> float:
 def is_run(folder: Path, public: str = "a folder in the public format", hint: str = "") -> bool:
     """Whether `folder` is that of a run with a checkpoint; if not, it has a config.json. Raises as `load`."""
     if (folder / CONFIG).is_file():
-        if not (folder / LAST_CHECKPOINT).is_file():
+        if not (folder / LAST_CHECKPOINT).exists():
             raise FileNotFoundError(f"{folder / LAST_CHECKPOINT} is missing: this run has not written a checkpoint yet")
         return True
     if not folder.is_dir():

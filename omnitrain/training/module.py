@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from omnitrain.config.run_config import OptimConfig
 from omnitrain.data.work import Work
+from omnitrain.interop.checkpoint_folder import shapes
 from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.optim import schedule_factor
 from omnitrain.training.own_time import OwnTime
@@ -189,7 +190,7 @@ class TrainingModule(L.LightningModule):
         ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         if self.mesh is not None:
             ours |= {f"model.{name}": self.mesh.whole.shape(name) for name in self.mesh.whole.parameters}
-        theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        theirs = shapes(checkpoint["state_dict"])
         for name in {**ours, **theirs}:  # torch would list them all
             found = [x.get(name, "not there") for x in (theirs, ours)]
             if found[0] != found[1]:

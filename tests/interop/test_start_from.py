@@ -89,5 +89,5 @@ def test_a_file_that_is_no_checkpoint(whole: Path, kind: str) -> None:
 def test_a_missing_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has not written a checkpoint yet"):
         read_checkpoint(tmp_path / "last.ckpt")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(CheckpointError, match=r"this folder is no whole checkpoint of omnitrain; copy it again"):
         read_checkpoint(tmp_path)

@@ -16,6 +16,10 @@ import torch
 from forked_runs import Kill, Runs
 from test_cli_resume import assert_identical
 
+from omnitrain.interop.checksums import damage
+from omnitrain.interop.start_from import read_checkpoint
+from omnitrain.runs.convert import to_ckpt
+
 STEP = "omnitrain.training.thinker:ThinkerModule.training_step"
 VALIDATION = "omnitrain.training.thinker:ThinkerModule.validation_step"
 UPDATE = "torch.optim.adamw:AdamW.step"
@@ -29,7 +33,10 @@ SKIPPED = "omnitrain.training.callbacks.spike_guard:append_line"
 
 def kept(out: Path) -> dict[str, Any]:
     """All that a finished run has learnt and seen."""
-    checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    last = out / "checkpoints" / "last.ckpt"
+    if last.is_dir():
+        to_ckpt(last, last := out / "last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
     keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ToyData", "OmniDataModule")
     files = ("metrics.csv", "skipped_steps.jsonl", "data.json")
     return {
@@ -83,6 +90,40 @@ def test_kills_of_two_processes(runs: Runs, tmp_path: Path) -> None:
     ]  # fmt: skip
     killed_toy(runs, tmp_path / "killed", kills, **toy)
     assert_identical(kept(tmp_path / "whole"), kept(tmp_path / "killed"), "run")
+
+
+def test_kills_while_a_folder_is_written(runs: Runs, tmp_path: Path) -> None:
+    """5 kills of one of two processes that share the model, while both write a checkpoint: the one before it is whole
+    each time, and nothing half is taken for one. Then a disk that takes no more, which the error names."""
+    toy = {**TOY, "devices": 2, "mesh": {"shard": 2, "expert": 2}, "steps": 12, "accumulate": 1, "val_every": 0}
+    toy |= {"checkpoint_every": 2, "poison": []}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs.start(whole, 2, toy={"out": str(whole), **toy}).finish()
+    for kill in (
+        Kill("torch.distributed.checkpoint:HuggingFaceStorageWriter.write_data", 2, rank=1),  # before its file
+        Kill("omnitrain.interop.checkpoint_folder:_sums_of_mine", 2),  # behind it
+        Kill("omnitrain.training.callbacks.checkpoint:linked", 1),  # before the last one gets its other name
+        Kill("omnitrain.files:_exchange", 1),  # before the new one gets its name
+        Kill("omnitrain.training.callbacks.checkpoint:place", 2, rank=0),
+    ):
+        run = runs.start(killed, 2, kill, toy={"out": str(killed), **toy})
+        assert run.wait(kill.rank) == [kill.status], f"{kill} did not come"
+        run.signal(SIGKILL)
+        run.wait()
+        checkpoints = list((killed / "checkpoints").glob("*.ckpt"))
+        assert killed / "checkpoints" / "last.ckpt" in checkpoints
+        assert [damage(path) for path in checkpoints] == [None] * len(checkpoints)
+    runs.start(killed, 2, toy={"out": str(killed), **toy}).finish()
+    assert_identical(kept(whole), kept(killed), "run")
+    assert not list(killed.rglob("*.partial"))
+
+    last, longer = whole / "checkpoints" / "last.ckpt", {"out": str(whole), **toy, "steps": 16}
+    before = read_checkpoint(last)["global_step"]
+    limit = max(path.stat().st_size for path in last.glob("*.safetensors")) // 2
+    full = runs.start(whole, 2, toy=longer, file_limit=limit)
+    assert full.wait() == [1, 1]
+    assert f"File too large: '{last}'" in full.errors[0].read_text()
+    assert (damage(last), read_checkpoint(last)["global_step"]) == (None, before)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -87,7 +87,9 @@ def _fit(
         assert isinstance(logger, ExactCsvLogger)
         logger.begin(None)
     trainer.fit(module, datamodule=data)
-    torch.save(trainer.strategy.lightning_module_state_dict(), Path(out) / f"final.{RANK}.pt")
+    strategy = trainer.strategy
+    state = strategy.lightning_module_state_dict() if mesh is None else strategy.whole_state()
+    torch.save(state, Path(out) / f"final.{RANK}.pt")
 
 
 def talker(
@@ -186,4 +188,6 @@ def aut(out: str, ranks: int, mesh: dict[str, int] | None = None) -> None:
         assert isinstance(logger, ExactCsvLogger)
         logger.begin(None)
     trainer.fit(module, datamodule=data)
-    torch.save(trainer.strategy.lightning_module_state_dict(), Path(out) / f"final.{RANK}.pt")
+    strategy = trainer.strategy
+    state = strategy.lightning_module_state_dict() if mesh is None else strategy.whole_state()
+    torch.save(state, Path(out) / f"final.{RANK}.pt")

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from forked_runs import Run, Runs
+from safetensors.torch import load_file
+
+from omnitrain.interop.start_from import read_checkpoint
+from omnitrain.parallel.mesh import MeshSizes
+from omnitrain.runs.convert import to_ckpt
 
 MESHES: dict[str, dict[str, int]] = {
     "fsdp": {"shard": 2},
@@ -59,9 +65,34 @@ def test_a_mesh_equals_one_process(runs: Runs, tmp_path: Path, one: Path, name: 
     assert_equal_runs(one, tmp_path)
 
 
+def assert_read_as_torch_reads(folder: Path, whole: Path) -> None:
+    """What we read of the folder is what `torch.distributed.checkpoint` reads; each number is in it once; and the file
+    `whole` that is made of it holds the same."""
+    found, reader = read_checkpoint(folder), dcp.HuggingFaceStorageReader(str(folder))
+    described = reader.read_metadata().state_dict_metadata
+    theirs = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in described.items()}
+    dcp.load(theirs, storage_reader=reader, no_dist=True)
+    [optimizer] = found["optimizer_states"]
+    ours = {f"state_dict.{name}": x for name, x in found["state_dict"].items()}
+    ours |= {f"optimizer_states.0.{n}.{m}": x for n, state in optimizer["state"].items() for m, x in state.items()}
+    steps = {name for name in ours if name.endswith(".step")}
+    assert ours.keys() - steps == theirs.keys()
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())
+    files = [load_file(path) for path in folder.glob("*.safetensors")]
+    assert sum(x.numel() for file in files for x in file.values()) == sum(x.numel() for x in theirs.values())
+    to_ckpt(folder, whole)
+    one = torch.load(whole, weights_only=True)
+    assert one.keys() == found.keys()
+    assert all(torch.equal(x, one["state_dict"][name]) for name, x in found["state_dict"].items())
+    moments = one["optimizer_states"][0]["state"]
+    assert all(torch.equal(x, moments[n][m]) for n, s in optimizer["state"].items() for m, x in s.items())
+
+
 def test_a_run_goes_on_with_another_number_of_processes(runs: Runs, tmp_path: Path) -> None:
-    """4 processes, 2, 1 and 4 again, two steps each; a step has the same eight samples throughout. Without the balance
-    loss, whose shares of experts are those of the packs of a step up to now, and so depend on how many go together."""
+    """4 processes, 2, 1 and 4 again, two steps each; a step has the same eight samples throughout. Several leave a
+    folder, one a file. Without the balance loss, whose shares of experts are those of the packs of a step up to now,
+    and so depend on how many go together."""
+    last = tmp_path / "parts" / "checkpoints" / "last.ckpt"
     start_toy(runs, tmp_path / "whole", steps=8, accumulate=4, val_every=2, balance=0).finish()
     for steps, mesh, accumulate in (
         (2, MESHES["fsdp_ep_of_four"], 1),
@@ -70,4 +101,19 @@ def test_a_run_goes_on_with_another_number_of_processes(runs: Runs, tmp_path: Pa
         (8, MESHES["hybrid_ep"], 1),
     ):
         start_toy(runs, tmp_path / "parts", mesh, steps=steps, accumulate=accumulate, val_every=2, balance=0).finish()
+        assert last.is_dir() == (mesh is not None)
+        if mesh is not None:
+            assert len(list(last.glob("*.safetensors"))) == MeshSizes(**mesh).world
+            assert_read_as_torch_reads(last, tmp_path / f"{steps}.ckpt")
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(runs: Runs, tmp_path: Path) -> None:
+    """Two steps are done before the first one is; the next one waits for it, and the end for the next."""
+    runs.start(tmp_path, call="ranks_checkpoint:held_up", given={"out": str(tmp_path)}).finish()
+    order = (tmp_path / "order.txt").read_text().split("\n")
+    assert [event for event in order if event != "written"] == [f"step {i}" for i in range(4)]
+    assert order.index("written") > order.index("step 3")
+    assert order.count("written") == 2
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert read_checkpoint(tmp_path / "checkpoints" / "previous.ckpt")["global_step"] == 2

@@ -327,7 +327,8 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
     last = out / "checkpoints" / "last.ckpt"
     ckpt = last if toy.resume and last.exists() else None
     trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
-    state = trainer.strategy.lightning_module_state_dict()
+    strategy = trainer.strategy
+    state = strategy.whole_state() if toy.mesh is not None else strategy.lightning_module_state_dict()
     if trainer.is_global_zero:
         torch.save({name.removeprefix("model."): value for name, value in state.items()}, out / "final.pt")
     return trainer, module, data

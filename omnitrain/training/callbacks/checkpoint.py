@@ -1,4 +1,4 @@
-"""The whole state of a run in one file that is always whole."""
+"""The whole state of a run in one place that is always whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import nullcontext, suppress
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from omnitrain.config.run_config import CheckpointConfig
-from omnitrain.files import CHECKPOINTS, atomic, printable
+from omnitrain.files import CHECKPOINTS, delete, linked, place, printable, sweep, unfinished
 from omnitrain.interop.start_from import read_checkpoint
 from omnitrain.training.logging import ExactCsvLogger
+from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.ranks import sum_over_ranks, tell_ranks, told
 
@@ -38,9 +40,11 @@ class RunFolderGone(RuntimeError):
 class AtomicCheckpoint(Checkpoint):
     """`last.ckpt`: the whole training state, every N steps, before each validation, at the end, and on signals.
 
-    The file is written beside its place, forced to disk and renamed, so a kill at any moment leaves a whole checkpoint.
+    It is written beside its place, forced to disk and renamed, so a kill at any moment leaves a whole checkpoint.
     The one before it stays as `previous.ckpt`: two whole states on the disk, and never more while one is written.
-    A run that resumes from here continues bit for bit, `metrics.csv` included.
+    A run that resumes from here continues bit for bit, `metrics.csv` included. One process writes a file, and waits for
+    it; those that share the model write a folder while they go on (`MeshStrategy`), and wait for it before the next one
+    and where the run ends.
 
     On SIGTERM or Ctrl-C the current optimizer step is finished, the state is saved and the process exits with status
     143 or 130; a second Ctrl-C ends it at once. SIGUSR2 is how Slurm tells a job that its time runs out: the same as
@@ -85,6 +89,8 @@ class AtomicCheckpoint(Checkpoint):
                 logger.begin(None if saved is None else saved["csv"])
         self.dirpath.parent.mkdir(parents=True, exist_ok=True)
         self._folder = os.open(self.dirpath.parent, os.O_RDONLY)
+        if trainer.is_global_zero:
+            sweep(self.dirpath)
         self._skipped = getattr(pl_module, "skipped_steps", 0)
         self._overdue, self._went_on = False, self.last_step is None
         self._received.clear()
@@ -107,8 +113,13 @@ class AtomicCheckpoint(Checkpoint):
         self._received.add(signum)
 
     def _signals_of_any_rank(self, trainer: L.Trainer) -> list[int]:
+        """Also raises what a checkpoint under way has failed of."""
+        mesh = _mesh(trainer)
         flags = [float(number in self._received) for number in self._SIGNALS]
-        counts = sum_over_ranks(torch.tensor(flags, device=trainer.strategy.root_device)).tolist()
+        flags.append(float(mesh is not None and mesh.saving_failed))
+        *counts, failed = sum_over_ranks(torch.tensor(flags, device=trainer.strategy.root_device)).tolist()
+        if failed and mesh is not None:
+            mesh.finish_saving()
         return [number for number, count in zip(self._SIGNALS, counts, strict=True) if count > 0]
 
     def _survived(self) -> set[int]:
@@ -118,6 +129,8 @@ class AtomicCheckpoint(Checkpoint):
 
     def _leave(self, trainer: L.Trainer, received: list[int]) -> None:
         """End the process, whose state is saved, unless all that it got is `_survived`."""
+        if (mesh := _mesh(trainer)) is not None:
+            mesh.finish_saving()
         if trainer.is_global_zero:
             saved = f"step {self.last_step} is in {self.path}" if self.path.exists() else "nothing was saved yet"
             if self._overdue:
@@ -182,34 +195,47 @@ class AtomicCheckpoint(Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt` now. Called on every rank. RunFolderGone if its folder is no longer there; OSError if it
-        could not be written: the one before it stands."""
+        """Write `last.ckpt` now, or begin to. Called on every rank. RunFolderGone if its folder is no longer there;
+        OSError if it, or the last one that was begun, could not be written: the one before it stands."""
         self._check_place()
-        zero, gathered = trainer.is_global_zero, False
-        keep = zero and self._went_on and self.path.exists()
+        if (mesh := _mesh(trainer)) is not None:
+            mesh.finish_saving()  # before the place for the next one is prepared
+            trainer.save_checkpoint(self.path, storage_options=self._new(trainer.global_step))
+        else:
+            self._save_file(trainer)
+        self.last_step = trainer.global_step
+        self._went_on = self._overdue = False
+
+    def _save_file(self, trainer: L.Trainer) -> None:
+        gathered = False
         try:
             # Every rank takes part in gathering the state; only rank 0 writes, and so only its place gets the name.
-            with atomic(self.path) if zero else nullcontext(self.path) as partial:
-                if keep:
-                    self.previous.unlink(missing_ok=True)
+            new = self._new(trainer.global_step) if trainer.is_global_zero else nullcontext(self.path)
+            with new as partial:
                 trainer.save_checkpoint(partial)
                 gathered = True
-                if keep:
-                    with suppress(OSError):  # a file system without links keeps one checkpoint
-                        os.link(self.path, self.previous)
         except OSError:
             if not gathered:
                 trainer.strategy.barrier()  # in which the other ranks wait for the file
             self._say_whether_saved(trainer, False)
             raise
         self._say_whether_saved(trainer, True)
-        kept_every = self.config.keep_every_n_steps
-        if zero and kept_every and trainer.global_step % kept_every == 0:
-            kept = self.dirpath / f"step={trainer.global_step:07d}.ckpt"
-            kept.unlink(missing_ok=True)
-            os.link(self.path, kept)
-        self.last_step = trainer.global_step
-        self._went_on = self._overdue = False
+
+    @contextmanager
+    def _new(self, step: int) -> Generator[Path]:
+        """A place to write the checkpoint of `step` to, which at the end of the block gets its names; the last one
+        becomes the one before it, if training went on after it."""
+        keep = self._went_on and self.path.exists()
+        with unfinished(self.path) as partial:
+            if keep:
+                delete(self.previous)
+            yield partial
+            if keep:
+                with suppress(OSError):  # a file system without links keeps one checkpoint
+                    linked(self.path, self.previous)
+            place(partial, self.path)
+        if (kept_every := self.config.keep_every_n_steps) and step % kept_every == 0:
+            linked(self.path, self.dirpath / f"step={step:07d}.ckpt")
 
     def _say_whether_saved(self, trainer: L.Trainer, saved: bool) -> None:
         """End the other ranks where rank 0 could not write."""
@@ -223,7 +249,10 @@ class AtomicCheckpoint(Checkpoint):
         If all steps after `last.ckpt` were skipped, its weights may be what made them fail: it becomes `diverged.ckpt`,
         and `previous.ckpt` the last one.
         """
+        if (mesh := _mesh(trainer)) is not None:
+            mesh.finish_saving()
         if trainer.is_global_zero and not self._went_on and self.path.exists() and self.previous.exists():
+            delete(self.dirpath / "diverged.ckpt")
             os.replace(self.path, self.dirpath / "diverged.ckpt")
             os.replace(self.previous, self.path)
             self.last_step = read_checkpoint(self.path)["global_step"]
@@ -249,6 +278,10 @@ class AtomicCheckpoint(Checkpoint):
             os.close(self._folder)
             self._folder = None
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if (mesh := _mesh(trainer)) is not None:
+            mesh.finish_saving()
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close()
 
@@ -260,9 +293,17 @@ class AtomicCheckpoint(Checkpoint):
         self._close()
 
 
+def _mesh(trainer: L.Trainer) -> MeshStrategy | None:
+    return trainer.strategy if isinstance(trainer.strategy, MeshStrategy) else None
+
+
 class _CheckedIO(TorchCheckpointIO):
-    """Looks at the checksums of what is loaded."""
+    """Looks at the checksums of what is loaded, and takes folders of several processes too."""
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        read_checkpoint(path)
-        return super().load_checkpoint(path, *args, **options)
+        checkpoint = read_checkpoint(path)
+        if not Path(path).is_dir():
+            return super().load_checkpoint(path, *args, **options)
+        for optimizer in checkpoint.get("optimizer_states", []):
+            optimizer["state"] = {number: dict(moments) for number, moments in optimizer["state"].items()}
+        return checkpoint
