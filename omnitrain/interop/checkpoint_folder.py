@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from omnitrain.files import read_json, write_json
+from omnitrain.interop.stored import Stored, region
 
 STATE, SUMS = "state.ckpt", "sha256.json"
 WEIGHTS = "state_dict."
@@ -192,52 +193,17 @@ def read(folder: Path) -> dict[str, Any]:
     return checkpoint
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """Tensors of a folder by the rest of their names; each is read whenever somebody asks for it. `small`: further
-    ones, which the folder does not hold in parts."""
+class StoredTensors(Stored):
+    """Tensors of a folder by the rest of their names. `small`: further ones, which it does not hold in parts."""
 
     def __init__(self, pieces: _Pieces, prefix: str, small: Mapping[str, Tensor]) -> None:
-        self._pieces, self._prefix, self._small = pieces, prefix, dict(small)
-        self.shapes = {name: tuple(x.shape) for name, x in self._small.items()} | pieces.below(prefix)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._small[name] if name in self._small else self.region(name, (), self.shapes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+        self._pieces, self._prefix, self._small = pieces, prefix, small
+        self.shapes = {name: tuple(x.shape) for name, x in small.items()} | pieces.shapes.get(prefix, {})
 
     def region(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The part of `shape` that begins at `offset` (where that is shorter: 0); nothing else is read."""
-        offset = (*offset, *[0] * (len(shape) - len(offset)))
         if name in self._small:
-            return self._small[name][tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-        return self._pieces.region(self._prefix + name, offset, tuple(shape))
-
-    def below(self, prefix: str) -> StoredTensors:
-        small = {name.removeprefix(prefix): x for name, x in self._small.items() if name.startswith(prefix)}
-        return StoredTensors(self._pieces, self._prefix + prefix, small)
-
-
-def below(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
-    """Those whose names begin with `prefix`, by the rest of their names."""
-    if isinstance(tensors, StoredTensors):
-        return tensors.below(prefix)
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape; nothing that is stored is read."""
-    return tensors.shapes if isinstance(tensors, StoredTensors) else {n: tuple(x.shape) for n, x in tensors.items()}
-
-
-def region(tensors: Mapping[str, Tensor], name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The part of ``tensors[name]`` of `shape` that begins at `offset`; of what is stored, nothing else is read."""
-    if isinstance(tensors, StoredTensors):
-        return tensors.region(name, offset, shape)
-    return tensors[name][tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+            return region(self._small, name, offset, shape)
+        return self._pieces.region(self._prefix + name, tuple(offset), tuple(shape))
 
 
 def on_disk(tensors: Mapping[str, Tensor], scratch: Path) -> dict[str, Tensor]:
@@ -261,7 +227,8 @@ class _Piece:
 
 
 class _Pieces:
-    """Where in the files of a folder the parts of tensors lie; read from the headers."""
+    """Where in the files of a folder the parts of tensors lie; read from the headers. `shapes`: by prefix and rest of
+    the name."""
 
     def __init__(self, folder: Path) -> None:
         self._of: dict[str, list[_Piece]] = {}
@@ -274,20 +241,13 @@ class _Pieces:
                 if len(offset) != len(shape) or not all(isinstance(o, int) and o >= 0 for o in offset):
                     raise ValueError(f"{path}: {name} lies nowhere")
                 self._of.setdefault(name, []).append(_Piece(path, tuple(offset), shape))
-        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # by prefix
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, pieces in self._of.items():
             shape = tuple(max(p.offset[d] + p.shape[d] for p in pieces) for d in range(len(pieces[0].shape)))
             if sum(math.prod(p.shape) for p in pieces) != math.prod(shape):
                 raise ValueError(f"{folder}: {name} is not whole")
             prefix = WEIGHTS if name.startswith(WEIGHTS) else f"{name.rpartition('.')[0]}."
-            self._shapes.setdefault(prefix, {})[name.removeprefix(prefix)] = shape
-
-    def below(self, prefix: str) -> dict[str, tuple[int, ...]]:
-        """Shapes by the rest of the name; `prefix` is that of a parameter's moments, or begins with `WEIGHTS`."""
-        if not prefix.startswith(WEIGHTS):
-            return self._shapes.get(prefix, {})
-        further, weights = prefix.removeprefix(WEIGHTS), self._shapes.get(WEIGHTS, {})
-        return {name.removeprefix(further): shape for name, shape in weights.items() if name.startswith(further)}
+            self.shapes.setdefault(prefix, {})[name.removeprefix(prefix)] = shape
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:

@@ -11,6 +11,7 @@ theirs. `_pieces` says which, in both directions.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from omnitrain.interop.public_config import (
     read_config,
 )
 from omnitrain.interop.public_files import write_companions
+from omnitrain.interop.stored import Stored, fill
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import OmniConfig
 
@@ -56,6 +58,7 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     speech: bool = True,
     track: Track = iter,
+    deferred: bool = False,
 ) -> OmniModel:
     """The Thinker with its encoders, and Talker and Code2Wav where they are, from a folder in the public layout.
 
@@ -63,6 +66,8 @@ def load_pretrained(
         dtype: None keeps the stored one.
         speech: False leaves Talker and Code2Wav out; they are not even read.
         track: shows progress.
+        deferred: the model stays on `meta`, and each process reads what it needs of it later (`models.deferred`); of
+            the stored dtypes.
 
     The model is described on `meta`; then the files are read one after the other, tensor by tensor, so that memory
     never holds more than the model and one file (which is mapped, not copied).
@@ -72,12 +77,52 @@ def load_pretrained(
     folder = Path(folder)
     config, prefix = read_config(folder, speech=speech)
     model = empty_model(config, folder / "config.json")
-    with TensorFiles(folder, prefix) as checkpoint:
-        checkpoint.check_all_wanted(named := dict(model.named_parameters()), config)
-        tensors = checkpoint.read(named, config, dtype=dtype, device=device, track=track)
-    model.load_state_dict(tensors, assign=True)
+    if deferred:
+        stored = PublicTensors(folder, speech=speech)
+        empty = {n: torch.empty(shape, dtype=stored.dtype(n), device="meta") for n, shape in stored.shapes.items()}
+        model.load_state_dict(empty, assign=True)
+        fill(model, stored)
+    else:
+        with TensorFiles(folder, prefix) as checkpoint:
+            checkpoint.check_all_wanted(named := dict(model.named_parameters()), config)
+            tensors = checkpoint.read(named, config, dtype=dtype, device=device, track=track)
+        model.load_state_dict(tensors, assign=True)
     model.source = folder
     return model.requires_grad_(True)
+
+
+class PublicTensors(Stored):
+    """The weights in a folder in the public layout, or those of one part, by their names in `OmniModel`. `speech`: with
+    those of Talker and Code2Wav. Raises as `load_pretrained` and `load_part`, but for what shows only in reading."""
+
+    def __init__(self, folder: Path, *, speech: bool = True, part: str | None = None) -> None:
+        self._config, prefix = read_config(folder, speech=speech)
+        model = empty_model(self._config, folder / "config.json")
+        if part is not None and getattr(model, part) is None:
+            raise _no_part(folder, part)
+        self._files = TensorFiles(folder, prefix)
+        self._like: dict[str, Tensor] = dict(model.named_parameters())
+        if part is None:
+            self._files.check_all_wanted(self._like, self._config)
+        else:
+            self._like = {name: x for name, x in self._like.items() if name.startswith(f"{part}.")}
+        self.shapes = {name: tuple(x.shape) for name, x in self._like.items()}
+        pieces = [(k, x[i].shape) for n, x in self._like.items() for k, i in self._files.pieces(n, x, self._config)]
+        for key, shape in sorted(pieces, key=lambda piece: str(self._files.file_of.get(piece[0]))):
+            self._files.check(key, shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As it is stored; of several pieces in different dtypes none loses anything."""
+        keys = [key for key, _ in self._files.pieces(name, self._like[name], self._config)]
+        return functools.reduce(torch.promote_types, {FLOATS[self._files.header(key)[1]] for key in keys})
+
+    def region(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        return self._files.region(name, self._like[name], self._config, offset, shape)
+
+
+def _range(index: int | slice, size: int) -> tuple[int, int]:
+    """First and last position, and one more, that `index` means of `size`."""
+    return (index, index + 1) if isinstance(index, int) else index.indices(size)[:2]
 
 
 def load_part(folder: str | Path, part: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -88,11 +133,15 @@ def load_part(folder: str | Path, part: str, dtype: torch.dtype | None = None) -
     config, prefix = read_config(folder)
     module = getattr(empty_model(config, folder / "config.json"), part)
     if module is None:
-        raise CheckpointError(f"{folder / 'config.json'}: describes no {part}; a full checkpoint ({FULL}) has one")
+        raise _no_part(folder, part)
     with TensorFiles(folder, prefix) as checkpoint:
         named = {f"{part}.{name}": x for name, x in module.named_parameters()}
         tensors = checkpoint.read(named, config, dtype=dtype)
     return {name.removeprefix(f"{part}."): x for name, x in tensors.items()}
+
+
+def _no_part(folder: Path, part: str) -> CheckpointError:
+    return CheckpointError(f"{folder / 'config.json'}: describes no {part}; a full checkpoint ({FULL}) has one")
 
 
 def left_out(config: OmniConfig) -> tuple[str, ...]:
@@ -154,9 +203,15 @@ class TensorFiles:
             self._open = path, _open(path)
         return self._open[1]
 
-    def get(self, key: str, expected: Sequence[int] | None = None) -> Tensor:
-        """The tensor under `key`. Raises CheckpointError if it is not there, or nothing that can be trained, or not of
-        the `expected` shape."""
+    def get(self, key: str, expected: Sequence[int] | None = None, inside: tuple[slice, ...] | None = None) -> Tensor:
+        """The tensor under `key`, or what is `inside` these slices, and then nothing else is read. Raises as
+        `check`."""
+        self.check(key, expected)
+        return self._ask(key, "get_tensor") if inside is None else self._ask(key, "get_slice")[inside]
+
+    def check(self, key: str, expected: Sequence[int] | None = None) -> None:
+        """Raise CheckpointError if there is no tensor under `key`, or nothing that can be trained, or it is not of the
+        `expected` shape. Its numbers are not read."""
         if key not in self.file_of:
             raise self.missing(key)
         path, (shape, dtype) = self.file_of[key], self.header(key)
@@ -170,7 +225,6 @@ class TensorFiles:
                 f"{path}: key {key!r} is stored as {dtype}; expected one of {', '.join(FLOATS)}: quantised weights are "
                 "not trained here, use the folder that they were made from"
             )
-        return self._ask(key, "get_tensor")
 
     def header(self, key: str) -> tuple[list[int], str]:
         """Shape and dtype of a tensor that is there; its numbers are not read."""
@@ -230,6 +284,29 @@ class TensorFiles:
             out[name][index].copy_(tensor)
         return {name: out[name] for name in named}
 
+    def region(
+        self, name: str, like: Tensor, config: OmniConfig, offset: Sequence[int], shape: Sequence[int]
+    ) -> Tensor:
+        """The part of `shape` that begins at `offset` of the tensor that we call `name` and that is `like` this one (on
+        `meta`); nothing else is read. Of several pieces in different dtypes none loses anything."""
+        out: Tensor | None = None
+        for key, index in self.pieces(name, like, config):
+            place = [_range(index[d] if d < len(index) else slice(None), n) for d, n in enumerate(like.shape)]
+            both = [(max(a, o), min(b, o + n)) for (a, b), o, n in zip(place, offset, shape, strict=True)]
+            if any(a >= b for a, b in both):
+                continue
+            kept = [d for d in range(len(place)) if d >= len(index) or isinstance(index[d], slice)]
+            inside = tuple(slice(both[d][0] - place[d][0], both[d][1] - place[d][0]) for d in kept)
+            found = self.get(key, like[index].shape, inside)
+            if out is None:
+                out = torch.empty(tuple(shape), dtype=found.dtype)
+            elif out.dtype != found.dtype:
+                out = out.to(torch.promote_types(out.dtype, found.dtype))
+            target = out[tuple(slice(a - o, b - o) for (a, b), o in zip(both, offset, strict=True))]
+            target.copy_(found.reshape(target.shape))
+        assert out is not None, f"{name}: no numbers at {tuple(offset)}"
+        return out
+
     def unread(self, left_out: tuple[str, ...]) -> list[str]:
         """Keys that nobody asked for, but those of parts that are left out of a full checkpoint."""
         return self._others(self.read_keys, left_out)
@@ -247,7 +324,7 @@ class TensorFiles:
             )
 
 
-FLOATS = ("F32", "BF16", "F16", "F64")
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Dtypes of weights that can be trained, as safetensors writes them."""
 
 

@@ -5,7 +5,7 @@ A training starts from a run, a folder in the public format or, for its Thinker,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from omnitrain.files import LAST_CHECKPOINT, did_you_mean
 from omnitrain.interop import checkpoint_folder
 from omnitrain.interop.audio_tower import PROJECTION, load_tower
-from omnitrain.interop.checkpoint_folder import StoredTensors, below, shapes
 from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
 from omnitrain.interop.lora import merged
 from omnitrain.interop.public_config import CheckpointError
-from omnitrain.interop.public_format import SPEECH_PARTS, load_part, load_pretrained
+from omnitrain.interop.public_format import SPEECH_PARTS, PublicTensors, load_part
+from omnitrain.interop.stored import Stored, below, fill, shapes
 from omnitrain.interop.text_model import is_text_model, load_text_model
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.omni import OmniModel
@@ -56,7 +56,7 @@ def read_checkpoint(path: str | Path, find_damage: Callable[[Path], str | None] 
     except Exception as error:  # of many kinds, with advice that is not for users
         raise _unusable(path, NO_CHECKPOINT) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if isinstance(state, StoredTensors):
+    if isinstance(state, Stored):
         return checkpoint
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
         raise _unusable(path, NO_CHECKPOINT)
@@ -89,15 +89,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: P
     if assign:
         module.load_state_dict(weights, assign=True)
     else:
-        _fill(module, weights, weights)
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, weights: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Copy those of these names into `module`, one after the other."""
-    own = module.state_dict()
-    for name in names:
-        own[name].copy_(weights[name])
+        fill(module, weights)
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -140,7 +132,7 @@ def start_from(model: OmniModel | AuT, init_from: str | Path | Mapping[str, str 
         else:
             own, theirs = ({n: x for n, x in named.items() if n.startswith(f"{part}.")} for named in (own, theirs))
         _check_fit(own, theirs, key, folder)
-        _fill(model, weights, theirs)
+        fill(model, weights, theirs)
         del weights  # before those of the next part are read
         notices += said
     return notices
@@ -155,7 +147,7 @@ def _start_aut(model: OmniModel | AuT, folder: Path, key: str) -> list[str]:
     if found != wanted:
         own, theirs = ({n: x for n, x in w.items() if not n.startswith(PROJECTION)} for w in (own, theirs))
     _check_fit(own, theirs, key, folder)
-    _fill(model.aut, weights, theirs)
+    fill(model.aut, weights, theirs)
     if wanted in (found, None):  # AuT itself has none
         return []
     why = "was trained without one" if found is None else f"has one to width {found[0]}"
@@ -214,8 +206,8 @@ def _weights_in(
     if not is_text_model(folder):
         if part is None:
             speaks = isinstance(model, OmniModel) and model.talker is not None
-            return load_pretrained(folder, speech=speaks).state_dict(), []
-        return {f"{part}.{name}": x for name, x in load_part(folder, part).items()}, []
+            return PublicTensors(folder, speech=speaks), []
+        return PublicTensors(folder, part=part), []
     if part != "thinker" or not isinstance(model, OmniModel):
         raise ValueError(f"{key}={folder}: it holds a text model; write module.init_from={{thinker: {folder}}}")
     text = load_text_model(folder, model)

@@ -7,6 +7,7 @@ number, and learns to hear and see from there (report section 4).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from omnitrain.interop.public_config import TEXT, CheckpointError, Section, architecture_of, rope_theta
 from omnitrain.interop.public_format import TensorFiles
+from omnitrain.interop.stored import Stored, region
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.thinker import ThinkerConfig
 
@@ -43,7 +45,7 @@ class TextWeights(NamedTuple):
     """weights: the Thinker's parameters by their names in `OmniModel` (``thinker.layers.0...``).  missing_rows: token
     ids from here on have no row in the file; theirs is the mean of the file's rows. None: all have one."""
 
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     missing_rows: int | None
 
 
@@ -68,40 +70,61 @@ def load_text_model(folder: str | Path, model: OmniModel) -> TextWeights:
     if architecture not in (DENSE, SPARSE):
         raise CheckpointError(f"{section.path}: architectures is {architecture!r}; expected {SPARSE} or {DENSE}")
     _check_sizes(section, architecture, model.config.thinker)
-    tied = section.get("tie_word_embeddings", False)
-    weights: dict[str, Tensor] = {}
-    missing: int | None = None
-    named = {f"thinker.{name}": x for name, x in model.thinker.named_parameters()}
-    tables = {name: named.pop(f"thinker.{name}") for name in ("embed_tokens.weight", "lm_head.weight")}
-    with TensorFiles(folder, "") as checkpoint:
-        checkpoint.check_all_wanted(named, model.config, extra=("model.embed_tokens.weight", "lm_head.weight"))
-        weights |= checkpoint.read(named, model.config, dtype=model.thinker.norm.weight.dtype)
-        for name, parameter in tables.items():
-            key = name if name == "lm_head.weight" else f"model.{name}"
-            if tied and key not in checkpoint.file_of:
+    weights = _TextTensors(folder, model, tied=section.get("tie_word_embeddings", False))
+    return TextWeights(weights, weights.missing_rows)
+
+
+class _TextTensors(Stored):
+    """The Thinker's weights in a folder; see `load_text_model`."""
+
+    def __init__(self, folder: Path, model: OmniModel, *, tied: bool) -> None:
+        self._config, self._dtype = model.config, model.thinker.norm.weight.dtype
+        self._like = {f"thinker.{n}": torch.empty_like(x, device="meta") for n, x in model.thinker.named_parameters()}
+        self.shapes = {name: tuple(x.shape) for name, x in self._like.items()}
+        self._files = TensorFiles(folder, "")
+        tables = [f"thinker.{name}" for name in ("embed_tokens.weight", "lm_head.weight")]
+        named = {name: x for name, x in self._like.items() if name not in tables}
+        self._files.check_all_wanted(named, self._config, extra=("model.embed_tokens.weight", "lm_head.weight"))
+        for name, like in named.items():
+            for key, index in self._files.pieces(name, like, self._config):
+                self._files.check(key, like[index].shape)
+        self._keys = {}
+        for name in tables:
+            key = "lm_head.weight" if "lm_head" in name else "model.embed_tokens.weight"
+            if tied and key not in self._files.file_of:
                 key = "model.embed_tokens.weight"
-            rows = checkpoint.get(key)
-            weights[f"thinker.{name}"], missing = _fill(rows, parameter, checkpoint.file_of[key], key)
-    return TextWeights(weights, missing)
+            self._keys[name] = key
+            self._files.check(key)
+            rows = self._files.header(key)[0]
+            self.missing_rows = _missing_rows(rows, self.shapes[name], self._files.file_of[key], key)
+
+    def region(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        if name not in self._keys:
+            return self._files.region(name, self._like[name], self._config, offset, shape).to(self._dtype)
+        filled = _filled(self._files.get(self._keys[name]), self.shapes[name][0], self._dtype)
+        return region({name: filled}, name, offset, shape)
 
 
-def _fill(rows: Tensor, parameter: Tensor, file: Path, key: str) -> tuple[Tensor, int | None]:
-    """`rows` [n, D] as a tensor like `parameter` [V, D], and n if it is less than V."""
-    vocabulary, width = parameter.shape
-    if rows.shape[1:] != (width,):
-        found = list(rows.shape)
+def _filled(rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """`rows` [n, D] and their mean for what is missing, [count, D]."""
+    filled = torch.empty(count, rows.shape[1], dtype=dtype)
+    filled[: len(rows)] = rows.to(dtype)
+    if len(rows) < count:
+        filled[len(rows) :] = rows.double().mean(0).to(dtype)
+    return filled
+
+
+def _missing_rows(found: list[int], wanted: tuple[int, ...], file: Path, key: str) -> int | None:
+    """How many rows a table of shape `found` has, if it has fewer than those that are `wanted`."""
+    vocabulary, width = wanted
+    if found[1:] != [width]:
         raise CheckpointError(f"{file}: key {key!r} has shape {found}, config.json asks for a width of {width}")
-    if len(rows) > vocabulary:
+    if found[0] > vocabulary:
         raise CheckpointError(
-            f"{file}: key {key!r} has {len(rows)} rows, the model's vocabulary {vocabulary}; use the tokenizer of this "
-            f"text model (data.tokenizer=FOLDER), and model.vocab_size={len(rows)} if its rows are padded"
+            f"{file}: key {key!r} has {found[0]} rows, the model's vocabulary {vocabulary}; use the tokenizer of this "
+            f"text model (data.tokenizer=FOLDER), and model.vocab_size={found[0]} if its rows are padded"
         )
-    filled = torch.empty(parameter.shape, dtype=parameter.dtype)
-    filled[: len(rows)] = rows.to(parameter.dtype)
-    if len(rows) == vocabulary:
-        return filled, None
-    filled[len(rows) :] = rows.double().mean(0).to(parameter.dtype)
-    return filled, len(rows)
+    return None if found[0] == vocabulary else found[0]
 
 
 def _check_sizes(c: Section, architecture: str, ours: ThinkerConfig) -> None:

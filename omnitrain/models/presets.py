@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.codec import Codec
+from omnitrain.models.deferred import part_of_whole, put
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import (
     CODEC_PRESETS,
@@ -120,7 +122,6 @@ STEM = ("aut.conv2d1.weight", "aut.conv2d2.weight", "aut.conv2d3.weight", "aut.c
 """The convolutions with which AuT begins, each (but the first) behind a GELU."""
 
 
-@torch.no_grad()
 def init_weights(model: OmniModel | AuT, seed: int) -> None:
     """Draw every parameter, each from its own random stream named by the parameter: the same values in whatever order
     and wherever they are drawn.
@@ -148,9 +149,9 @@ def init_weights(model: OmniModel | AuT, seed: int) -> None:
     for name, p in model.named_parameters():
         if p.ndim == 1:
             if name.endswith("bias"):
-                p.zero_()
+                put(p, part_of_whole(partial(torch.zeros, p.shape)))
             elif not name.startswith("code2wav."):  # there, layer scales and the like keep what they were made with
-                p.fill_(1.0)
+                put(p, part_of_whole(partial(torch.ones, p.shape)))
             continue
         fan_in = p.shape[-1] if ".experts." in name else p[0].numel()
         std = _wave_std(model, name) if name.startswith("code2wav.") else STD.get(name, fan_in**-0.5)
@@ -162,8 +163,11 @@ def init_weights(model: OmniModel | AuT, seed: int) -> None:
 
 
 def _draw(p: Tensor, name: str, seed: int, std: float) -> None:
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-    p.copy_(torch.randn(p.shape, generator=generator) * std)
+    def whole() -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        return torch.randn(p.shape, generator=generator) * std
+
+    put(p, part_of_whole(whole))
 
 
 def _wave_std(model: nn.Module, name: str) -> float:

@@ -106,7 +106,7 @@ def give_out_experts(model: nn.Module, group: dist.ProcessGroup) -> dict[str, in
         if n % processes:
             raise ValueError(f"parallel.expert={processes}: does not divide the {n} experts of {name}")
         for key, parameter in list(experts.named_parameters(recurse=False)):
-            part = parameter.detach()[here * n // processes : (here + 1) * n // processes].clone()
+            part = parameter.detach()[here * n // processes : (here + 1) * n // processes].clone()  # or on `meta`
             setattr(experts, key, nn.Parameter(part, requires_grad=parameter.requires_grad))
         exchange = TokenExchange(group)
         experts.register_forward_pre_hook(exchange.before)

@@ -23,10 +23,11 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.settings import DataConfig, MediaLimits
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, PUBLIC, TOKENIZER, atomic, read_json, write_json
 from omnitrain.interop import public_config
-from omnitrain.interop.checkpoint_folder import StoredTensors, on_disk
+from omnitrain.interop.checkpoint_folder import on_disk
 from omnitrain.interop.public_files import RECORD, copy_companions
 from omnitrain.interop.public_format import Track, empty_model, load_pretrained, save_pretrained
 from omnitrain.interop.start_from import load_weights, model_weights, read_checkpoint
+from omnitrain.interop.stored import Stored
 from omnitrain.interop.text_model import is_text_model
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import OmniConfig
@@ -163,7 +164,7 @@ def _of_run(path: Path, scratch: Callable[[], Path]) -> tuple[OmniModel, SampleE
     encoder = SampleEncoder(tokenizer=tokenizer, audio=data.audio, vision=data.vision, limits=MediaLimits())
     model = empty_model(sizes, run / CONFIG)
     weights = model_weights(checkpoint)
-    weights = on_disk(weights, scratch()) if isinstance(weights, StoredTensors) else weights
+    weights = on_disk(weights, scratch()) if isinstance(weights, Stored) else weights
     load_weights(model, weights, checkpoint, assign=True)
     model.source = came_from(run)
     return model, encoder

@@ -3,6 +3,7 @@ else takes the part that it needs."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, last_checkpoint
 from omnitrain.interop.public_config import read_config as read_public_config
+from omnitrain.interop.stored import fill
 from omnitrain.models.codec import Codec
+from omnitrain.models.deferred import LargeOnMeta
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
 from omnitrain.models.presets import init_codec_weights, init_weights
 from omnitrain.models.sizes import AuTModelConfig, CodecConfig, OmniConfig
@@ -51,7 +54,12 @@ def build_experiment(config: RunConfig, stage: str) -> Experiment:
         datamodule.setup(stage)  # a missing shard stops the run here, before anything large is built
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
-    model = build(config.model, place="model")
+    spread = stage in ("fit", "validate")
+    cached = isinstance(config.module.config, TalkerModuleConfig) and config.module.config.cached_thinker
+    # Who shares a model has no room for all of it. (What a Talker has heard is compared with a whole Thinker.)
+    deferred = config.parallel.engine == "fsdp" and spread and not cached
+    with LargeOnMeta() if deferred else nullcontext():
+        model = build(config.model, place="model", deferred=deferred)
     if isinstance(model, Codec):
         init_codec_weights(model, config.seed)
     elif has_fresh_weights(config):
@@ -60,12 +68,12 @@ def build_experiment(config: RunConfig, stage: str) -> Experiment:
         datamodule.speech = give_voice(model, config.codec)
     check_start(config)
     module: TrainingModule = build(config.module, model, optim=config.optim, seed=config.seed, place="module")
-    if isinstance(config.module.config, TalkerModuleConfig) and config.module.config.cached_thinker:
+    if cached:
         assert isinstance(model, OmniModel)
         assert datamodule.speech is not None
         datamodule.speech = replace(datamodule.speech, thinker=thinker_fingerprint(model))
     datamodule.work = module.work()
-    trainer = build_trainer(config, spread=stage in ("fit", "validate"))
+    trainer = build_trainer(config, spread=spread)
     return Experiment(run_dir=run_dir, datamodule=datamodule, module=module, trainer=trainer)
 
 
@@ -194,7 +202,7 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
                     "and the model of the same preset"
                 )
             assert model.code2wav is not None
-            model.code2wav.load_state_dict(codec.decoder.state_dict())
+            fill(model.code2wav, codec.decoder.state_dict())
     return SpeechCodes(
         **talker.special_codes(),
         codebooks=talker.codebooks,

@@ -43,12 +43,15 @@ FP32 = 4
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
     """Bytes on one device. `sums`: sums of experts and their adapters, which `peft` makes in the forward pass and the
-    backward pass needs.  `by_part`: all of it, by the names of `module.train` (with adapters of its layers)."""
+    backward pass needs.  `by_part`: all of it, by the names of `module.train` (with adapters of its layers).
+    `beginning`: on the host beside the weights, while a process that shares the model draws or reads one tensor after
+    the other; no part of `total`."""
 
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
     sums: int = 0
+    beginning: int = 0
     by_part: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -101,6 +104,7 @@ def training_memory(config: RunConfig) -> TrainingMemory | None:
         gradients=trained * per_gradient // shared_by,
         optimizer=trained * 2 * FP32 // shared_by,
         sums=sums,
+        beginning=2 * FP32 * max((x.count for x in counted), default=0) if config.parallel.engine == "fsdp" else 0,
         by_part=by_part,
     )
 
@@ -167,8 +171,8 @@ def check_memory(config: RunConfig) -> None:
         return
     cuda = _on_cuda(config.trainer)
     devices = _devices(config.trainer)
-    # On processors each process has a model of its own, in the memory of one machine.
-    needed = memory.total if cuda else memory.total * devices
+    # On processors each process has a model of its own, or its shards, in the memory of one machine.
+    needed = memory.total if cuda else max(memory.total, memory.weights + memory.beginning) * devices
     free = torch.cuda.get_device_properties(0).total_memory if cuda else available_memory()
     where = "of the GPU" if cuda else "free here"
     of = "" if free is None else f" of {gigabytes(free)} {where}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from omnitrain.config.run_config import LoraConfig
 from omnitrain.models.aut_decoder import AuT
+from omnitrain.models.deferred import part_of_whole, put
 from omnitrain.models.layers.moe import SwiGLUExperts
 from omnitrain.models.omni import OmniModel
 
@@ -70,6 +72,12 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Target]:
         yield Target(f"{name}.weight", *module.weight.shape)
 
 
+def _drawn(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """Of an A [r, in]."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return (torch.rand(shape, generator=generator) * 2 - 1).mul_(shape[1] ** -0.5)
+
+
 def add_lora(model: OmniModel | AuT, config: LoraConfig, seed: int) -> None:
     """Give `model` its adapters, in fp32, which alone learn of what they stand beside. A is drawn from `seed`, each
     from its own random stream, as `peft` draws it (uniform within 1 / sqrt(in)); B is zero. Raises ImportError without
@@ -91,8 +99,9 @@ def add_lora(model: OmniModel | AuT, config: LoraConfig, seed: int) -> None:
         peft.inject_adapter_in_model(adapters, model)
     for name, p in model.named_parameters():
         if ".lora_A." in name:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            p.data = (torch.rand(p.shape, generator=generator) * 2 - 1).mul_(p.shape[1] ** -0.5).to(p.device)
+            p.data = p.data.float()
+            put(p, part_of_whole(partial(_drawn, name, p.shape, seed)))
         elif ".lora_B." in name:
-            p.data = torch.zeros_like(p, dtype=torch.float32)
+            p.data = p.data.float()
+            put(p, part_of_whole(partial(torch.zeros, p.shape)))
         p.requires_grad_(".lora_" in name or name in learning)

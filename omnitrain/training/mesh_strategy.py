@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from omnitrain.files import atomic
-from omnitrain.interop.checkpoint_folder import Part, parted, region, shapes, write
+from omnitrain.interop.checkpoint_folder import Part, parted, write
 from omnitrain.interop.checksums import damage
 from omnitrain.interop.start_from import read_checkpoint
+from omnitrain.interop.stored import region, shapes
+from omnitrain.models.deferred import sources
 from omnitrain.models.omni import OmniModel
 from omnitrain.parallel.context import Slices
 from omnitrain.parallel.experts import numbers_of_experts
@@ -104,15 +106,25 @@ class MeshStrategy(ModelParallelStrategy):
         return model
 
     def spread(self) -> None:
-        """Leave this process's shards in the model that is trained, once."""
+        """Leave this process's shards in the model that is trained, once. Of weights that are not there yet
+        (`models.deferred`), it makes or reads its own, one tensor after the other."""
         if self._whole is not None:
             return
         model = self._trained
+        later = sources(model)
         if isinstance(model, OmniModel):
             model.encodes_always = True
         bf16 = self.precision_plugin.precision == "bf16-mixed"
         given_out = spread(model, self.mesh, compute=torch.bfloat16 if bf16 else None, offload=self.offload)
+        if later:
+            device = "cpu" if self.offload else self.mesh.parameters.device_type
+            model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)
         self._whole = Whole(model, self.mesh, given_out)
+        with torch.no_grad():
+            for name, source in later.items():
+                here = local(self._whole.parameters[name])
+                if here.numel():
+                    here.copy_(source(*self._whole.place(name)))
 
     def whole_state(self) -> dict[str, Tensor]:
         """The state of the module in the first process, gathered one tensor at a time; nothing in the others. A

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from omnitrain.config.run_config import OptimConfig
 from omnitrain.data.work import Work
-from omnitrain.interop.checkpoint_folder import shapes
+from omnitrain.interop.stored import shapes
 from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.optim import schedule_factor
 from omnitrain.training.own_time import OwnTime

@@ -245,6 +245,15 @@ def test_two_processes_share_the_model(capsys, runs, originals, recordings: Path
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert (two / LAST_CHECKPOINT).is_dir()
+    assert all(x.equal(weights[1][name]) for name, x in load(two)[0].state_dict().items())
+    alone = ["parallel=ddp", "trainer.devices=1", f"+data.validation_sources={{mine:{{path:{recordings},limit:2}}}}"]
+    assert main(["validate", str(two), *alone]) == 0, capsys.readouterr().err
+    assert main(["generate", str(two), "--device", "cpu", "--max-new-tokens", "2", "What is said?"]) == 0
+    again = tmp_path / "again"  # another run begins with it
+    fit(capsys, originals["one"], recordings, again, f"module.init_from={two}", "trainer.max_steps=1", "optim.lr=0")
+    begun = model_weights(again / LAST_CHECKPOINT)
+    assert all(x.to(begun[name].dtype).equal(begun[name]) for name, x in weights[1].items())
     convert(capsys, two, tmp_path / "out")
     stops = ChatTokenizer.from_dir(tmp_path / "out").stop_ids
     theirs, ours = (

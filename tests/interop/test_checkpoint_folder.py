@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from omnitrain.__main__ import main
-from omnitrain.interop.checkpoint_folder import STATE, SUMS, _sha256, region, shapes
+from omnitrain.interop.checkpoint_folder import STATE, SUMS, _sha256
 from omnitrain.interop.checksums import damage
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.interop.start_from import model_weights, read_checkpoint
+from omnitrain.interop.stored import region, shapes
 from tests.reliability.test_checksums import flip
 
 WEIGHTS = {"model.a": torch.randn(5, 3), "model.b.experts": torch.randn(4, 2, 3), "model.n": torch.tensor(3)}

@@ -10,6 +10,7 @@ import torch
 from omnitrain.config.compose import run_config
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.typed import ConfigError
+from omnitrain.interop.public_format import load_pretrained
 from omnitrain.models.omni import OmniModel
 from omnitrain.runs import memory
 from omnitrain.runs.memory import available_memory, check_memory, gigabytes, training_memory
@@ -82,6 +83,8 @@ def test_a_shared_copy(folder: Path) -> None:
     for options in (["parallel=fsdp"], ["parallel=fsdp_ep"], ["parallel=fsdp_ep_cp"]):
         four = training_memory(config_of(folder, *options, "trainer.devices=4"))
         assert 4 * four.total == pytest.approx(one.total, abs=16)
+        largest = max(x.nbytes for x in load_pretrained(folder, dtype=torch.float32, speech=False).parameters())
+        assert (one.beginning, four.beginning) == (0, 2 * largest)  # what is drawn, and its product
     copies = training_memory(config_of(folder, "parallel=fsdp", "parallel.shard=2", "trainer.devices=4"))
     assert 2 * copies.total == pytest.approx(one.total, abs=16)
     with pytest.raises(ConfigError, match=r"parallel\.shard=3: does not divide 4"):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks_begin
 import torch
 import torch.distributed.checkpoint as dcp
 from forked_runs import Run, Runs
 from safetensors.torch import load_file
 
+from omnitrain.interop.public_format import save_pretrained
 from omnitrain.interop.start_from import read_checkpoint
 from omnitrain.parallel.mesh import MeshSizes
 from omnitrain.runs.convert import to_ckpt
@@ -117,3 +120,21 @@ def test_training_goes_on_while_a_checkpoint_is_written(runs: Runs, tmp_path: Pa
     assert order.count("written") == 2
     assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 4
     assert read_checkpoint(tmp_path / "checkpoints" / "previous.ckpt")["global_step"] == 2
+
+
+def test_each_makes_and_reads_its_own_shards(runs: Runs, tmp_path: Path) -> None:
+    """Weights are drawn, read from a public folder (as the model or to begin with) and given adapters as one process
+    does it, bit for bit; and none of the four has at any time more than its shards, what it has read of the file (whose
+    pages the system may take back), two tensors, and 16 MB."""
+    save_pretrained(ranks_begin.begin("drawn", tmp_path, deferred=False).model, folder := tmp_path / "public")
+    for way in ranks_begin.WAYS:
+        state = ranks_begin.begin(way, folder, deferred=False).state_dict()
+        torch.save(state, tmp_path / f"{way}.pt")
+    whole, largest = sum(x.nbytes for x in state.values()), max(x.nbytes for x in state.values())
+    jobs = [(way, MESHES["hybrid_ep" if way == "begun from" else "fsdp_ep_of_four"]) for way in ranks_begin.WAYS]
+    runs.start(tmp_path, 4, call="ranks_begin:shards", given={"out": str(tmp_path), "jobs": jobs}).finish()
+    for rank in range(4):
+        for way, used in json.loads((tmp_path / f"used.{rank}.json").read_text()).items():
+            assert used["own"] < (0.51 if way == "begun from" else 0.26) * whole
+            read = 0 if way == "drawn" else used["own"]
+            assert used["peak"] < used["own"] + read + 2 * largest + 16e6, (rank, way, used)
