@@ -55,7 +55,7 @@ def train(config: RunConfig) -> Experiment:
     changed = check_resume(config, begun_in) if begun_in is not None and (begun_in / CONFIG).is_file() else {}
     check_memory(config)
     _check_scoring(config)
-    experiment = build_experiment(config, "fit")
+    experiment = build_experiment(config, "fit", checkpoint)
     trainer = experiment.trainer
 
     def begin(trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -11,7 +11,7 @@ from omnitrain.runs.experiment import build_experiment, trained_checkpoint
 def run(config: RunConfig) -> float:
     """Returns the loss in nats per target token."""
     checkpoint = trained_checkpoint(config, "validate")
-    experiment = build_experiment(config, "validate")
+    experiment = build_experiment(config, "validate", checkpoint)
     module, trainer = experiment.module, experiment.trainer
     trainer.validate(module, experiment.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
     if trainer.is_global_zero:

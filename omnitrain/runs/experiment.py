@@ -42,9 +42,10 @@ class Experiment:
     trainer: L.Trainer
 
 
-def build_experiment(config: RunConfig, stage: str) -> Experiment:
+def build_experiment(config: RunConfig, stage: str, checkpoint: Path | None = None) -> Experiment:
     """Seed everything, then build data (those opened that `stage`, ``fit``, ``validate``, ``test`` or ``predict``,
-    reads), model, module, callbacks, loggers and trainer, in this order. Raises ConfigError if a constructor refuses
+    reads), model, module, callbacks, loggers and trainer, in this order. `checkpoint`: where a Trainer will take all
+    weights from, so that processes that share the model need not make them. Raises ConfigError if a constructor refuses
     what the configuration gives it, or data or tokenizer are not where it says."""
     quiet_libraries()
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -74,6 +75,8 @@ def build_experiment(config: RunConfig, stage: str) -> Experiment:
         datamodule.speech = replace(datamodule.speech, thinker=thinker_fingerprint(model))
     datamodule.work = module.work()
     trainer = build_trainer(config, spread=spread)
+    if isinstance(trainer.strategy, MeshStrategy):
+        trainer.strategy.checkpoint_follows = checkpoint is not None
     return Experiment(run_dir=run_dir, datamodule=datamodule, module=module, trainer=trainer)
 
 

@@ -63,6 +63,8 @@ class MeshStrategy(ModelParallelStrategy):
         )
         self._sizes = partial(MeshSizes.of, data=data, shard=shard, expert=expert, context=context)
         self.offload = offload
+        self.checkpoint_follows = False
+        """Weights that are not there yet need not be made: a checkpoint brings all of them."""
         self._mesh: Mesh | None = None
         self._whole: Whole | None = None
         self._writers: dist.ProcessGroup | None = None  # they talk beside the training
@@ -123,7 +125,7 @@ class MeshStrategy(ModelParallelStrategy):
         with torch.no_grad():
             for name, source in later.items():
                 here = local(self._whole.parameters[name])
-                if here.numel():
+                if here.numel() and not self.checkpoint_follows:
                     here.copy_(source(*self._whole.place(name)))
 
     def whole_state(self) -> dict[str, Tensor]:
@@ -293,11 +295,13 @@ class _Saving(Thread):
     def __init__(self, path: Path, write_all: Callable[[], None]) -> None:
         super().__init__(name=f"writes {path}", daemon=True)
         self.path, self.error = path, None
-        self._write_all = write_all
+        self._write_all: Callable[[], None] | None = write_all
         self.start()
 
     def run(self) -> None:
+        write_all, self._write_all = self._write_all, None  # with it go the copies
+        assert write_all is not None
         try:
-            self._write_all()
+            write_all()
         except BaseException as error:  # raised where somebody waits
             self.error = error

@@ -238,22 +238,24 @@ def test_two_processes_share_the_model(capsys, runs, originals, recordings: Path
     line += ["module.loss.balance_coefficient=0"]  # which depends on how many packs go together
     one, two = tmp_path / "one", tmp_path / "two"
     shared = [*line, "parallel=fsdp_ep", "trainer.devices=2", f"paths.run_dir={two}"]
-    run = runs.start(tmp_path / "printed", 2, argv=shared)
+    begun = runs.start(tmp_path / "begun", 2, argv=[*shared, "trainer.max_steps=2"])
     assert main([*line, "trainer.accumulate_grad_batches=2", f"paths.run_dir={one}"]) == 0, capsys.readouterr().err
-    run.finish()
+    begun.finish()
+    runs.start(tmp_path / "ended", 2, argv=[*shared, "ckpt_path=last"]).finish()
     weights = [model_weights(place / LAST_CHECKPOINT) for place in (one, two)]
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert (two / LAST_CHECKPOINT).is_dir()
     assert all(x.equal(weights[1][name]) for name, x in load(two)[0].state_dict().items())
-    alone = ["parallel=ddp", "trainer.devices=1", f"+data.validation_sources={{mine:{{path:{recordings},limit:2}}}}"]
+    alone = ["parallel.engine=ddp", "parallel.expert=1", "trainer.devices=1"]
+    alone += [f"+data.validation_sources={{mine:{{path:{recordings},limit:2}}}}"]
     assert main(["validate", str(two), *alone]) == 0, capsys.readouterr().err
     assert main(["generate", str(two), "--device", "cpu", "--max-new-tokens", "2", "What is said?"]) == 0
     again = tmp_path / "again"  # another run begins with it
     fit(capsys, originals["one"], recordings, again, f"module.init_from={two}", "trainer.max_steps=1", "optim.lr=0")
-    begun = model_weights(again / LAST_CHECKPOINT)
-    assert all(x.to(begun[name].dtype).equal(begun[name]) for name, x in weights[1].items())
+    started = model_weights(again / LAST_CHECKPOINT)
+    assert all(x.to(started[name].dtype).equal(started[name]) for name, x in weights[1].items())
     convert(capsys, two, tmp_path / "out")
     stops = ChatTokenizer.from_dir(tmp_path / "out").stop_ids
     theirs, ours = (

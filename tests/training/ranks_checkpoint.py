@@ -8,6 +8,7 @@ from typing import Any
 
 from toy_training import Toy, train
 
+from omnitrain.interop import checkpoint_folder
 from omnitrain.training import mesh_strategy
 from omnitrain.training.thinker import ThinkerModule
 
@@ -28,6 +29,7 @@ def held_up(out: str) -> None:
         write(*arguments)
         order.append("written")
 
+    checkpoint_folder.FILE_BYTES = 20_000  # several files
     ThinkerModule.training_step, mesh_strategy.write = training_step, write_late  # ty: ignore
     train(Toy(out=out, steps=4, mesh={"shard": 1}, checkpoint_every=2))
     (Path(out) / "order.txt").write_text("\n".join(order))

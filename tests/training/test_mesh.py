@@ -118,7 +118,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(runs: Runs, tmp_path: Pa
     assert [event for event in order if event != "written"] == [f"step {i}" for i in range(4)]
     assert order.index("written") > order.index("step 3")
     assert order.count("written") == 2
-    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 4
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert len(list(last.glob("*.safetensors"))) > 2
+    found, final = read_checkpoint(last), torch.load(tmp_path / "final.pt")
+    assert found["global_step"] == 4
+    assert all(torch.equal(found["state_dict"][f"model.{name}"], x) for name, x in final.items())
     assert read_checkpoint(tmp_path / "checkpoints" / "previous.ckpt")["global_step"] == 2
 
 
