@@ -7,6 +7,7 @@ as transformers writes it, with keys `model.audio_tower.`, whose projection is `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from omnitrain.interop.public_config import AUDIO, FILE, FULL, THINKER, CheckpointError, Section, architecture_of
 from omnitrain.interop.public_format import TensorFiles
+from omnitrain.interop.stored import Stored
 from omnitrain.models.aut import AuTEncoder
 from omnitrain.models.sizes import AuTConfig
 
@@ -50,20 +52,24 @@ def read_tower(folder: Path) -> tuple[AuTConfig, str]:
     return table.read(place.section("audio_config", optional=True)), prefix
 
 
-def load_tower(folder: Path, ours: AuTConfig) -> dict[str, Tensor]:
-    """The weights of the audio encoder in a public folder by their names in `AuTEncoder`, as they are stored; nothing
-    else is read. Raises CheckpointError: no such encoder, other sizes than `ours` (the message says which to set), a
-    tensor that is missing or cannot be read."""
-    theirs, prefix = read_tower(folder)
-    _check_sizes(folder / FILE, theirs, ours)
-    with torch.device("meta"):
-        shapes = {name: x.shape for name, x in AuTEncoder(theirs).named_parameters()}
-    weights = {}
-    with TensorFiles(folder, "") as files:
-        keys = {name: _key(name, prefix, files) for name in shapes}
-        for name in sorted(keys, key=lambda name: str(files.file_of.get(keys[name], ""))):
-            weights[name] = files.get(keys[name], shapes[name]).clone()
-    return weights
+class TowerTensors(Stored):
+    """The weights of the audio encoder in a public folder by their names in `AuTEncoder`, as they are stored. Raises
+    CheckpointError: no such encoder, other sizes than `ours` (the message says which to set), a tensor that is missing
+    or cannot be read."""
+
+    def __init__(self, folder: Path, ours: AuTConfig) -> None:
+        theirs, prefix = read_tower(folder)
+        _check_sizes(folder / FILE, theirs, ours)
+        with torch.device("meta"):
+            self.shapes = {name: tuple(x.shape) for name, x in AuTEncoder(theirs).named_parameters()}
+        self._files = TensorFiles(folder, "")
+        self._keys = {name: _key(name, prefix, self._files) for name in self.shapes}
+        for name in sorted(self._keys, key=lambda name: str(self._files.file_of.get(self._keys[name], ""))):
+            self._files.check(self._keys[name], self.shapes[name])
+
+    def region(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        inside = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        return self._files.get(self._keys[name], self.shapes[name], inside)
 
 
 def _key(name: str, prefix: str, files: TensorFiles) -> str:

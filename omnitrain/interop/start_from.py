@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from omnitrain.files import LAST_CHECKPOINT, did_you_mean
 from omnitrain.interop import checkpoint_folder
-from omnitrain.interop.audio_tower import PROJECTION, load_tower
+from omnitrain.interop.audio_tower import PROJECTION, TowerTensors
 from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
 from omnitrain.interop.lora import merged
 from omnitrain.interop.public_config import CheckpointError
@@ -161,7 +161,7 @@ def _aut_in(model: OmniModel | AuT, folder: Path, key: str) -> Mapping[str, Tens
     if (folder / LAST_CHECKPOINT).exists():
         return below(model_weights(folder / LAST_CHECKPOINT), "aut.")
     _check_public(folder, key)
-    return load_tower(folder, model.aut.config)
+    return TowerTensors(folder, model.aut.config)
 
 
 def _check_fit(own: Shapes, weights: Shapes, key: str, folder: str | Path) -> None:

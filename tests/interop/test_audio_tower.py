@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omnitrain.files import LAST_CHECKPOINT
-from omnitrain.interop.audio_tower import ASR_AUDIO, load_tower, read_tower
+from omnitrain.interop.audio_tower import ASR_AUDIO, TowerTensors, read_tower
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.interop.start_from import start_from
 from omnitrain.models.aut import AuTEncoder
@@ -108,7 +108,7 @@ def test_of_qwen3_omni_only_the_encoder_is_read(tmp_path: Path, variant: int, ki
     config, prefix = read_tower(tmp_path)
     kept = {key: x for key, x in weights.items() if ".audio_tower." in f".{key}"}
     save_file(kept, tmp_path / "model.safetensors")  # nothing else is there to be read
-    found = load_tower(tmp_path, replace(config, window_frames=400))
+    found = TowerTensors(tmp_path, replace(config, window_frames=400))
     assert {f"{prefix}{name}" for name in found} == kept.keys()
     assert all(found[key.removeprefix(prefix)].equal(x) for key, x in kept.items())
 
