@@ -94,7 +94,8 @@ def test_kills_of_two_processes(runs: Runs, tmp_path: Path) -> None:
 
 def test_kills_while_a_folder_is_written(runs: Runs, tmp_path: Path) -> None:
     """4 kills of one of two processes that share the model, while both write a checkpoint: the one before it is whole
-    each time, and nothing half is taken for one. Then a disk that takes no more, which the error names."""
+    each time, and nothing half is taken for one. Then SIGTERM to one, for which both save and leave; and a disk that
+    takes no more, which the error names."""
     toy = {**TOY, "devices": 2, "mesh": {"shard": 2, "expert": 2}, "steps": 12, "accumulate": 1, "val_every": 0}
     toy |= {"checkpoint_every": 2, "poison": []}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -112,6 +113,10 @@ def test_kills_while_a_folder_is_written(runs: Runs, tmp_path: Path) -> None:
         checkpoints = list((killed / "checkpoints").glob("*.ckpt"))
         assert killed / "checkpoints" / "last.ckpt" in checkpoints
         assert [damage(path) for path in checkpoints] == [None] * len(checkpoints)
+    stopped = runs.start(killed, 2, Kill(STEP, 2, SIGTERM, rank=1), toy={"out": str(killed), **toy})
+    assert stopped.wait() == [143, 143]
+    step = read_checkpoint(killed / "checkpoints" / "last.ckpt")["global_step"]
+    assert f"SIGTERM: step {step} is in " in stopped.errors[0].read_text()
     runs.start(killed, 2, toy={"out": str(killed), **toy}).finish()
     assert_identical(kept(whole), kept(killed), "run")
     assert not list(killed.rglob("*.partial"))
