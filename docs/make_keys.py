@@ -55,6 +55,7 @@ PARTS: list[tuple[str, str, list[tuple[str, Any]]]] = [
         ("module.discriminator", sizes.DiscriminatorConfig)]),
     ("optim", "wsd, cosine", [("optim", run_config.OptimConfig)]),
     ("trainer", "cpu, gpu, ddp", [("trainer", run_config.TrainerConfig)]),
+    ("parallel", "ddp, fsdp, fsdp_ep, fsdp_ep_cp", [("parallel", run_config.ParallelConfig)]),
     ("callbacks", "default; one is left out with callbacks.NAME=null", [
         ("callbacks.checkpoint", run_config.CheckpointConfig), ("callbacks.spike_guard", run_config.SpikeGuardConfig),
         ("callbacks.throughput", run_config.ThroughputConfig), ("callbacks.progress", run_config.ProgressConfig),

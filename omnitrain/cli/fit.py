@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import LambdaCallback
 
 from omnitrain.cli.test import evaluate_and_report
+from omnitrain.config import launched
 from omnitrain.config.run_config import PretrainedConfig, RunConfig
 from omnitrain.config.saved import write_config
 from omnitrain.config.typed import ConfigError
@@ -23,13 +23,14 @@ from omnitrain.runs.experiment import Experiment, build_experiment, gather, star
 from omnitrain.runs.lock import hold
 from omnitrain.runs.memory import check_memory
 from omnitrain.runs.resume import check_resume, record_changes
+from omnitrain.training.ranks import gather_objects
 
 
 def run(config: RunConfig) -> float | None:
     """Train as `config` says, or run its stages, or the arm of its study. Returns the last validation loss, which
     sweepers minimise. Raises FolderInUse while another process writes into the run folder."""
-    if config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
-        config = replace(config, ckpt_path="last")  # a job that Slurm has queued again goes on where it was
+    if config.ckpt_path is None and launched.restarts() > 0:
+        config = replace(config, ckpt_path="last")  # a job that Slurm or torchrun has started again goes on
     with hold(config.paths.run_dir):
         if config.stages is not None:
             return _run_stages(config)
@@ -58,6 +59,15 @@ def train(config: RunConfig) -> Experiment:
     experiment = build_experiment(config, "fit", checkpoint)
     trainer = experiment.trainer
 
+    def agree(trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Before anything is loaded: processes that began from different states would wait for one another."""
+        written = gather_objects(None if checkpoint is None else checkpoint.stat().st_mtime_ns)
+        if other := [rank for rank, time in enumerate(written) if time != written[0]]:
+            raise ConfigError(
+                f"{checkpoint or run_dir}: rank {other[0]} finds another checkpoint there than rank 0, or none; name a "
+                "folder that all nodes see (paths.run_dir, ckpt_path)"
+            )
+
     def begin(trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             write_config(config, run_dir)
@@ -69,7 +79,7 @@ def train(config: RunConfig) -> Experiment:
                 _bring_rows(begun_in, run_dir)
 
     # Once the state of the run is restored, and not before: a refused resume leaves the folder as it was.
-    vars(trainer)["callbacks"].insert(0, LambdaCallback(on_train_start=begin))
+    vars(trainer)["callbacks"].insert(0, LambdaCallback(setup=agree, on_train_start=begin))
     if trainer.is_global_zero:
         print(f"run folder: {run_dir}" + (f", continued from {checkpoint}" if checkpoint else ""), flush=True)
         if config.evaluation.after_fit and isinstance(config.evaluation, (CodecEvaluation, SpeechEvaluation)):

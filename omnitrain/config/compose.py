@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import functools
 import importlib
-import os
 import sys
 import warnings
 from argparse import Namespace
@@ -36,6 +35,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from omnitrain.config import launched
 from omnitrain.config.door import read
 from omnitrain.config.errors import explained
 from omnitrain.config.hydra_keys import SHELL, check_arguments, check_hydra
@@ -197,11 +197,10 @@ def _run_dir(job: Any) -> Path:
     sweep = job.mode == RunMode.MULTIRUN
     if sweep and explicit:
         raise ConfigError("paths.run_dir: the jobs of a sweep have a folder each; set hydra.sweep.dir instead")
-    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    if ranks > 1 and not explicit and not sweep and "LOCAL_RANK" in os.environ:
+    if launched.is_one_of_several() and not explicit and not sweep:
         raise ConfigError(
-            f"paths.run_dir: {ranks} processes were started from outside, and each would make its own dated folder; "
-            "name one folder for all of them with paths.run_dir=FOLDER"
+            f"paths.run_dir: {launched.processes()} processes were started from outside, and each would make its own "
+            "dated folder; name one folder for all of them with paths.run_dir=FOLDER"
         )
     # Hydra has made the folder that paths.run_dir names, or that a user named with hydra.run.dir.
     return Path(job.runtime.output_dir).resolve()

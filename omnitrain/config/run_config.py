@@ -496,7 +496,7 @@ class ParallelConfig:
             share a copy.
         context: processes that share each pack.
         offload: shards wait in the host's memory, and the optimizer runs there.
-        timeout_seconds: of a collective that some process does not come to.
+        timeout_seconds: so long a process waits for the others; then all end, and the one that is missing is named.
     """
 
     engine: str = "ddp"
@@ -510,6 +510,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.engine not in ("ddp", "fsdp"):
             raise ValueError(f"parallel.engine={self.engine}: must be ddp or fsdp")
+        if not (math.isfinite(self.timeout_seconds) and self.timeout_seconds > 0):
+            raise ValueError(f"parallel.timeout_seconds={self.timeout_seconds}: must be a number of seconds above 0")
         for name in ("data", "shard", "expert"):
             if not isinstance(value := getattr(self, name), int) and value != "auto":
                 raise ValueError(f"parallel.{name}={value}: must be a number of processes, or auto")
@@ -579,6 +581,11 @@ class ProgressConfig:
     """
 
     plain_every_n_seconds: float = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """Ends a run whose processes wait in vain for one of them, which it names; after `parallel.timeout_seconds`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,8 @@ def _options() -> dict[str, dict[str, DictConfig]]:
     c = run_config
     callbacks = {
         "checkpoint": c.CheckpointConfig, "spike_guard": c.SpikeGuardConfig, "throughput": c.ThroughputConfig,
-        "record": c.RunRecordConfig, "progress": c.ProgressConfig, "media_panels": c.MediaPanelsConfig,
+        "record": c.RunRecordConfig, "progress": c.ProgressConfig, "watchdog": c.WatchdogConfig,
+        "media_panels": c.MediaPanelsConfig,
     }  # fmt: skip
     modules = {
         "thinker": c.ThinkerModuleConfig,

@@ -44,6 +44,7 @@ OURS: dict[str, type] = {
     "omnitrain.training.callbacks.Throughput": run_config.ThroughputConfig,
     "omnitrain.training.callbacks.RunRecord": run_config.RunRecordConfig,
     "omnitrain.training.callbacks.TrainingProgress": run_config.ProgressConfig,
+    "omnitrain.training.callbacks.Watchdog": run_config.WatchdogConfig,
     "omnitrain.training.callbacks.MediaPanels": run_config.MediaPanelsConfig,
     "omnitrain.training.logging.ExactCsvLogger": run_config.CsvLoggerConfig,
     "omnitrain.training.logging.wandb_logger": run_config.WandbConfig,

@@ -31,6 +31,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from omnitrain.config import launched
 from omnitrain.config.compose import check_stage, quoted, readable
 from omnitrain.config.saved import portable, read_values
 from omnitrain.config.targets import ForbiddenTarget
@@ -123,8 +124,11 @@ def finished_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, Any]:
     code outside the allowed packages."""
     if os.environ.get(_INSIDE):
         raise ConfigError(f"stages: the stage '{os.environ[_INSIDE]}' has stages itself; name theirs in one recipe")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ConfigError("stages: every process would run them; start one, and give each stage trainer=ddp")
+    if launched.processes() > 1:
+        raise ConfigError(
+            "stages: every process would run them; start one process that starts the others (trainer.devices=N in "
+            "stage_overrides.all), or give the stages' own commands one after another"
+        )
     done = _read_record(run_dir)
     for stage in stages:
         command = list(stage.command)

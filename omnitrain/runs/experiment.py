@@ -166,7 +166,8 @@ def _part(node: Any, config: RunConfig, place: str) -> Any:
         given = {name: str(run_dir / folder) for name, folder in folders.items() if folder is not None}
         default = {"save_dir": str(run_dir)} if place.startswith("logger.") else {}
         node = replace(node, keywords={**default, **node.keywords, **given})
-    return build(node, run_dir=run_dir, run_name=config.name, place=place)
+    timeout = config.parallel.timeout_seconds
+    return build(node, run_dir=run_dir, run_name=config.name, timeout_seconds=timeout, place=place)
 
 
 def gather(experiment: Experiment, config: RunConfig) -> None:

@@ -3,7 +3,7 @@
 The lock is the file ``.lock`` in the folder, made whole in one step (`os.link`, as network file systems have it). It
 says who holds it: host, process and its start, job. The holder touches it every few seconds. A lock is left over,
 
-- at once, if its process ran on this machine and is gone, or was an earlier start of this very job of Slurm;
+- at once, if its process ran on this machine and is gone, or was an earlier start of this very job;
 - `STALE_AFTER` seconds after its last touch, wherever its process ran. Both times are the file system's, the lock's and
   that of a file just written, so clocks that differ between machines do not matter.
 
@@ -29,6 +29,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from omnitrain.config import launched
 from omnitrain.config.typed import ConfigError
 from omnitrain.files import LOCK, printable
 
@@ -49,7 +50,7 @@ class Owner:
     Attributes:
         machine: tells machines, boots and containers apart: process ids are comparable within one.
         started: of the process, in clock ticks since the machine's boot; 0 where the system does not say.
-        job, restart: of Slurm or torchrun, and how often Slurm has queued it again.
+        job, restart: of Slurm or torchrun, and how often it was started again.
         since, command: for people.
     """
 
@@ -65,14 +66,13 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
-        slurm, torchrun = os.environ.get("SLURM_JOB_ID"), os.environ.get("TORCHELASTIC_RUN_ID")
         return cls(
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
             started=_started(os.getpid()),
-            job=f"slurm {slurm}" if slurm else f"torchrun {torchrun}" if torchrun else "",
-            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            job=launched.job(),
+            restart=launched.restarts(),
             since=datetime.now().astimezone().isoformat(" ", "seconds"),
             command=shlex.join(["omnitrain", *sys.argv[1:]]),
             token=uuid.uuid4().hex[:16],
@@ -83,8 +83,8 @@ class Owner:
         mine = Owner.this_process()
         if self.machine == mine.machine:
             return _started(self.pid) != self.started
-        queued_again = self.job.startswith("slurm") and self.job == mine.job and self.restart < mine.restart
-        return queued_again or silent > STALE_AFTER
+        started_again = bool(self.job) and self.job == mine.job and self.restart < mine.restart
+        return started_again or silent > STALE_AFTER
 
     def write(self, path: Path) -> Path:
         """Write this down beside the lock `path`, to be made the lock in one step."""
@@ -99,7 +99,7 @@ def hold(folder: str | os.PathLike[str]) -> Generator[None]:
     a distributed job holds it for all. To hold again what this process holds does nothing. Raises FolderInUse if
     another process holds it."""
     path = Path(os.path.realpath(folder)) / LOCK
-    if path in _held or not _is_first_process():
+    if path in _held or not launched.is_first():
         yield
         return
     new = not path.parent.exists()
@@ -134,14 +134,6 @@ _held: set[Path] = set()
 
 def _leave(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
-
-
-def _is_first_process() -> bool:
-    """Whether this is rank 0 of its job, or no part of a job."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if os.environ.get(name):
-            return int(os.environ[name]) == 0
-    return not any(int(os.environ.get(name) or 0) for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
 
 
 def _acquire(path: Path, owner: Owner) -> None:

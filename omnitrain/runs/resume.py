@@ -25,7 +25,7 @@ from omnitrain.files import HISTORY, append_line
 SAFE = (
     "name", "ckpt_path", "paths.*", "logger.*", "variables*", "stages*", "stage_overrides*", "eval*",
     "evaluation.*", "callbacks.checkpoint*", "callbacks.throughput*", "callbacks.record*", "callbacks.progress*",
-    "callbacks.media_panels*", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time",
+    "callbacks.media_panels*", "callbacks.watchdog*", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time",
     "trainer.log_every_n_steps", "trainer.val_check_interval", "trainer.limit_*", "trainer.check_val_every_n_epoch",
     "trainer.num_sanity_val_steps", "trainer.enable_*", "trainer.detect_anomaly", "trainer.profiler*",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy*", "trainer.plugins*",

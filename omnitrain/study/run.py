@@ -6,7 +6,6 @@ to ``items.parquet``, written last: the file exists if and only if the run is fi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from omnitrain.config import launched
 from omnitrain.config.run_config import RunConfig
 from omnitrain.config.targets import build
 from omnitrain.config.typed import ConfigError, typed
@@ -104,8 +104,7 @@ def _chosen(spec: StudySpec, config: RunConfig) -> tuple[str, str]:
     for key, choices in (("arm", tuple(spec.arms)), ("match", MATCHES)):
         if getattr(config, key) not in choices:
             raise ConfigError(f"{key}={getattr(config, key)}: the study has no such {key}; choose {', '.join(choices)}")
-    processes = max(int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("SLURM_NTASKS") or 1))
-    if processes > 1 or str(config.trainer.devices) != "1" or config.trainer.accumulate_grad_batches != 1:
+    if launched.processes() > 1 or str(config.trainer.devices) != "1" or config.trainer.accumulate_grad_batches != 1:
         raise ConfigError(
             "study: a run is one process whose batches are its steps; set trainer.devices=1 and "
             "trainer.accumulate_grad_batches=1 (runs of a study go side by side with a launcher)"

@@ -3,7 +3,7 @@ they are not."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -42,6 +42,24 @@ def tell_ranks(message: str) -> None:
 def told(message: str) -> bool:
     """Whether a rank has left `message`. Not a collective."""
     return distributed() and _store().check([message])
+
+
+def second_store() -> dist.Store:
+    """What all ranks read and write, by a connection of its own: for a thread beside the one that trains, which may be
+    waiting on the first. Not a collective."""
+    default: Any = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore("omnitrain", default.clone())
+
+
+def groups_of_ranks() -> dict[str, Any]:
+    """Process groups that this rank is in, by names that all of their ranks know them by. Not a collective."""
+    world = dist.distributed_c10d._world
+    return {world.pg_names[group]: group for group in list(world.pg_map)}
+
+
+def collectives_begun() -> dict[str, int]:
+    """How many this rank has begun in each of its groups. Not a collective."""
+    return {name: group._get_sequence_number_for_group() for name, group in groups_of_ranks().items()}
 
 
 def _store() -> dist.Store:

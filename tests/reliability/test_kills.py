@@ -7,6 +7,12 @@ Each life of a run continues what the one before left. `test_encode_shards.py` a
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
 from typing import Any
@@ -15,11 +21,15 @@ import pytest
 import torch
 from forked_runs import Kill, Runs
 from test_cli_resume import assert_identical
+from test_processes import wait_for
 
+from omnitrain.files import DATA, LAST_CHECKPOINT, LOCK, METRICS
 from omnitrain.interop.checksums import damage
 from omnitrain.interop.start_from import read_checkpoint
 from omnitrain.runs.convert import to_ckpt
+from omnitrain.runs.load import load
 
+RANK_KILLS = int(os.environ.get("OMNITRAIN_KILLS", "2"))
 STEP = "omnitrain.training.thinker:ThinkerModule.training_step"
 VALIDATION = "omnitrain.training.thinker:ThinkerModule.validation_step"
 UPDATE = "torch.optim.adamw:AdamW.step"
@@ -158,3 +168,77 @@ def test_kills_of_the_command_line(runs: Runs, toy: list[str], tmp_path: Path, w
     for file in ("eval/predictions.parquet", "report.html"):
         assert (killed / file).stat().st_size == pytest.approx((whole / file).stat().st_size, rel=0.02)
     assert sorted(p.name for p in killed.rglob(".*")) == []  # no lock, and no half-written file
+
+
+def line_of_two(toy: list[str], out: Path) -> list[str]:
+    """Two processes that share a model (FSDP2)."""
+    return [
+        "fit", *toy, f"paths.run_dir={out}", "parallel=fsdp", "trainer.devices=2",
+        f"trainer.max_steps={12 * (RANK_KILLS + 1)}", "trainer.accumulate_grad_batches=2",
+        "trainer.val_check_interval=20", "trainer.limit_val_batches=1", "callbacks.checkpoint.every_n_steps=3",
+        "callbacks.progress=null", "module.word_dropout=0.2",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(runs: Runs, toy: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nobody has touched them."""
+    out = tmp_path_factory.mktemp("two")
+    runs.start(out, 2, argv=line_of_two(toy, out)).finish()
+    return out
+
+
+def assert_same_run(whole: Path, other: Path) -> None:
+    assert_identical(*(load(out)[0].state_dict() for out in (whole, other)), "weights")
+    for file in (METRICS, DATA):
+        assert (whole / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def written(out: Path) -> int:
+    """When the last checkpoint was."""
+    return (out / LAST_CHECKPOINT).stat().st_mtime_ns if (out / LAST_CHECKPOINT).exists() else 0
+
+
+def test_random_kills_of_one_rank(runs: Runs, toy: list[str], tmp_path: Path, whole_of_two: Path) -> None:
+    """A random one of them is killed at a random moment of its training, again and again: the other one ends soon and
+    by itself, and the same line goes on. OMNITRAIN_KILLS=20 for more of it."""
+    line, draw, hits = [*line_of_two(toy, tmp_path), "ckpt_path=last"], random.Random(0), 0
+    for _ in range(RANK_KILLS):
+        before, run = written(tmp_path), runs.start(tmp_path, 2, argv=line)
+        wait_for(lambda before=before: written(tmp_path) > before, run)
+        time.sleep(draw.uniform(0, 0.8))
+        victim, begun = draw.randrange(2), time.monotonic()
+        if runs.ask({"poll": run.pids[victim]}) is None:
+            os.kill(run.pids[victim], SIGKILL)
+        statuses = run.wait(victim, 1 - victim)
+        assert time.monotonic() - begun < 10
+        if statuses[0] == -SIGKILL and statuses[1]:  # else it came in the last moments of the run
+            hits += 1
+    runs.start(tmp_path, 2, argv=line).finish()
+    assert hits > RANK_KILLS // 2
+    assert_same_run(whole_of_two, tmp_path)
+
+
+def test_torchrun_starts_a_killed_run_again(toy: list[str], tmp_path: Path, whole_of_two: Path) -> None:
+    """The first of two processes that torchrun has started is killed: it starts both again. Equal to the bit to
+    undisturbed ones that were started as Lightning does."""
+    out, printed = tmp_path / "run", tmp_path / "printed.txt"
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--max-restarts=1",
+        "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--monitor-interval=0.2", "-m", "omnitrain",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # docs/scale.md
+    with printed.open("w") as file:
+        line = [*torchrun, *line_of_two(toy, out)]
+        process = subprocess.Popen(line, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 300
+        while not written(out):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, printed.read_text()
+            time.sleep(0.01)
+        os.kill(json.loads((out / LOCK).read_text())["pid"], SIGKILL)
+        status = process.wait(300)
+    assert status == 0, printed.read_text()
+    assert "continued from" in printed.read_text()
+    assert_same_run(whole_of_two, out)

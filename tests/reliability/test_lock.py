@@ -138,14 +138,23 @@ def test_clocks_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             pass
 
 
-def test_a_job_that_slurm_queues_again_goes_on_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "job", "restart"),
+    [
+        ("slurm", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+        ("torchrun", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    ],
+)
+def test_a_job_that_is_started_again_goes_on_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, job: str, restart: str
+) -> None:
     """On another node, although the first start died without letting go; another job has to wait."""
-    leave(tmp_path, machine="node1", job="slurm 77")
-    monkeypatch.setenv("SLURM_JOB_ID", "78")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with pytest.raises(FolderInUse, match="slurm 77"), hold(tmp_path):
+    leave(tmp_path, machine="node1", job=f"{launcher} 77")
+    monkeypatch.setenv(job, "78")
+    monkeypatch.setenv(restart, "1")
+    with pytest.raises(FolderInUse, match=f"{launcher} 77"), hold(tmp_path):
         pass
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv(job, "77")
     with hold(tmp_path):
         pass
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A whole Slurm on this machine: munged, slurmctld and slurmd on localhost, with all that they write in one folder.
+# A whole Slurm on this machine: munged, slurmctld and two slurmd on localhost, each of which is a node with all of the
+# machine's cores, with all that they write in one folder. The partitions main and urgent have the first, two has both.
 #
 #   tests/slurm/start_slurm.sh FOLDER      prints the line to export: SLURM_CONF=FOLDER/slurm.conf
 #   tests/slurm/stop_slurm.sh FOLDER
@@ -21,8 +22,9 @@ fi
 
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
-mkdir -p "$folder"/{state,spool,munge}
+mkdir -p "$folder"/{state,munge}
 host=$(hostname -s)
+second=localhost  # a name that resolves: processes look for the first node of their job by it
 
 # munge insists on its own user and on folders that nobody else may write to; its socket has a short name in any case.
 if [ ! -f "$folder/munge/key" ]; then
@@ -43,7 +45,6 @@ cat > "$folder/slurm.conf" <<CONF
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
-SlurmdPort=$((port + 1))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -65,16 +66,18 @@ JobRequeue=1
 KillWait=3
 MinJobAge=3600
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool.%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd.%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
-SlurmdLogFile=$folder/slurmd.log
+SlurmdLogFile=$folder/slurmd.%n.log
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(getconf _NPROCESSORS_ONLN) State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=$(getconf _NPROCESSORS_ONLN) State=UNKNOWN
+NodeName=$second NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=$(getconf _NPROCESSORS_ONLN) State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=3
 PartitionName=urgent Nodes=$host MaxTime=INFINITE State=UP PriorityTier=10
+PartitionName=two Nodes=$host,$second MaxTime=INFINITE State=UP PriorityTier=1
 CONF
 
 alive() { [ -f "$1" ] && kill -0 "$(cat "$1")" 2> /dev/null; }
@@ -84,15 +87,17 @@ alive "$socket_folder/munged.pid" || munged --force --num-threads=2 --key-file="
     --log-file="$socket_folder/munged.log" --seed-file="$socket_folder/seed" > "$folder/munged.out" 2>&1
 export SLURM_CONF="$folder/slurm.conf"
 alive "$folder/slurmctld.pid" || slurmctld > "$folder/slurmctld.out" 2>&1
-alive "$folder/slurmd.pid" || slurmd > "$folder/slurmd.out" 2>&1
+for node in "$host" "$second"; do
+    alive "$folder/slurmd.$node.pid" || slurmd -N "$node" > "$folder/slurmd.$node.out" 2>&1
+done
 
 for _ in $(seq 60); do
-    if [ "$(sinfo --noheader --partition=main --format=%t 2> /dev/null)" = idle ]; then
+    if [ "$(sinfo --noheader --partition=two --format=%t 2> /dev/null)" = idle ]; then
         echo "export SLURM_CONF=$SLURM_CONF"
         exit 0
     fi
     sleep 0.5
 done
-tail -n 5 "$folder"/{munged,slurmctld,slurmd}.out "$folder"/{slurmctld,slurmd}.log >&2 || true
+tail -n 5 "$folder"/*.out "$folder"/*.log >&2 || true
 "$(dirname "$0")/stop_slurm.sh" "$folder"
-cannot "no node became idle within 30 seconds (see above)"
+cannot "the nodes did not become idle within 30 seconds (see above)"

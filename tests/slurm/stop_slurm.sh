@@ -19,7 +19,7 @@ if alive "$folder/slurmctld.pid"; then
         sleep 0.5
     done
 fi
-for pid in "$folder/slurmd.pid" "$folder/slurmctld.pid" "$socket_folder/munged.pid"; do
+for pid in "$folder"/slurmd.*.pid "$folder/slurmctld.pid" "$socket_folder/munged.pid"; do
     alive "$pid" || continue
     number=$(cat "$pid")
     kill "$number"

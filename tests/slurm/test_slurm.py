@@ -1,20 +1,26 @@
-"""Sweeps through a real Slurm on this machine: jobs that are killed, preempted or out of time end as if undisturbed."""
+"""Sweeps, and a run of two nodes, through a real Slurm on this machine: jobs that are killed, preempted or out of time
+end as if undisturbed."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from signal import SIGKILL
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from omnitrain.__main__ import main
+from omnitrain.interop.start_from import model_weights
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {
@@ -193,3 +199,90 @@ def test_preempted_run_goes_on_by_itself(slurm: dict[str, str], tmp_path: Path) 
         one, other = alone / str(number), swept / str(number)
         assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
         assert_same_weights(one, other)
+
+
+def sbatch_script(folder: Path) -> Path:
+    """That of docs/scale.md."""
+    page = (HERE.parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
+    [text] = [block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if block.startswith("#!/bin/bash")]
+    script = folder / "train.sh"
+    script.write_text(text)
+    return script
+
+
+def process_of(job: str, rank: int) -> int:
+    """The id of the process that is this rank of Slurm's `job`."""
+    told, found = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}, []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            environment = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+            if told <= {*environment} and b"omnitrain" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return min(found)  # what it has started itself came later
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_of_two_nodes(slurm: dict[str, str], toy: list[str], tmp_path: Path) -> None:
+    """One process each, started by the script of docs/scale.md. The second is killed, and Slurm queues the job again:
+    equal to the bit to two nodes that submitit has started and nobody touched. Killed again, it is given one node: one
+    process goes on with twice the accumulation."""
+    line = [
+        *toy, "parallel=fsdp", "trainer.max_steps=14", "module.loss.balance_coefficient=0",
+        "callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep_every_n_steps=8",
+    ]  # fmt: skip
+    whole, killed = tmp_path / "whole" / "0", tmp_path / "killed"
+    environment = {
+        **slurm,
+        "SLOW_STEPS": "0.3",
+        "PACKS": "2",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    nodes = [*SLURM, "hydra.launcher.partition=two", "trainer.num_nodes=2", "trainer.devices=1"]
+    lines = [*line, "+callbacks.slow._target_=slow_steps.SlowSteps"]
+
+    def call(*command: str) -> str:
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, log.read_text() + call("scontrol", "show", "job", job)
+            time.sleep(0.1)
+
+    def state() -> str:
+        return call("scontrol", "--oneliner", "show", "job", job).partition("JobState=")[2].split()[0]
+
+    log = tmp_path / "job.log"
+    options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--partition=two"]
+    script = [str(sbatch_script(tmp_path)), *lines, f"paths.run_dir={killed}"]
+    with Sweep([*line, *nodes, "seed=0", f"hydra.sweep.dir={whole.parent}"], whole.parent, slurm) as untouched:
+        job = call("sbatch", "--parsable", f"--output={log}", *options, *script).strip()
+        until((killed / "checkpoints/last.ckpt").exists)
+        os.kill(process_of(job, rank=1), SIGKILL)
+        until(lambda: "continued from" in log.read_text())
+        until(lambda: len(list(killed.glob("checkpoints/step=*8.ckpt"))) == 1)
+        os.kill(process_of(job, rank=0), SIGKILL)
+        until(lambda: state() == "PENDING")
+        call("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1")
+        until(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED"))
+        assert state() == "COMPLETED", log.read_text()
+        untouched.wait_for(lambda: untouched.process.poll() is not None)
+    printed = log.read_text()
+    assert printed.count("run folder:") == 3, printed
+    assert printed.count("continued from") == 2, printed
+    assert sorted(path.name for path in killed.glob(".*")) == []  # no lock
+    one, other = (model_weights(*run.glob("checkpoints/step=*8.ckpt")) for run in (whole, killed))
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    assert rows(killed)[:8] == rows(whole)[:8]
+    one, other = (model_weights(run / "checkpoints/last.ckpt") for run in (whole, killed))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for ours, theirs in zip(rows(killed), rows(whole), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert float(ours[name] or 0) == pytest.approx(float(value or 0), rel=1e-4, abs=1e-5), name

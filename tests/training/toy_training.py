@@ -38,7 +38,7 @@ from omnitrain.models.omni import OmniConfig, OmniModel
 from omnitrain.models.presets import init_weights
 from omnitrain.models.thinker import ThinkerConfig
 from omnitrain.models.vision import VisionConfig
-from omnitrain.training.callbacks import AtomicCheckpoint, RunRecord, SpikeGuard, Throughput
+from omnitrain.training.callbacks import AtomicCheckpoint, RunRecord, SpikeGuard, Throughput, Watchdog
 from omnitrain.training.logging import ExactCsvLogger
 from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.thinker import ThinkerModule
@@ -125,7 +125,7 @@ class ToyData(L.LightningDataModule):
         self, poison: tuple[int, ...] = (), delay: float = 0.0, stage_at: int = 10**9, uneven: bool = False
     ) -> None:
         super().__init__()
-        self.uneven, self.fails_at = uneven, -1
+        self.uneven, self.fails_at, self.hangs_at = uneven, -1, -1
         self.position = 0
         self.poison, self.delay, self.stage_at = poison, delay, stage_at
 
@@ -148,6 +148,8 @@ class ToyData(L.LightningDataModule):
             step, micro = divmod(position, accumulate)
             if step == self.fails_at:
                 raise TooManyBadSamples("this rank's data are damaged")
+            if step == self.hangs_at:
+                time.sleep(600)
             start = (micro * world + rank) * size
             batch = PackedBatch.pack(
                 step_samples(step)[start : start + size],
@@ -249,6 +251,8 @@ class Toy:
     ema: bool = False
     uneven: bool = False  # ranks have unequally many packs to validate on
     fail: tuple[int, int] | None = None  # (rank, step): what reads the data raises there
+    hang: tuple[int, int] | None = None  # (rank, step): what reads the data does not come back from there
+    timeout: float | None = None  # seconds that the ranks wait for one another
     word_dropout: float = 0.0
     precision: str = "32-true"
     weights: str = "float32"  # what a public folder holds
@@ -288,12 +292,16 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
     data = ToyData(poison=tuple(toy.poison), delay=toy.delay, stage_at=toy.stage_at, uneven=toy.uneven)
     if toy.fail is not None and toy.fail[0] == int(os.environ.get("LOCAL_RANK", "0")):
         data.fails_at = toy.fail[1]
+    if toy.hang is not None and toy.hang[0] == int(os.environ.get("LOCAL_RANK", "0")):
+        data.hangs_at = toy.hang[1]
     callbacks: list[L.Callback] = [
         AtomicCheckpoint(CheckpointConfig(every_n_steps=toy.checkpoint_every), run_dir=out),
         SpikeGuard(SpikeGuardConfig(min_steps=4, max_in_a_row=toy.max_in_a_row), run_dir=out),
         Throughput(ThroughputConfig(peak_tflops=0.1)),
         RunRecord(run_dir=out),
     ]
+    if toy.timeout is not None:
+        callbacks.append(Watchdog(timeout_seconds=toy.timeout))
     if toy.ema:
         from lightning.pytorch.callbacks import EMAWeightAveraging
 

@@ -6,6 +6,7 @@ from omnitrain.training.callbacks.progress import TrainingProgress
 from omnitrain.training.callbacks.run_record import RunRecord
 from omnitrain.training.callbacks.spike_guard import SpikeGuard, TrainingDiverged
 from omnitrain.training.callbacks.throughput import Throughput
+from omnitrain.training.callbacks.watchdog import Watchdog
 
 __all__ = [
     "AtomicCheckpoint",
@@ -15,4 +16,5 @@ __all__ = [
     "Throughput",
     "TrainingDiverged",
     "TrainingProgress",
+    "Watchdog",
 ]
