@@ -194,13 +194,16 @@ def _replace(path: Path, ours: Path, token: str) -> bool:
     """Put our lock in the place of the left-over one with this token, unless somebody else does."""
     claim = path.with_name(f"{path.name}.after-{token}")
     if not _make(claim, ours):
-        with suppress(FileNotFoundError):
+        try:
             claimant, silent = _read(claim, ours)
-            if claimant.is_gone(silent) if claimant is not None else silent > STALE_AFTER:
-                claim.unlink(missing_ok=True)  # it died in between
-            else:
-                time.sleep(0.1)
-        return False
+        except FileNotFoundError:
+            return False
+        if not (claimant.is_gone(silent) if claimant is not None else silent > STALE_AFTER):
+            time.sleep(0.1)
+            return False
+        # It died in between: its claim is left over as a lock is. (Deleted, it might be a newer one by then.)
+        if not _replace(claim, ours, _UNREADABLE if claimant is None else claimant.token):
+            return False
     try:
         if not path.exists() or (_token(path) or _UNREADABLE) != token:
             return False  # somebody was through before we began
