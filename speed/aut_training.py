@@ -167,7 +167,7 @@ class OursAuT:
         from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 
         inputs, labels = prepared
-        return chunked_cross_entropy(self.model(**inputs).hidden, self.model.output_embedding, labels).sum()
+        return chunked_cross_entropy(self.model(**inputs).hidden, self.model.output_embedding, labels).total
 
     def write(self, prompts: Any, longest: int) -> list[list[int]]:
         from omnitrain.generation.sampling import Decoding

@@ -126,10 +126,10 @@ def omnitrain_step(folder: Path, device: str, dtype: str, checkpointing: bool) -
 
     def loss() -> Any:
         output = model(**inputs)
-        nll = chunked_cross_entropy(output.hidden, model.thinker.lm_head.weight, batch.labels)
+        nll = chunked_cross_entropy(output.hidden, model.thinker.lm_head.weight, batch.labels).total
         rows = batch.n_tokens * len(output.router_counts)
         share, probability = output.router_counts.sum(0) / rows, output.router_prob_sums.sum(0) / rows
-        return nll.sum() / targets + coefficient * len(share) * (share * probability).sum()
+        return nll / targets + coefficient * len(share) * (share * probability).sum()
 
     return optimised([loss], model), model
 

@@ -206,6 +206,11 @@ class ThinkerModuleConfig:
         activation_checkpointing: parts whose activations are not kept for the backward pass but computed again, layer
             by layer (arXiv 1604.06174): less memory, about a third more time. Of aut, visual, thinker, talker, mtp and
             code2wav.
+        kept_activations: what is kept all the same in these parts: attention (its outputs, as large as a layer's
+            input), experts (their products, top_k times as large).
+        compile: layers: those of Thinker, Talker, MTP, AuT's encoder and the vision encoder, and the loss, run in fused
+            kernels (torch.compile) where something is learnt; the first steps then wait for the compiler. false: as
+            they are written.
         loss: weights.
         generation: for `predict`.
     """
@@ -220,6 +225,8 @@ class ThinkerModuleConfig:
     word_dropout: float = 0.0
     seed: int | None = None
     activation_checkpointing: list[str] = field(default_factory=list)
+    kept_activations: list[Literal["attention", "experts"]] = field(default_factory=list)
+    compile: Literal[False, "layers"] = False
     loss: LossConfig = field(default_factory=LossConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
@@ -230,6 +237,11 @@ class ThinkerModuleConfig:
         if both := [part for part in self.lora_parts if part in self.whole_parts]:
             raise ValueError(f"module.lora.parts has {both[0]}, which module.train trains as a whole; name it in one")
         check_parts(self.activation_checkpointing, "module.activation_checkpointing", self.LAYERED)
+        if self.kept_activations and not self.activation_checkpointing:
+            raise ValueError(
+                "module.kept_activations says what is kept where activations are computed again, which they are in no "
+                "part; name parts in module.activation_checkpointing, or remove it"
+            )
         _check_share(self.word_dropout, "module.word_dropout")
 
     @property

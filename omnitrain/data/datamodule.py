@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -89,6 +89,8 @@ class OmniDataModule(LightningDataModule):
         self._trained: dict[int, dict[str, Any]] = {}
         self._emitted: dict[int, dict[str, Any]] = {}
         self._stream: RoundRobin | None = None
+        self.on_read: Callable[[Any], Any] | None = None
+        """What becomes of a training batch as soon as it is read, while the one before it is trained on."""
 
     @property
     def encoder(self) -> SampleEncoder:
@@ -371,7 +373,7 @@ class TrainLoader(Iterable[PackedBatch]):
         stream, batches = self._module.stream(), 0
         while (batch := self._module.next_batch(stream)) is not None:
             batches += 1
-            yield batch
+            yield batch if self._module.on_read is None else self._module.on_read(batch)
         trainer = self._module.trainer
         finished = trainer is not None and 0 <= trainer.max_steps <= trainer.global_step
         if not batches and not finished:  # Lightning would ask again for ever

@@ -88,7 +88,7 @@ def sample_losses(
             batch = PackedBatch.pack([sample for _, sample in pack])
             on_device = batch.to(device)
             output = model(**on_device.model_inputs())
-            losses = chunked_cross_entropy(output.hidden, model.output_embedding, on_device.labels)
+            losses = chunked_cross_entropy(output.hidden, model.output_embedding, batch.labels).nll
             borders = batch.cu_seqlens.tolist()
             running = torch.cat([losses.new_zeros(1, dtype=torch.float64), losses.double().cumsum(0)]).tolist()
             for (index, sample), a, b in zip(pack, borders[:-1], borders[1:], strict=True):

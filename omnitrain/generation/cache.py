@@ -53,6 +53,7 @@ class PackedKVCache:
         self._tables = DocumentKVCache()  # of all documents, in the order in which rows came
         self._start = 0  # the first row of this pass
         self._document = torch.zeros(0, dtype=torch.int64)  # [rows], on the CPU
+        self.longest = 0
         self._order: Tensor | None = None  # rows document by document; None where they already lie so
         self._cu_seqlens = torch.zeros(1, dtype=torch.int32)
 
@@ -100,6 +101,7 @@ class PackedKVCache:
         self._order = None if in_order else document.argsort(stable=True).to(device)
         counts = torch.bincount(document, minlength=documents)
         self._cu_seqlens = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device, torch.int32)
+        self.longest = int(counts.max()) if documents else 0
 
 
 class JoinedKVCache:
@@ -112,6 +114,7 @@ class JoinedKVCache:
         self.caches = caches
         self._borders: list[int] = []  # of the new positions of this pass
         self._starts: list[int] = []
+        self.longest = 0
         self._cu_seqlens = torch.zeros(1, dtype=torch.int32)
 
     def append(self, layer: int, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,5 +137,6 @@ class JoinedKVCache:
         self._starts = [cache.length for cache in self.caches]
         for cache, (a, b) in zip(self.caches, pairwise(self._borders), strict=True):
             cache.length += b - a
+        self.longest = max((cache.length for cache in self.caches), default=0)
         ends = [0, *accumulate(cache.length for cache in self.caches)]
         self._cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(cu_seqlens.device)

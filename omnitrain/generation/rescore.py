@@ -140,6 +140,6 @@ def _decoder_log_probs(
         model.decoder.memory(encoded, borders),
         listeners=spans[1],
     )
-    nll = chunked_cross_entropy(hidden, model.output_embedding, torch.tensor(labels, device=device))
+    nll = chunked_cross_entropy(hidden, model.output_embedding, torch.tensor(labels)).nll
     found = iter([-float(part.sum()) for part in nll.detach().split(lengths)])
     return [[next(found) for _ in of_document] for of_document in answers]

@@ -6,7 +6,7 @@ Parameter names equal those of the public checkpoint below `thinker.audio_tower.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from omnitrain.models.layers.attention import varlen_attention
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.precision import residual
+from omnitrain.models.layers.transfer import sent
 from omnitrain.models.sizes import AuTConfig
 
 CHUNKS_PER_SEGMENT = 64
@@ -68,13 +69,13 @@ class AuTAttention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[T, D] -> [T, D]"""
+    def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """[T, D] -> [T, D]; windows of at most `longest` features"""
         q, k, v = (
             rearrange(project(x), "t (h d) -> t h d", h=self.heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = varlen_attention(q, k, v, cu_seqlens, causal=False)
+        y = varlen_attention(q, k, v, cu_seqlens, causal=False, longest=longest)
         return self.out_proj(rearrange(y, "t h d -> t (h d)"))
 
 
@@ -89,9 +90,9 @@ class AuTLayer(nn.Module):
         self.fc1 = nn.Linear(config.d_model, config.ffn)
         self.fc2 = nn.Linear(config.ffn, config.d_model)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         """[T, D] -> [T, D]"""
-        x = x + self.self_attn(self.self_attn_layer_norm(x), cu_seqlens)
+        x = x + self.self_attn(self.self_attn_layer_norm(x), cu_seqlens, longest)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -125,6 +126,7 @@ class AuTEncoder(nn.Module):
         self.proj1 = nn.Linear(config.d_model, config.d_model)
         self.proj2 = nn.Linear(config.d_model, config.out_dim)
         self.activation_checkpointing = self.reference_padding = False
+        self.kept_activations: Collection[str] = ()
 
     def output_lengths(self, mel_lengths: Tensor) -> Tensor:
         """Features per recording, int64 [A], from mel frames per recording [A]: 13 per full second, 1 to 13 for the
@@ -154,7 +156,7 @@ class AuTEncoder(nn.Module):
 
         Args:
             mel: [F, n_mels], log-mel frames of 10 ms, recordings end to end.
-            mel_lengths: int64 [A], frames per recording.
+            mel_lengths: int64 [A], frames per recording; best on the host, which reads them.
             window_frames: attention window in mel frames, a multiple of `chunk_frames`; default: the configuration's.
 
         Returns:
@@ -242,7 +244,7 @@ class AuTEncoder(nn.Module):
         features = [
             run(
                 self._segment, piece, segment, projected, by_layers,
-                checkpointed=self.activation_checkpointing and several,
+                checkpointed=self.activation_checkpointing and several, kept=self.kept_activations,
             )
             for piece, segment in zip(pieces, segments, strict=True)
         ]  # fmt: skip
@@ -251,17 +253,19 @@ class AuTEncoder(nn.Module):
     def _segment(self, mel: Tensor, segment: _Segment, projected: bool, by_layers: bool) -> Tensor:
         """[F, n_mels] -> [T, d_model], or [T, out_dim] if `projected`; `by_layers`: with checkpointing of each."""
         x = residual(self._convolve(mel, segment, by_layers), self.ln_post)  # [T, D]
-        cu_seqlens = torch.tensor([0, *accumulate(segment.windows)], dtype=torch.int32, device=x.device)
+        longest = max(segment.windows)
+        cu_seqlens = sent(torch.tensor([0, *accumulate(segment.windows)], dtype=torch.int32), x.device)
         for layer in self.layers:
-            x = run(layer, x, cu_seqlens, checkpointed=by_layers)
+            x = run(layer, x, cu_seqlens, longest, checkpointed=by_layers, kept=self.kept_activations)
         x = self.ln_post(x)
         return self.project(x) if projected else x
 
     def _convolve(self, mel: Tensor, segment: _Segment, checkpointed: bool) -> Tensor:
         """[F, n_mels] -> [T, D], positions added."""
         size = self.config.chunk_frames
-        length = torch.tensor(segment.chunk_lengths, device=mel.device)
-        edge = torch.tensor(segment.edges, device=mel.device) if min(segment.edges) < size else None
+        lengths = torch.tensor(segment.chunk_lengths)
+        length = sent(lengths, mel.device)
+        edge = sent(torch.tensor(segment.edges), mel.device) if min(segment.edges) < size else None
 
         column = torch.arange(size, device=mel.device)
         inside = column < length[:, None]  # [chunks, size]
@@ -278,8 +282,9 @@ class AuTEncoder(nn.Module):
         )  # [chunks, 13, D]
         place = torch.arange(columns.shape[1], device=mel.device)
         columns = columns + sinusoids(place, columns.shape[2]).to(columns.dtype)
-        kept = place < _halved(length, 3)[:, None]
-        return columns[kept]
+        # How many columns are kept is known on the host; a mask on the GPU would have to be waited for.
+        kept = torch.arange(columns.shape[1]) < _halved(lengths, 3)[:, None]
+        return columns.flatten(0, 1)[sent(kept.flatten().nonzero().squeeze(1), mel.device)]
 
     def _three_convolutions(self, x: Tensor, edge: Tensor | None) -> Tensor:
         """[chunks, 1, n_mels, frames] -> [chunks, columns, D]; activations at and past `edge` [chunks] are zeroed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from omnitrain.models.aut import AuTEncoder, sinusoids
-from omnitrain.models.layers.attention import varlen_attention
+from omnitrain.models.layers.attention import documents, varlen_attention
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.ctc import ByteHead
 from omnitrain.models.layers.decoder import KVCache
 from omnitrain.models.layers.precision import residual
+from omnitrain.models.layers.transfer import sent
 from omnitrain.models.sizes import AuTDecoderConfig, AuTModelConfig
 from omnitrain.vocabulary import AUDIO, TEXT
 
@@ -33,11 +34,13 @@ class Memory:
     """What the decoder listens to, of B documents end to end.
 
     keys, values: of each layer, [T, heads, head_dim].  cu_seqlens: int32 [B + 1], the documents' borders in them.
+    longest: no document has more features than that; None: not known (see `varlen_attention`).
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     cu_seqlens: Tensor
+    longest: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,15 @@ class AuTOutput:
     hidden: Tensor
     encoded: Tensor
     cu_seqlens_audio: Tensor
+
+
+class Borders(NamedTuple):
+    """Of documents in queries and in keys: `cu_seqlens` and how long the longest one is (see `varlen_attention`)."""
+
+    queries: Tensor
+    longest: int | None
+    keys: Tensor
+    longest_key: int | None
 
 
 class DecoderAttention(nn.Module):
@@ -65,10 +77,13 @@ class DecoderAttention(nn.Module):
         """[T, D] -> keys and values, each [T, heads, head_dim]"""
         return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, borders: Tensor, borders_key: Tensor, causal: bool):
-        """Queries x [N, D] in documents with `borders`, keys and values in documents with `borders_key` -> [N, D]"""
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, borders: Borders, *, causal: bool) -> Tensor:
+        """Queries x [N, D], keys and values [M, heads, head_dim] -> [N, D]"""
         q = self._heads(self.q_proj(x))
-        y = varlen_attention(q, keys, values, borders, causal=causal, cu_seqlens_key=borders_key)
+        y = varlen_attention(
+            q, keys, values, borders.queries, causal=causal, longest=borders.longest,
+            cu_seqlens_key=borders.keys, longest_key=borders.longest_key,
+        )  # fmt: skip
         return self.out_proj(rearrange(y, "n h d -> n (h d)"))
 
     def weights(self, x: Tensor, keys: Tensor) -> Tensor:
@@ -100,17 +115,25 @@ class AuTDecoderLayer(nn.Module):
         return self.encoder_attn.keys_values(encoded)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, memory: Memory, listeners: Tensor, cache: KVCache | None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        longest: int | None,
+        memory: Memory,
+        listeners: tuple[Tensor, int | None],
+        cache: KVCache | None,
     ) -> Tensor:
         """[N, D] -> [N, D]; see `AuTDecoder.forward`"""
         normed = self.self_attn_layer_norm(x)
         keys, values = self.self_attn.keys_values(normed)
-        borders_key = cu_seqlens
+        borders = Borders(cu_seqlens, longest, cu_seqlens, longest)
         if cache is not None:
             keys, values, borders_key = cache.append(self.layer, keys, values, cu_seqlens)
-        x = x + self.self_attn(normed, keys, values, cu_seqlens, borders_key, True)
+            borders = Borders(cu_seqlens, longest, borders_key, cache.longest)
+        x = x + self.self_attn(normed, keys, values, borders, causal=True)
         heard = memory.keys[self.layer], memory.values[self.layer]
-        x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), *heard, listeners, memory.cu_seqlens, False)
+        across = Borders(*listeners, memory.cu_seqlens, memory.longest)
+        x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), *heard, across, causal=False)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -125,20 +148,21 @@ class AuTDecoder(nn.Module):
         self.layers = nn.ModuleList([AuTDecoderLayer(i, config) for i in range(config.layers)])
         self.layer_norm = nn.LayerNorm(config.d_model)
         self.activation_checkpointing = False
+        self.kept_activations: Collection[str] = ()
 
     def memory(self, encoded: Tensor, cu_seqlens: Tensor) -> Memory:
         """The keys and values that all layers will look at, made once for a recording: encoded [T, D], the documents'
-        borders in it int32 [B + 1].
+        borders in it int32 [B + 1], best on the host.
 
         The encoder's positions begin anew in each second. Here each feature is told its place in the document, without
         which the decoder could not know what was said first.
         """
-        lengths = cu_seqlens.diff().long()
-        place = torch.arange(len(encoded), device=encoded.device)
-        place = place - cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=len(encoded))
+        starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long(), output_size=len(encoded))
+        place = torch.arange(len(encoded), device=encoded.device) - sent(starts, encoded.device)
         encoded = encoded + sinusoids(place, encoded.shape[1]).to(encoded.dtype)
+        borders, longest = documents(cu_seqlens, encoded.device)
         keys, values = zip(*(cast(AuTDecoderLayer, layer).keys_values(encoded) for layer in self.layers), strict=True)
-        return Memory(keys=keys, values=values, cu_seqlens=cu_seqlens)
+        return Memory(keys=keys, values=values, cu_seqlens=borders, longest=longest)
 
     def forward(
         self,
@@ -154,7 +178,7 @@ class AuTDecoder(nn.Module):
 
         Args:
             input_ids: int64 [N].  positions: int64 [N], each token's place in its document, from 0.
-            cu_seqlens: int32 [B + 1], the documents among them.
+            cu_seqlens: int32 [B + 1], the documents among them; best on the host.
             listeners: int32 [M + 1], which tokens listen to which of the M documents of `memory`: several texts about
                 one recording (the beams of a search) stand next to each other in one span. Default: `cu_seqlens`.
             cache: keys and values of the tokens before; the inputs are then the new ones only.
@@ -162,9 +186,13 @@ class AuTDecoder(nn.Module):
         width = self.config.d_model
         x = self.embed_tokens(input_ids) * math.sqrt(width)
         x = residual(x + sinusoids(positions, width).to(x.dtype), self.layer_norm)
-        listeners = cu_seqlens if listeners is None else listeners
+        borders, longest = documents(cu_seqlens, x.device)
+        spans = (borders, longest) if listeners is None else (listeners, None)
         for layer in self.layers:
-            x = run(layer, x, cu_seqlens, memory, listeners, cache, checkpointed=self.activation_checkpointing)
+            x = run(
+                layer, x, borders, longest, memory, spans, cache,
+                checkpointed=self.activation_checkpointing, kept=self.kept_activations,
+            )  # fmt: skip
         return self.layer_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -187,10 +215,12 @@ class AuT(nn.Module):
         self.decoder = AuTDecoder(config.decoder)
         self.ctc = ByteHead(config.encoder.d_model, config.ctc_slots) if config.ctc_slots else None
 
-    def set_activation_checkpointing(self, parts: Collection[str]) -> None:
-        """In which parts (`aut`, `decoder`) activations are computed again in the backward pass."""
+    def set_activation_checkpointing(self, parts: Collection[str], kept: Collection[str] = ()) -> None:
+        """In which parts (`aut`, `decoder`) activations are computed again in the backward pass, but for what is `kept`
+        (`attention`)."""
         self.aut.activation_checkpointing = "aut" in parts
         self.decoder.activation_checkpointing = "decoder" in parts
+        self.aut.kept_activations = self.decoder.kept_activations = kept
 
     def ctc_log_probs(self, encoded: Tensor, cu_seqlens_audio: Tensor) -> list[Tensor]:
         """What `ByteHead` says of each document's features: [T, D] with the documents' borders -> fp32 [slots * T_b,
@@ -218,12 +248,14 @@ class AuT(nn.Module):
         aut_window_frames: int | None = None,
     ) -> AuTOutput:
         """Hidden states of packed documents; the arguments are `PackedBatch.model_inputs()`, of which TM-RoPE's ids are
-        not read. Raises ValueError as `listen`."""
+        not read. With `cu_seqlens`, `token_types` and `mel_lengths` on the host, nothing is read back from the device.
+        Raises ValueError as `listen`."""
         encoded, cu_seqlens_audio = self.listen(
             cu_seqlens, token_types, mel, mel_lengths, grid_thw, aut_window_frames=aut_window_frames
         )
         rows, positions, borders = text_of(cu_seqlens, token_types)
         memory = self.decoder.memory(encoded, cu_seqlens_audio)
+        rows, positions = sent(rows, input_ids.device), sent(positions, input_ids.device)
         text = self.decoder(input_ids[rows], positions, borders, memory)
         hidden = text.new_zeros(len(input_ids), text.shape[1]).index_copy(0, rows, text)
         return AuTOutput(hidden=hidden, encoded=encoded, cu_seqlens_audio=cu_seqlens_audio)

@@ -12,7 +12,7 @@ So many frames are a batch without padding, and generation is Q - 1 steps of fix
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.decoder import Attention, DenseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.rope import Rotation, tm_rope
+from omnitrain.models.layers.transfer import sent
 from omnitrain.models.sizes import MTPConfig
 
 
@@ -53,7 +54,8 @@ class MTPLayer(nn.Module):
         if past is not None:
             past[0, :, :, start : start + n], past[1, :, :, start : start + n] = k, v
             k, v = past[0, :, :, : start + n], past[1, :, :, : start + n]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=q.shape[1] != k.shape[1])
+        causal = past is None or n > 1
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         x = x + self.attention.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -74,6 +76,7 @@ class MTP(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.code_head = nn.Parameter(torch.empty(residuals, config.codebook_size, config.d_model))
         self.activation_checkpointing = False
+        self.kept_activations: Collection[str] = ()
 
     def forward(self, talker_hidden: Tensor, first: Tensor, codes: Tensor) -> Tensor:
         """All codebooks of all frames at once, from the true codes before them.
@@ -81,8 +84,8 @@ class MTP(nn.Module):
         Args:
             talker_hidden: [F, D], the Talker's hidden states that predicted the frames' codebook 0.
             first: [F, D], embeddings of the codes of codebook 0 (`Talker.codec_embedding`).
-            codes: int64 [F, Q]; codebook 0 and the last one are not read. ValueError if they are of another number of
-                codebooks, or a code lies outside its codebook.
+            codes: int64 [F, Q], best on the host, where they are checked; codebook 0 and the last one are not read.
+                ValueError if they are of another number of codebooks, or a code lies outside its codebook.
 
         Returns:
             [F, Q - 1, D] after the final norm; row q - 1 predicts codebook q (times `code_head[q - 1].T` = logits).
@@ -93,7 +96,7 @@ class MTP(nn.Module):
         cos, sin = self._rope(x.device)
         rope = cos.repeat(len(x), 1), sin.repeat(len(x), 1)
         for layer in self.layers:
-            x = run(layer, x, rope, checkpointed=self.activation_checkpointing)
+            x = run(layer, x, rope, checkpointed=self.activation_checkpointing, kept=self.kept_activations)
         return self.norm(x[:, 1:])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -152,7 +155,9 @@ class MTP(nn.Module):
         return self.norm(x[:, -1])
 
     def _rows(self, residuals: Tensor) -> Tensor:
-        """Codes of the first n codebooks from 1 on, int64 [F, n] -> their rows in all tables laid end to end."""
+        """Codes of the first n codebooks from 1 on, int64 [F, n] -> their rows in all tables laid end to end, where the
+        tables are."""
+        residuals = sent(residuals, self.code_embedding.device)
         return residuals + torch.arange(residuals.shape[1], device=residuals.device) * self.config.codebook_size
 
     def _rope(self, device: torch.device) -> Rotation:

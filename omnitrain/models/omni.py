@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from omnitrain.models.aut import AuTEncoder
 from omnitrain.models.code2wav import Code2Wav
-from omnitrain.models.layers.decoder import KVCache
+from omnitrain.models.layers.moe import SwiGLUExperts
+from omnitrain.models.layers.transfer import sent
 from omnitrain.models.sizes import OmniConfig
 from omnitrain.models.talker import Talker
 from omnitrain.models.thinker import Thinker, ThinkerOutput
@@ -52,13 +53,18 @@ class OmniModel(nn.Module):
         """[vocabulary, D]: hidden states of the Thinker times it are logits."""
         return self.thinker.lm_head.weight
 
-    def set_activation_checkpointing(self, parts: Collection[str]) -> None:
+    def set_activation_checkpointing(self, parts: Collection[str], kept: Collection[str] = ()) -> None:
         """In which parts (`aut`, `visual`, `thinker`, `talker`, `mtp`, `code2wav`) activations are computed again in
-        the backward pass, layer by layer, or of long recordings segment by segment; in the others they are kept."""
+        the backward pass, layer by layer, or of long recordings segment by segment; in the others they are kept. So is
+        what `kept` names of the parts' layers: the outputs of `attention`, the products of `experts`."""
         mtp = None if self.talker is None else self.talker.mtp
         for name, part in {**dict(self.named_children()), "mtp": mtp}.items():
-            if part is not None:
-                vars(part)["activation_checkpointing"] = name in parts
+            if part is None:
+                continue
+            vars(part).update(activation_checkpointing=name in parts, kept_activations=kept)
+            for module in part.modules():
+                if isinstance(module, SwiGLUExperts):
+                    module.grouped = name in parts and "experts" in kept
 
     def forward(
         self,
@@ -72,22 +78,21 @@ class OmniModel(nn.Module):
         grid_thw: Tensor | None = None,
         *,
         aut_window_frames: int | None = None,
-        cache: KVCache | None = None,
     ) -> ThinkerOutput:
-        """Hidden states of packed documents; the arguments are `PackedBatch.model_inputs()`.
+        """Hidden states of packed documents; the arguments are `PackedBatch.model_inputs()`. With `cu_seqlens`,
+        `token_types`, `mel_lengths` and `grid_thw` on the host, nothing is read back from the device.
 
         Args:
             input_ids: int64 [N].  position_ids: [3, N].  cu_seqlens: int32 [B + 1].  token_types: [N].
             mel: [F, n_mels].  mel_lengths: int64 [A].  patches: [P, patch_dim].  grid_thw: int64 [M, 3].
             aut_window_frames: attention window of the audio encoder (1 to 8 s), default the configuration's.
-            cache: keys and values of earlier calls; the inputs are then the new positions only.
 
         Raises ValueError: if the encoders make more or fewer features than `token_types` has places for.
         """
         x, visual_mask, deepstack = self.embed(
             input_ids, token_types, mel, mel_lengths, patches, grid_thw, aut_window_frames=aut_window_frames
         )
-        return self.thinker(x, position_ids, cu_seqlens, visual_mask, deepstack, cache)
+        return self.thinker(x, position_ids, cu_seqlens, visual_mask, deepstack)
 
     def embed(
         self,
@@ -135,7 +140,7 @@ def _place(x: Tensor, features: Tensor, mask: Tensor, kind: str, media: str) -> 
             f"token_types has {len(rows)} {kind} positions, but the encoder made {len(features)} features of {media}: "
             "placeholders and media of a sample do not belong together"
         )
-    return x.index_copy(0, rows, features.to(x.dtype))
+    return x.index_copy(0, sent(rows, x.device), features.to(x.dtype))
 
 
 def thinker_fingerprint(model: OmniModel) -> str:

@@ -9,18 +9,20 @@ the frame. What stands where is data (`TalkerInputs`, made by `data/talker_layou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omnitrain.models.layers.attention import documents
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.decoder import DecoderLayer, DecoderOutput, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.precision import residual
 from omnitrain.models.layers.rope import tm_rope
+from omnitrain.models.layers.transfer import sent
 from omnitrain.models.mtp import MTP
 from omnitrain.models.sizes import TalkerConfig
 
@@ -38,6 +40,8 @@ class TalkerInputs:
         labels: int64 [T], code of codebook 0 to predict here, `codec_eos` at the last frame, or -100
         position_ids: float32 [3, T], TM-RoPE ids.  cu_seqlens: int32 [S + 1], document borders
         codes: int64 [F, Q].  frame_sources: int64 [F], the position whose hidden state predicts the frame
+
+    All but `position_ids` is best on the host: how many positions name something decides shapes.
     """
 
     text_ids: Tensor
@@ -80,10 +84,12 @@ class Talker(nn.Module):
         self.codec_head = nn.Linear(config.d_model, config.codec_vocab, bias=False)
         self.mtp = MTP(config.mtp)
         self.activation_checkpointing = False
+        self.kept_activations: Collection[str] = ()
 
     def embed_frames(self, codes: Tensor) -> Tensor:
         """Sum of the embeddings of a frame's codes, int64 [F, Q] -> [F, D]. Raises as `MTP.forward`."""
-        return self.codec_embedding(codes[:, 0]) + self.mtp.embed_sum(codes[:, 1:])
+        first = sent(codes[:, 0], self.codec_embedding.weight.device)
+        return self.codec_embedding(first) + self.mtp.embed_sum(codes[:, 1:])
 
     def embed(
         self,
@@ -99,26 +105,30 @@ class Talker(nn.Module):
                 Gradients flow into both: detach them if the Thinker is not to learn from speech.
         """
         weight = self.codec_embedding.weight
-        x = torch.zeros(len(inputs.text_ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
+        device = weight.device
+        x = torch.zeros(len(inputs.text_ids), weight.shape[1], dtype=weight.dtype, device=device)
 
         # Most frames come after the text has ended and carry the same filler: each word is projected once.
-        rows = _named(inputs.text_ids)
-        words, which = inputs.text_ids[rows].unique(return_inverse=True)
-        x = x.index_add(0, rows, self.text_projection(thinker_embedding(words))[which].to(x.dtype))
+        rows, ids = _named(inputs.text_ids)
+        words, which = (sent(part, device) for part in ids.unique(return_inverse=True))
+        spoken = self.text_projection(thinker_embedding(words))[which]
+        x = x.index_add(0, sent(rows, device), spoken.to(x.dtype))
 
-        rows = _named(inputs.hidden_rows)
+        rows, heard = _named(inputs.hidden_rows)
         if accept_hidden is None:
             if len(rows):
                 raise ValueError("hidden_rows names rows of accept_hidden, which was not given")
             accept_hidden = weight.new_zeros(0, self.config.thinker_dim)
         # Of no rows too: its gradient is then zero, as it is on a process whose neighbours have some.
-        x = x.index_add(0, rows, self.hidden_projection(accept_hidden[inputs.hidden_rows[rows]]).to(x.dtype))
+        hidden = self.hidden_projection(accept_hidden[sent(heard, device)])
+        x = x.index_add(0, sent(rows, device), hidden.to(x.dtype))
 
-        rows = _named(inputs.codec_ids)
-        x = x.index_add(0, rows, self.codec_embedding(inputs.codec_ids[rows]))
+        rows, codes = _named(inputs.codec_ids)
+        x = x.index_add(0, sent(rows, device), self.codec_embedding(sent(codes, device)))
 
-        rows = _named(inputs.frame_rows)
-        return x.index_add(0, rows, self.embed_frames(inputs.codes)[inputs.frame_rows[rows]].to(x.dtype))
+        rows, frames = _named(inputs.frame_rows)
+        embedded = self.embed_frames(inputs.codes)[sent(frames, device)]
+        return x.index_add(0, sent(rows, device), embedded.to(x.dtype))
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: KVCache | None = None
@@ -126,11 +136,14 @@ class Talker(nn.Module):
         """Run the decoder over packed documents, [T, D] with position_ids [3, T] and cu_seqlens int32 [S + 1]; with a
         `cache` of earlier positions, over the new ones only. `codec_head` reads the output's `hidden`, and so does
         MTP."""
+        borders, longest = documents(cu_seqlens, inputs_embeds.device)
         rope = tm_rope(position_ids, self.config.mrope_sections, self.config.rope_theta)
         x, counts, prob_sums = residual(inputs_embeds, self.norm), [], []
         checkpointed = self.activation_checkpointing and cache is None
         for layer in self.layers:
-            x, count, prob_sum = run(layer, x, rope, cu_seqlens, cache, checkpointed=checkpointed)
+            x, count, prob_sum = run(
+                layer, x, rope, borders, longest, cache, checkpointed=checkpointed, kept=self.kept_activations
+            )
             counts.append(count)
             prob_sums.append(prob_sum)
         counts, prob_sums = torch.stack(counts), torch.stack(prob_sums)
@@ -142,9 +155,11 @@ class Talker(nn.Module):
 
     def residual_hidden(self, hidden: Tensor, inputs: TalkerInputs) -> Tensor:
         """`MTP.forward` for all frames of the pack: hidden [T, D] -> [F, Q - 1, D]."""
-        return self.mtp(hidden[inputs.frame_sources], self.codec_embedding(inputs.codes[:, 0]), inputs.codes)
+        first = self.codec_embedding(sent(inputs.codes[:, 0], hidden.device))
+        return self.mtp(hidden[sent(inputs.frame_sources, hidden.device)], first, inputs.codes)
 
 
-def _named(ids: Tensor) -> Tensor:
-    """Positions that name something, int64 [n]."""
-    return (ids >= 0).nonzero().squeeze(1)
+def _named(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that name something, and what they name, int64 [n] each."""
+    rows = (ids >= 0).nonzero().squeeze(1)
+    return rows, ids[rows]

@@ -7,16 +7,19 @@ decided before: its embedding is in `inputs_embeds`, its place in `position_ids`
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from omnitrain.models.layers.attention import documents
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.decoder import DecoderLayer, DecoderOutput, DenseMLP, KVCache, SparseMLP
 from omnitrain.models.layers.norms import RMSNorm
 from omnitrain.models.layers.precision import residual
 from omnitrain.models.layers.rope import tm_rope
+from omnitrain.models.layers.transfer import sent
 from omnitrain.models.sizes import ThinkerConfig
 
 
@@ -46,6 +49,7 @@ class Thinker(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.activation_checkpointing = False
+        self.kept_activations: Collection[str] = ()
 
     def forward(
         self,
@@ -59,20 +63,24 @@ class Thinker(nn.Module):
         """Run the decoder over packed documents.
 
         Args:
-            inputs_embeds: [N, D].  position_ids: int64 [3, N].  cu_seqlens: int32 [B + 1].
-            visual_mask: bool [N], where `deepstack` goes.  deepstack: per level [visual_mask.sum(), D].
+            inputs_embeds: [N, D].  position_ids: int64 [3, N].  cu_seqlens: int32 [B + 1], best on the host.
+            visual_mask: bool [N], where `deepstack` goes; best on the host.
+            deepstack: per level [visual_mask.sum(), D].
             cache: keys and values of earlier calls; `inputs_embeds` are then the new positions only.
 
         Raises ValueError: if deepstack has more levels than there are layers, or not one row per visual position.
         """
         config = self.config
-        visual = _visual_rows(visual_mask, deepstack, config.layers)
+        visual = _visual_rows(visual_mask, deepstack, config.layers, inputs_embeds.device)
+        borders, longest = documents(cu_seqlens, inputs_embeds.device)
         rope = tm_rope(position_ids, config.mrope_sections, config.rope_theta)
         x = accept_hidden = residual(inputs_embeds, self.norm)
         counts, prob_sums = [], []
         checkpointed = self.activation_checkpointing and cache is None  # a second run would grow the cache again
         for i, layer in enumerate(self.layers):
-            x, count, prob_sum = run(layer, x, rope, cu_seqlens, cache, checkpointed=checkpointed)
+            x, count, prob_sum = run(
+                layer, x, rope, borders, longest, cache, checkpointed=checkpointed, kept=self.kept_activations
+            )
             if i + 1 == config.accept_hidden_layer:
                 accept_hidden = x
             if deepstack is not None and visual is not None and i < len(deepstack):
@@ -93,7 +101,9 @@ class Thinker(nn.Module):
         return self.lm_head(hidden)
 
 
-def _visual_rows(mask: Tensor | None, deepstack: list[Tensor] | None, layers: int) -> Tensor | None:
+def _visual_rows(
+    mask: Tensor | None, deepstack: list[Tensor] | None, layers: int, device: torch.device
+) -> Tensor | None:
     if not deepstack:
         return None
     if mask is None:
@@ -104,4 +114,4 @@ def _visual_rows(mask: Tensor | None, deepstack: list[Tensor] | None, layers: in
     for level, features in enumerate(deepstack):
         if len(features) != len(rows):
             raise ValueError(f"deepstack level {level} has {len(features)} rows for {len(rows)} visual positions")
-    return rows
+    return sent(rows, device)

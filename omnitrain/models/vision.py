@@ -6,6 +6,9 @@ Parameter names equal those of the public checkpoint below `thinker.visual.`, so
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -15,6 +18,7 @@ from omnitrain.models.layers.attention import varlen_attention
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.precision import residual
 from omnitrain.models.layers.rope import Rotation, rotate
+from omnitrain.models.layers.transfer import sent
 from omnitrain.models.sizes import VisionConfig
 
 
@@ -41,10 +45,11 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x: Tensor, rotation: Rotation, cu_seqlens: Tensor) -> Tensor:
-        """[P, D], cos and sin [P, 1, head_dim / 2] -> [P, D]"""
+    def forward(self, x: Tensor, rotation: Rotation, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """[P, D], cos and sin [P, 1, head_dim / 2] -> [P, D]; frames of at most `longest` patches"""
         q, k, v = rearrange(self.qkv(x), "p (qkv h d) -> qkv p h d", qkv=3, h=self.heads)
-        y = varlen_attention(rotate(q, *rotation), rotate(k, *rotation), v, cu_seqlens, causal=False)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        y = varlen_attention(q, k, v, cu_seqlens, causal=False, longest=longest)
         return self.proj(rearrange(y, "p h d -> p (h d)"))
 
 
@@ -71,9 +76,9 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Tensor, rotation: Rotation, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, cu_seqlens: Tensor, longest: int) -> Tensor:
         """[P, D] -> [P, D]"""
-        x = x + self.attn(self.norm1(x), rotation, cu_seqlens)
+        x = x + self.attn(self.norm1(x), rotation, cu_seqlens, longest)
         return x + self.mlp(self.norm2(x))
 
 
@@ -120,13 +125,14 @@ class VisionEncoder(nn.Module):
         self.merger = PatchMerger(config, norm_joined=False)
         self.merger_list = nn.ModuleList([PatchMerger(config, norm_joined=True) for _ in config.deepstack_layers])
         self.activation_checkpointing = False
+        self.kept_activations: Collection[str] = ()
 
     def forward(self, patches: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Encode pictures and videos.
 
         Args:
             patches: [P, channels * temporal_patch * patch * patch], media end to end.
-            grid_thw: int64 [M, 3], patches in time, height and width of each medium.
+            grid_thw: int64 [M, 3], patches in time, height and width of each medium; best on the host, which reads it.
 
         Returns:
             features [P / merge^2, out_dim], and deepstack features, one [P / merge^2, out_dim] per level.
@@ -142,13 +148,14 @@ class VisionEncoder(nn.Module):
 
         rotation = self._rotation(grids, patches.device)
         frames = [h * w for t, h, w in grids for _ in range(t)]
-        cu_seqlens = torch.tensor([0, *frames], device=patches.device).cumsum(0, dtype=torch.int32)
+        cu_seqlens = sent(torch.tensor([0, *frames]).cumsum(0, dtype=torch.int32), patches.device)
 
         x = residual(self.patch_embed(patches), self.merger.ln_q)
         x = x + self._positions(grids).to(x.dtype)
         deepstack: list[Tensor] = []
+        checkpointing: dict[str, Any] = {"checkpointed": self.activation_checkpointing, "kept": self.kept_activations}
         for i, block in enumerate(self.blocks):
-            x = run(block, x, rotation, cu_seqlens, checkpointed=self.activation_checkpointing)
+            x = run(block, x, rotation, cu_seqlens, max(frames), **checkpointing)
             if i in config.deepstack_layers:
                 deepstack.append(self.merger_list[len(deepstack)](x))
         return self.merger(x), deepstack

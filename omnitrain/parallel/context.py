@@ -35,6 +35,7 @@ class Slices:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.count, self.rank = group, group.size(), group.rank()
+        self.positions = 0  # of the pack that the model reads
 
     def sizes(self, n: int) -> list[int]:
         """Positions of each process, of a pack of `n`."""
@@ -56,6 +57,7 @@ class Ulysses:
     def __init__(self, slices: Slices) -> None:
         self.slices = slices
 
+    @torch.compiler.disable
     def __call__(
         self,
         query: Tensor,
@@ -64,14 +66,16 @@ class Ulysses:
         cu_seqlens: Tensor,
         *,
         causal: bool,
+        longest: int | None = None,
         cu_seqlens_key: Tensor | None = None,
+        longest_key: int | None = None,
     ) -> Tensor:
         """query [n, H, D], key and value [n, H_kv, D] of this process's positions -> [n, H, D]; `cu_seqlens` are the
         borders of the whole pack."""
         assert cu_seqlens_key is None, "no cache in training"
-        sizes = self.slices.sizes(int(cu_seqlens[-1]))
+        sizes = self.slices.sizes(self.slices.positions)
         q, k, v = (self._all_positions(t, sizes) for t in (query, key, value))
-        return self._all_heads(varlen_attention(q, k, v, cu_seqlens, causal=causal), sizes)
+        return self._all_heads(varlen_attention(q, k, v, cu_seqlens, causal=causal, longest=longest), sizes)
 
     def _all_positions(self, x: Tensor, sizes: list[int]) -> Tensor:
         """[n, H, D] -> [N, h, D], the heads that this process attends with."""
@@ -100,6 +104,7 @@ class _Sliced:
 
     def before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, position_ids, cu_seqlens, visual_mask, deepstack, *rest = inputs
+        self.slices.positions = len(x)
         mine = self.slices.mine(len(x))
         if visual_mask is not None and deepstack is not None:
             start = int(visual_mask[: mine.start].sum())
@@ -108,7 +113,7 @@ class _Sliced:
         return (x[mine], position_ids[:, mine], cu_seqlens, visual_mask, deepstack, *rest)
 
     def after(self, module: nn.Module, inputs: tuple[Any, ...], output: ThinkerOutput) -> ThinkerOutput:
-        n = int(inputs[2][-1])
+        n = self.slices.positions
         mine = self.slices.mine(n)
 
         def in_place(part: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def give_out_experts(model: nn.Module, group: dist.ProcessGroup) -> dict[str, in
             part = parameter.detach()[here * n // processes : (here + 1) * n // processes].clone()  # or on `meta`
             setattr(experts, key, nn.Parameter(part, requires_grad=parameter.requires_grad))
         exchange = TokenExchange(group)
-        experts.register_forward_pre_hook(exchange.before)
-        experts.register_forward_hook(exchange.after)
+        experts.register_forward_pre_hook(torch.compiler.disable(exchange.before))
+        experts.register_forward_hook(torch.compiler.disable(exchange.after))
         found[name] = n
     return found

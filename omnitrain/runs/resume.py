@@ -40,7 +40,7 @@ and the number of processes is compared with the checkpoint's."""
 RECORDED = (
     "optim.*", "trainer.gradient_clip_val", "trainer.precision", "trainer.accumulate_grad_batches",
     "trainer.sync_batchnorm", "module.loss.*", "module.word_dropout", "module.frame_dropout", "module.clip",
-    "module.aut_window_seconds*", "callbacks.*",
+    "module.aut_window_seconds*", "module.compile", "module.kept_activations*", "callbacks.*",
 )  # fmt: skip
 
 

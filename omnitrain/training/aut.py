@@ -35,9 +35,10 @@ from omnitrain.training.thinker import ThinkerModule
 
 def spec_augment(mel: Tensor, lengths: Sequence[int], config: SpecAugmentConfig) -> Tensor:
     """mel [F, n_mels] of recordings end to end, with stripes of each set to its mean (arXiv 1904.08779)."""
-    parts = []
-    for part in mel.split(list(lengths)):
-        image, mean = part.T[None], float(part.mean())  # [1, n_mels, frames]
+    recordings, parts = mel.split(list(lengths)), []
+    means = torch.stack([part.mean() for part in recordings]).tolist()
+    for part, mean in zip(recordings, means, strict=True):
+        image = part.T[None]  # [1, n_mels, frames]
         for _ in range(config.frequency_stripes):
             image = mask_along_axis(image, config.frequency_width, mean, axis=1)
         for _ in range(config.time_stripes):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,24 +42,33 @@ def balance_loss(share: Tensor, probability: Tensor, *, pool_layers: bool = Fals
     return n_experts / n_layers * (share * probability).sum()
 
 
-def mtp_loss(hidden: Tensor, heads: Tensor, codes: Tensor, *, chunk: int = 1024) -> Tensor:
+def mtp_loss(hidden: Tensor, heads: Tensor, codes: Tensor, *, chunk: int = 1024, compiled: bool = False) -> Tensor:
     """What MTP minimises: the codes of a frame after the first, each from those before it (report section 2.4).
 
         nll_q = - sum_f log softmax(heads[q - 1] hidden[f, q - 1])[codes[f, q]],   q = 1 .. Q - 1
 
     Args:
         hidden: [F, Q - 1, D], see `MTP.forward`.  heads: [Q - 1, K, D].  codes: int64 [F, Q].
-        chunk: positions per cross-entropy product.
+        chunk, compiled: see `chunked_cross_entropy`.
 
     Returns:
         fp32 [Q - 1], in nats, summed over the frames.
     """
-    nll = [chunked_cross_entropy(hidden[:, q], heads[q], codes[:, q + 1], chunk=chunk).sum() for q in range(len(heads))]
-    return torch.stack(nll)
+    of_codebook = [
+        chunked_cross_entropy(hidden[:, q], heads[q], codes[:, q + 1], chunk=chunk, compiled=compiled)
+        for q in range(len(heads))
+    ]
+    return torch.stack([nll.total for nll in of_codebook])
 
 
 def talker_loss(
-    talker: Talker, hidden: Tensor, inputs: TalkerInputs, *, residual: float = 1.0, chunk: int = 1024
+    talker: Talker,
+    hidden: Tensor,
+    inputs: TalkerInputs,
+    *,
+    residual: float = 1.0,
+    chunk: int = 1024,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What Talker and MTP minimise together (report section 2.4).
 
@@ -72,8 +82,9 @@ def talker_loss(
     Returns:
         L, and nll [Q] of every codebook; in nats, summed over the frames.
     """
-    first = chunked_cross_entropy(hidden, talker.codec_head.weight, inputs.labels, chunk=chunk).sum()
-    rest = mtp_loss(talker.residual_hidden(hidden, inputs), talker.mtp.code_head, inputs.codes, chunk=chunk)
+    of_chunks: Any = {"chunk": chunk, "compiled": compiled}
+    first = chunked_cross_entropy(hidden, talker.codec_head.weight, inputs.labels, **of_chunks).total
+    rest = mtp_loss(talker.residual_hidden(hidden, inputs), talker.mtp.code_head, inputs.codes, **of_chunks)
     return first + residual * rest.mean(), torch.cat([first[None], rest])
 
 
@@ -83,7 +94,7 @@ def sample_of_token(batch: PackedBatch) -> Tensor:
 
 
 def token_weights(batch: PackedBatch, modality_weights: Mapping[str, float]) -> Tensor:
-    """[N] fp32: weight of each position in the loss; 0 where there is no label."""
+    """[N] fp32: weight of each position in the loss; 0 where there is no label. Where the labels are."""
     targets = (batch.labels != IGNORE).float()
     if not modality_weights:
         return targets
@@ -103,14 +114,13 @@ class SampleSums:
     @staticmethod
     def of(batch: PackedBatch, nll: Tensor) -> SampleSums:
         """Sum `nll` [N] over each sample of `batch`."""
-        owner = sample_of_token(batch)
+        owner = sample_of_token(batch).cpu()
         n = batch.cu_seqlens.shape[0] - 1
-        tokens = torch.zeros(n, dtype=torch.int64, device=nll.device)
-        tokens.index_add_(0, owner, (batch.labels != IGNORE).long())
+        tokens = torch.zeros(n, dtype=torch.int64).index_add_(0, owner, (batch.labels != IGNORE).long().cpu())
         # Summed on the CPU in double precision and in order: exact to the last bit from run to run.
-        sums = torch.zeros(n, dtype=torch.float64).index_add_(0, owner.cpu(), nll.detach().double().cpu())
+        sums = torch.zeros(n, dtype=torch.float64).index_add_(0, owner, nll.detach().double().cpu())
         target_bytes = torch.zeros(n, dtype=torch.int64) if batch.target_bytes is None else batch.target_bytes
-        return SampleSums(sums, tokens.cpu(), target_bytes.cpu())
+        return SampleSums(sums, tokens, target_bytes.cpu())
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.optim import schedule_factor
 from omnitrain.training.own_time import OwnTime
 from omnitrain.training.ranks import gather_objects
+from omnitrain.training.transfer import Ahead, SendAhead, arrived, for_training
 
 
 class TrainingModule(L.LightningModule):
@@ -68,6 +69,9 @@ class TrainingModule(L.LightningModule):
             for parameter in self.parameters():
                 if parameter.requires_grad or self.trainer.precision == "32-true":
                     parameter.data = parameter.data.float()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return arrived(batch) if isinstance(batch, Ahead) else for_training(batch, device)
 
     def configure_model(self) -> None:
         if self.mesh is not None:
@@ -210,6 +214,8 @@ class TrainingModule(L.LightningModule):
                 counts[name] = count // accumulated * now
 
     def on_train_start(self) -> None:
+        if self.device.type == "cuda" and self.datamodule is not None:
+            self.datamodule.on_read = SendAhead(self.device)
         if not self._saved:
             rank = self.trainer.global_rank  # every rank hides other words and frames, in packs of its own
             if rank := rank if self.mesh is None else self.mesh.mesh.data_rank(rank):

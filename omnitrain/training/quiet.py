@@ -12,6 +12,7 @@ _WARNINGS = (
     r"The '\w+' does not have many workers",
     r"Checkpoint directory .* exists and is not empty",
     r"No device id is provided via `init_process_group`",
+    r"You have overridden `transfer_batch_to_device`",  # so we have
     r"barrier\(\): using the device under current context",
 )
 _LOGGERS = {

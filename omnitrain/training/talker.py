@@ -71,12 +71,15 @@ class TalkerModule(ThinkerModule[OmniModel]):
         words = self.model.thinker.embed_tokens
         x = talker.embed(inputs, words, None if accept_hidden is None else accept_hidden.to(words.weight.dtype))
         output = talker(x, inputs.position_ids, inputs.cu_seqlens)
-        total, by_codebook = talker_loss(talker, output.hidden, inputs, residual=config.residual, chunk=config.chunk)
+        total, by_codebook = talker_loss(
+            talker, output.hidden, inputs, residual=config.residual, chunk=config.chunk,
+            compiled=bool(self.config.compile) and self.training,
+        )  # fmt: skip
         n_targets = int((inputs.labels != IGNORE).sum())
         counted = [n_targets, *[len(inputs.codes)] * (len(by_codebook) - 1)]
         return BatchLosses(
             total=total,
-            weight=torch.tensor(float(n_targets), device=total.device),
+            weight=torch.tensor(float(n_targets)),
             routers={"talker": RouterUse(output.router_counts, output.router_prob_sums, len(inputs.labels))},
             groups=[
                 (("speech", f"codebook_{q}"), (nll, float(n), 0.0, float(len(spoken.samples))))
@@ -98,7 +101,7 @@ class TalkerModule(ThinkerModule[OmniModel]):
             zero = 0.0 * (hidden.sum() + self.talker.mtp(hidden, first, codes).sum())
         counts = zero.new_zeros(c.layers, c.n_experts, dtype=torch.float32)
         return BatchLosses(
-            total=zero, weight=zero.detach(), routers={"talker": RouterUse(counts, counts, 0)}, groups=[]
+            total=zero, weight=torch.zeros(()), routers={"talker": RouterUse(counts, counts, 0)}, groups=[]
         )
 
     def _together(self, text: BatchLosses | None, speech: BatchLosses) -> BatchLosses:

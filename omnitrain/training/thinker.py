@@ -26,10 +26,16 @@ from omnitrain.config.run_config import OptimConfig, ThinkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch
 from omnitrain.data.work import Work
 from omnitrain.interop.start_from import start_from
+from omnitrain.models.aut import AuTLayer
 from omnitrain.models.aut_decoder import AuT, AuTOutput
+from omnitrain.models.layers.compiling import compile_layers
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
+from omnitrain.models.layers.decoder import DecoderLayer
+from omnitrain.models.layers.transfer import sent
+from omnitrain.models.mtp import MTPLayer
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.thinker import ThinkerOutput
+from omnitrain.models.vision import VisionBlock
 from omnitrain.parallel.sharding import within
 from omnitrain.parallel.state import local
 from omnitrain.training.flops import BatchSizes, thinker_work, training_flops_by_part
@@ -39,17 +45,21 @@ from omnitrain.training.module import TrainingModule
 from omnitrain.training.optim import adamw, parameter_groups, part_of
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
+from omnitrain.training.transfer import for_training
+
+COMPILED = (DecoderLayer, MTPLayer, AuTLayer, VisionBlock)
+"""Layers that `module.compile=layers` compiles."""
 
 
 def hide_words(batch: PackedBatch, share: float) -> PackedBatch:
     """`batch` with `share` of the words in answers of samples with media replaced by the token that opens their sample
     (``<|im_start|>``, which never stands in an answer). What is to be predicted stays the same. Text is left alone."""
-    lengths = batch.cu_seqlens.diff().long()
+    lengths, device = batch.cu_seqlens.diff().long(), batch.input_ids.device
     has_media = torch.tensor([modality != "text" for modality in batch.modalities], device=lengths.device)
-    opening = batch.input_ids[batch.cu_seqlens[:-1].long()].repeat_interleave(lengths)
+    opening = sent(batch.cu_seqlens[:-1].long().repeat_interleave(lengths), device)
     answers = F.pad(batch.labels[:-1] != IGNORE, (1, 0)) & has_media.repeat_interleave(lengths)
     hidden = answers & (torch.rand(batch.n_tokens, device=lengths.device) < share)
-    return replace(batch, input_ids=torch.where(hidden, opening, batch.input_ids))
+    return replace(batch, input_ids=torch.where(sent(hidden, device), batch.input_ids[opening], batch.input_ids))
 
 
 class _JoinTheOthers(L.Callback):
@@ -59,7 +69,7 @@ class _JoinTheOthers(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ThinkerModule)
         while pl_module.evaluates_together and float(sum_over_ranks(torch.zeros((), device=pl_module.device))):
-            pl_module.computed(PackedBatch.nothing().to(pl_module.device))
+            pl_module.computed(for_training(PackedBatch.nothing(), pl_module.device))
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -87,7 +97,7 @@ class ThinkerModule(TrainingModule, Generic[M]):
         super().__init__()
         self.config = config or ThinkerModuleConfig()
         self.model: M = model
-        model.set_activation_checkpointing(self.config.activation_checkpointing)
+        model.set_activation_checkpointing(self.config.activation_checkpointing, self.config.kept_activations)
         self.optim_config = optim or OptimConfig()
         self.loss_config = self.config.loss
         self.seed = seed if self.config.seed is None else self.config.seed
@@ -98,6 +108,8 @@ class ThinkerModule(TrainingModule, Generic[M]):
             parameter.requires_grad_(part_of(name) in self.config.whole_parts)
         if self.config.lora is not None:
             add_lora(model, self.config.lora, self.seed)
+        if self.config.compile:
+            compile_layers(model, COMPILED)
 
         # One optimizer step: (weighted nats, weight) of all ranks, positions and [L, E] expert counts of all ranks by
         # decoder, and this rank's sums by modality.
@@ -123,16 +135,17 @@ class ThinkerModule(TrainingModule, Generic[M]):
         # positions and counts of every router.
         stage = (batch.stream_state or {}).get("stage", 0)
         media = [0 if part is None else len(part) for part in (batch.mel, batch.patches)]
-        known = torch.tensor([stage, *media, *(use.positions for use in routers.values())], device=loss.device)
-        step = [torch.stack([loss.detach().double(), losses.weight.double()]), known.double()]
+        known = [float(losses.weight), stage, *media, *(use.positions for use in routers.values())]
+        known = torch.tensor(known, dtype=torch.float64)
+        step = [loss.detach().double()[None], sent(known, loss.device)]
         step += [use.counts.double().flatten() for use in routers.values()]
         flat = sum_over_ranks(torch.cat(step))
-        nats_and_weight, known, *all_counts = flat.split([len(part) for part in step])
-        self._window += nats_and_weight.cpu()
+        _, _, *all_counts = flat.split([len(part) for part in step])
+        sums = flat[: 1 + len(known)].cpu()
+        self._window += sums[:2]
         nats, weights = self._window.tolist()
         self.step_loss = nats / weights if weights else 0.0  # without the balance term
-        weight = float(nats_and_weight[1])
-        self.data_stage, mel, patches, *positions = known.tolist()
+        weight, self.data_stage, mel, patches, *positions = sums[1:].tolist()
         self._window_media = {"aut": self._window_media["aut"] + mel, "visual": self._window_media["visual"] + patches}
         self._window_sums.add(losses.groups)
 
@@ -197,15 +210,18 @@ class ThinkerModule(TrainingModule, Generic[M]):
     def text_losses(self, batch: PackedBatch, output: ThinkerOutput | AuTOutput) -> BatchLosses:
         """Loss of the text in `batch`, from the model's output."""
         head = self.model.output_embedding
-        nll = chunked_cross_entropy(output.hidden, head, batch.labels, chunk=self.loss_config.chunk)
         weights = token_weights(batch, self.loss_config.modality_weights)
+        total, nll = chunked_cross_entropy(
+            output.hidden, head, batch.labels, weights,
+            chunk=self.loss_config.chunk, compiled=bool(self.config.compile) and self.training,
+        )  # fmt: skip
         routers = {}
         if isinstance(output, ThinkerOutput):
             slices = None if self.mesh is None else self.mesh.slices
             n = batch.n_tokens if slices is None else slices.sizes(batch.n_tokens)[slices.rank]
             routers["thinker"] = RouterUse(output.router_counts, output.router_prob_sums, n)
         return BatchLosses(
-            total=(nll * weights).sum(),
+            total=total,
             weight=weights.sum(),
             routers=routers,
             groups=sample_groups(batch, SampleSums.of(batch, nll)),

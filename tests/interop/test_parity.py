@@ -117,11 +117,11 @@ def test_the_reference_loss_of_one_sample(models) -> None:
 def loss_of(model, batch: PackedBatch, coefficient: float) -> tuple[Tensor, Tensor]:
     """Mean over target tokens plus the balance loss as the reference has it (layers pooled)."""
     output = model(**batch.model_inputs())
-    nll = chunked_cross_entropy(output.hidden, model.thinker.lm_head.weight, batch.labels, chunk=16)
+    nll = chunked_cross_entropy(output.hidden, model.thinker.lm_head.weight, batch.labels, chunk=16).total
     rows = batch.n_tokens * len(output.router_counts)
     share, probability = output.router_counts.sum(0) / rows, output.router_prob_sums.sum(0) / rows
     balance = len(share) * (share * probability).sum()
-    return nll.sum() / (batch.labels != -100).sum() + coefficient * balance, balance
+    return nll / (batch.labels != -100).sum() + coefficient * balance, balance
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

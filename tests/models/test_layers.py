@@ -153,37 +153,38 @@ def test_cross_entropy_and_its_gradients(weighting: str, chunk: int) -> None:
     labels = torch.randint(0, 20, (11,))
     labels[[0, 4, 10]] = -100
     scale = torch.full((11,), 0.3) if weighting == "uniform" else torch.rand(11)
-    nll = chunked_cross_entropy(hidden, weight, labels, chunk=chunk)
+    total, nll = chunked_cross_entropy(hidden, weight, labels, scale, chunk=chunk)
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
     assert nll.dtype == torch.float32
     assert nll[[0, 4, 10]].eq(0).all()
     torch.testing.assert_close(nll, expected)
+    torch.testing.assert_close(total, (expected * scale).sum())
     for a, b in zip(
-        torch.autograd.grad((nll * scale).sum(), [hidden, weight], retain_graph=True),
+        torch.autograd.grad(total, [hidden, weight], retain_graph=True),
         torch.autograd.grad((expected * scale).sum(), [hidden, weight]),
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-    again = torch.autograd.grad((nll * scale).sum() * 2, weight)[0]  # a second backward pass through the same graph
+    again = torch.autograd.grad(total * 2, weight)[0]  # a second backward pass through the same graph
     torch.testing.assert_close(again, 2 * b)
 
 
 def test_cross_entropy_with_a_frozen_head_or_without_labels() -> None:
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8)
     labels = torch.tensor([1, -100, 3, 19])
-    chunked_cross_entropy(hidden, weight, labels).sum().backward()
+    chunked_cross_entropy(hidden, weight, labels).total.backward()
     expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), hidden)[0]
     torch.testing.assert_close(hidden.grad, expected)
     hidden.grad = None
     nothing = chunked_cross_entropy(hidden, weight.requires_grad_(), torch.full((4,), -100))
-    nothing.sum().backward()
-    assert nothing.eq(0).all()
+    nothing.total.backward()
+    assert nothing.nll.eq(0).all()
     with torch.no_grad():
-        loud = chunked_cross_entropy(1000 * hidden, weight, labels)  # exp(logits) is beyond fp32
+        loud = chunked_cross_entropy(1000 * hidden, weight, labels).nll  # exp(logits) is beyond fp32
         torch.testing.assert_close(loud, F.cross_entropy(1000 * hidden @ weight.T, labels, reduction="none"))
     empty = chunked_cross_entropy(hidden[:0], weight, labels[:0])
-    empty.sum().backward()
-    assert empty.shape == (0,)
+    empty.total.backward()
+    assert empty.nll.shape == (0,)
     assert weight.grad.eq(0).all()
     assert hidden.grad.eq(0).all()
 
@@ -202,7 +203,7 @@ def test_cross_entropy_never_builds_the_logits_of_the_batch() -> None:
 
     hidden, weight = torch.randn(256, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
     with Largest():
-        chunked_cross_entropy(hidden, weight, torch.randint(0, 1000, (256,)), chunk=16).sum().backward()
+        chunked_cross_entropy(hidden, weight, torch.randint(0, 1000, (256,)), chunk=16).total.backward()
     assert largest == 16 * 1000
 
 

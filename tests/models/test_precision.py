@@ -76,13 +76,13 @@ def test_the_head_multiplies_in_bf16_and_adds_in_fp32(weighting: str) -> None:
     labels = torch.randint(0, 200, (40,))
     scale = torch.full((40,), 0.3) if weighting == "uniform" else torch.rand(40)
     with autocast():
-        nll = chunked_cross_entropy(hidden, weight, labels, chunk=16)
+        total, nll = chunked_cross_entropy(hidden, weight, labels, scale, chunk=16)
     rounded = hidden.detach().bfloat16().double(), weight.detach().bfloat16().double()
     expected = F.cross_entropy(rounded[0] @ rounded[1].T, labels, reduction="none").float()
     torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)  # rounded logits would be 0.05 off
     in_fp32 = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
     assert (nll - in_fp32).abs().max() > 1e-3
-    gradients = torch.autograd.grad((nll * scale).sum(), [hidden, weight])
+    gradients = torch.autograd.grad(total, [hidden, weight])
     for ours, theirs in zip(gradients, torch.autograd.grad((in_fp32 * scale).sum(), [hidden, weight]), strict=True):
         assert ours.dtype == torch.float32
         assert F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9995

@@ -67,7 +67,7 @@ def test_training_flops(step: int) -> None:
     model, batch = toy_model(), PackedBatch.pack(step_samples(step))
     with FlopCounterMode(display=False) as counter:
         output = model(**batch.model_inputs())
-        chunked_cross_entropy(output.hidden, model.thinker.lm_head.weight, batch.labels).sum().backward()
+        chunked_cross_entropy(output.hidden, model.thinker.lm_head.weight, batch.labels).total.backward()
     counted = counter.get_total_flops()
     # Attention, which torch does not count on a processor, is in ours three times: forward, and twice backward.
     lengths = batch.cu_seqlens.diff().double()

@@ -142,3 +142,16 @@ def test_each_makes_and_reads_its_own_shards(runs: Runs, tmp_path: Path) -> None
             assert used["own"] < (0.51 if way == "begun from" else 0.26) * whole
             read = 0 if way == "drawn" else used["own"]
             assert used["peak"] < used["own"] + read + 2 * largest + 16e6, (rank, way, used)
+
+
+def test_compiled_layers_on_a_mesh_equal_one_process_that_compiles_nothing(runs: Runs, tmp_path: Path) -> None:
+    """FSDP2 and given-out experts, each layer compiled (but for the exchange of tokens), activations computed again but
+    for attention; steps of other lengths, a validation, and a checkpoint from which one process goes on uncompiled.
+    (Graphs alone are made here; what becomes of them: `models/test_compiling.py`.)"""
+    start_toy(runs, tmp_path / "whole", steps=4, val_every=2).finish()
+    recomputed = {"recomputed": ("thinker", "aut", "visual"), "kept": ("attention",)}
+    start_toy(
+        runs, tmp_path / "parts", MESHES["fsdp_ep"], steps=2, val_every=2, compile="eager", **recomputed
+    ).finish()
+    start_toy(runs, tmp_path / "parts", steps=4, val_every=2).finish()
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")

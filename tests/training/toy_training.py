@@ -34,6 +34,7 @@ from omnitrain.data.positions import AudioSpan, ImageSpan, TextSpan, audio_token
 from omnitrain.data.sample import MODALITIES
 from omnitrain.data.stream import TooManyBadSamples
 from omnitrain.models.aut import AuTConfig
+from omnitrain.models.layers import compiling
 from omnitrain.models.omni import OmniConfig, OmniModel
 from omnitrain.models.presets import init_weights
 from omnitrain.models.thinker import ThinkerConfig
@@ -263,6 +264,8 @@ class Toy:
     recomputed: tuple[str, ...] = ()
     rests: tuple[float, ...] = ()  # seconds that each rank rests in the Thinker's last layer, in each pass
     rests_hearing: tuple[float, ...] = ()  # and in that of the audio encoder
+    kept: tuple[str, ...] = ()
+    compile: str | None = None  # a backend of torch.compile
 
 
 def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
@@ -272,12 +275,15 @@ def train(toy: Toy) -> tuple[L.Trainer, ThinkerModule, ToyData]:
     if toy.launcher:  # rank 0 queues the job again and exits, the others return
         signal.signal(signal.SIGUSR2, lambda *_: os.environ.get("LOCAL_RANK", "0") == "0" and sys.exit(7))
     out = Path(toy.out)
+    compiling.BACKEND = toy.compile or compiling.BACKEND
     module = ThinkerModule(
         toy_model().to(getattr(torch, toy.weights)),
         ThinkerModuleConfig(
             train=list(toy.train or THINKER_PARTS),
             word_dropout=toy.word_dropout,
             activation_checkpointing=list(toy.recomputed),
+            kept_activations=list(toy.kept),
+            compile="layers" if toy.compile else False,
             loss=LossConfig(
                 balance_coefficient=toy.balance, chunk=16, modality_weights=dict.fromkeys(MODALITIES, toy.weight)
             ),

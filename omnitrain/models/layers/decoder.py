@@ -21,7 +21,12 @@ from omnitrain.models.sizes import DecoderConfig, MTPConfig
 
 
 class KVCache(Protocol):
-    """What the attention layers need of a cache (`generation/cache.py` has one)."""
+    """What the attention layers need of a cache (`generation/cache.py` has one).
+
+    longest: positions of the longest document, once the first layer has appended.
+    """
+
+    longest: int
 
     def append(self, layer: int, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add the new positions of every document in decoder layer `layer` (from 0): key (already rotated) and value
@@ -44,7 +49,9 @@ class Attend(Protocol):
         cu_seqlens: Tensor,
         *,
         causal: bool,
+        longest: int | None = None,
         cu_seqlens_key: Tensor | None = None,
+        longest_key: int | None = None,
     ) -> Tensor: ...
 
 
@@ -80,18 +87,24 @@ class Attention(nn.Module):
         heads, kv_heads = self.heads, self.kv_heads
         qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, self.head_dim)
         qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
-        turn = NormRotate.apply if torch.is_grad_enabled() else norm_rotate
+        by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which fuses what is written out
+        turn = NormRotate.apply if by_hand else norm_rotate
         qk = turn(qk, self.q_norm.weight, self.k_norm.weight, *rope, heads, self.q_norm.eps)
         q, k = qk.split([heads, kv_heads], dim=1)
         return q, k, v
 
-    def forward(self, x: Tensor, rope: Rotation, cu_seqlens: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rotation, cu_seqlens: Tensor, longest: int | None, layer: int, cache: KVCache | None
+    ) -> Tensor:
         """x [N, D], rope = (cos, sin) each [N, head_dim / 2] -> [N, D]"""
         q, k, v = self.project(x, rope)
-        cu_seqlens_key = None
-        if cache is not None:
-            k, v, cu_seqlens_key = cache.append(layer, k, v, cu_seqlens)
-        y = self.attend(q, k, v, cu_seqlens, causal=True, cu_seqlens_key=cu_seqlens_key)
+        if cache is None:
+            y = self.attend(q, k, v, cu_seqlens, causal=True, longest=longest)
+        else:
+            k, v, borders = cache.append(layer, k, v, cu_seqlens)
+            y = self.attend(
+                q, k, v, cu_seqlens, causal=True, longest=longest, cu_seqlens_key=borders, longest_key=cache.longest
+            )
         return self.out(y.reshape(len(x), self.heads * self.head_dim))
 
 
@@ -141,10 +154,11 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, x: Tensor, rope: Rotation, cu_seqlens: Tensor, cache: KVCache | None
+        self, x: Tensor, rope: Rotation, cu_seqlens: Tensor, longest: int | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[N, D] -> [N, D], and the router's counts and probability sums [E] if this layer has experts"""
-        x = x + self.attention(self.attention_norm(x), rope, cu_seqlens, self.layer, cache)
+        """[N, D] -> [N, D], and the router's counts and probability sums [E] if this layer has experts. `longest`: see
+        `varlen_attention`."""
+        x = x + self.attention(self.attention_norm(x), rope, cu_seqlens, longest, self.layer, cache)
         y = self.mlp(self.mlp_norm(x))
         if isinstance(y, tuple):
             y, counts, prob_sums = y

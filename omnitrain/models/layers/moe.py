@@ -53,7 +53,8 @@ class TopKRouter(nn.Module):
         weights, experts = probs.topk(self.top_k, dim=-1)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        counts = torch.bincount(experts.flatten(), minlength=probs.shape[1]).float()
+        chosen = experts.flatten()  # not `bincount`, which waits for the GPU to know how many there are
+        counts = chosen.new_zeros(probs.shape[1]).scatter_add_(0, chosen, torch.ones_like(chosen)).float()
         # A frozen router cannot be balanced; its loss would teach what stands before it to look like other tokens.
         balanced = probs if self.weight.requires_grad else probs.detach()
         return Routing(experts=experts, weights=weights.to(x.dtype), counts=counts, prob_sums=balanced.sum(0))
@@ -63,18 +64,21 @@ class SwiGLUExperts(nn.Module):
     """E gated MLPs, down_e(silu(gate_e x) * up_e x), as two stacked tensors.
 
     gate_up: [E, 2 * width, D] (gate rows, then up rows).  down: [E, D, width].
+    grouped: as one product over all experts, where otherwise they would run one after the other: for the compiler, and
+        for checkpointing that keeps their products, which both look at single operations.
     """
 
     def __init__(self, dim: int, width: int, n_experts: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * width, dim))
         self.down = nn.Parameter(torch.empty(n_experts, dim, width))
+        self.grouped = False
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x [N, D] -> [N, D], the weighted sum of each token's experts."""
         autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
-        if x.is_cuda and dtype == torch.bfloat16:
+        if (x.is_cuda and dtype == torch.bfloat16) or self.grouped or torch.compiler.is_compiling():
             return self._grouped(x.to(dtype), routing, dtype).to(x.dtype)
         if 0 < len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
             return self._one_by_one(x, routing)
@@ -94,13 +98,45 @@ class SwiGLUExperts(nn.Module):
     def _grouped(self, x: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
         order, inverse, counts = sort_by_expert(routing)
         ends = counts.cumsum(0).to(torch.int32)
-        gate_up = F.grouped_mm(_ToExperts.apply(x, order, inverse), self.gate_up.to(dtype).transpose(1, 2), offs=ends)
+        gate_up = _products(_ToExperts.apply(x, order, inverse), self.gate_up.to(dtype).transpose(1, 2), ends)
         gate, up = gate_up.chunk(2, dim=-1)
-        y = F.grouped_mm(F.silu(gate) * up, self.down.to(dtype).transpose(1, 2), offs=ends)
+        y = _products(F.silu(gate) * up, self.down.to(dtype).transpose(1, 2), ends)
         # Summed in the order of each token's choices, inside a product: added where they land, in 16 bit, the sums
         # would depend on which expert is ready first.
         rows = _FromExperts.apply(y, order, inverse)  # [N, k, D]
         return torch.einsum("nk, nkd -> nd", routing.weights.to(dtype), rows)
+
+
+def _products(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """rows [M, K], of which expert e has those up to ends[e], times matrices [E, K, N] -> [M, N]."""
+    if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:  # which the compiler alone knows the shapes of
+        return _grouped_mm(rows, matrices, ends)
+    return F.grouped_mm(rows, matrices, offs=ends)
+
+
+@torch.library.custom_op("omnitrain::grouped_mm", mutates_args=())
+def _grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """a [M, K], b [E, K, N] -> [M, N]; or a [K, M], b [M, N] -> [E, K, N], for each group of M."""
+    return F.grouped_mm(a, b, offs=ends)
+
+
+@_grouped_mm.register_fake
+def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return a.new_empty(*([] if b.ndim == 3 else [len(ends)]), a.shape[0], b.shape[-1])
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows, matrices, ends = ctx.saved_tensors
+    need_rows, need_matrices = ctx.needs_input_grad[:2]
+    d_rows = _grouped_mm(upstream.contiguous(), matrices.transpose(1, 2), ends) if need_rows else None
+    return d_rows, _grouped_mm(rows.T, upstream.contiguous(), ends) if need_matrices else None, None
+
+
+_grouped_mm.register_autograd(_gradients, setup_context=_remember)
 
 
 class _ToExperts(torch.autograd.Function):

@@ -21,7 +21,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or not torch.is_grad_enabled():  # `_RMSNorm` is for the backward pass; on one row it costs more
+        # `_RMSNorm` is for a backward pass that is not compiled; on one row it costs more.
+        if x.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
         return _RMSNorm.apply(x, self.weight, self.eps)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnitrain.models.layers.norms import inverse_rms
+from omnitrain.models.layers.transfer import sent
 from omnitrain.models.sizes import axis_of_frequency
 
 Rotation = tuple[Tensor, Tensor]
@@ -34,7 +35,7 @@ def tm_rope_angles(position_ids: Tensor, sections: tuple[int, int, int], theta: 
     half = sum(sections)
     exponent = torch.arange(0, 2 * half, 2, dtype=torch.float32, device=position_ids.device) / (2 * half)
     frequency = 1.0 / (theta**exponent)  # [D/2]
-    axes = torch.tensor(axis_of_frequency(sections), device=position_ids.device)
+    axes = sent(torch.tensor(axis_of_frequency(sections)), position_ids.device)
     # fp32 whatever the model's precision: ids reach tens of thousands, where bf16 knows multiples of 128 only.
     return position_ids.float().index_select(0, axes).T * frequency
 
@@ -99,7 +100,8 @@ class NormRotate(torch.autograd.Function):
 def norm_rotate(
     x: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, n_query: int, eps: float
 ) -> Tensor:
-    """`NormRotate` without a backward pass, in as few kernels as there are: a generated token is one row."""
+    """`NormRotate` written out, in as few kernels as there are: a generated token is one row. Autograd goes through it
+    too, but keeps more."""
     x32, half = x.float(), x.shape[-1] // 2
     normed = F.rms_norm(x32, (x.shape[-1],), None, eps).mul_(_per_head(weight_q, weight_k, n_query, x.shape[1]))
     a, b = normed[..., :half], normed[..., half:]
