@@ -150,8 +150,6 @@ def test_compiled_layers_on_a_mesh_equal_one_process_that_compiles_nothing(runs:
     (Graphs alone are made here; what becomes of them: `models/test_compiling.py`.)"""
     start_toy(runs, tmp_path / "whole", steps=4, val_every=2).finish()
     recomputed = {"recomputed": ("thinker", "aut", "visual"), "kept": ("attention",)}
-    start_toy(
-        runs, tmp_path / "parts", MESHES["fsdp_ep"], steps=2, val_every=2, compile="eager", **recomputed
-    ).finish()
+    start_toy(runs, tmp_path / "parts", MESHES["fsdp_ep"], steps=2, val_every=2, compile="eager", **recomputed).finish()
     start_toy(runs, tmp_path / "parts", steps=4, val_every=2).finish()
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
