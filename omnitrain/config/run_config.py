@@ -420,6 +420,9 @@ class OptimConfig:
         min_lr_ratio: final learning rate over the peak.
         total_steps: length of the schedule in optimizer steps; null: trainer.max_steps.
         fused: one kernel for all parameters.
+        states: of AdamW's two moments. int8: in 8 bits (Dettmers et al. 2021, arXiv 2110.02861; blocks of 256 numbers
+            with a scale each; parameters of fewer than 4,096 numbers stay in 32): 2 bytes for each parameter instead of
+            8. Needs the extra `low_bit`, and one process or copies (parallel=ddp).
     """
 
     lr: float = 1e-3
@@ -433,6 +436,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.05
     total_steps: int | None = None
     fused: bool = True
+    states: Literal["float32", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay_fraction <= 1:

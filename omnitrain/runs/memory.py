@@ -95,14 +95,15 @@ def training_memory(config: RunConfig) -> TrainingMemory | None:
     # DDP reduces gradients in buckets of its own, beside them.
     copies = config.parallel.engine == "ddp" and _devices(config.trainer) * config.trainer.num_nodes > 1
     per_gradient = FP32 * (2 if copies else 1)
+    moment = FP32 if config.optim.states == "float32" else 1
     by_part = Counter[str]()
     for x in counted:
-        by_part[x.part] += x.count * (FP32 + per_gradient + 2 * FP32 if x.trained else x.stored) // shared_by
+        by_part[x.part] += x.count * (FP32 + per_gradient + 2 * moment if x.trained else x.stored) // shared_by
     trained = sum(x.count for x in counted if x.trained)
     return TrainingMemory(
         weights=sum(x.count * (FP32 if x.trained else x.stored) for x in counted) // shared_by,
         gradients=trained * per_gradient // shared_by,
-        optimizer=trained * 2 * FP32 // shared_by,
+        optimizer=trained * 2 * moment // shared_by,
         sums=sums,
         beginning=2 * FP32 * max((x.count for x in counted), default=0) if config.parallel.engine == "fsdp" else 0,
         by_part=by_part,

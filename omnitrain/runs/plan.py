@@ -152,13 +152,17 @@ class Recipe:
         module, data = config.module.config, config.data.config
         if type(module) is not ThinkerModuleConfig or not isinstance(data, DataConfig):
             raise ConfigError("plan: only training of a Thinker (module=thinker) can be planned")
+        if config.optim.states != "float32":
+            raise ConfigError("plan: moments in 8 bits cannot be rehearsed; plan with optim.states=float32")
         sizes, stored = _model(config.model.config)
         document = min(document, data.max_tokens)
         count = data.max_tokens // document
         frames = min(audio * document * 100 / 13, (data.max_mel_frames or math.inf) / count)
         merged = min(picture * document, (data.max_patches or math.inf) / sizes.vision.merge**2 / count)
+        # What fused kernels leave where it is is the compiler's business: layers are counted as they are written.
         return Recipe(
-            model=sizes, stored=stored, module=module, optim=config.optim, parallel=config.parallel,
+            model=sizes, stored=stored, module=replace(module, compile=False), optim=config.optim,
+            parallel=config.parallel,
             pack=PackSizes(
                 tokens=data.max_tokens, document=document, audio=int(frames // 100) * 13, picture=int(merged)
             ),

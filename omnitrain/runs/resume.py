@@ -44,8 +44,14 @@ RECORDED = (
 )  # fmt: skip
 
 
+EXACT = ("optim.states",)
+"""Though their patterns are recorded."""
+
+
 def rule(key: str) -> str:
     """``safe``, ``recorded`` or ``exact``."""
+    if key in EXACT:
+        return "exact"
     for name, patterns in (("safe", SAFE), ("recorded", RECORDED)):
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
             return name

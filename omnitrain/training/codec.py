@@ -31,7 +31,7 @@ from omnitrain.training.codec_losses import (
     si_sdr,
 )
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import adamw, by_decay
+from omnitrain.training.optim import adamw, by_decay, check_states
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 
 
@@ -58,6 +58,7 @@ class CodecModule(TrainingModule):
         self.model = model
         model.set_activation_checkpointing(self.config.activation_checkpointing)
         self.optim_config = optim or OptimConfig()
+        check_states(self.optim_config)
         if self.optim_config.lr_scale:
             raise ValueError("optim.lr_scale: a codec learns as a whole, at optim.lr; remove it")
         self.loss_config = self.config.loss
@@ -168,7 +169,7 @@ class CodecModule(TrainingModule):
         ranks = gather_objects((self._sums, self._seen, self._skipped))
         row = {f"train/{name}": mean for name, mean in _means(sums for sums, _, _ in ranks).items()}
         row["gradient_norm"] = self.gradient_norm
-        row["lr/codec"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        row["lr/codec"] = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         if self._histogram is not None:
             row |= codebook_use(self._histogram)
         self.log_row(row | self.data_row((seen, skipped) for _, seen, skipped in ranks), step)

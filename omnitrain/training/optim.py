@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from omnitrain.config.run_config import PARTS, OptimConfig
 
@@ -57,9 +60,33 @@ def by_decay(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[di
     ]
 
 
-def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=config.fused)
+def adamw(groups: list[dict], config: OptimConfig) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101). ImportError as `check_states`; ValueError for moments in 8
+    bits of parameters that are spread."""
+    betas = config.betas[0], config.betas[1]
+    if config.states == "float32":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=config.fused)
+    check_states(config)
+    from omnitrain.training.low_bit import AdamW8bit
+
+    if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
+        raise ValueError(
+            "optim.states=int8 is not there for a model that processes share, whose shards are small already; set "
+            "optim.states=float32, or parallel=ddp"
+        )
+    return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+
+
+def check_states(config: OptimConfig) -> None:
+    """ImportError, with the extra, if `config` wants moments that nothing here can keep."""
+    if config.states == "float32":
+        return
+    try:
+        import_module("torchao.optim")
+    except ImportError as error:
+        raise ImportError(
+            "optim.states=int8 needs torchao: pip install 'omnitrain[low_bit]', or set optim.states=float32"
+        ) from error
 
 
 def schedule_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:

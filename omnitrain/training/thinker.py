@@ -42,7 +42,7 @@ from omnitrain.training.flops import BatchSizes, thinker_work, training_flops_by
 from omnitrain.training.lora import add_lora
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import adamw, parameter_groups, part_of
+from omnitrain.training.optim import adamw, check_states, parameter_groups, part_of
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
 from omnitrain.training.transfer import for_training
@@ -99,6 +99,7 @@ class ThinkerModule(TrainingModule, Generic[M]):
         self.model: M = model
         model.set_activation_checkpointing(self.config.activation_checkpointing, self.config.kept_activations)
         self.optim_config = optim or OptimConfig()
+        check_states(self.optim_config)
         self.loss_config = self.config.loss
         self.seed = seed if self.config.seed is None else self.config.seed
         if self.config.init_from is not None:
@@ -291,7 +292,7 @@ class ThinkerModule(TrainingModule, Generic[M]):
         row: dict[str, float] = sums.metrics("train") | {"gradient_norm": self.gradient_norm}
         row |= {f"gradient_norm/{part}": norm for part, norm in self._part_norms.items()}
         row |= {
-            f"lr/{group['name']}": group["lr"]
+            f"lr/{group['name']}": float(group["lr"])
             for group in self.trainer.optimizers[0].param_groups
             if not group["name"].endswith(".no_decay")
         }

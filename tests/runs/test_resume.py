@@ -24,7 +24,7 @@ from omnitrain.runs.resume import check_resume, rule
         ("module.loss.balance_coefficient", "recorded"), ("callbacks.spike_guard.factor", "recorded"),
         ("seed", "exact"), ("data.seed", "exact"), ("data.sources.pack.weight", "exact"), ("data.max_tokens", "exact"),
         ("model.thinker.layers", "exact"), ("module.train", "exact"), ("module._target_", "exact"),
-        ("data.audio.n_mels", "exact"),
+        ("data.audio.n_mels", "exact"), ("optim.states", "exact"), ("module.compile", "recorded"),
     ],
 )  # fmt: skip
 def test_every_key_has_one_rule(key: str, expected: str) -> None:
