@@ -242,6 +242,11 @@ class ThinkerModuleConfig:
                 "module.kept_activations says what is kept where activations are computed again, which they are in no "
                 "part; name parts in module.activation_checkpointing, or remove it"
             )
+        if self.compile and self.lora is not None and "experts" in self.lora.targets:
+            raise ValueError(
+                "module.compile=layers: peft makes adapters of experts anew in each pass, which cannot be compiled; "
+                "leave experts out of module.lora.targets, or set module.compile=false"
+            )
         _check_share(self.word_dropout, "module.word_dropout")
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_training import step_samples, toy_model
 
-from omnitrain.config.run_config import ThinkerModuleConfig
+from omnitrain.config.run_config import LoraConfig, ThinkerModuleConfig
 from omnitrain.data.batch import PackedBatch
 from omnitrain.models.omni import OmniModel
 
@@ -64,3 +64,9 @@ def test_what_is_kept_is_not_computed_again_and_changes_no_gradient() -> None:
 def test_nothing_can_be_kept_where_nothing_is_computed_again() -> None:
     with pytest.raises(ValueError, match=r"module\.kept_activations.*module\.activation_checkpointing"):
         ThinkerModuleConfig(kept_activations=["attention"])
+
+
+def test_adapters_of_experts_are_not_compiled() -> None:
+    lora = LoraConfig(rank=2, parts=["thinker"], targets=["experts"])
+    with pytest.raises(ValueError, match=r"module\.compile=layers.*module\.lora\.targets"):
+        ThinkerModuleConfig(lora=lora, compile="layers")
