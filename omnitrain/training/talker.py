@@ -94,9 +94,9 @@ class TalkerModule(ThinkerModule[OmniModel]):
         if self.mesh is None:
             zero = torch.stack([p.sum() for p in self.talker.parameters() if p.requires_grad]).sum() * 0.0
         else:  # a frame in which all ranks take part, nought times
-            codes = torch.zeros(1, c.codebooks, dtype=torch.int64, device=self.device)
-            first = self.talker.codec_embedding(codes[:, 0])
-            borders = torch.tensor([0, 1], dtype=torch.int32, device=self.device)
+            codes = torch.zeros(1, c.codebooks, dtype=torch.int64)
+            first = self.talker.codec_embedding(codes[:, 0].to(self.device))
+            borders = torch.tensor([0, 1], dtype=torch.int32)
             hidden = self.talker(first, torch.zeros(3, 1, device=self.device), borders).hidden
             zero = 0.0 * (hidden.sum() + self.talker.mtp(hidden, first, codes).sum())
         counts = zero.new_zeros(c.layers, c.n_experts, dtype=torch.float32)

@@ -40,6 +40,7 @@ def test_no_key_of_a_recipe_is_left_to_chance() -> None:
         "model",
         "module",
         "trainer",
+        "optim",  # the kind of its moments
     }
 
 
