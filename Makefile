@@ -13,7 +13,8 @@ quickstart: $(VENV)/.installed  ## install, train the quickstart recipe, write a
 
 test: $(VENV)/.installed-dev lint  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
+	# A file at a time in one worker: its tests share a run, or a Slurm.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 test-fast: $(VENV)/.installed-dev lint  ## without the longest: ten kills, notebooks, the wheel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2

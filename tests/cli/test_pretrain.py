@@ -56,7 +56,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pretrain")  # one worker makes the run that they share
 def test_each_stage_trains_its_parts_from_the_last(uninterrupted: Path) -> None:
     """What a stage does not train is, bit for bit, what the one before left; all that it trains has moved."""
     trained = {
@@ -74,7 +73,6 @@ def test_each_stage_trains_its_parts_from_the_last(uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pretrain")  # one worker makes the run that they share
 def test_report_over_all_stages(uninterrupted: Path) -> None:
     page = (uninterrupted / "report.html").read_text(encoding="utf-8")
     assert "7 of 7 stages" in page
@@ -92,7 +90,6 @@ def test_report_over_all_stages(uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pretrain")  # one worker makes the run that they share
 def test_the_mixture_kept_its_bound(uninterrupted: Path) -> None:
     for name in STAGES:
         data = json.loads((uninterrupted / name / "data.json").read_text())
@@ -103,7 +100,6 @@ def test_the_mixture_kept_its_bound(uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pretrain")  # one worker makes the run that they share
 def test_killed_in_stages_of_each_kind(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     """Kill -9 in a stage that learns all from nothing, in one that learns a part, in one that goes on with the whole:
     the same line after each; the weights are those of the run that was left alone."""

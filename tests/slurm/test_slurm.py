@@ -43,7 +43,7 @@ SLURM = ["hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1"]
 LIMITS = {"texts": 24, "translations": 10, "pictures": 12, "speech": 8, "sounds": 4}
 ARMS = ["text", "vision", "audio", "omni_early", "omni_late"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # one Slurm, in one worker
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
