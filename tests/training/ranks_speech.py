@@ -150,6 +150,7 @@ def codec(out: str, ranks: int, parts: int) -> None:
         steps = [[_together(step)] for step in steps]
     validation = [[*rows[:3]], [rows[0]], [], [rows[1]]][:parts]
     torch.manual_seed(0)  # of heads, discriminators and first codebooks
+    os.environ.pop("PL_GLOBAL_SEED", None)  # from which several processes alone would begin anew
     model = tiny_codec()
     quantizer, drawn = model.quantizer, model.quantizer._n_used
 
