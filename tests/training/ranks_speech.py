@@ -102,7 +102,8 @@ def talker(
     mesh: dict[str, int] | None = None,
 ) -> None:
     """Steps of `parts` packs, each on its rank, or one after the other in one process: in the first, nobody speaks in
-    the last pack; in the second, in the first one alone; in the third all speak; in the fourth, if `silent`, nobody."""
+    the last pack; in the second, in the first one alone; in the third all speak; these three once more; and in the
+    last, if `silent`, nobody speaks."""
     encoder = SampleEncoder(
         tokenizer=TOKENIZER, audio=AudioGeometry(), vision=VisionGeometry(), limits=MediaLimits(),
         vocab_size=TOKENIZER.vocab_size, speech=SPEECH,
@@ -117,10 +118,8 @@ def talker(
         packed = PackedBatch.pack([encoder(s, lambda segment: segment.media or b"") for s in samples])
         return replace(packed, stream_state={})
 
-    steps = [
-        [pack(i < parts - 1) for i in range(parts)], [pack(i > 0) for i in range(parts)], [pack(True)] * parts,
-        *([[pack(False) for _ in range(parts)]] if silent else []),
-    ]  # fmt: skip
+    three = [[pack(i < parts - 1) for i in range(parts)], [pack(i > 0) for i in range(parts)], [pack(True)] * parts]
+    steps = three + three + ([[pack(False) for _ in range(parts)]] if silent else [])
     validation = [[pack(True), pack(False), pack(True)], [pack(False)], [], [pack(True)]][:parts]
     # eps above rounding, which AdamW would turn into full steps.
     optim = OptimConfig(lr=3e-3, warmup_steps=1, total_steps=8, eps=0.1)
@@ -173,7 +172,8 @@ def _together(rows: list[WaveBatch]) -> WaveBatch:
 
 
 def aut(out: str, ranks: int, mesh: dict[str, int] | None = None) -> None:
-    """Four steps of two packs, which two processes have one of each, and unequally many recordings to validate on."""
+    """Six steps of two packs, which two processes have one of each, and unequally many recordings to validate on after
+    four: later, a model that has learnt nothing writes what the last bit of a sum decides."""
     optim = OptimConfig(lr=3e-3, warmup_steps=1, total_steps=8, eps=1e-3)
     config = AuTModuleConfig(spec_augment=None, validation_transcripts=20)
     module = AuTModule(tiny_aut(), config, optim)
@@ -181,10 +181,10 @@ def aut(out: str, ranks: int, mesh: dict[str, int] | None = None) -> None:
     torch.set_num_threads(1)
     strategy: Any = "auto" if mesh is None else MeshStrategy(**mesh, process_group_backend="gloo")
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=4, max_epochs=-1, log_every_n_steps=1,
+        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=6, max_epochs=-1, log_every_n_steps=1,
         num_sanity_val_steps=0, check_val_every_n_epoch=None, use_distributed_sampler=False,
         enable_model_summary=False, enable_progress_bar=False, enable_checkpointing=False, default_root_dir=out,
-        logger=ExactCsvLogger(run_dir=out), accumulate_grad_batches=2 // ranks, val_check_interval=4 // ranks,
+        logger=ExactCsvLogger(run_dir=out), accumulate_grad_batches=2 // ranks, val_check_interval=8 // ranks,
     )  # fmt: skip
     for logger in trainer.loggers:
         assert isinstance(logger, ExactCsvLogger)

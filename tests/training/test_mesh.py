@@ -92,6 +92,14 @@ def assert_read_as_torch_reads(folder: Path, whole: Path) -> None:
     assert all(torch.equal(x, moments[n][m]) for n, s in optimizer["state"].items() for m, x in s.items())
 
 
+def test_a_frozen_part_stays_as_it_is_on_a_mesh(runs: Runs, tmp_path: Path) -> None:
+    """Encoders that do not learn, of packs that two of four processes share."""
+    given: dict[str, Any] = {"steps": 6, "accumulate": 2, "train": ["thinker"], "balance": 0}
+    start_toy(runs, tmp_path / "one", **given).finish()
+    start_toy(runs, tmp_path / "mesh", {"shard": 2, "context": 2}, **given).finish()
+    assert_equal_runs(tmp_path / "one", tmp_path / "mesh")
+
+
 def test_a_run_goes_on_with_another_number_of_processes(runs: Runs, tmp_path: Path) -> None:
     """4 processes, 2, 1 and 4 again, two steps each; a step has the same eight samples throughout. Several leave a
     folder, one a file. Without the balance loss, whose shares of experts are those of the packs of a step up to now,

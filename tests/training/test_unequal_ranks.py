@@ -66,14 +66,17 @@ def test_talker(runs: Runs, tmp_path: Path, ranks: int, train: list[str]) -> Non
 
 
 @pytest.mark.parametrize("train", [["talker", "mtp"], ALL])
-@pytest.mark.parametrize("mesh", [{"shard": 2}, {"shard": 2, "expert": 2}, {"shard": 1, "context": 2}])
+@pytest.mark.parametrize(
+    "mesh", [{"shard": 2}, {"shard": 2, "expert": 2}, {"shard": 1, "context": 2}, {"shard": 2, "context": 2}]
+)
 def test_talker_on_a_mesh(runs: Runs, tmp_path: Path, mesh: dict[str, int], train: list[str]) -> None:
-    for devices, sizes in ((1, None), (2, mesh)):
+    processes = mesh["shard"] * mesh.get("context", 1)
+    for devices, sizes in ((1, None), (processes, mesh)):
         out = tmp_path / str(devices)
         given = {"out": str(out), "ranks": devices, "parts": 2, "train": train, "mesh": sizes}
         runs.start(out, devices, call="ranks_speech:talker", given=given).finish()
-    assert_same_rows(tmp_path / "1", tmp_path / "2")
-    one, spread = (torch.load(tmp_path / f"{ranks}/final.0.pt") for ranks in (1, 2))
+    assert_same_rows(tmp_path / "1", tmp_path / str(processes))
+    one, spread = (torch.load(tmp_path / f"{ranks}/final.0.pt") for ranks in (1, processes))
     assert_same_weights(one, spread, atol=1e-5)
 
 
