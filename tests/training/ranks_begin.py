@@ -48,6 +48,7 @@ def shards(out: str, jobs: list[tuple[str, dict[str, int]]]) -> None:
     torch.set_num_threads(1)
     importlib.import_module("peft")  # what is imported on the way takes its place now
     spread_module(ThinkerModule(toy_model()), Mesh.over(MeshSizes(**jobs[0][1]), "cpu"), bf16=False)
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed of large tensors goes back at once
     used = {}
     for way, sizes in jobs:
         mesh, whole = Mesh.over(MeshSizes(**sizes), "cpu"), torch.load(Path(out) / f"{way}.pt", mmap=True)
