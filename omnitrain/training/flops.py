@@ -141,11 +141,6 @@ def _aut_training(model: AuT, forward: Mapping[str, float]) -> dict[str, float]:
     return {part: flops * (3 if learns[part] else 2 if learns["aut"] else 1) for part, flops in forward.items()}
 
 
-def aut_training_flops(model: AuT, batch: PackedBatch, window_frames: int | None = None) -> float:
-    """The sum of `aut_training_flops_by_part`."""
-    return sum(aut_training_flops_by_part(model, batch, window_frames).values())
-
-
 def training_flops_by_part(model: OmniModel, sizes: BatchSizes) -> dict[str, float]:
     """Operations of forward and backward pass. The backward pass of a part costs twice its forward pass if its weights
     learn, once if gradients only pass through it, to low-rank adapters or to a part below, and nothing otherwise. The
