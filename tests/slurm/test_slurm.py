@@ -188,7 +188,8 @@ def test_preempted_run_goes_on_by_itself(slurm: dict[str, str], tmp_path: Path) 
     alone, swept = tmp_path / "alone", tmp_path / "swept"
     in_sequence([*arguments, f"hydra.sweep.dir={alone}"])
     partition = ["+launcher=slurm", "hydra.launcher.gpus_per_node=null", *SLURM[1:], "hydra.launcher.partition=main"]
-    with Sweep([*arguments, *partition, f"hydra.sweep.dir={swept}"], swept, slurm) as sweep:
+    held = {**slurm, "HOLD_AT": "20"}
+    with Sweep([*arguments, *partition, f"hydra.sweep.dir={swept}"], swept, held) as sweep:
         sweep.wait_for((swept / "0/checkpoints/last.ckpt").exists)
         assert sweep.state(sweep.job(0)) == "RUNNING"
         sweep.call("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
