@@ -118,6 +118,8 @@ class CodecLossConfig:
         content: CTC of the spoken text from codebook 0, which makes it the semantic one (samples without text do not
             count).
         adversarial, features: generator's hinge loss and feature matching, from step `adversarial_after` on.
+        adversarial_samples: how much of each row the discriminators hear, in samples, at a place drawn anew in each
+            step (HiFi-GAN judges a third of a second); null: all of it.
         windows: STFT windows of the mel distance, in samples.
         n_mels: bands of each.
     """
@@ -129,12 +131,17 @@ class CodecLossConfig:
     adversarial: float = 1.0
     features: float = 2.0
     adversarial_after: int = 10_000
+    adversarial_samples: int | None = None
     windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     n_mels: tuple[int, ...] = (160, 80, 40, 20, 10)
 
     def __post_init__(self) -> None:
         if len(self.windows) != len(self.n_mels):
             raise ValueError(f"module.loss: {len(self.windows)} windows but {len(self.n_mels)} values of n_mels")
+        if self.adversarial_samples is not None and self.adversarial_samples <= 0:
+            raise ValueError(
+                f"module.loss.adversarial_samples is {self.adversarial_samples}; it must be positive or null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

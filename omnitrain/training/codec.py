@@ -6,6 +6,7 @@ and schedules count the same thing as everywhere else.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from omnitrain.models.discriminators import Discriminators
 from omnitrain.training.codec_losses import (
     ContentHead,
     MelDistance,
+    Opinions,
     codebook_users,
     feature_magnitudes,
     feature_matching_loss,
@@ -81,38 +83,38 @@ class CodecModule(TrainingModule):
         optimizers, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizers, list)
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
-        config = self.loss_config
-        adversarial = self.global_step >= config.adversarial_after
+        adversarial = self.global_step >= self.loss_config.adversarial_after
         self.samples_in_step = list(batch.sample_ids)
 
         output = self.model(batch.wav)
         wav = _heard(output, batch)
         terms = self._reconstruction(output, wav, batch, of_all_ranks=True)
-        values: dict[str, float] = {}
+        loss = self._weighted(terms)
+        total, values = loss.detach(), {}
         discriminators_norm = torch.zeros(())
         if adversarial:
-            values["discriminators"], discriminators_norm = self._discriminator_gradient(
-                wav, output.wav.detach(), optimizers[1]
-            )
-            self.discriminators.requires_grad_(False)
-            with torch.no_grad():
-                real = self.discriminators(wav)
-            fake = self.discriminators(output.wav)
-            self.discriminators.requires_grad_(True)
+            judged = self._judged(wav.shape[1])
+            # The discriminators hear both once, for both sides: what the codec minimises comes back as a gradient at its
+            # output, so that neither graph reaches the other's parameters.
+            answer = output.wav[:, judged].detach().requires_grad_()
+            real, fake = self.discriminators(wav[:, judged]), self.discriminators(answer)
             magnitudes = self._mean_over_ranks(feature_magnitudes(real))
-            terms |= {
+            opinions = {
                 "adversarial": gan_generator_loss(fake),
                 "features": feature_matching_loss(real, fake, magnitudes),
             }
-        weights = vars(config)
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+            opinion = self._weighted(opinions)
+            (gradient,) = torch.autograd.grad(opinion, answer, retain_graph=True)
+            values["discriminators"], discriminators_norm = self._discriminator_gradient(real, fake, optimizers[1])
+            loss, total = loss + (output.wav[:, judged] * gradient).sum(), total + opinion.detach()
+            terms |= opinions
         optimizers[0].zero_grad()
         self.manual_backward(loss)
         parameters = [p for p in (*self.model.parameters(), *self.content.parameters()) if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         self.gradient_norm = float(norm if discriminators_norm.isfinite() else discriminators_norm)
         # Of all ranks, so that each comes to the same decision about a spike.
-        self.step_loss = float(self._mean_over_ranks(loss.detach()))
+        self.step_loss = float(self._mean_over_ranks(total))
         optimizers[0].step()
         if not self._discarded:  # the spike guard has let the step pass: all that learns moves, or nothing does
             self.model.quantizer.update()
@@ -155,11 +157,20 @@ class CodecModule(TrainingModule):
     def _mean_over_ranks(self, tensor: Tensor) -> Tensor:
         return sum_over_ranks(tensor) / self.trainer.world_size
 
+    def _weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([getattr(self.loss_config, name) * term for name, term in terms.items()]).sum()
+
+    def _judged(self, samples: int) -> slice:
+        """What the discriminators hear of rows of `samples`: a function of the step, the same on all ranks."""
+        heard = min(self.loss_config.adversarial_samples or samples, samples)
+        start = random.Random(f"judged/{self.global_step}").randint(0, samples - heard)
+        return slice(start, start + heard)
+
     def _discriminator_gradient(
-        self, real: Tensor, fake: Tensor, optimizer: LightningOptimizer
+        self, real: Opinions, fake: Opinions, optimizer: LightningOptimizer
     ) -> tuple[float, Tensor]:
         """Leaves the discriminators' gradients, clipped, where `optimizer` finds them; returns loss and norm."""
-        loss = gan_discriminator_loss(self.discriminators(real), self.discriminators(fake))
+        loss = gan_discriminator_loss(real, fake)
         optimizer.zero_grad()
         self.manual_backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip)

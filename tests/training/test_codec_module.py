@@ -24,6 +24,7 @@ from omnitrain.interop.public_format import load_pretrained
 from omnitrain.models.codec import Codec
 from omnitrain.models.presets import build_codec, init_codec_weights
 from omnitrain.models.sizes import DiscriminatorConfig
+from omnitrain.training import codec as of_codec
 from omnitrain.training.callbacks import AtomicCheckpoint, SpikeGuard
 from omnitrain.training.codec import CodecModule, codebook_use
 from omnitrain.training.codec_losses import (
@@ -331,8 +332,8 @@ def state(module: CodecModule) -> dict[str, torch.Tensor]:
 class Poisoned(L.Callback):
     """From the fourth step on, the recordings of a batch, or what the discriminators say of them, are not finite."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, patch: pytest.MonkeyPatch) -> None:
+        self.what, self.patch = what, patch
         self.before: dict[str, torch.Tensor] = {}
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, batch_idx: int) -> None:
@@ -341,19 +342,17 @@ class Poisoned(L.Callback):
             self.before = state(module)
         if batch_idx >= 3 and self.what == "recording":
             batch.wav[0, 100] = torch.nan
-        if batch_idx == 3 and self.what != "recording":
-            alone = self.what == "discriminators' own loss"
-
-            def poison(discriminators, _, opinions):
-                learning = next(discriminators.parameters()).requires_grad
-                return [(verdict * torch.nan, f) for verdict, f in opinions] if learning or not alone else opinions
-
-            module.discriminators.register_forward_hook(poison)
+        if batch_idx == 3 and self.what == "discriminator":
+            module.discriminators.register_forward_hook(lambda *seen: [(score * torch.nan, f) for score, f in seen[2]])
+        if batch_idx == 3 and self.what == "discriminators' own loss":
+            self.patch.setattr(of_codec, "gan_discriminator_loss", lambda *o: gan_discriminator_loss(*o) * torch.nan)
 
 
 @pytest.mark.parametrize("what", ["recording", "discriminator", "discriminators' own loss"])
-def test_a_step_that_is_skipped_moves_nothing(shards: Path, tmp_path: Path, what: str) -> None:
-    poison = Poisoned(what)
+def test_a_step_that_is_skipped_moves_nothing(
+    shards: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = Poisoned(what, monkeypatch)
     module = fit(tmp_path, shards, 5, after=2, callbacks=[SpikeGuard(run_dir=tmp_path), poison])
     after = state(module)
     assert module.skipped_steps == 2
@@ -362,6 +361,57 @@ def test_a_step_that_is_skipped_moves_nothing(shards: Path, tmp_path: Path, what
     for name, value in after.items():
         if not name.endswith("decoder.code_embedding.weight"):  # made from the codebooks when a checkpoint is written
             assert torch.equal(value, poison.before[name]), name
+
+
+class DirectGradients(L.Callback):
+    """In the fourth step, which has discriminators: the codec's gradients as autograd makes them of the whole loss."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, batch_idx: int) -> None:
+        self.batch = batch
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer) -> None:
+        assert isinstance(module, CodecModule)
+        if module.global_step != 3 or self.pairs:
+            return
+        output, weights = module.model(self.batch.wav), module.loss_config
+        terms = module._reconstruction(output, self.batch.wav, self.batch)
+        real, fake = module.discriminators(self.batch.wav), module.discriminators(output.wav)
+        loss = sum(getattr(weights, name) * term for name, term in terms.items())
+        loss = (
+            loss + weights.adversarial * gan_generator_loss(fake) + weights.features * feature_matching_loss(real, fake)
+        )
+        assert float(loss) == pytest.approx(module.step_loss, rel=1e-5)
+        named = [(n, p) for n, p in module.named_parameters() if p.grad is not None and "discriminators" not in n]
+        direct = torch.autograd.grad(loss, [p for _, p in named])
+        norm = torch.stack([g.norm() for g in direct]).norm()
+        self.pairs = [
+            (name, p.grad.clone(), g * min(1.0, module.clip / float(norm)))
+            for (name, p), g in zip(named, direct, strict=True)
+            if p.grad is not None
+        ]
+
+
+def test_the_codec_has_the_gradients_of_the_whole_loss(shards: Path, tmp_path: Path) -> None:
+    codec = tiny_codec()
+    codec.quantizer.config = replace(codec.config, dropout=0.0)
+    direct = DirectGradients()
+    fit(tmp_path, shards, 4, after=2, callbacks=[direct], codec=codec)
+    assert len(direct.pairs) > 50
+    for name, ours, theirs in direct.pairs:
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_discriminators_hear_the_same_piece_on_every_rank() -> None:
+    config = CodecModuleConfig(discriminator=SMALL_DISCRIMINATORS, loss=CodecLossConfig(adversarial_samples=1000))
+    one, other = (CodecModule(tiny_codec(seed), config) for seed in (0, 1))
+    assert one._judged(7680) == other._judged(7680)
+    assert one._judged(7680).stop - one._judged(7680).start == 1000
+    assert one._judged(500) == slice(0, 500)
+    with pytest.raises(ValueError, match=r"adversarial_samples is 0; it is positive"):
+        CodecLossConfig(adversarial_samples=0)
 
 
 class Rates(L.Callback):
