@@ -94,8 +94,8 @@ class CodecModule(TrainingModule):
         discriminators_norm = torch.zeros(())
         if adversarial:
             judged = self._judged(wav.shape[1])
-            # The discriminators hear both once, for both sides: what the codec minimises comes back as a gradient at its
-            # output, so that neither graph reaches the other's parameters.
+            # The discriminators hear both once, for both sides: what the codec minimises comes back as a gradient at
+            # its output, so that neither graph reaches the other's parameters.
             answer = output.wav[:, judged].detach().requires_grad_()
             real, fake = self.discriminators(wav[:, judged]), self.discriminators(answer)
             magnitudes = self._mean_over_ranks(feature_magnitudes(real))

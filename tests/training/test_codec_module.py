@@ -410,7 +410,7 @@ def test_discriminators_hear_the_same_piece_on_every_rank() -> None:
     assert one._judged(7680) == other._judged(7680)
     assert one._judged(7680).stop - one._judged(7680).start == 1000
     assert one._judged(500) == slice(0, 500)
-    with pytest.raises(ValueError, match=r"adversarial_samples is 0; it is positive"):
+    with pytest.raises(ValueError, match=r"adversarial_samples is 0; it must be positive"):
         CodecLossConfig(adversarial_samples=0)
 
 
