@@ -401,6 +401,8 @@ class CodecModuleConfig:
             in the public format; its Code2Wav is where the decoder starts.
         clip: largest gradient norm of the codec, and of the discriminators.
         activation_checkpointing: parts whose activations are computed again in the backward pass: encoder, decoder.
+        compile: layers: the convolutional blocks of encoder and decoder run in fused kernels (torch.compile) where they
+            learn; the first step waits minutes for the compiler. false: as they are written.
         loss: weights of the terms.
         discriminator: sizes of the discriminators.
     """
@@ -408,6 +410,7 @@ class CodecModuleConfig:
     init_from: str | None = None
     clip: float = 1.0
     activation_checkpointing: list[str] = field(default_factory=list)
+    compile: Literal[False, "layers"] = False
     loss: CodecLossConfig = field(default_factory=CodecLossConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 

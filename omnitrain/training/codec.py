@@ -18,8 +18,10 @@ from torch import Tensor
 from omnitrain.config.run_config import CodecModuleConfig, OptimConfig
 from omnitrain.data.waveforms import WaveBatch
 from omnitrain.interop.start_from import start_codec_from
-from omnitrain.models.codec import Codec, CodecOutput
+from omnitrain.models.code2wav import DecoderBlock
+from omnitrain.models.codec import Codec, CodecOutput, EncoderBlock
 from omnitrain.models.discriminators import Discriminators
+from omnitrain.models.layers.compiling import compile_layers
 from omnitrain.training.codec_losses import (
     ContentHead,
     MelDistance,
@@ -35,6 +37,9 @@ from omnitrain.training.codec_losses import (
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.optim import adamw, by_decay, check_states
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
+
+COMPILED = (EncoderBlock, DecoderBlock)
+"""Blocks that `module.compile=layers` compiles: nearly all of the work."""
 
 
 class CodecModule(TrainingModule):
@@ -59,6 +64,8 @@ class CodecModule(TrainingModule):
         self.config = config or CodecModuleConfig()
         self.model = model
         model.set_activation_checkpointing(self.config.activation_checkpointing)
+        if self.config.compile:
+            compile_layers(model, COMPILED)
         self.optim_config = optim or OptimConfig()
         check_states(self.optim_config)
         if self.optim_config.lr_scale:

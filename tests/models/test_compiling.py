@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_codec_module import tiny_codec
 from test_talker_module import talking_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -18,6 +19,7 @@ from omnitrain.models.layers.compiling import compile_layers
 from omnitrain.models.layers.cross_entropy import chunked_cross_entropy
 from omnitrain.models.layers.decoder import DenseMLP
 from omnitrain.models.omni import OmniModel
+from omnitrain.training.codec import COMPILED as BLOCKS
 from omnitrain.training.losses import talker_loss
 from omnitrain.training.thinker import COMPILED
 from tests.models.test_host_reads import on_gpu
@@ -83,6 +85,29 @@ def test_compiled_layers_and_losses_equal_those_that_are_not(monkeypatch: pytest
 
     twin = copy.deepcopy(model)  # is compiled on its own
     assert vars(twin.talker.layers[0])["forward"].layer is twin.talker.layers[0]
+
+
+def test_compiled_blocks_of_the_codec_equal_those_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the encoder's first rate and of the decoder's last; the others are made of the same layers."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    codec = tiny_codec()
+    blocks = [block for block in (*codec.encoder.stages, *codec.decoder.decoder) if isinstance(block, BLOCKS)]
+    assert len(blocks) == 8
+    plain = nn.ModuleList([blocks[0], blocks[-1]])
+    model = copy.deepcopy(plain)
+    compile_layers(nn.ModuleList([model]), BLOCKS)
+    graphs = []
+    for samples in (90, 150):
+        wav = torch.sin(torch.arange(4 * samples) / 40).view(2, 2, -1)
+        for ours, theirs in zip(model, plain, strict=True):
+            found, expected = ours(wav), theirs(wav)
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+            wanted, got = gradients(theirs, expected.square().sum()), gradients(ours, found.square().sum())
+            assert wanted.keys() == got.keys()
+            for name, gradient in wanted.items():
+                torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
