@@ -103,15 +103,21 @@ def add_without(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_misfits(files: Iterable[str]) -> frozenset[str]:
-    """The recordings that these lists name, as in the media table. Raises ValueError: a file that is no such list."""
-    found: set[str] = set()
+def misfits_by_recording(files: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What these lists say of each recording, by its name in the media table. Raises ValueError: a file that is no such
+    list."""
+    found: dict[str, dict[str, Any]] = {}
     for file in files:
         try:
-            found |= {misfit["recording"] for misfit in read_json(file)}
+            found |= {misfit["recording"]: misfit for misfit in read_json(file)}
         except (TypeError, KeyError) as error:
             raise ValueError(f"--without {file} is no list by data_prep.check_speech") from error
-    return frozenset(found)
+    return found
+
+
+def read_misfits(files: Iterable[str]) -> frozenset[str]:
+    """The recordings that these lists name. Errors as `misfits_by_recording`."""
+    return frozenset(misfits_by_recording(files))
 
 
 Build = Callable[[dict[str, Opened], argparse.Namespace, Counts], None]
