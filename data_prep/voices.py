@@ -57,24 +57,29 @@ LOUDNESS = -23.0  # LUFS
 PEAK = 10 ** (-1 / 20)
 MARGIN = 0.1  # seconds of quiet that are kept at either end
 _BLOCK = 0.4  # seconds over which BS.1770 gates
+_SILENCE = -70.0  # LUFS; what BS.1770 leaves out as no sound
 _BAND = 25  # Hz; width of a band of `Spectrum`
 _HEARD = 10 ** (-50 / 10)  # power of a band, beside the strongest, below which there is nothing
 
 
 def loudness(wave: np.ndarray, rate: int) -> float:
-    """Integrated loudness of float32 [T], LUFS (ITU-R BS.1770-4, as torchaudio filters: to 0.3 dB). What is shorter
-    than one block of 0.4 s is as loud as it is over and over. -inf or NaN where no block is above -70 LUFS."""
-    shortest = math.ceil(_BLOCK * rate)
+    """Integrated loudness of float32 [T], LUFS (ITU-R BS.1770-4, as torchaudio filters: to 0.3 dB); -inf for silence.
+    What is shorter than one block of 0.4 s is as loud as it is over and over."""
+    peak, shortest = float(np.abs(wave).max(initial=0.0)), math.ceil(_BLOCK * rate)
+    if peak == 0:
+        return -math.inf
     if len(wave) < shortest:
-        wave = np.tile(wave, math.ceil(shortest / max(1, len(wave))))
-    return float(torchaudio.functional.loudness(torch.from_numpy(np.ascontiguousarray(wave))[None], rate))
+        wave = np.tile(wave, math.ceil(shortest / len(wave)))
+    gain = 0.5 / peak  # torchaudio's filters clip what they make louder than full scale
+    scaled = torch.from_numpy(np.ascontiguousarray(wave * np.float32(gain)))
+    return float(torchaudio.functional.loudness(scaled[None], rate)) - 20 * math.log10(gain)
 
 
 def levelled(wave: np.ndarray, rate: int) -> np.ndarray:
     """float32 [T] at `LOUDNESS`, or as loud as `PEAK` allows. Raises BadSample: ``audio_silent``."""
     now = loudness(wave, rate)
-    if not math.isfinite(now):
-        raise BadSample("audio_silent", "no 0.4 s of it are above -70 LUFS")
+    if not now > _SILENCE:  # nor NaN
+        raise BadSample("audio_silent", f"it has {now:.0f} LUFS")
     gain = min(10 ** ((LOUDNESS - now) / 20), PEAK / float(np.abs(wave).max()))
     return wave * np.float32(gain)
 
@@ -292,9 +297,10 @@ def _write_notice(out: Path, folders: list[Path], tallies: dict[str, Tally]) -> 
         ),
         "",
         f"Changes made to the material: quiet ends were cut to {MARGIN:g} s; each recording was brought to",
-        f"{LOUDNESS:g} LUFS (ITU-R BS.1770-4) by one gain, or to a peak of -1 dB of full scale where that is less; it was",
-        "made mono and written as FLAC. The bandwidth is that of the sources: what was recorded with 16 kHz has nothing",
-        "above 8 kHz, and a codec that is trained on it learns nothing above. `dropped.json` lists what was left out.",
+        f"{LOUDNESS:g} LUFS (ITU-R BS.1770-4) by one gain, or to a peak of -1 dB of full scale where that is less,",
+        "made mono and written as FLAC. The bandwidth is that of the sources: what was recorded with 16 kHz has",
+        "nothing above 8 kHz, and a codec that is trained on it learns nothing above. `dropped.json` lists what was",
+        "left out.",
         "",
     ]  # fmt: skip
     for folder in folders:

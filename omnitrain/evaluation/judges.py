@@ -1,6 +1,4 @@
-"""Generated speech, judged by models and measures that nobody of this project trained.
-
-    scores = score_speech(utterances, voices=Voices({"slt": recordings, ...}), grammar_words=WORDS)
+"""Judges of speech: models and measures that nobody of this project trained. `evaluation.speech_scores` asks them all.
 
 - *Is it what should be said?* PocketSphinx (English) and, where one is given, a Whisper model (any language) recognise
   the generated speech, the real recording and the codec's round trip of it in the same way. The error of the recording
@@ -8,10 +6,10 @@
 - *Is it the right voice?* Resemblyzer's speaker embedding (GE2E, Wan et al. 2018) against the mean of each voice.
 - *How much does the codec lose?* Log-mel distance, PESQ (ITU-T P.862.2) and STOI (Taal et al. 2011) between recording
   and round trip, which are the same samples in time; generated speech is not, and has none of these.
-- *Does it fail?* Speech that never ends, stops early or is silent, and how fast it is spoken.
 
-Intervals are percentile bootstraps over utterances. The judges are the optional extra ``eval``; what needs one of them
-raises ImportError without it. Every recording is mono, float [T] in [-1, 1], with its sample rate in Hz beside it.
+How a voice rises and falls: `evaluation.pitch`. Intervals are percentile bootstraps over utterances. The judges are
+the optional extra ``eval``; what needs one of them raises ImportError without it. Every recording is mono, float [T] in
+[-1, 1], with its sample rate in Hz beside it.
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ import importlib.util
 import math
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,15 +35,15 @@ from omnitrain.files import did_you_mean
 
 JUDGE_RATE = 16_000  # Hz; what the recogniser, the speaker encoder and wideband PESQ were made for
 SILENT_PEAK = 0.005  # a recording that never gets louder (-46 dB of full scale) is silent
-EARLY = 0.5  # speech shorter than this share of its expected duration has stopped early
 _RECOGNISER_PEAK = 0.5  # PocketSphinx takes 16-bit samples; its silence model expects speech well above the last bits
 _QUIET = 10 ** (-40 / 20)  # 10-ms frames this far below the loudest are no speech
 _MEL_FLOOR_DB = -80.0
-_WORST_PESQ = 1.0  # of a silent round trip, for which PESQ itself has no number: left out, it would raise the mean
 
 Recording = tuple[np.ndarray, int]
 """Samples, float [T], and their rate in Hz."""
-JUDGES = {"pocketsphinx": "word errors", "resemblyzer": "voices", "pesq": "PESQ", "pystoi": "STOI"}
+JUDGES = {
+    "pocketsphinx": "word errors", "resemblyzer": "voices", "librosa": "pitch", "pesq": "PESQ", "pystoi": "STOI",
+}  # fmt: skip
 """Packages of the extra `eval`, and what each is needed for."""
 
 
@@ -70,7 +67,7 @@ def missing_judges_notice(missing: Iterable[str]) -> str:
     )
 
 
-def _extra(module: str) -> Any:
+def extra(module: str) -> Any:
     """A package of the extra `eval`. Raises ImportError that says what to install."""
     try:
         with warnings.catch_warnings():
@@ -80,7 +77,7 @@ def _extra(module: str) -> Any:
         raise ImportError(f'judging speech needs {module} ({error}): pip install "omnitrain[eval]"') from error
 
 
-def _at_rate(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+def at_judge_rate(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     """float32 [T] at `JUDGE_RATE`. Raises ValueError for anything but finite mono samples."""
     wav = np.asarray(wav, dtype=np.float32)
     if wav.ndim != 1 or not np.isfinite(wav).all():
@@ -117,7 +114,7 @@ def spoken_form(text: str) -> str:
 @lru_cache(maxsize=4)
 def _decoder(words: tuple[str, ...] | None) -> Any:
     """PocketSphinx's US English decoder: its language model, or any sequence of `words`."""
-    pocketsphinx = _extra("pocketsphinx")
+    pocketsphinx = extra("pocketsphinx")
     # The means of the cepstrum are those of the utterance itself: the default carries them on from one to the next.
     settings = {"samprate": JUDGE_RATE, "loglevel": "FATAL", "cmn": "batch"}
     if words is None:
@@ -145,7 +142,7 @@ def recognise(wav: np.ndarray, sample_rate: int, grammar_words: Sequence[str] | 
     if words is not None and not words:
         raise ValueError("a word loop needs at least one word")
     decoder = _decoder(words)
-    wav = _at_rate(wav, sample_rate)
+    wav = at_judge_rate(wav, sample_rate)
     if is_silent(wav):
         return ""
     samples = (wav * (_RECOGNISER_PEAK * 32767 / np.abs(wav).max())).astype(np.int16)
@@ -190,7 +187,7 @@ class Whisper:
                 f"the judge {self.name} hears {len(known)} languages, but not {language!r}: give a model that does, or "
                 "leave samples in that language out"
             )
-        wav = _at_rate(wav, sample_rate)
+        wav = at_judge_rate(wav, sample_rate)
         if is_silent(wav):
             return ""
         segments, _ = self._model.transcribe(
@@ -202,7 +199,7 @@ class Whisper:
 
 def find_whisper(model: str) -> None:
     """Raise what `Whisper` would, as far as it can be known before anything is loaded or downloaded."""
-    module = _extra("faster_whisper")
+    module = extra("faster_whisper")
     folder = Path(model).expanduser()
     looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     fix = "evaluation.judge (or --judge) takes a folder with a Whisper in CTranslate2's format, or a name of the Hub"
@@ -216,7 +213,7 @@ def find_whisper(model: str) -> None:
 
 
 def _load_whisper(model: str) -> Any:
-    module = _extra("faster_whisper")
+    module = extra("faster_whisper")
     path = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
     try:
         # Threads as PyTorch has them: the judge runs beside it.
@@ -225,10 +222,11 @@ def _load_whisper(model: str) -> Any:
         raise ValueError(f"the judge {model} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def error_rates(
+def error_counts(
     heard: Sequence[str], texts: Sequence[str], languages: Sequence[str] | None = None
-) -> tuple[Interval, Interval]:
-    """Word and character error rate of recognised speech, each with its bootstrap interval over utterances.
+) -> tuple[np.ndarray, np.ndarray]:
+    """What error rates are made of: int [n, 2] in words, and in characters. Of each utterance how many are wrong, and
+    how many the text has.
 
     Args:
         languages: of each text: compare after Whisper's normalisation (`metrics.whisper_normalise`). None: compare
@@ -247,7 +245,16 @@ def error_rates(
         pairs = [(whisper_normalise(text, code), whisper_normalise(said, code)) for text, said, code in rows]
     if not any(text for text, _ in pairs):
         raise ValueError(f"nothing is left of {texts[0]!r} after Whisper's normalisation")
-    counts = (np.array([edits(*pair, characters=letters) for pair in pairs]) for letters in (False, True))
+    words, characters = (np.array([edits(*pair, characters=letters) for pair in pairs]) for letters in (False, True))
+    return words, characters
+
+
+def error_rates(
+    heard: Sequence[str], texts: Sequence[str], languages: Sequence[str] | None = None
+) -> tuple[Interval, Interval]:
+    """Word and character error rate of recognised speech, each with its bootstrap interval over utterances. Arguments
+    and errors as of `error_counts`."""
+    counts = error_counts(heard, texts, languages)
     words, characters = (bootstrap_interval(wrong, weights=lengths) for wrong, lengths in (of.T for of in counts))
     return words, characters
 
@@ -257,15 +264,15 @@ def error_rates(
 
 @lru_cache(maxsize=1)
 def _speaker_encoder() -> Any:
-    resemblyzer = _extra("resemblyzer")
+    resemblyzer = extra("resemblyzer")
     with torch.random.fork_rng(devices=[]):  # it draws weights before it loads them: no run's numbers may change by it
         return resemblyzer.VoiceEncoder("cpu", verbose=False)
 
 
 def speaker_embedding(wav: np.ndarray, sample_rate: int) -> np.ndarray | None:
     """Resemblyzer's embedding of a voice, float32 [256] of length 1; None where nothing is voiced."""
-    resemblyzer = _extra("resemblyzer")
-    wav = _at_rate(wav, sample_rate)
+    resemblyzer = extra("resemblyzer")
+    wav = at_judge_rate(wav, sample_rate)
     if is_silent(wav):
         return None
     # Its voice detector wants peaks within 16 bits; its own levelling may push them over.
@@ -277,12 +284,13 @@ def speaker_embedding(wav: np.ndarray, sample_rate: int) -> np.ndarray | None:
 
 @dataclass(frozen=True, kw_only=True)
 class VoiceMatch:
-    """Cosine similarities of one utterance. `own`: to the voice it should have; `other`: to the most similar other one;
-    `nearest`: the most similar of all (empty for an utterance without voice, whose similarities are 0)."""
+    """Cosine similarities of one utterance. `own`: to the voice it should have; `other`: to the most similar other one,
+    `other_name`; `nearest`: the most similar of all. An utterance without voice has no names, and similarities of 0."""
 
     nearest: str
     own: float
     other: float
+    other_name: str = ""
 
 
 class Voices:
@@ -293,7 +301,8 @@ class Voices:
         if len(recordings) < 2:
             raise ValueError("telling voices apart needs recordings of at least two")
         self.means: dict[str, np.ndarray] = {}
-        for name, given in recordings.items():
+        self.recordings = {name: list(given) for name, given in recordings.items()}
+        for name, given in self.recordings.items():
             embeddings = [e for wav, rate in given if (e := speaker_embedding(wav, rate)) is not None]
             if not embeddings:
                 raise ValueError(f"nothing is voiced in the recordings of {name!r}")
@@ -310,7 +319,7 @@ class Voices:
         similarity = {name: float(embedding @ mean) for name, mean in self.means.items()}
         own = similarity.pop(voice)
         name, other = max(similarity.items(), key=lambda item: item[1])
-        return VoiceMatch(nearest=voice if own >= other else name, own=own, other=other)
+        return VoiceMatch(nearest=voice if own >= other else name, own=own, other=other, other_name=name)
 
 
 # ------------------------------------------------------------------------------------------------- what a codec loses
@@ -354,8 +363,10 @@ def mel_distance(a: np.ndarray, b: np.ndarray, sample_rate: int) -> float:
 def pesq(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float:
     """Wideband PESQ (ITU-T P.862.2) at 16 kHz: 1.04 (bad) to 4.64 (the same). Raises ValueError where the lengths
     differ by more than 0.1 s, or PESQ finds no speech in them."""
-    module = _extra("pesq")
-    reference, degraded = _aligned(_at_rate(reference, sample_rate), _at_rate(degraded, sample_rate), JUDGE_RATE)
+    module = extra("pesq")
+    reference, degraded = _aligned(
+        at_judge_rate(reference, sample_rate), at_judge_rate(degraded, sample_rate), JUDGE_RATE
+    )
     if is_silent(reference) or is_silent(degraded):
         raise ValueError("PESQ needs speech, got silence")
     try:
@@ -367,170 +378,13 @@ def pesq(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float
 def stoi(reference: np.ndarray, degraded: np.ndarray, sample_rate: int) -> float:
     """Short-time objective intelligibility at 16 kHz: about 0 (nothing) to 1 (as clear as the reference). Raises
     ValueError where the lengths differ by more than 0.1 s, or there is less than 0.4 s of sound."""
-    module = _extra("pystoi")
-    reference, degraded = _aligned(_at_rate(reference, sample_rate), _at_rate(degraded, sample_rate), JUDGE_RATE)
+    module = extra("pystoi")
+    reference, degraded = _aligned(
+        at_judge_rate(reference, sample_rate), at_judge_rate(degraded, sample_rate), JUDGE_RATE
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # pystoi warns and returns 1e-5 where it has too few frames
         try:
             return float(module.stoi(reference, degraded, JUDGE_RATE))
         except RuntimeWarning as warning:
             raise ValueError(f"STOI needs 0.4 s of sound: {str(warning).split('.')[0]}") from warning
-
-
-# -------------------------------------------------------------------------------------------------------- all together
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spoken:
-    """What was generated for one text.
-
-    Attributes:
-        text: what should be said.
-        wav: the generated speech, float [T] at `sample_rate` Hz.
-        reference: a real recording of the same text, at the same rate; gives the expected duration too.
-        round_trip: that recording through the codec and back.
-        voice: whose voice it should be, of those in `Voices`.
-        hit_limit: generation was ended by the limit of frames, not by the model.
-        language: of the text, BCP 47; "" if unknown.
-        id: for people who follow a score to its utterance.
-    """
-
-    text: str
-    wav: np.ndarray
-    sample_rate: int
-    reference: np.ndarray | None = None
-    round_trip: np.ndarray | None = None
-    voice: str = ""
-    hit_limit: bool = False
-    language: str = ""
-    id: str = ""
-
-    @property
-    def signals(self) -> dict[str, np.ndarray]:
-        """``generated``, ``reference`` and ``round_trip``, as far as they are there."""
-        every = {"generated": self.wav, "reference": self.reference, "round_trip": self.round_trip}
-        return {name: wav for name, wav in every.items() if wav is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeechScores:
-    """The scores of some utterances, by signal (``generated``, ``reference``, ``round_trip``).
-
-    Attributes:
-        n: utterances.
-        wer, cer: recogniser (``open``, ``word_loop``, ``whisper``) -> signal -> error rate, a share; above 1 where more
-            is heard than was to be said.
-        own_voice, other_voice: signal -> cosine similarity to the voice it should have, and to the nearest other.
-        right_voice: signal -> share of utterances whose nearest voice is the right one.
-        mel_db, pesq, stoi: of the round trip against the reference; None without any.
-        pace: characters per spoken second, as a ratio to that of the reference (1: as fast); None without references.
-        failures: counts of ``never_ends``, ``stops_early`` and ``silent`` among the generated.
-        heard: a row per utterance: id, text and what each recogniser heard in each signal.
-    """
-
-    n: int
-    wer: dict[str, dict[str, Interval]]
-    cer: dict[str, dict[str, Interval]]
-    own_voice: dict[str, Interval]
-    other_voice: dict[str, Interval]
-    right_voice: dict[str, Interval]
-    mel_db: Interval | None
-    pesq: Interval | None
-    stoi: Interval | None
-    pace: Interval | None
-    failures: dict[str, int]
-    heard: tuple[dict[str, str], ...] = field(repr=False, default=())
-
-
-def failures(utterances: Sequence[Spoken]) -> dict[str, int]:
-    """How many never end (`Spoken.hit_limit`), are silent, or stop early: are spoken for less than `EARLY` of the
-    expected time. An utterance without a reference is expected to last as long as at the pace of the references there
-    are; without any nothing stops early."""
-    counts = Counter({"never_ends": 0, "stops_early": 0, "silent": 0})
-    lengths = [len(spoken_form(u.text)) for u in utterances]
-    durations = [None if u.reference is None else spoken_seconds(u.reference, u.sample_rate) for u in utterances]
-    seconds = sum(d for d in durations if d is not None)
-    pace = sum(n for n, d in zip(lengths, durations, strict=True) if d is not None) / seconds if seconds else 0.0
-    for u, length, expected in zip(utterances, lengths, durations, strict=True):
-        if expected is None:
-            expected = length / pace if pace else 0.0
-        counts["never_ends"] += u.hit_limit
-        if is_silent(u.wav):
-            counts["silent"] += 1
-        elif spoken_seconds(u.wav, u.sample_rate) < EARLY * expected:
-            counts["stops_early"] += 1
-    return dict(counts)
-
-
-def score_speech(
-    utterances: Sequence[Spoken],
-    *,
-    voices: Voices | None = None,
-    grammar_words: Sequence[str] | None = None,
-    open_vocabulary: bool = True,
-    whisper: Whisper | None = None,
-    without: Collection[str] = (),
-) -> SpeechScores:
-    """All scores of `utterances`. The open vocabulary takes about a quarter of their length per signal, on one core.
-
-    Args:
-        voices: to compare with; without it there are no scores of voices.
-        grammar_words: recognise with a loop of these words too.
-        open_vocabulary: recognise with the open vocabulary (the slower of the two).
-        whisper: recognise with this model too, in each utterance's language; its error rates are after Whisper's
-            normalisation, those of PocketSphinx of `spoken_form`.
-        without: those of `JUDGES` to do without; their scores stay empty.
-
-    Raises ValueError for no utterances, or a text without words.
-    """
-    if not utterances:
-        raise ValueError("no utterances to score")
-    recognisers: dict[str, Callable[[Spoken, np.ndarray], str]] = {}
-    if "pocketsphinx" not in without:
-        if open_vocabulary:
-            recognisers["open"] = lambda u, wav: recognise(wav, u.sample_rate)
-        if grammar_words is not None:
-            recognisers["word_loop"] = lambda u, wav: recognise(wav, u.sample_rate, grammar_words)
-    if whisper is not None:
-        recognisers["whisper"] = lambda u, wav: whisper.hear(wav, u.sample_rate, u.language)
-    rows: list[dict[str, str]] = [{"id": u.id, "text": u.text} for u in utterances]
-    wer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
-    cer: dict[str, dict[str, Interval]] = {name: {} for name in recognisers}
-    own, other, right = {}, {}, {}
-
-    def mean(values: Sequence[float]) -> Interval | None:
-        return bootstrap_interval(values) if values else None
-
-    for signal in ("generated", "reference", "round_trip"):
-        with_it = [(row, u, u.signals[signal]) for row, u in zip(rows, utterances, strict=True) if signal in u.signals]
-        if not with_it:
-            continue
-        for name, hear in recognisers.items():
-            heard = [hear(u, wav) for _, u, wav in with_it]
-            for (row, _, _), text in zip(with_it, heard, strict=True):
-                row[f"{name}/{signal}"] = text
-            languages = [u.language for _, u, _ in with_it] if name == "whisper" else None
-            wer[name][signal], cer[name][signal] = error_rates(heard, [u.text for _, u, _ in with_it], languages)
-        if voices is not None:
-            pairs = [(voices.match(wav, u.sample_rate, u.voice), u.voice) for _, u, wav in with_it]
-            own[signal] = bootstrap_interval([match.own for match, _ in pairs])
-            other[signal] = bootstrap_interval([match.other for match, _ in pairs])
-            right[signal] = bootstrap_interval([float(match.nearest == voice) for match, voice in pairs])
-    trips = [(u.reference, u.round_trip, u.sample_rate) for u in utterances]
-    compared = [(a, b, rate) for a, b, rate in trips if a is not None and b is not None]
-    spoken = [
-        (spoken_seconds(u.reference, u.sample_rate), spoken_seconds(u.wav, u.sample_rate))
-        for u in utterances
-        if u.reference is not None
-    ]
-    return SpeechScores(
-        n=len(utterances), wer=wer, cer=cer, own_voice=own, other_voice=other, right_voice=right,
-        mel_db=mean([mel_distance(a, b, rate) for a, b, rate in compared]),
-        pesq=mean(
-            [] if "pesq" in without else [_WORST_PESQ if is_silent(b) else pesq(a, b, rate) for a, b, rate in compared]
-        ),
-        stoi=mean([] if "pystoi" in without else [stoi(a, b, rate) for a, b, rate in compared]),
-        # The same text: the ratio of characters per second is that of the durations, upside down.
-        pace=mean([reference / generated for reference, generated in spoken if generated and reference]),
-        failures=failures(utterances), heard=tuple(rows),
-    )  # fmt: skip

@@ -28,21 +28,21 @@ from omnitrain.data.media import MediaLimits, encode_audio
 from omnitrain.data.sample import BadSample
 from omnitrain.data.shards import Source
 from omnitrain.data.waveforms import Utterance, UtteranceReader
-from omnitrain.evaluation.intervals import Interval
 from omnitrain.evaluation.judges import (
-    SpeechScores,
-    Spoken,
     Voices,
     Whisper,
     missing_judges,
     missing_judges_notice,
-    score_speech,
     spoken_form,
 )
 from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation
+from omnitrain.evaluation.speech_scores import SpeechScores, Spoken, score_speech
+from omnitrain.evaluation.speech_tables import speech_tables
 from omnitrain.files import write_json, write_parquet
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.speech import speak_texts
+from omnitrain.interop.mimi import MimiCodec
+from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 
 SAMPLE_RATE = 24_000
@@ -72,7 +72,7 @@ def judge_codec(
     for u in track(recordings, "round trips", console=Console(stderr=True)):
         trip = round_trip(codec, u.wav)
         spoken.append(_spoken(u, generated=trip, round_trip=trip))
-    return _judge(spoken, recordings, train_sources, settings, out_dir)
+    return _judge(spoken, recordings, train_sources, settings, out_dir, bit_rate(codec))
 
 
 def judge_talker(
@@ -104,7 +104,7 @@ def judge_talker(
         for u, speech in zip(group, said, strict=True):
             trip = None if codec is None else round_trip(codec, u.wav)
             spoken.append(_spoken(u, generated=speech.wav, round_trip=trip, hit_limit=speech.hit_limit))
-    return _judge(spoken, recordings, train_sources, settings, out_dir)
+    return _judge(spoken, recordings, train_sources, settings, out_dir, None if codec is None else bit_rate(codec))
 
 
 def read_recordings(sources: Mapping[str, Source], most: int) -> list[Utterance]:
@@ -121,6 +121,18 @@ def round_trip(codec: EncodesSpeech, wav: np.ndarray) -> np.ndarray:
     """float32 [T] at 24 kHz through the codec and back, of the same length."""
     codes = codec.encode(torch.from_numpy(np.ascontiguousarray(wav))[None])
     return codec.decode(codes)[0, : len(wav)].float().cpu().numpy()
+
+
+def bit_rate(codec: EncodesSpeech) -> float | None:
+    """Bits a second of a codec's codes, as they are stored without further coding: frames a second times codebooks
+    times log2 of the values of a code. None for one of neither kind that this project has."""
+    if isinstance(codec, Codec):
+        sizes = codec.config.decoder
+        return SAMPLE_RATE / sizes.samples_per_frame * sizes.quantizers * math.log2(sizes.codebook_size)
+    if isinstance(codec, MimiCodec):
+        sizes = codec.model.config
+        return sizes.frame_rate * codec.quantizers * math.log2(sizes.codebook_size)
+    return None
 
 
 def _spoken(u: Utterance, *, generated: np.ndarray, round_trip: np.ndarray | None, hit_limit: bool = False) -> Spoken:
@@ -158,6 +170,7 @@ def _judge(
     train_sources: Mapping[str, Source],
     settings: CodecEvaluation | SpeechEvaluation,
     out_dir: Path,
+    bits: float | None,
 ) -> dict[str, Any]:
     kind, grammar = ("talker", settings.grammar_words) if isinstance(settings, SpeechEvaluation) else ("codec", True)
     english = all(u.languages[-1:] in (("en",), ()) for u in recordings)  # the recogniser knows no other language
@@ -179,7 +192,8 @@ def _judge(
         "judge": settings.judge,
         "not_judged": missing_judges_notice(missing) if missing else None,
         "words": len(words) if words else None,
-        **{name: value for name, value in asdict(scores).items() if name != "heard"},
+        "bit_rate": bits,
+        **_record(scores),
     }
     write_json(out_dir / "speech.json", summary)
     rows = [
@@ -194,35 +208,28 @@ def _judge(
     text = [(name, pa.string()) for name in ("id", "text", "voice", "heard")]
     schema = pa.schema([*text, ("hit_limit", pa.bool_()), *sound])
     write_parquet(out_dir / "speech.parquet", pa.Table.from_pylist(rows, schema=schema))
-    print_speech(scores, kind)
+    print_speech(summary)
     if missing:
         print(missing_judges_notice(missing))
     return summary
 
 
-def print_speech(scores: SpeechScores, kind: str) -> None:
-    """The scores as a table: one column per signal."""
-    signals = ["reference", "round_trip", *(["generated"] if kind != "codec" else [])]
-    table = Table("measure", *(s.replace("_", " ") for s in signals), title=f"{scores.n} utterances")
+def _record(scores: SpeechScores) -> dict[str, Any]:
+    """The scores as they stand in ``speech.json``; what was heard stands in ``speech.parquet``."""
+    found = asdict(scores)
+    for one in (found, *found["by_voice"].values(), *found["by_language"].values()):
+        del one["heard"]
+    for parts in (found["by_voice"], found["by_language"]):
+        for one in parts.values():
+            del one["by_voice"], one["by_language"]
+    return found
 
-    def row(label: str, values: Mapping[str, Interval], form: str = ".1%") -> None:
-        cells = [
-            f"{values[s].mean:{form}} [{values[s].low:{form}}, {values[s].high:{form}}]" if s in values else "-"
-            for s in signals
-        ]
-        table.add_row(label, *cells)
 
-    for recogniser in scores.wer:
-        row(f"WER, {recogniser.replace('_', ' ')}", scores.wer[recogniser])
-        row(f"CER, {recogniser.replace('_', ' ')}", scores.cer[recogniser])
-    if scores.own_voice:
-        row("similarity to own voice", scores.own_voice, ".2f")
-        row("nearest other voice", scores.other_voice, ".2f")
-    console = Console(width=100)
-    if table.row_count:
+def print_speech(summary: Mapping[str, Any]) -> None:
+    """The scores of ``speech.json`` as tables."""
+    console = Console(width=120)
+    for found in speech_tables(summary):
+        table = Table(*found.headings, title=found.title, title_justify="left")
+        for row in found.rows:
+            table.add_row(*row)
         console.print(table)
-    for label, value in (("mel distance, dB", scores.mel_db), ("PESQ", scores.pesq), ("STOI", scores.stoi)):
-        if value is not None:
-            console.print(f"round trip, {label}: {value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]", highlight=False)
-    if kind != "codec":
-        console.print("failures: " + ", ".join(f"{k} {v}" for k, v in scores.failures.items()), highlight=False)

@@ -28,6 +28,7 @@ from omnitrain.data.media import MediaLimits, decode_video, encode_image
 from omnitrain.data.sample import MODALITIES, BadSample, Segment
 from omnitrain.data.view import Shown, browser_media, data_uri, show, spectrogram
 from omnitrain.evaluation.metrics import normalise
+from omnitrain.evaluation.speech_tables import LABELS, interval_text, speech_tables
 from omnitrain.evaluation.transcripts import CONSTANT, FREQUENT, MODEL, Measure, measures_of
 from omnitrain.files import read_json, write_text
 from omnitrain.reports import figures
@@ -274,7 +275,6 @@ def _media(row: Mapping[str, Any]) -> dict[str, Any]:
     return media
 
 
-SIGNALS = {"reference": "recording", "round_trip": "codec round trip", "generated": "generated"}
 CODEC_TERMS = {f"train/{t}": t for t in ("mel", "waveform", "commitment", "content", "features", "discriminators")}
 CODEC_VALIDATION = {
     "validation/mel": "mel distance", "validation/waveform": "waveform", "validation/content": "content",
@@ -282,33 +282,8 @@ CODEC_VALIDATION = {
 
 
 def _speech(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores of speech, with a table of an interval (or nothing) for each signal in place of the numbers."""
-    speaks = scores.get("kind") != "codec"
-    rows = [
-        (f"{measure.upper()}, {label}", ".1%", scores.get(measure, {}).get(recogniser))
-        for recogniser, label in (
-            ("open", "open vocabulary"),
-            ("word_loop", f"loop of {scores.get('words')} words"),
-            ("whisper", f"Whisper {Path(scores.get('judge') or '').name}"),
-        )
-        for measure in ("wer", "cer")
-    ]
-    rows += [
-        ("similarity to the voice", ".2f", scores.get("own_voice")),
-        ("to the nearest other voice", ".2f", scores.get("other_voice")),
-        ("nearest to its own voice", ".0%", scores.get("right_voice")),
-    ]
-    signals = {name: label for name, label in SIGNALS.items() if name != "generated" or speaks}
-    singles = {"mel_db": "mel distance of the round trip, dB", "pesq": "PESQ of it", "stoi": "STOI of it"}
-    if speaks:
-        singles["pace"] = "pace of the generated speech (1: as the recording)"
-    return {
-        **scores,
-        "signals": list(signals.values()),
-        "rows": [(label, [_interval_text(of.get(s), form) for s in signals]) for label, form, of in rows if of],
-        "singles": [(label, _interval_text(scores[s], ".2f")) for s, label in singles.items() if scores.get(s)],
-        "failures": scores.get("failures") if speaks else None,
-    }
+    """The scores of speech, with their tables."""
+    return {**scores, "tables": speech_tables(scores)}
 
 
 def _transcripts(scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,7 +314,7 @@ def _transcript_row(records: Sequence[Mapping[str, Any] | None], line: str, meas
     first = records[0]
     assert first is not None
     cells = [
-        _interval_text(None if record is None else record["measures"].get(measure.name), measure.form)
+        interval_text(None if record is None else record["measures"].get(measure.name), measure.form)
         for record in records
         for measure in measures
     ]
@@ -403,19 +378,13 @@ def _alignment(reference: Sequence[str], said: Sequence[str]) -> SequenceMatcher
     return SequenceMatcher(None, [normalise(w) for w in reference], [normalise(w) for w in said], autojunk=False)
 
 
-def _interval_text(value: Mapping[str, Any] | None, form: str) -> str:
-    if value is None:
-        return "–"
-    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
-
-
 def _players(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Utterances with sound: a player, a spectrogram and what was heard for each signal."""
     players = []
     for row in rows:
         heard = json.loads(row["heard"] or "{}")
         signals = []
-        for name, label in SIGNALS.items():
+        for name, label in LABELS.items():
             if row.get(name) is not None:
                 shown = _show(Segment(type="audio", media=row[name]))
                 words = {key.split("/")[0]: text for key, text in heard.items() if key.endswith(f"/{name}")}

@@ -54,7 +54,10 @@ def test_loudness_is_that_of_the_recommendation() -> None:
         assert loudness(sine(997, 0.1, rate=rate), rate) == pytest.approx(-23.01, abs=0.35)
     short = loudness(sine(997, 0.1, 0.15), RATE)  # shorter than one block
     assert short == pytest.approx(loudness(sine(997, 0.1), RATE), abs=0.2)
-    assert not np.isfinite(loudness(sine(997, 1e-5), RATE))
+    assert loudness(np.zeros(RATE, np.float32), RATE) == -np.inf
+    # A gain is that many dB, also where the filter would pass full scale.
+    loud = np.sign(sine(2500, 1.0))
+    assert loudness(loud, RATE) - loudness(loud * np.float32(0.01), RATE) == pytest.approx(40, abs=0.01)
 
 
 def test_recordings_are_brought_to_one_level_below_the_peak() -> None:

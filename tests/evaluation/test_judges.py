@@ -22,11 +22,9 @@ from omnitrain.evaluation import judges, listening, metrics
 from omnitrain.evaluation.judges import (
     JUDGES,
     SILENT_PEAK,
-    Spoken,
     Voices,
     Whisper,
     error_rates,
-    failures,
     find_whisper,
     is_silent,
     mel_distance,
@@ -34,13 +32,13 @@ from omnitrain.evaluation.judges import (
     missing_judges_notice,
     pesq,
     recognise,
-    score_speech,
     speaker_embedding,
     spoken_form,
     spoken_seconds,
     stoi,
 )
 from omnitrain.evaluation.settings import CodecEvaluation
+from omnitrain.evaluation.speech_scores import Spoken, failures, score_speech
 from omnitrain.reports.run import _speech
 
 RATE = 24_000
@@ -204,13 +202,16 @@ def test_failures_are_counted(slt: list[tuple[str, np.ndarray]]) -> None:
     good = Spoken(text=text, wav=wave, sample_rate=RATE, reference=wave)
     cut = Spoken(text=text, wav=np.concatenate([wave[: len(wave) // 3], silence]), sample_rate=RATE, reference=wave)
     endless = Spoken(text=text, wav=np.tile(wave, 4), sample_rate=RATE, hit_limit=True)
-    assert failures([good, good]) == {"never_ends": 0, "stops_early": 0, "silent": 0}
+    nothing = frozenset[str]()
+    assert failures([good, good]) == {"reference": [nothing] * 2, "generated": [nothing] * 2}
     silent = Spoken(text=text, wav=silence + SILENT_PEAK / 2, sample_rate=RATE, reference=wave)
-    assert failures([good, cut, endless, silent]) == {"never_ends": 1, "stops_early": 1, "silent": 1}
+    found = failures([good, cut, endless, silent])
+    assert found["generated"] == [nothing, {"cut"}, {"endless"}, {"silent"}]
+    assert found["reference"] == [nothing] * 3  # endless has none
     # Without a reference the pace of the others tells how long it should last.
     alone = Spoken(text=text, wav=cut.wav, sample_rate=RATE)
-    assert failures([good, alone])["stops_early"] == 1
-    assert failures([alone])["stops_early"] == 0
+    assert failures([good, alone])["generated"] == [nothing, {"cut"}]
+    assert failures([alone])["generated"] == [nothing]
     assert spoken_seconds(np.concatenate([silence, wave, silence]), RATE) == pytest.approx(
         spoken_seconds(wave, RATE), abs=0.011
     )
@@ -273,7 +274,9 @@ def test_speech_is_scored_without_judges_that_are_missing(
     assert (scores.wer, scores.pesq, scores.stoi) == ({}, None, None)
     assert scores.mel_db is not None
     assert scores.mel_db.mean > 0
-    assert scores.failures == {"never_ends": 0, "stops_early": 0, "silent": 0}
+    assert {kind: rate.mean for kind, rate in scores.failure_rates["generated"].items()} == {
+        "endless": 0, "cut": 0, "silent": 0
+    }  # fmt: skip
     with pytest.raises(ImportError, match="eval"):
         score_speech([said], grammar_words=words, without=("pocketsphinx", "pystoi"))
 
@@ -391,5 +394,5 @@ def test_the_judge_of_the_settings_hears_what_the_evaluation_made(
     assert summary["recogniser"] == "Whisper"
     assert set(summary["wer"]["whisper"]) == {"reference", "round_trip", "generated"}
     assert json.loads((tmp_path / "eval/speech.json").read_text())["judge"] == fake.name
-    rows = [label for label, _ in _speech(summary)["rows"]]
+    rows = [label for label, *_ in _speech(summary)["tables"][0].rows]
     assert f"WER, Whisper {Path(fake.name).name}" in rows
