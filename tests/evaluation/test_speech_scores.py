@@ -1,0 +1,316 @@
+"""Scores of constructed signals: a judge that hears what it is told, voices that are numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jiwer
+import numpy as np
+import pytest
+import torch
+
+from omnitrain.data.media import encode_audio
+from omnitrain.data.sample import Message, Sample, Segment
+from omnitrain.data.shards import SampleSource, write_shards
+from omnitrain.evaluation import listening
+from omnitrain.evaluation.judges import JUDGES, VoiceMatch, Voices
+from omnitrain.evaluation.listening import bit_rate, judge_codec, print_speech
+from omnitrain.evaluation.settings import CodecEvaluation
+from omnitrain.evaluation.speech_scores import Spoken, failures, lacks_its_end, repeats, score_speech
+from omnitrain.evaluation.speech_tables import speech_tables
+from omnitrain.interop.mimi import MimiCodec
+from omnitrain.models.codec import Codec
+from omnitrain.models.sizes import CodecConfig
+from omnitrain.reports.run import _speech
+
+RATE = 24_000
+ONLY_WORDS = tuple(JUDGES)
+
+
+def sound(seed: int, seconds: float = 1.0) -> np.ndarray:
+    """Noise that is like no other."""
+    return np.random.default_rng(seed).normal(0, 0.1, round(seconds * RATE)).astype(np.float32)
+
+
+class Judge:
+    """In place of `judges.Whisper`: knows what is said in each sound by its first sample, and in which language."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.said: dict[float, tuple[str, str]] = {}
+        self.calls = 0
+
+    def told(self, wav: np.ndarray, text: str, language: str) -> np.ndarray:
+        self.said[float(wav[0])] = (text, language)
+        return wav
+
+    def hear(self, wav: np.ndarray, sample_rate: int, language: str = "") -> str:
+        self.calls += 1
+        text, spoken = self.said[float(wav[0])]
+        assert language == spoken
+        return text
+
+
+def utterances(judge: Judge, rows: Sequence[tuple[str, str, str, str, str, str]]) -> list[Spoken]:
+    """Of (voice, language, text, what is heard of recording, of round trip, of the generated)."""
+    return [
+        Spoken(
+            id=str(i), voice=voice, language=language, text=text, sample_rate=RATE,
+            reference=judge.told(sound(3 * i), heard, language),
+            round_trip=judge.told(sound(3 * i + 1), trip, language),
+            wav=judge.told(sound(3 * i + 2), generated, language),
+        )
+        for i, (voice, language, text, heard, trip, generated) in enumerate(rows)
+    ]  # fmt: skip
+
+
+ROWS = [
+    ("asterisk_en", "en", "please hold the line", "please hold the line", "please hold the pine", "please hold"),
+    ("asterisk_en", "en", "press one now", "press won now", "press won now", "press won now now now"),
+    ("asterisk_es", "es", "un montacargas rojo", "un montacargas rojo", "un rojo", "un montacargas rojo"),
+    ("asterisk_es", "es", "no hay mensajes", "no hay mensajes", "no hay mensajes", "hola"),
+]
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize(
+    ("text", "heard", "lacks"),
+    [
+        ("wait for the tone", "wait for the tone", False),
+        ("wait for the tone", "wait for the", True),
+        ("wait for the tone", "wait", True),
+        ("wait for the tone", "wait four a", True),  # misheard, but understood
+        ("wait for the tone", "wait for the stone", False),
+        ("wait for the tone", "wait for the to", False),  # no whole word is missing
+        ("wait for the tone", "for the tone", False),  # its beginning is missing
+        ("wait for the tone", "wait for the tone and then some", False),
+        ("wait for the tone", "mmm", False),  # babble: nobody can tell
+        ("wait for the tone", "", False),
+        ("hello", "", False),
+        ("montacargas azul", "monta cargas azul", False),  # words are parted elsewhere
+        ("", "anything", False),
+    ],
+)
+def test_a_text_without_its_end(text: str, heard: str, lacks: bool) -> None:
+    assert lacks_its_end(text, heard) == lacks
+
+
+@pytest.mark.parametrize(
+    ("text", "heard", "again"),
+    [
+        ("the red cat", "the red cat", False),
+        ("the red cat", "the red red cat", True),
+        ("the red cat", "the red cat the red cat", True),
+        ("the red cat", "red cat red cat", True),
+        ("the red cat", "the cat the red", False),  # twice, but not in a row
+        ("no no", "no no", False),
+        ("no no", "no no no", True),
+        ("no no no", "no no", False),
+        ("the red cat", "", False),
+    ],
+)
+def test_words_said_again(text: str, heard: str, again: bool) -> None:
+    assert repeats(text, heard) == again
+
+
+def test_failures_by_words_are_looked_for_in_recordings_too() -> None:
+    judge = Judge()
+    said = utterances(judge, ROWS)
+    said[3] = replace(said[3], hit_limit=True)
+    heard = {s: [judge.said[float(u.signals[s][0])][0] for u in said] for s in ("reference", "round_trip", "generated")}
+    heard["reference"][2] = "un montacargas montacargas rojo"  # the judge's own false alarm
+    found = failures(said, heard)
+    assert found["generated"] == [{"cut"}, {"repeated"}, frozenset(), {"endless"}]
+    assert found["round_trip"] == [frozenset()] * 4
+    assert found["reference"] == [frozenset(), frozenset(), {"repeated"}, frozenset()]
+    silent = replace(said[0], wav=np.zeros(RATE, np.float32), hit_limit=True)
+    assert failures([silent], {"reference": [""], "round_trip": [""], "generated": ["a a a"]})["generated"] == [
+        {"silent", "endless"}
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- all together
+
+
+def test_scores_by_voice_are_those_of_its_utterances_alone() -> None:
+    judge = Judge()
+    said = utterances(judge, ROWS)
+    scores = score_speech(said, open_vocabulary=False, whisper=judge, without=ONLY_WORDS)
+    for signal, column in (("reference", 3), ("round_trip", 4), ("generated", 5)):
+        expected = jiwer.wer([row[2] for row in ROWS], [row[column] for row in ROWS])
+        assert scores.wer["whisper"][signal].mean == pytest.approx(expected)
+        for voice, part in scores.by_voice.items():
+            rows = [row for row in ROWS if row[0] == voice]
+            assert part.n == 2
+            assert part.wer["whisper"][signal].mean == pytest.approx(
+                jiwer.wer([row[2] for row in rows], [row[column] for row in rows])
+            )
+            assert part.cer["whisper"][signal].mean == pytest.approx(
+                jiwer.cer([row[2].replace(" ", "") for row in rows], [row[column].replace(" ", "") for row in rows]),
+                abs=0.1,
+            )
+            alone = score_speech(
+                [u for u in said if u.voice == voice], open_vocabulary=False, whisper=judge, without=ONLY_WORDS
+            )
+            assert replace(alone, heard=()) == part
+    assert set(scores.by_voice) == {"asterisk_en", "asterisk_es"}
+    assert scores.by_language == {}  # each voice has its own language: it would be the same
+    assert scores.failure_rates["generated"]["cut"].mean == 0.25
+    assert scores.by_voice["asterisk_en"].failure_rates["generated"]["repeated"].mean == 0.5
+    assert "endless" not in scores.failure_rates["reference"]
+    crossed = [replace(u, voice="asterisk_en") for u in said]
+    scores = score_speech(crossed, open_vocabulary=False, whisper=judge, without=ONLY_WORDS)
+    assert scores.by_voice == {}
+    assert set(scores.by_language) == {"en", "es"}
+
+
+def test_word_errors_are_paired_with_those_of_the_recording() -> None:
+    judge = Judge()
+    rows = [("v", "en", "see the red cat", "see the red bat", "see the red bat", "see the red cat")] * 12
+    scores = score_speech(utterances(judge, rows), open_vocabulary=False, whisper=judge, without=ONLY_WORDS)
+    rise = scores.wer_rise["whisper"]
+    assert (rise["round_trip"].mean, rise["round_trip"].low, rise["round_trip"].high) == (0, 0, 0)
+    assert (rise["generated"].mean, rise["generated"].high) == (-0.25, -0.25)
+    assert "reference" not in rise
+    assert scores.by_voice == {}
+
+
+def test_a_sound_that_is_two_signals_is_heard_once() -> None:
+    judge = Judge()
+    (u,) = utterances(judge, ROWS[:1])
+    assert u.round_trip is not None
+    scores = score_speech([replace(u, wav=u.round_trip)], open_vocabulary=False, whisper=judge, without=ONLY_WORDS)
+    assert judge.calls == 2
+    assert scores.heard[0]["whisper/generated"] == scores.heard[0]["whisper/round_trip"] == "please hold the pine"
+
+
+def test_words_too_short_for_pesq_and_stoi_are_left_out_of_them() -> None:
+    short = Spoken(text="sí", wav=sound(0, 0.2), sample_rate=RATE, reference=sound(0, 0.2), round_trip=sound(1, 0.2))
+    long = replace(short, wav=sound(2, 2), reference=sound(2, 2), round_trip=sound(2, 2))
+    without = ("pocketsphinx", "resemblyzer", "librosa", "pesq")
+    scores = score_speech([short, long], without=without)
+    assert scores.mel_db is not None
+    assert scores.stoi is not None
+    assert (scores.mel_db.n, scores.stoi.n) == (2, 1)
+    assert scores.stoi.mean == pytest.approx(1, abs=1e-4)
+    assert score_speech([short], without=without).stoi is None
+    with pytest.raises(ValueError, match="same samples in time"):
+        score_speech([replace(long, round_trip=sound(2, 1))], without=without)
+
+
+def tone(hertz: float) -> np.ndarray:
+    """A second with ten harmonics."""
+    time = np.arange(RATE) / RATE
+    return sum(0.1 / k * np.sin(2 * np.pi * k * hertz * time) for k in range(1, 11)).astype(np.float32)
+
+
+class KnownVoices(Voices):
+    """Recordings without Resemblyzer: nobody is asked whose voice it is."""
+
+    def __init__(self, recordings: dict[str, list[tuple[np.ndarray, int]]]) -> None:
+        self.recordings, self.means = recordings, dict.fromkeys(recordings, np.ones(1))
+
+    def match(self, wav: np.ndarray, sample_rate: int, voice: str) -> VoiceMatch:
+        other = next(name for name in self.recordings if name != voice)
+        return VoiceMatch(nearest=voice, own=0.9, other=0.5, other_name=other)
+
+
+def test_generated_speech_is_compared_with_the_pitch_of_its_voice() -> None:
+    voices = KnownVoices({"low": [(tone(110), RATE)], "high": [(tone(220), RATE)]})
+    said = [
+        Spoken(text="a", voice=name, sample_rate=RATE, wav=tone(heard), reference=tone(own), round_trip=tone(own))
+        for name, own, heard in (("low", 110, 220), ("high", 220, 220 * 2 ** (1 / 12)))
+    ]
+    scores = score_speech(said, voices=voices, without=("pocketsphinx", "pesq", "pystoi"))
+    assert scores.by_voice["low"].pitch_rise["generated"].mean == pytest.approx(12, abs=0.2)
+    assert scores.by_voice["high"].pitch_rise["generated"].mean == pytest.approx(1, abs=0.2)
+    assert scores.by_voice["high"].pitch_rise["reference"].mean == pytest.approx(0, abs=0.1)
+    assert scores.by_voice["high"].other_name["generated"] == "low"
+    assert scores.voicing_error is not None
+    assert scores.voicing_error.mean == 0
+    assert scores.pitch_spread["reference"].mean < 0.3
+
+
+# -------------------------------------------------------------------------------------------------- files and tables
+
+
+class Halved:
+    """A codec that makes everything half as loud."""
+
+    def encode(self, wav: Any) -> Any:
+        return wav
+
+    def decode(self, codes: Any) -> Any:
+        return codes / 2
+
+
+def spoken_row(voice: str, language: str, text: str, wave: np.ndarray) -> Sample:
+    recording = Segment(type="speech", text=text, media=encode_audio(wave, RATE, "flac"))
+    return Sample(
+        id=f"{voice}/{text}", source=f"voices/{voice}", split="heldout_concept", task="tts", languages=(language,),
+        concept=text, licence="", meta={"voice": voice},
+        messages=(
+            Message(role="user", segments=(Segment(type="text", text=f"Say: {text}"),)),
+            Message(role="assistant", segments=(recording,)),
+        ),
+    )  # fmt: skip
+
+
+class HearsTheLanguage:
+    """Hears one sentence in English, another in Spanish."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def hear(self, wav: np.ndarray, sample_rate: int, language: str = "") -> str:
+        return {"en": "hello everybody", "es": "hola a todos"}[language]
+
+
+def test_voices_of_several_languages_in_one_evaluation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(listening, "missing_judges", lambda: tuple(JUDGES))
+    monkeypatch.setattr(listening, "Whisper", HearsTheLanguage)
+    texts = [("asterisk_en", "en", "hello everybody"), ("asterisk_es", "es", "hola a todos")]
+    rows = [spoken_row(*text, sound(i)) for i, text in enumerate(texts)]
+    write_shards(rows, tmp_path / "shards", "voices", progress=False)
+    source = SampleSource(tmp_path / "shards")
+    summary = judge_codec(Halved(), {"voices": source}, {}, CodecEvaluation(judge="fake"), tmp_path / "eval")
+    stored = json.loads((tmp_path / "eval/speech.json").read_text())
+    assert set(stored["by_voice"]) == {"asterisk_en", "asterisk_es"}
+    assert stored["wer"]["whisper"]["round_trip"]["mean"] == 0
+    assert stored["by_voice"]["asterisk_es"]["wer_rise"]["whisper"]["round_trip"]["mean"] == 0
+    assert "heard" not in stored["by_voice"]["asterisk_es"]
+    assert stored["bit_rate"] is None
+    printed = capsys.readouterr().out
+    for part in ("by voice", "asterisk_es", "failures per 100 sentences", "mel distance, dB"):
+        assert part in printed
+    tables = {table.title: table for table in _speech(stored)["tables"]}
+    assert [row[:3] for row in tables["by voice"].rows] == [
+        (voice, "1", signal) for voice in ("asterisk_en", "asterisk_es") for signal in ("recording", "codec round trip")
+    ]
+    assert all(len(row) == len(table.headings) for table in tables.values() for row in table.rows)
+    assert tables["failures per 100 sentences"].rows[0] == (
+        "all", "2", "recording", "–", "0.0 [0.0, 0.0]", "0.0 [0.0, 0.0]", "0.0 [0.0, 0.0]"
+    )  # fmt: skip
+    assert [table.title for table in speech_tables({**summary, "bit_rate": 800.0})] == list(tables)
+    print_speech({**summary, "bit_rate": 800.0})
+    assert "0.80" in capsys.readouterr().out
+
+
+def test_the_bit_rate_is_that_of_the_papers() -> None:
+    with torch.device("meta"):
+        codec = Codec(CodecConfig())  # 16 codebooks of 2,048 at 12.5 frames a second
+    assert bit_rate(codec) == 2200
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(frame_rate=12.5, codebook_size=2048)
+    assert bit_rate(MimiCodec(model, quantizers=8)) == 1100  # Mimi's 1.1 kbit/s
+    assert bit_rate(Halved()) is None
