@@ -41,7 +41,6 @@ from omnitrain.evaluation.speech_tables import speech_tables
 from omnitrain.files import write_json, write_parquet
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.speech import speak_texts
-from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 
@@ -129,10 +128,11 @@ def bit_rate(codec: EncodesSpeech) -> float | None:
     if isinstance(codec, Codec):
         sizes = codec.config.decoder
         return SAMPLE_RATE / sizes.samples_per_frame * sizes.quantizers * math.log2(sizes.codebook_size)
-    if isinstance(codec, MimiCodec):
-        sizes = codec.model.config
-        return sizes.frame_rate * codec.quantizers * math.log2(sizes.codebook_size)
-    return None
+    # A `MimiCodec`, told by what it has: its class would bring transformers into this room.
+    quantizers, mimi = getattr(codec, "quantizers", None), getattr(codec, "model", None)
+    if quantizers is None or mimi is None:
+        return None
+    return mimi.config.frame_rate * quantizers * math.log2(mimi.config.codebook_size)
 
 
 def _spoken(u: Utterance, *, generated: np.ndarray, round_trip: np.ndarray | None, hit_limit: bool = False) -> Spoken:
