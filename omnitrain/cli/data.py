@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
             add("--limit", type=int, help="stop after so many samples")
             add("--rows-per-shard", type=int, default=10_000)
         elif name == "encode":
-            add("codec", type=Path, metavar="CODEC", help="run folder of a codec, or folder of a Mimi")
+            named = "builtin, run folder of a codec, folder of `convert to-codec`, or folder of a Mimi"
+            add("codec", metavar="CODEC", help=named)
             add("shards", nargs="+", metavar="SHARDS", help="folders of shards, or shards")
             add("--out", type=Path, required=True, help="folder of the new shards, which keep their names")
             add("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")

@@ -19,7 +19,7 @@ from omnitrain.files import CONFIG, METRICS, SKIPPED_STEPS, THROUGHPUT, TOKENIZE
 from omnitrain.models.sizes import AuTModelConfig
 from omnitrain.runs.chain import finished_stages, read_stages, run_stages
 from omnitrain.runs.convert import keep_public
-from omnitrain.runs.experiment import Experiment, build_experiment, gather, starting_checkpoint
+from omnitrain.runs.experiment import Experiment, build_experiment, gather, settle_decoder, starting_checkpoint
 from omnitrain.runs.lock import hold
 from omnitrain.runs.memory import check_memory
 from omnitrain.runs.resume import check_resume, record_changes
@@ -46,6 +46,7 @@ def train(config: RunConfig) -> Experiment:
     """Train one model, then score it and write its report, if the configuration says so. Raises ConfigError if the run
     folder holds a run already that `config.ckpt_path` does not continue, or continues with other settings than can
     be."""
+    config = settle_decoder(config)
     run_dir = Path(config.paths.run_dir)
     checkpoint = starting_checkpoint(config)
     if config.ckpt_path is None and last_checkpoint(run_dir) is not None:

@@ -41,15 +41,16 @@ def main(arguments: list[str]) -> None:
     if options.max_seconds <= 0:
         raise ValueError(f"--max-seconds {options.max_seconds} is not positive")
 
-    from omnitrain.runs.load import load
+    from omnitrain.runs.load import load, load_decoder
 
     model, encoder = load(options.model, device=options.device, dtype=options.dtype, speech=True)
-    if model.talker is None or model.code2wav is None:
+    if model.talker is None:
         raise ValueError(f"{options.model} has no Talker and Code2Wav: it can only write (`omnitrain generate`)")
+    decoder = load_decoder(model, options.model, options.codec)
 
     from omnitrain.data.sample import BadSample, Message, Segment
     from omnitrain.generation.sampling import Sampling
-    from omnitrain.generation.speech import CODES, RESIDUALS, SpeechOptions, SpeechSession
+    from omnitrain.generation.speech import CODES, RESIDUALS, Speaker, SpeechOptions, SpeechSession
 
     warmth = options.speech_temperature
     how = SpeechOptions(
@@ -63,12 +64,13 @@ def main(arguments: list[str]) -> None:
         frames_per_piece=options.frames_per_piece,
         seed=options.seed,
     )
-    session = SpeechSession(model, encoder, how, system=options.system)
+    speaker = Speaker(model, encoder.tokenizer, decoder=decoder)
+    session = SpeechSession(model, encoder, how, system=options.system, speaker=speaker)
     asked = f"Say: {options.say}" if options.prompt is None and options.say is not None else options.prompt
     text = () if asked is None else (Segment(type="text", text=asked),)
     message = Message(role="user", segments=(*media, *text))
     events = session.answer(message, say=options.say)
-    samples_per_second = int(model.code2wav.config.samples_per_frame * FRAMES_PER_SECOND)
+    samples_per_second = int(speaker.samples_per_frame * FRAMES_PER_SECOND)
     try:
         with closing(events), GrowingWav(options.out, samples_per_second) as wav:
             _report(options, session, events, wav)
@@ -86,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     say = 'speak TEXT itself; the Thinker does not write. PROMPT is then what TEXT answers, by default "Say: TEXT"'
     add("--say", metavar="TEXT", help=say)
     add_media_options(parser)
+    where = "where the Mimi lies now that a run without a Code2Wav speaks through; default: where it lay in training"
+    add("--codec", metavar="DIR", help=where)
     add("--system", metavar="TEXT", help="system prompt (persona); the Talker does not read it")
     add = parser.add_argument_group("sampling").add_argument
     of_text = "of the text; 0 (default): the most probable token"

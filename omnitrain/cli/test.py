@@ -15,6 +15,7 @@ from omnitrain.evaluation.settings import (
     TranscriptEvaluation,
 )
 from omnitrain.files import EVALUATION, TASK_RESULTS
+from omnitrain.interop.mimi import MimiCodec
 from omnitrain.interop.start_from import load_weights, read_checkpoint
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.codec import Codec
@@ -99,9 +100,19 @@ def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -
         judge_codec(model, test, data.opened("voice_sources"), settings, out)
     else:
         from omnitrain.evaluation.listening import judge_talker
+        from omnitrain.generation.speech import Speaker
         from omnitrain.runs.load import load_codec
 
         assert isinstance(model, OmniModel)
         assert isinstance(settings, SpeechEvaluation)
         trips = None if codec is None else load_codec(codec)
-        judge_talker(model, data.tokenizer, trips, test, data.opened("voice_sources"), settings, out)
+        mimi = trips if isinstance(trips, MimiCodec) and model.code2wav is None else None
+        judge_talker(
+            Speaker(model, data.tokenizer, decoder=mimi),
+            data.tokenizer,
+            trips,
+            test,
+            data.opened("voice_sources"),
+            settings,
+            out,
+        )

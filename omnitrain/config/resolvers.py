@@ -39,13 +39,21 @@ def _geometry(folder: str) -> Any:
     return SimpleNamespace(audio=audio, vision=vision)
 
 
+def _codec_size(name: str | None, field: str, otherwise: Any) -> Any:
+    from omnitrain.config.codec_sizes import codec_size
+
+    return codec_size(name, field, otherwise)
+
+
 def register_resolvers() -> None:
     """Tell OmegaConf about them. Can be called again."""
     resolvers = {
         "pack": lambda: str(PACK),
         "pack_speech": lambda: str(PACK_SPEECH),
         "sample_weight": sample_weight,
+        "sum": lambda a, b: a + b,
         "codec_vocabulary": lambda name, codebook_size: codec_vocabulary(codebook_size)[name],
+        "codec_size": lambda name, field, otherwise: otherwise if name is None else _codec_size(name, field, otherwise),
         "half": lambda number: number // 2,
         "vocab_size": lambda path: _tokenizer(str(path)).vocab_size,
         "public": lambda folder, field: attrgetter(field)(_geometry(str(folder))),

@@ -42,6 +42,8 @@ THINKER_PARTS = tuple(PARTS)[:8]
 TALKER_PARTS = ("mtp", "talker_router", "talker")
 AUT_PARTS = ("aut_adapter", "aut", "aut_decoder", "ctc")
 """Those of an `AuT`; of the adapter to a Thinker it has the norm alone."""
+CODEC_PARTS = ("encoder", "quantizer", "decoder")
+"""Those of a `Codec`, by the names of its modules."""
 
 
 def check_parts(names: Iterable[str], key: str, parts: Collection[str] = PARTS) -> None:
@@ -397,8 +399,11 @@ class CodecModuleConfig:
     """``module=codec``: encoder, quantizer and Code2Wav learn from spectrograms, then also from discriminators.
 
     Attributes:
-        init_from: folder of a codec's run; its codec, discriminators and content head are where this one starts. Or one
-            in the public format; its Code2Wav is where the decoder starts.
+        train: parts that learn. Without encoder and quantizer a recording keeps its codes, and the codec its
+            fingerprint: codes and Talkers made with the codec before stay of use.
+        init_from: folder of a codec's run; its codec, discriminators and content head are where this one starts. Or
+            builtin, or a folder of `convert to-codec`: its codec is. Or one in the public format: its Code2Wav is where
+            the decoder starts.
         clip: largest gradient norm of the codec, and of the discriminators.
         activation_checkpointing: parts whose activations are computed again in the backward pass: encoder, decoder.
         compile: layers: the convolutional blocks of encoder and decoder run in fused kernels (torch.compile) where they
@@ -407,6 +412,7 @@ class CodecModuleConfig:
         discriminator: sizes of the discriminators.
     """
 
+    train: list[str] = field(default_factory=lambda: list(CODEC_PARTS))
     init_from: str | None = None
     clip: float = 1.0
     activation_checkpointing: list[str] = field(default_factory=list)
@@ -416,6 +422,9 @@ class CodecModuleConfig:
 
     def __post_init__(self) -> None:
         check_parts(self.activation_checkpointing, "module.activation_checkpointing", ("encoder", "decoder"))
+        check_parts(self.train, "module.train", CODEC_PARTS)
+        if not self.train:
+            raise ValueError(f"module.train is empty: name one part at least of {', '.join(CODEC_PARTS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -680,7 +689,8 @@ class RunConfig:
         seed: of weights, data order and dropout.
         ckpt_path: null: start anew. last: continue the run in paths.run_dir, or start it if the folder is empty, so
             that a scheduler can call the same line again and again. A file, or a run's folder: start from there.
-        codec: run folder of the codec that a Talker speaks through.
+        codec: the codec that a Talker speaks through: builtin, a codec's run folder, a folder of `convert to-codec`, or
+            that of a Mimi. The model's codebooks and Code2Wav follow it, where they are not given.
         codes: folder of shards with its frames (`omnitrain data encode`).
         model, data, module, optim, trainer, parallel, callbacks, logger, evaluation, paths: one option of each group.
         eval: benchmarks, for the verb test (docs/benchmarks.md).

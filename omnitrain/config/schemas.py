@@ -7,6 +7,7 @@ another size are interpolations here, so that ``model.thinker.d_model=256`` chan
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,15 @@ from omnitrain.config.targets import OURS
 from omnitrain.config.typed import schema
 from omnitrain.data.settings import DataConfig, WaveformsConfig
 from omnitrain.evaluation.settings import SETTINGS
-from omnitrain.models.sizes import AUT_PRESETS, CODEC_PRESETS, PRESETS, SPEECH_PRESETS, OmniConfig, codec_vocabulary
+from omnitrain.models.sizes import (
+    AUT_PRESETS,
+    CODEC_PRESETS,
+    PRESETS,
+    SPEECH_PRESETS,
+    CodecConfig,
+    OmniConfig,
+    codec_vocabulary,
+)
 
 _TARGETS = {cls: target for target, cls in OURS.items()}
 GROUPS = ("model", "data", "module", "optim", "trainer", "parallel", "callbacks", "logger", "evaluation", "paths")
@@ -61,6 +70,7 @@ def _options() -> dict[str, dict[str, DictConfig]]:
             **{name: omni(name, speech=False) for name in PRESETS},
             **{f"{name}_speech": omni(name, speech=True) for name in SPEECH_PRESETS},
             **{f"codec_{name}": _named(type(config), config) for name, config in CODEC_PRESETS.items()},
+            "codec_of_start": codec_of_start(),
             **{f"aut_{name}": aut(name) for name in AUT_PRESETS},
             "pretrained": _named(c.PretrainedConfig),
         },
@@ -91,6 +101,13 @@ def aut(preset: str) -> DictConfig:
     return node
 
 
+def codec_of_start() -> DictConfig:
+    """The sizes of the codec that `module.init_from` names; before there is one, those of the smallest preset."""
+    node = _named(CodecConfig)
+    follow(node, CODEC_PRESETS["tiny"], "module.init_from")
+    return node
+
+
 def omni(preset: str, *, speech: bool) -> DictConfig:
     """The sizes of a preset of `OmniModel`, with what follows from others as interpolations."""
     talker, code2wav = SPEECH_PRESETS[preset] if speech else (None, None)
@@ -101,7 +118,7 @@ def omni(preset: str, *, speech: bool) -> DictConfig:
         node.thinker.vocab_size = "${omnitrain.vocab_size:${data.tokenizer}}"
     node.thinker.accept_hidden_layer = "${omnitrain.half:" + model + "layers}}"
     node.aut.out_dim = node.vision.out_dim = model + "d_model}"
-    if talker is not None:
+    if talker is not None and code2wav is not None:
         own = "${model.talker."
         node.talker.thinker_dim, node.talker.accept_hidden_layer = model + "d_model}", model + "accept_hidden_layer}"
         for name in ("d_model", "codebooks", "codebook_size"):
@@ -109,5 +126,24 @@ def omni(preset: str, *, speech: bool) -> DictConfig:
         for name in codec_vocabulary(talker.codebook_size):
             if name != "codebook_size":
                 node.talker[name] = "${omnitrain.codec_vocabulary:" + name + "," + own + "codebook_size}}"
+        follow(node.code2wav, code2wav, "codec", "decoder.")
+        node.talker.codebooks = of_codec("codec", "decoder.quantizers", talker.codebooks)
+        node.talker.codebook_size = of_codec("codec", "decoder.codebook_size", talker.codebook_size)
         node.code2wav.quantizers, node.code2wav.codebook_size = own + "codebooks}", own + "codebook_size}"
     return node
+
+
+def follow(node: DictConfig, sizes: Any, key: str, below: str = "") -> None:
+    """Make each size in `node` that of a codec (`of_codec`), of its fields `below`; without one that in `sizes`."""
+    for f in fields(sizes):
+        value = getattr(sizes, f.name)
+        if is_dataclass(value):
+            follow(node[f.name], value, key, f"{below}{f.name}.")
+        else:
+            node[f.name] = of_codec(key, below + f.name, value)
+
+
+def of_codec(key: str, field: str, otherwise: Any) -> str:
+    """An interpolation: a size of the codec that the configuration names at `key`, or `otherwise`."""
+    otherwise = list(otherwise) if isinstance(otherwise, tuple) else otherwise
+    return "${omnitrain.codec_size:${" + key + "}," + f"{field},{otherwise}" + "}"

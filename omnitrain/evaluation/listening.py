@@ -40,7 +40,7 @@ from omnitrain.evaluation.speech_scores import SpeechScores, Spoken, score_speec
 from omnitrain.evaluation.speech_tables import speech_tables
 from omnitrain.files import write_json, write_parquet
 from omnitrain.generation.sampling import Sampling
-from omnitrain.generation.speech import speak_texts
+from omnitrain.generation.speech import Speaker, speak_texts
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 
@@ -75,7 +75,7 @@ def judge_codec(
 
 
 def judge_talker(
-    model: OmniModel,
+    model: OmniModel | Speaker,
     tokenizer: ChatTokenizer,
     codec: EncodesSpeech | None,
     test_sources: Mapping[str, Source],
@@ -85,18 +85,18 @@ def judge_talker(
 ) -> dict[str, Any]:
     """Have held-out texts spoken by a model with Talker and Code2Wav, each after its question, and judge the speech
     beside the recording of the same text and its round trip (none without `codec`). The rest as in `judge_codec`."""
-    assert model.code2wav is not None
+    speaker = model if isinstance(model, Speaker) else Speaker(model, tokenizer)
     recordings = read_recordings(test_sources, settings.max_samples)
     if settings.voice is not None:
         recordings = [replace(u, voice=settings.voice) for u in recordings]
     residuals = Sampling(temperature=settings.temperature, top_k=settings.top_k)
     codes = replace(residuals, repetition_penalty=settings.repetition_penalty)
-    frames_per_second = SAMPLE_RATE / model.code2wav.config.samples_per_frame
+    frames_per_second = SAMPLE_RATE / speaker.samples_per_frame
     spoken = []
     groups = [recordings[i : i + settings.batch] for i in range(0, len(recordings), settings.batch)]
     for group in track(groups, "speaking", console=Console(stderr=True)):
         said = speak_texts(
-            model, tokenizer, [u.text for u in group], [u.voice for u in group],
+            speaker, tokenizer, [u.text for u in group], [u.voice for u in group],
             questions=[u.question for u in group], codes=codes, residuals=residuals,
             max_frames=max(1, round(settings.seconds_limit * frames_per_second)), seed=settings.seed,
         )  # fmt: skip

@@ -25,6 +25,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from omnitrain.data.talker_layout import SpeechTokens, UserTurns, in_user_turns,
 from omnitrain.generation.cache import DocumentKVCache, JoinedKVCache
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.text import next_positions, occurring, passes, read_prompts, step
-from omnitrain.models.code2wav import Code2WavState, join_states, split_state
+from omnitrain.models.code2wav import Code2Wav, Code2WavState, join_states, split_state
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.talker import TalkerInputs
 from omnitrain.vocabulary import TEXT
@@ -219,26 +220,48 @@ class _Answer:
         return tokenizer.decode(self.words[: self.emitted]).rstrip("\ufffd")
 
 
+class WholeDecoder(Protocol):
+    """Decodes whole answers, such as an `interop.mimi.MimiCodec`: the first codebooks of it are enough."""
+
+    quantizers: int
+    codebook_size: int
+    samples_per_frame: int
+
+    def decode(self, codes: Tensor) -> Tensor: ...
+
+
 class Speaker:
     """A model that speaks, with the ids of its tokenizer: each method is one step of several answers at once.
 
     Args:
         compile: compile MTP and Code2Wav with `torch.compile`. They have fixed shapes (of one frame, and of a piece);
             the first frame then waits for the compiler.
+        decoder: speaks in the place of the model's Code2Wav. An answer's sound is then made in one piece at its end.
 
     Raises ValueError: the model has no Talker or no Code2Wav, or they disagree on the codec.
     """
 
-    def __init__(self, model: OmniModel, tokenizer: ChatTokenizer, *, compile: bool = False) -> None:
-        if model.talker is None or model.code2wav is None:
-            lacks = " and ".join(n for n, part in (("Talker", model.talker), ("Code2Wav", model.code2wav)) if not part)
+    def __init__(
+        self,
+        model: OmniModel,
+        tokenizer: ChatTokenizer,
+        *,
+        compile: bool = False,
+        decoder: WholeDecoder | None = None,
+    ) -> None:
+        speaks = model.code2wav if decoder is None else decoder
+        if model.talker is None or speaks is None:
+            lacks = " and ".join(n for n, part in (("Talker", model.talker), ("Code2Wav", speaks)) if not part)
             raise ValueError(f"the model has no {lacks}, so it cannot speak; build or load it with speech=true")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.decoder = model, tokenizer, decoder
         self.talker, self.code2wav = model.talker, model.code2wav
-        c, wave = self.talker.config, self.code2wav.config
-        if (wave.quantizers, wave.codebook_size) != (c.codebooks, c.codebook_size):
+        c, wave = self.talker.config, speaks.config if isinstance(speaks, Code2Wav) else speaks
+        self.samples_per_frame = wave.samples_per_frame
+        enough = c.codebooks == wave.quantizers if decoder is None else c.codebooks <= wave.quantizers
+        if not enough or wave.codebook_size != c.codebook_size:
+            name = "Code2Wav" if decoder is None else "the codec"
             raise ValueError(
-                f"Code2Wav decodes {wave.quantizers} codebooks of {wave.codebook_size} codes, the Talker says "
+                f"{name} decodes {wave.quantizers} codebooks of {wave.codebook_size} codes, the Talker says "
                 f"{c.codebooks} of {c.codebook_size}: they belong to different codecs"
             )
         self.codec = SpeechCodes(**c.special_codes(), codebooks=c.codebooks, speakers=c.speakers)
@@ -247,7 +270,8 @@ class Speaker:
         self.forbidden = torch.arange(c.codec_vocab, device=self.device) >= c.codebook_size
         self.forbidden[c.codec_eos] = False
         self._through = torch.compile(self.talker.mtp.through) if compile else None
-        self._decode_step = torch.compile(self.code2wav.decode_step) if compile else self.code2wav.decode_step
+        if self.code2wav is not None:
+            self._decode_step = torch.compile(self.code2wav.decode_step) if compile else self.code2wav.decode_step
 
     def speaker_code(self, voice: str) -> int:
         """Code of a voice. Raises ValueError if there is no such voice; it lists those there are."""
@@ -375,6 +399,9 @@ class Speaker:
 
     def sound(self, answers: Sequence[_Answer]) -> list[np.ndarray]:
         """The samples that each answer's frames complete, of those that were not handed out yet."""
+        if self.decoder is not None:  # `round` has waited for the last frame
+            return [self.decode(torch.stack(a.codes)) for a in answers]
+        assert self.code2wav is not None
         wavs: dict[_Answer, np.ndarray] = {}
         groups: dict[tuple[int, int], list[_Answer]] = defaultdict(list)
         for a in answers:  # streams that are equally old share a step
@@ -389,6 +416,12 @@ class Speaker:
                 a.wave = part
                 wavs[a] = samples
         return [wavs[a] for a in answers]
+
+    def decode(self, codes: Tensor) -> np.ndarray:
+        """A whole answer: codes int64 [F, Q] -> float32 [samples]."""
+        speak = self.code2wav if self.decoder is None else self.decoder.decode
+        assert speak is not None
+        return speak(codes[None])[0].float().cpu().numpy()
 
 
 def _smallest_chunk(answers: Sequence[_Answer]) -> int | None:
@@ -447,7 +480,8 @@ class SpeechBatch:
             speaker.advance(going)
         if speaking:
             speaker.frame(speaking)
-        if self.stream and (due := [a for a in speaking if a.sound_is_due]):
+        due = [a for a in speaking if a.sound_is_due and (speaker.decoder is None or a.done is not None)]
+        if self.stream and due:
             for a, wav in zip(due, speaker.sound(due), strict=True):
                 frames = a.codes[a.emitted :]
                 for codes, samples in zip(frames, np.split(wav, len(frames)), strict=True):
@@ -629,7 +663,7 @@ def speak_texts(
     spoken = []
     for a in answers:
         frames = torch.stack(a.codes) if a.codes else torch.zeros(0, speaker.codec.codebooks, dtype=torch.int64)
-        wav = speaker.code2wav(frames[None])[0].float().cpu().numpy() if a.codes else np.zeros(0, dtype=np.float32)
+        wav = speaker.decode(frames) if a.codes else np.zeros(0, dtype=np.float32)
         spoken.append(Speech(wav=wav, codes=frames.cpu().numpy(), hit_limit=a.done == "max_frames"))
     return spoken
 

@@ -9,26 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnitrain.files import read_json
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.models.codec import check_codes
 
-SAMPLE_RATE, FRAME_RATE = 24000, 12.5
+SAMPLE_RATE, FRAME_RATE, QUANTIZERS = 24000, 12.5, 16
+
+
+def mimi_codebook_size(folder: Path) -> int | None:
+    """Codes of each codebook of the Mimi in a folder; None if there is none. Needs no transformers."""
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != "mimi":
+        return None
+    return int(config.get("codebook_size", 2048))  # a key that is left out has the default of MimiConfig
 
 
 class MimiCodec(nn.Module):
-    """`transformers.MimiModel` with the interface of `omnitrain.models.codec.Codec` and its first codebooks.
+    """`transformers.MimiModel` with the interface of `omnitrain.models.codec.Codec` and its first codebooks. It can
+    speak in the place of a Code2Wav (`generation.speech.WholeDecoder`).
 
     The first codebook is the semantic one; the others refine the sound, so that any number from the first can be kept.
     The weights are frozen.
     """
 
-    def __init__(self, model: Any, quantizers: int = 16) -> None:
+    samples_per_frame = round(SAMPLE_RATE / FRAME_RATE)
+
+    def __init__(self, model: Any, quantizers: int = QUANTIZERS) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.quantizers = quantizers
+        self.codebook_size: int = model.config.codebook_size
 
     @classmethod
-    def from_folder(cls, path: str | Path, quantizers: int = 16) -> MimiCodec:
+    def from_folder(cls, path: str | Path, quantizers: int = QUANTIZERS) -> MimiCodec:
         """Load a Mimi from a local folder in the layout of transformers; nothing is downloaded. Raises CheckpointError
         if it holds no Mimi, or one of another sample rate or frame rate, or with fewer codebooks than `quantizers`;
         ImportError without transformers."""
@@ -66,5 +81,6 @@ class MimiCodec(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, T, n] of the first n codebooks, 1 <= n <= quantizers -> [B, T * 1920]. Errors as
         `check_codes`."""
-        check_codes(codes, self.quantizers, self.model.config.codebook_size)
+        check_codes(codes, self.quantizers, self.codebook_size)
+        codes = codes.to(self.model.device)
         return self.model.decode(codes.transpose(1, 2)).audio_values[:, 0]

@@ -16,12 +16,22 @@ from omnitrain.files import LAST_CHECKPOINT, did_you_mean
 from omnitrain.interop import checkpoint_folder
 from omnitrain.interop.audio_tower import PROJECTION, TowerTensors
 from omnitrain.interop.checksums import NO_CHECKPOINT, damage, newest_whole
+from omnitrain.interop.codec_folder import (
+    DESCRIPTION,
+    WEIGHTS,
+    codec_folder,
+    is_codec_folder,
+    read_codec_weights,
+    read_description,
+)
 from omnitrain.interop.lora import merged
 from omnitrain.interop.public_config import CheckpointError
 from omnitrain.interop.public_format import SPEECH_PARTS, PublicTensors, load_part
 from omnitrain.interop.stored import Stored, below, fill, shapes
 from omnitrain.interop.text_model import is_text_model, load_text_model
 from omnitrain.models.aut_decoder import AuT
+from omnitrain.models.code2wav import fingerprint
+from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 
 INIT_PARTS = ("aut", "visual", "thinker")
@@ -182,17 +192,35 @@ def _check_public(folder: Path, key: str) -> None:
 
 def start_codec_from(module: nn.Module, folder: str | Path) -> None:
     """Replace all weights of a codec's training module (codec, discriminators, content head) by those of a run; or
-    those of its decoder by the Code2Wav of a folder in the public format, whose codes the new encoder and quantizer do
-    not know. Raises ValueError if it is neither, or one of other sizes."""
-    folder = Path(folder)
+    those of the codec by the ones that `convert to-codec` wrote (``builtin``: omnitrain's own); or those of its decoder
+    by the Code2Wav of a folder in the public format, whose codes the new encoder and quantizer do not know. Raises
+    ValueError if it is none of these, or one of other sizes."""
+    folder = codec_folder(folder)
     checkpoint = folder / LAST_CHECKPOINT
     if checkpoint.exists():
         load_weights(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
+    elif is_codec_folder(folder):
+        codec = module.get_submodule("model")
+        assert isinstance(codec, Codec)
+        load_codec_folder(codec, folder)
     elif (folder / "config.json").is_file():
         load_weights(module.get_submodule("model.decoder"), load_part(folder, "code2wav", torch.float32), folder)
     else:
         raise ValueError(
             f"module.init_from: there is no {checkpoint}; give the folder of a codec's run, or one in the public format"
+        )
+
+
+def load_codec_folder(codec: Codec, folder: Path) -> None:
+    """Replace the weights of `codec` by those that `convert to-codec` wrote to `folder`. Raises CheckpointError if they
+    are of other sizes, damaged, or not those that its codec.json describes."""
+    load_weights(codec, read_codec_weights(codec, folder), folder / WEIGHTS)
+    codec.fold_codebooks()
+    found, noted = fingerprint(codec.decoder), read_description(folder)["fingerprint"]
+    if found != noted:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: its codes have the fingerprint {found}, and {DESCRIPTION} says {noted}: the two do "
+            "not belong together; get the folder again"
         )
 
 

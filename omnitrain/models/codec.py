@@ -183,8 +183,9 @@ class Codebooks(nn.Module):
         return self._expand(self.codebooks[index, codes].sum(dim=2))
 
     def tables(self) -> Tensor:
-        """[n, K, D]: what each code adds to the quantized latent."""
-        return self._expand(self.codebooks)
+        """fp64 [n, K, D], on the CPU: what each code adds to the quantized latent. There, sums of products of numbers
+        that fp16 holds are exact: such weights give the same table, and fingerprint, on every machine."""
+        return self.codebooks.cpu().double() @ self.output_proj.weight.detach().cpu().double().T
 
     def _project(self, latent: Tensor) -> Tensor:
         """[..., D] -> fp32 [..., d]: distances and averages are in fp32, whatever the model's precision."""

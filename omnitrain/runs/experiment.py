@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from omnitrain.config.codec_sizes import codec_size
 from omnitrain.config.run_config import PretrainedConfig, RunConfig, TalkerModuleConfig, TrainerConfig
 from omnitrain.config.saved import read_config
 from omnitrain.config.targets import LOOSE, build, check_inside
@@ -19,6 +20,8 @@ from omnitrain.config.typed import ConfigError, Named
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, last_checkpoint
+from omnitrain.interop.mimi import mimi_codebook_size
+from omnitrain.interop.public_config import FILE
 from omnitrain.interop.public_config import read_config as read_public_config
 from omnitrain.interop.stored import fill
 from omnitrain.models.codec import Codec
@@ -48,6 +51,7 @@ def build_experiment(config: RunConfig, stage: str, checkpoint: Path | None = No
     weights from, so that processes that share the model need not make them. Raises ConfigError if a constructor refuses
     what the configuration gives it, or data or tokenizer are not where it says."""
     quiet_libraries()
+    config = settle_decoder(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     run_dir = Path(config.paths.run_dir)
     datamodule = build_data(config)
@@ -184,10 +188,38 @@ def gather(experiment: Experiment, config: RunConfig) -> None:
         module.model = model
 
 
+def settle_decoder(config: RunConfig) -> RunConfig:
+    """Say who makes sound of a Mimi's codes. A Code2Wav that comes with weights in the public format was trained on
+    them, and stays. Any other knows nothing of them: the model is made without it (`model.code2wav` is null, also in
+    the run's config.yaml), and Mimi speaks."""
+    sizes, start = config.model.config, getattr(config.module.config, "init_from", None)
+    if config.codec is None or not isinstance(sizes, OmniConfig) or sizes.code2wav is None:
+        return config
+    if mimi_codebook_size(Path(config.codec)) is None:
+        return config
+    if isinstance(start, str) and (not Path(start).exists() or _knows_mimi(Path(start))):
+        return config
+    return replace(config, model=replace(config.model, config=replace(sizes, code2wav=None)))
+
+
+def _knows_mimi(start: Path) -> bool:
+    """Whether the Code2Wav in a folder is the public one: in the public format, or of a run that began so and has not
+    been given another codec's."""
+    from omnitrain.runs.convert import came_from
+
+    public: Path | None = start
+    if (start / CONFIG).is_file():
+        before = read_config(start).codec
+        if before is not None and codec_size(before, "encoder_dim", None) is not None:
+            return False
+        public = came_from(start)
+    return public is not None and (public / FILE).is_file() and read_public_config(public)[0].code2wav is not None
+
+
 def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
-    """Put the decoder of the codec in the run folder `codec_run` into `model` as its Code2Wav (None: it stays as it is,
-    and takes codes of any codec), and say how its Talker numbers codes. Raises ConfigError for no such codec, or one
-    with other codebooks than the Talker."""
+    """Put the decoder of the codec that is called `codec_run` into `model` as its Code2Wav (None: it stays as it is,
+    and takes codes of any codec; of a Mimi see `settle_decoder`), and say how its Talker numbers codes. Raises
+    ConfigError for no such codec, or one with other codebooks than the Talker."""
     assert model.talker is not None
     talker, fingerprint = model.talker.config, None
     if codec_run is not None:
@@ -198,15 +230,22 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
         except (FileNotFoundError, ValueError) as error:
             raise ConfigError(f"codec={codec_run}: {error}") from error
         fingerprint = codec_fingerprint(codec)
-        if isinstance(codec, Codec):  # Mimi's frames are decoded by the public checkpoint's own Code2Wav
+        if isinstance(codec, Codec):
             ours, theirs = model.config.code2wav, codec.config.decoder
             if ours != theirs:
                 raise ConfigError(
-                    f"codec={codec_run}: its decoder is {theirs}, but the model's Code2Wav is {ours}; choose the codec "
-                    "and the model of the same preset"
+                    f"codec={codec_run}: its decoder is {theirs}, but the model's Code2Wav is {ours}; leave out what "
+                    "you have given of model.code2wav and of model.talker.codebooks and codebook_size, or choose the "
+                    "codec that it fits"
                 )
             assert model.code2wav is not None
             fill(model.code2wav, codec.decoder.state_dict())
+        elif talker.codebooks > codec.quantizers or talker.codebook_size != codec.codebook_size:
+            raise ConfigError(
+                f"codec={codec_run}: a Mimi of {codec.quantizers} codebooks of {codec.codebook_size} codes, but the "
+                f"model's Talker has {talker.codebooks} of {talker.codebook_size}; leave out model.talker.codebooks "
+                "and codebook_size, or give fewer codebooks"
+            )
     return SpeechCodes(
         **talker.special_codes(),
         codebooks=talker.codebooks,

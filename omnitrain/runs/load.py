@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from omnitrain.config.codec_sizes import codec_folder_sizes
 from omnitrain.config.run_config import PretrainedConfig
 from omnitrain.config.saved import read_config
 from omnitrain.config.targets import build
@@ -22,12 +23,13 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.settings import MediaLimits
 from omnitrain.files import CONFIG, LAST_CHECKPOINT, PUBLIC, TOKENIZER
+from omnitrain.interop.codec_folder import CODECS, codec_folder, is_codec_folder
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.interop.public_config import FILE
 from omnitrain.interop.public_config import read_config as read_public_config
 from omnitrain.interop.public_files import public_geometry
 from omnitrain.interop.public_format import empty_model, load_pretrained
-from omnitrain.interop.start_from import load_weights, model_weights
+from omnitrain.interop.start_from import load_codec_folder, load_weights, model_weights
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.models.code2wav import fingerprint
 from omnitrain.models.codec import Codec
@@ -95,16 +97,40 @@ def load_writer(
     return model.to(device=device, dtype=dtype).eval(), encoder
 
 
-def load_codec(folder: str | Path) -> Codec | MimiCodec:
-    """The codec in a folder, that of a run of `fit +recipe=codec` or of a Mimi in the layout of `transformers`: on the
-    CPU, in eval mode and frozen. Its decoder can speak codes by itself. Raises as `load`; ValueError also if its
-    codebooks are still empty, ImportError for a Mimi without transformers."""
-    folder = Path(folder)
-    if is_run(folder, "a Mimi", "; name the run folder of `omnitrain fit +recipe=codec`"):
+def load_codec(name: str | Path) -> Codec | MimiCodec:
+    """The codec that `interop.codec_folder.CODECS` says how to name: on the CPU, in eval mode and frozen. The decoder
+    of one of ours can speak codes by itself. Raises as `load`; ValueError also if its codebooks are still empty,
+    ImportError for a Mimi without transformers."""
+    folder = codec_folder(name)
+    if is_codec_folder(folder):
+        codec = Codec(codec_folder_sizes(folder))
+        load_codec_folder(codec, folder)
+    elif is_run(folder, "a Mimi", f"; {CODECS}"):
         codec = _load_codec_run(folder)
     else:
         codec = MimiCodec.from_folder(folder)
     return codec.eval().requires_grad_(False)
+
+
+def load_decoder(model: OmniModel, folder: str | Path, codec: str | None = None) -> MimiCodec | None:
+    """What speaks for the `model` of a folder where it has no Code2Wav: the Mimi that its run was made with, or the
+    one in `codec`. None for a model that speaks by itself. Raises ValueError if the Mimi is not there, or not needed.
+    """
+    if model.code2wav is not None:
+        if codec is not None:
+            raise ValueError(f"--codec {codec}: the model in {folder} speaks through its own Code2Wav; leave it out")
+        return None
+    if codec is None and (Path(folder) / CONFIG).is_file():
+        codec = read_config(Path(folder)).codec
+    if codec is None:
+        raise ValueError(f"{folder} has a Talker, but no Code2Wav; name the Mimi whose codes it says with --codec DIR")
+    try:
+        decoder = load_codec(codec)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} speaks through the Mimi in {codec}, and {error}; give --codec DIR") from error
+    if not isinstance(decoder, MimiCodec):
+        raise ValueError(f"{folder} says the codes of a Mimi, and {codec} is none; give --codec DIR")
+    return decoder.to(next(model.parameters()).device)
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -137,7 +163,7 @@ def bits_per_frame(codec: Codec | MimiCodec) -> float:
     """Bits that the codes of one frame hold."""
     if isinstance(codec, Codec):
         return codec.config.decoder.quantizers * math.log2(codec.config.decoder.codebook_size)
-    return codec.quantizers * math.log2(codec.model.config.codebook_size)
+    return codec.quantizers * math.log2(codec.codebook_size)
 
 
 def is_run(folder: Path, public: str = "a folder in the public format", hint: str = "") -> bool:

@@ -15,7 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from rich.table import Table
 from torch import Tensor
 
-from omnitrain.config.run_config import CodecModuleConfig, OptimConfig
+from omnitrain.config.run_config import CODEC_PARTS, CodecModuleConfig, OptimConfig
 from omnitrain.data.waveforms import WaveBatch
 from omnitrain.interop.start_from import start_codec_from
 from omnitrain.models.code2wav import DecoderBlock
@@ -76,6 +76,14 @@ class CodecModule(TrainingModule):
         self.mel = MelDistance(sample_rate, self.loss_config.windows, self.loss_config.n_mels)
         if self.config.init_from is not None:
             start_codec_from(self, self.config.init_from)
+        if "quantizer" not in self.config.train and not model.quantizer.semantic.initialised:
+            raise ValueError(
+                "module.train: the codebooks are empty, so that encoder and quantizer must learn; add them, or start "
+                "from a codec that has learnt (module.init_from=builtin, or a codec's run)"
+            )
+        for part in CODEC_PARTS:
+            if part not in self.config.train:
+                model.get_submodule(part).requires_grad_(False)
         self.clip = self.config.clip
         self._sums: dict[str, tuple[float, float]] = {}
         """Since the last row: (sum, count) by name."""
@@ -124,7 +132,8 @@ class CodecModule(TrainingModule):
         self.step_loss = float(self._mean_over_ranks(total))
         optimizers[0].step()
         if not self._discarded:  # the spike guard has let the step pass: all that learns moves, or nothing does
-            self.model.quantizer.update()
+            if "quantizer" in self.config.train:
+                self.model.quantizer.update()
             if adversarial:
                 for group in optimizers[1].optimizer.param_groups:  # one schedule for both
                     group["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
