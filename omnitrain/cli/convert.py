@@ -1,5 +1,5 @@
-"""``omnitrain convert``: runs to the public Qwen3-Omni format and back, checkpoints in parts to one file, and which
-public keys are which tensors."""
+"""``omnitrain convert``: runs to the public Qwen3-Omni format and back, a codec's run to a folder to be passed on,
+checkpoints in parts to one file, and which public keys are which tensors."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ examples:
   python -m omnitrain fit model=qwen3_omni_30b_a3b data.tokenizer=QWEN3 module.init_from=runs/start
   python -m omnitrain generate runs/start "What can you do?"
   python -m omnitrain convert to-ckpt runs/quickstart last.ckpt       what several processes saved, as one file
+  python -m omnitrain convert to-codec runs/codec my_codec           a codec in fp16, with voices, licences and scores
   python -m omnitrain convert table Qwen3-Omni-30B-A3B-Instruct
 """
 
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
          "checkpoints, or a folder in the public format"),
         ("from-hf", "DIR", "write a public folder as a run, for module.init_from, generate and talk",
          "a folder in the public format"),
+        ("to-codec", "RUN", "write the codec of a run in fp16, with its voices, their licences and its scores: a "
+         "folder for codec= and module.init_from=", "a run of `fit +recipe=codec` that has been scored"),
         ("to-ckpt", "RUN_OR_CKPT", "write what several processes have saved together as one file, as one process saves",
          "a run (its last checkpoint), or one of its checkpoints, that is a folder"),
         ("table", "DIR", "our tensors and the public keys, from the headers of a folder in the public format; exit "
@@ -63,6 +66,9 @@ def main(argv: list[str]) -> int:
             as_began = "of the weights; default: as in the public folder that the run began as, else as stored"
             verb.add_argument("--dtype", choices=kinds, help=as_began)
             verb.add_argument("--base", type=Path, metavar="DIR", help=rest)
+        if name == "to-codec":
+            most = "largest file of weights, 1e6 bytes; default: 10"
+            verb.add_argument("--megabytes", type=float, default=10.0, metavar="N", help=most)
     options = parser.parse_args(argv)
 
     if options.verb == "table":
@@ -72,7 +78,7 @@ def main(argv: list[str]) -> int:
             table = key_table(options.source, track)
         return _print(table)
 
-    from omnitrain.runs.convert import from_hf, to_ckpt, to_hf
+    from omnitrain.runs.convert import from_hf, to_ckpt, to_codec, to_hf
 
     with _progress(f"writing {printable(options.out)}") as track:
         if options.verb == "to-hf":
@@ -80,6 +86,8 @@ def main(argv: list[str]) -> int:
 
             dtype = None if options.dtype is None else getattr(torch, options.dtype)
             to_hf(options.source, options.out, layout=options.layout, base=options.base, dtype=dtype, track=track)
+        elif options.verb == "to-codec":
+            to_codec(options.source, options.out, megabytes=options.megabytes)
         elif options.verb == "to-ckpt":
             to_ckpt(options.source, options.out, track=track)
         else:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from omnitrain.files import read_json
@@ -69,7 +69,7 @@ def save_codec_weights(codec: Codec, path: Path) -> None:
         if not stored.isfinite().all():
             raise ValueError(f"{name} has values up to {value.abs().max():.3g}, and fp16 ends at 65504")
         kept[name] = stored.contiguous()
-    save_file(kept, path)
+    path.write_bytes(save(kept))
 
 
 def read_codec_weights(codec: Codec, folder: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""`omnitrain convert`: runs and checkpoints as public folders, and back."""
+"""`omnitrain convert`: runs and checkpoints as public folders, and back; a codec's run as a folder to pass on."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import zlib
 from collections.abc import Callable, Generator, Mapping
@@ -21,17 +22,21 @@ from omnitrain.config.typed import ConfigError, Named
 from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.settings import DataConfig, MediaLimits
-from omnitrain.files import CONFIG, LAST_CHECKPOINT, PUBLIC, TOKENIZER, atomic, read_json, write_json
+from omnitrain.files import CONFIG, LAST_CHECKPOINT, PUBLIC, TOKENIZER, atomic, read_json, write_json, write_text
 from omnitrain.interop import public_config
 from omnitrain.interop.checkpoint_folder import on_disk
+from omnitrain.interop.codec_folder import DESCRIPTION, NOTICE, WEIGHTS, read_codec_weights, save_codec_weights
 from omnitrain.interop.public_files import RECORD, copy_companions
 from omnitrain.interop.public_format import Track, empty_model, load_pretrained, save_pretrained
 from omnitrain.interop.start_from import load_weights, model_weights, read_checkpoint
 from omnitrain.interop.stored import Stored
 from omnitrain.interop.text_model import is_text_model
+from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.sizes import OmniConfig
-from omnitrain.runs.load import is_run, public_encoder, run_sizes, run_tokenizer
+from omnitrain.runs.experiment import build_data
+from omnitrain.runs.export_codec import describe, notice
+from omnitrain.runs.load import is_run, load_codec, public_encoder, run_sizes, run_tokenizer
 
 _UNTRAINED = {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0}
 """What Lightning asks of a checkpoint of which it reads the weights alone."""
@@ -89,6 +94,36 @@ def to_ckpt(source: Path, out: Path, *, track: Track = iter) -> None:
             place[key] = on_disk(place[key], scratch / name)
         with atomic(out) as partial:
             torch.save(checkpoint, partial)
+
+
+def to_codec(source: Path, out: Path, *, megabytes: float = 10.0) -> None:
+    """Write the codec of a run to `out`, a folder that can be passed on (`interop.codec_folder`), with what is to be
+    known about it. Its codes have a fingerprint of their own: fp16 moves the codebooks by a little.
+
+    Raises ValueError or FileNotFoundError: no run of a codec, not scored yet, or its data are gone; its weights take
+    more than `megabytes` (of 1e6 bytes); `out` holds something else.
+    """
+    if not is_run(source, "one of a codec"):
+        raise ValueError(
+            f"{source} is no run of `omnitrain fit +recipe=codec`, which alone says what it was trained on"
+        )
+    record, codec, config = _record(source, out, "to-codec"), load_codec(source), read_config(source)
+    assert isinstance(codec, Codec)
+    with _written(out, record) as partial:
+        save_codec_weights(codec, partial / WEIGHTS)
+        size = (partial / WEIGHTS).stat().st_size / 1e6
+        if size > megabytes:
+            raise ValueError(
+                f"{source}: the weights take {size:.1f} MB in fp16, and at most {megabytes:g} are written; train a "
+                f"smaller codec, or allow more with --megabytes {math.ceil(size)}"
+            )
+        stored = Codec(codec.config).eval().requires_grad_(False)
+        load_weights(stored, read_codec_weights(stored, partial), partial / WEIGHTS)
+        stored.fold_codebooks()
+        steps = int(read_checkpoint(source / LAST_CHECKPOINT)["global_step"])
+        description = describe(stored, config, build_data(config), source, steps)
+        write_json(partial / DESCRIPTION, description)
+        write_text(partial / NOTICE, notice(description))
 
 
 def from_hf(source: Path, out: Path, *, track: Track = iter) -> None:
