@@ -34,7 +34,7 @@ PARTS: list[tuple[str, str, list[tuple[str, Any]]]] = [
         ("model", sizes.OmniConfig), ("model.thinker", sizes.ThinkerConfig), ("model.aut", sizes.AuTConfig),
         ("model.vision", sizes.VisionConfig), ("model.talker", sizes.TalkerConfig),
         ("model.talker.mtp", sizes.MTPConfig), ("model.code2wav", sizes.Code2WavConfig)]),
-    ("model (codec)", "codec_tiny, codec_small, codec_public", [("model", sizes.CodecConfig)]),
+    ("model (codec)", "codec_tiny, codec_small, codec_public, codec_of_start", [("model", sizes.CodecConfig)]),
     ("model=pretrained", "", [("model", run_config.PretrainedConfig)]),
     ("data", "pack, pack_part, shards", [
         ("data", data_settings.DataConfig), ("data.sources.NAME", data_settings.SourceConfig),

@@ -418,10 +418,10 @@ class Speaker:
         return [wavs[a] for a in answers]
 
     def decode(self, codes: Tensor) -> np.ndarray:
-        """A whole answer: codes int64 [F, Q] -> float32 [samples]."""
+        """A whole answer: codes int64 [F, Q] -> float32 [samples] within [-1, 1]."""
         speak = self.code2wav if self.decoder is None else self.decoder.decode
         assert speak is not None
-        return speak(codes[None])[0].float().cpu().numpy()
+        return speak(codes[None])[0].float().clamp(-1, 1).cpu().numpy()
 
 
 def _smallest_chunk(answers: Sequence[_Answer]) -> int | None:

@@ -25,6 +25,7 @@ GIVEN = {
     "talker_continue": ["codec=c", "codes=d", "module.init_from=t"],
     "speaker_finetune": ["codec=c", "codes=d", "module.init_from=t"],
     "speech": ["speech=s"],
+    "codec_finetune": ["speech=s"],
     "aut": [f"data.tokenizer={PACK}"],
     **{f"pretrain_{name}": ["module.init_from=t"] for name in ("s1_audio", "s1_vision", "s2", "s3")},
 }

@@ -18,8 +18,16 @@ from omnitrain.models.aut_decoder import AuT
 from omnitrain.runs.load import load, load_writer
 
 NAMES = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
-SPEECH = {"codec", "talker_pretrain", "talker_continue", "speaker_finetune", "speech_quickstart", "speech"}
-"""These build on one another, and run as such below."""
+SPEECH = {
+    "codec",
+    "codec_finetune",
+    "talker_pretrain",
+    "talker_continue",
+    "speaker_finetune",
+    "speech_quickstart",
+    "speech",
+}
+"""These build on one another, and run as such below (`codec_finetune` in tests/runs/test_export_codec.py)."""
 PRETRAIN = {name for name in NAMES if name.startswith("pretrain")}
 """So do these, all in tests/cli/test_pretrain.py."""
 SEARCH = {"nondegradation_lr", "nondegradation_lr_arm"}
