@@ -2,6 +2,7 @@
 
     python -m speed.speech_frame                        # the small preset; two minutes on a CPU
     python -m speed.speech_frame --preset tiny --frames 60
+    python -m speed.speech_frame --preset tiny --profile    # where the time goes
 
 Both read the same random weights from one folder in the public format and make the same greedy answer in the same
 process, in turn; the first answer of each is a warm-up. The codes of both are compared at the end.
@@ -15,6 +16,9 @@ What a row is:
   frame             the whole answer over its frames: the Thinker's steps, prompts and everything between the parts
   first             from the question to the first sound that can be played
   of N answers      N answers side by side (`speak_batch`): time over the frames of all, to compare with `frame`
+--profile prints for one step of each component (Code2Wav: for one frame) how much of it passes in products (matrices,
+convolutions, attention), in other kernels, and between kernels (Python, dispatch, views, and the profiler itself), how
+many kernels and views there are, and the weights that are read.
 RTF: time of the answer over the duration of its sound. Below 1 a voice can be streamed without a gap.
 """
 
@@ -25,8 +29,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -90,72 +93,163 @@ class Clock:
         return 1000 * self.seconds[name] / max(self.calls[name], 1)
 
 
-def omnitrain_answer(
-    folder: Path, tokenizer: Any, frames: int, tokens: int, compile: bool, frames_per_piece: int
-) -> Callable[[], dict[str, Any]]:
-    """What streams one answer and gives milliseconds by component, and its codes."""
-    import numpy as np
+class Answering:
+    """Streams one answer with omnitrain, again and again; `compile` and `frames_per_piece` as in `Speaker` and
+    `SpeechOptions`."""
 
-    from omnitrain.data.encode import SampleEncoder
-    from omnitrain.data.features import AudioGeometry, VisionGeometry
-    from omnitrain.data.media import MediaLimits
-    from omnitrain.data.sample import Message, Segment
-    from omnitrain.generation.sampling import Sampling
-    from omnitrain.generation.speech import AudioPiece, Speaker, SpeechOptions, SpeechSession, speak_batch
-    from omnitrain.interop.public_format import load_pretrained
+    def __init__(
+        self, folder: Path, tokenizer: Any, frames: int, tokens: int, compile: bool, frames_per_piece: int
+    ) -> None:
+        from omnitrain.data.encode import SampleEncoder
+        from omnitrain.data.features import AudioGeometry, VisionGeometry
+        from omnitrain.data.media import MediaLimits
+        from omnitrain.data.sample import Message, Segment
+        from omnitrain.generation.sampling import Sampling
+        from omnitrain.generation.speech import Speaker, SpeechOptions
+        from omnitrain.interop.public_format import load_pretrained
 
-    model = load_pretrained(folder).eval()
-    encoder = SampleEncoder(
-        tokenizer=tokenizer, audio=AudioGeometry(), vision=VisionGeometry(), limits=MediaLimits(), vocab_size=320
-    )
-    speaker = Speaker(model, tokenizer, compile=compile)
-    options = SpeechOptions(
-        voice="ethan",
-        codes=Sampling(repetition_penalty=1.05),
-        residuals=Sampling(),
-        max_new_tokens=tokens,
-        frames_per_piece=frames_per_piece,
-    )
+        self.model = load_pretrained(folder).eval()
+        self.encoder = SampleEncoder(
+            tokenizer=tokenizer, audio=AudioGeometry(), vision=VisionGeometry(), limits=MediaLimits(), vocab_size=320
+        )
+        self.speaker = Speaker(self.model, tokenizer, compile=compile)
+        self.options = SpeechOptions(
+            voice="ethan",
+            codes=Sampling(repetition_penalty=1.05),
+            residuals=Sampling(),
+            max_new_tokens=tokens,
+            max_frames=frames,
+            frames_per_piece=frames_per_piece,
+        )
+        self.question = Message(role="user", segments=(Segment(type="text", text="what is red?"),))
+        self.answer()
+        self.side_by_side = {n: min(self.together(n) for _ in range(2)) for n in TOGETHER}
+        self.clock = Clock()
+        self.parts = {
+            "Thinker": (self.speaker, "write"),
+            "Talker": (self.speaker, "advance"),
+            "MTP": (self.model.talker.mtp, "generate"),
+            "Code2Wav": (self.speaker, "sound"),
+        }
+        for name, (owner, attribute) in self.parts.items():
+            self.clock.wrap(name, owner, attribute)
 
-    question = Message(role="user", segments=(Segment(type="text", text="what is red?"),))
+    def answer(self) -> tuple[float, float, Any]:
+        """Seconds, seconds to the first sound, and the codes."""
+        import numpy as np
 
-    def answer(n: int) -> tuple[float, float, Any]:
-        session = SpeechSession(model, encoder, replace(options, max_frames=n), speaker=speaker)
+        from omnitrain.generation.speech import AudioPiece, SpeechSession
+
+        session = SpeechSession(self.model, self.encoder, self.options, speaker=self.speaker)
         start, first, codes = time.perf_counter(), 0.0, []
-        for event in session.answer(question):
+        for event in session.answer(self.question):
             if isinstance(event, AudioPiece):
                 first = first or event.seconds
                 codes.append(event.codes)
         return time.perf_counter() - start, first, np.array(codes)
 
-    def together(n: int) -> float:
-        each = replace(options, max_frames=frames)
-        sessions = [SpeechSession(model, encoder, each, speaker=speaker) for _ in range(n)]
+    def together(self, n: int) -> float:
+        """Milliseconds for a frame of one of n answers side by side."""
+        from omnitrain.generation.speech import AudioPiece, SpeechSession, speak_batch
+
+        sessions = [SpeechSession(self.model, self.encoder, self.options, speaker=self.speaker) for _ in range(n)]
         start = time.perf_counter()
-        made = sum(isinstance(event, AudioPiece) for _, event in speak_batch(sessions, [[question]] * n))
+        made = sum(isinstance(event, AudioPiece) for _, event in speak_batch(sessions, [[self.question]] * n))
         return 1000 * (time.perf_counter() - start) / made
 
-    answer(frames)
-    side_by_side = {n: min(together(n) for _ in range(2)) for n in TOGETHER}
-    clock = Clock()
-    clock.wrap("Thinker", speaker, "write")
-    clock.wrap("Talker", speaker, "advance")
-    clock.wrap("MTP", model.talker.mtp, "generate")
-    clock.wrap("Code2Wav", speaker, "sound")
-
-    def timed() -> dict[str, Any]:
-        clock.reset()
-        seconds, first, codes = answer(frames)
+    def timed(self) -> dict[str, Any]:
+        """Milliseconds by component, and the codes."""
+        self.clock.reset()
+        seconds, first, codes = self.answer()
         return {
-            **{name: clock.milliseconds(name) for name in CLASSES},
-            "Code2Wav": 1000 * clock.seconds["Code2Wav"] / len(codes),
+            **{name: self.clock.milliseconds(name) for name in CLASSES},
+            "Code2Wav": 1000 * self.clock.seconds["Code2Wav"] / len(codes),
             "frame": 1000 * seconds / len(codes),
             "first": 1000 * first,
-            "together": side_by_side,
+            "together": self.side_by_side,
             "codes": codes,
         }
 
-    return timed
+    def profile(self) -> None:
+        """Print where the time of a frame goes."""
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        clocked = min((self.timed() for _ in range(3)), key=lambda run: run["frame"])
+        for name, (owner, attribute) in self.parts.items():
+            setattr(owner, attribute, record_function(name)(getattr(owner, attribute)))
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            frames = len(self.answer()[2])
+        weights = self.weights_read()
+        print(f"{'':10}{'ms':>8}{'products':>10}{'other':>7}{'between':>9}{'kernels':>9}{'views':>7}{'MB read':>9}")
+        for name in CLASSES:
+            spans = [e for e in profiled.events() if e.name == name]
+            steps = frames if name == "Code2Wav" else len(spans)
+            inside = [e for span in spans for e in _below(span)]
+            views = [e for e in inside if e.name.endswith(VIEWS)]
+            kernels = [e for e in inside if not e.name.endswith(VIEWS) and e.self_cpu_time_total > 0]
+            total = sum(span.cpu_time_total for span in spans)
+            products = sum(e.self_cpu_time_total for e in kernels if any(word in e.name for word in PRODUCTS))
+            other = sum(e.self_cpu_time_total for e in kernels) - products
+            p, o, b = (f"{100 * part / total:.0f} %" for part in (products, other, total - products - other))
+            print(
+                f"{name:10}{clocked[name]:8.2f}{p:>10}{o:>7}{b:>9}{len(kernels) / steps:9.0f}"
+                f"{len(views) / steps:7.0f}{weights[name] / 1e6:9.1f}"
+            )
+        print(f"{'frame':10}{clocked['frame']:8.2f}   one thread reads {read_speed() / 1e9:.0f} GB/s of memory")
+
+    def weights_read(self) -> dict[str, float]:
+        """Bytes of weights that a step of each component reads (of embeddings, next to nothing)."""
+        talker, wave = self.model.talker, self.model.code2wav
+        mtp = talker.mtp
+        return {
+            "Thinker": _bytes(self.model.thinker.layers) + _bytes(self.model.thinker.lm_head),
+            "Talker": _bytes(talker.layers) + _bytes(talker.codec_head) + _bytes(talker.text_projection),
+            "MTP": (mtp.config.codebooks - 1) * _bytes(mtp.layers) + mtp.code_head.nbytes,
+            "Code2Wav": (_bytes(wave) - _bytes(wave.code_embedding)) / self.options.frames_per_piece,
+        }
+
+
+PRODUCTS = ("mm", "mv", "linear", "convolution", "attention")
+"""What the names of those kernels contain that multiply by weights, or attend."""
+
+VIEWS = (
+    "::view", "::as_strided", "::t", "::transpose", "::slice", "::select", "::expand", "::unsqueeze", "::detach",
+    "::reshape", "::_unsafe_view", "::permute", "::unbind", "::alias", "::resolve_conj", "::lift_fresh", "::empty",
+    "::empty_strided", "::empty_like", "::is_nonzero", "::narrow", "::split_with_sizes", "::result_type",
+)  # fmt: skip
+"""How the names of operations end that compute nothing."""
+
+
+def _below(event: Any) -> Iterator[Any]:
+    """All that was recorded within `event`."""
+    for child in event.cpu_children:
+        yield child
+        yield from _below(child)
+
+
+def _bytes(part: Any) -> float:
+    """Of the weights that one token reads; of experts, those that it is sent to."""
+    from omnitrain.models.layers.decoder import SparseMLP
+
+    total = sum(p.nbytes for p in part.parameters())
+    for mlp in part.modules():
+        if isinstance(mlp, SparseMLP):
+            rest = 1 - mlp.router.top_k / len(mlp.router.weight)
+            total -= rest * sum(p.nbytes for p in mlp.experts.parameters())
+    return total
+
+
+def read_speed() -> float:
+    """Bytes of memory that are read in a second, by a sum over 256 MB."""
+    import torch
+
+    numbers = torch.ones(2**26)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - start)
+    return numbers.nbytes / min(seconds)
 
 
 def transformers_answer(folder: Path, tokenizer: Any, frames: int, tokens: int) -> Callable[[], dict[str, Any]]:
@@ -223,6 +317,7 @@ def main() -> None:
     parser.add_argument("--frames-per-piece", type=int, default=1, help="frames that omnitrain decodes together")
     parser.add_argument("--repeat", type=int, default=3, help="the fastest of so many answers counts")
     parser.add_argument("--compile", action="store_true", help="torch.compile MTP and Code2Wav")
+    parser.add_argument("--profile", action="store_true", help="where the time of a frame goes, instead")
     parser.add_argument("--ours", action="store_true", help="without transformers")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
@@ -237,9 +332,11 @@ def main() -> None:
             f"{args.preset}: {args.frames} frames of {c.codebooks} codes, {args.tokens} words; "
             f"float32, {torch.get_num_threads()} threads"
         )
-        variants = [
-            omnitrain_answer(Path(folder), tokenizer, args.frames, args.tokens, args.compile, args.frames_per_piece)
-        ]
+        ours = Answering(Path(folder), tokenizer, args.frames, args.tokens, args.compile, args.frames_per_piece)
+        if args.profile:
+            ours.profile()
+            return
+        variants = [ours.timed]
         if not args.ours:
             variants.append(transformers_answer(Path(folder), tokenizer, args.frames, args.tokens))
     tries = [[variant() for variant in variants] for _ in range(args.repeat)]  # in turn: a busy machine is so to both

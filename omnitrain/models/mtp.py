@@ -13,6 +13,7 @@ So many frames are a batch without padding, and generation is Q - 1 steps of fix
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.decoder import Attention, DenseMLP
+from omnitrain.models.layers.int8 import Int8Matrices
 from omnitrain.models.layers.norms import RMSNorm
-from omnitrain.models.layers.rope import Rotation, tm_rope
+from omnitrain.models.layers.rope import Rotation, per_head, tm_rope
 from omnitrain.models.layers.transfer import sent
 from omnitrain.models.sizes import MTPConfig
 
@@ -37,27 +39,56 @@ class MTPLayer(nn.Module):
         self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
         self.mlp = DenseMLP(c.d_model, c.ffn)
 
-    def forward(self, x: Tensor, rope: Rotation, past: Tensor | None = None, start: int = 0) -> Tensor:
-        """Whole sequences, or with `past` the next positions of sequences whose first ones are known.
+    def forward(self, x: Tensor, rope: Rotation) -> Tensor:
+        """Whole sequences: x [B, Q, D] -> [B, Q, D]; rope = cos and sin, each [B * Q, head_dim / 2]."""
+        batch, n, _ = x.shape
+        projected = self.attention.project(self.attention_norm(x).flatten(0, 1), rope)
+        q, k, v = (t.view(batch, n, *t.shape[1:]).transpose(1, 2) for t in projected)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        x = x + self.attention.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def turns(self, rope: Rotation) -> Tensor:
+        """What normed query and key heads are multiplied by to be weighed and turned: fp32 [Q, 2, H + H_kv, head_dim].
+
+        With the norm's weight w and n = [a, b] in halves, rotating w n by (cos, sin) is
+        n * w [cos, cos] + [b, a] * w' [-sin, sin], where w' are w's halves exchanged.
+        """
+        attention, (cos, sin) = self.attention, rope
+        weight = per_head(attention.q_norm.weight, attention.k_norm.weight, attention.heads, self._turned)
+        exchanged = weight.roll(attention.head_dim // 2, -1)
+        straight, crossed = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        return torch.stack([weight * straight[:, None], exchanged * crossed[:, None]], dim=1)
+
+    def next(self, x: Tensor, turns: Tensor, mask: Tensor, past: Tensor, at: Tensor) -> Tensor:
+        """The next n positions of sequences whose first ones are known, in as few kernels as there are: this runs
+        Q - 1 times a frame.
 
         Args:
-            x: [B, n, D], positions start .. start + n; n is 1 unless start is 0.
-            rope: cos and sin, each [B * n, head_dim / 2].
-            past: [2, B, H_kv, Q, head_dim], keys and values of the positions before; those of x are written to it.
+            x: [B, n, D].  turns: [n, 2, H + H_kv, head_dim].  at: int64 [n], which positions these are.
+            mask: [n, Q], -inf where a position does not see another, else 0.
+            past: [2, B, Q, H_kv, head_dim], keys and values of the positions before; those of x are written to it.
 
         Returns:
             [B, n, D]
         """
-        batch, n, _ = x.shape
-        projected = self.attention.project(self.attention_norm(x).flatten(0, 1), rope)
-        q, k, v = (t.view(batch, n, *t.shape[1:]).transpose(1, 2) for t in projected)  # no einops: 15 steps a frame
-        if past is not None:
-            past[0, :, :, start : start + n], past[1, :, :, start : start + n] = k, v
-            k, v = past[0, :, :, : start + n], past[1, :, :, : start + n]
-        causal = past is None or n > 1
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-        x = x + self.attention.out(y.transpose(1, 2).flatten(2))
+        attention, (batch, n, _) = self.attention, x.shape
+        qkv = attention.qkv(self.attention_norm(x)).view(batch, n, -1, attention.head_dim)
+        normed = F.rms_norm(qkv[:, :, : self._turned].float(), (attention.head_dim,), None, attention.q_norm.eps)
+        crossed = normed.roll(attention.head_dim // 2, -1).mul_(turns[:, 1])
+        qk = crossed.addcmul_(normed, turns[:, 0]).to(x.dtype)
+        past[0].index_copy_(1, at, qk[:, :, attention.heads :])
+        past[1].index_copy_(1, at, qkv[:, :, self._turned :])
+        q, k, v = (t.transpose(1, 2) for t in (qk[:, :, : attention.heads], past[0], past[1]))
+        gqa = attention.heads != attention.kv_heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        x = x + attention.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.mlp_norm(x))
+
+    @property
+    def _turned(self) -> int:
+        """Heads that have a place: of queries and keys."""
+        return self.attention.heads + self.attention.kv_heads
 
 
 class MTP(nn.Module):
@@ -75,6 +106,7 @@ class MTP(nn.Module):
         self.layers = nn.ModuleList([MTPLayer(config) for _ in range(config.layers)])
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.code_head = nn.Parameter(torch.empty(residuals, config.codebook_size, config.d_model))
+        self.int8_heads: Int8Matrices | None = None
         self.activation_checkpointing = False
         self.kept_activations: Collection[str] = ()
 
@@ -114,7 +146,7 @@ class MTP(nn.Module):
         talker_hidden: Tensor,
         first: Tensor,
         sample: Callable[[Tensor], Tensor],
-        through: Callable[[Tensor, Rotation, Tensor, int], Tensor] | None = None,
+        through: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Codebooks 1 .. Q - 1 of one frame per document.
 
@@ -130,29 +162,45 @@ class MTP(nn.Module):
             codes: int64 [B, Q - 1].  embedding: [B, D], the sum of their embeddings (what the Talker reads next,
             without codebook 0 and text).
         """
-        c, batch = self.config, len(first)
-        past = first.new_empty(c.layers, 2, batch, c.kv_heads, c.codebooks, c.head_dim)
-        cos, sin = self._rope(first.device)  # [Q, head_dim / 2]
-        codes = torch.empty(batch, c.codebooks - 1, dtype=torch.int64, device=first.device)
+        through = through or self.through
+        c, batch, device = self.config, len(first), first.device
+        past = first.new_zeros(c.layers, 2, batch, c.codebooks, c.kv_heads, c.head_dim)
+        rope = self._rope(device)  # [Q, head_dim / 2]
+        turns = torch.stack([layer.turns(rope) for layer in self._layers()], dim=1)  # [Q, L, 2, H + H_kv, head_dim]
+        place = torch.arange(c.codebooks, device=device)
+        mask = first.new_zeros(c.codebooks, c.codebooks).masked_fill_(place[:, None] < place, -torch.inf)
+        codes = torch.empty(batch, c.codebooks - 1, dtype=torch.int64, device=device)
         total = torch.zeros_like(first)
         x, start = torch.stack([talker_hidden.to(first.dtype), first], dim=1), 0  # [B, 2, D], then [B, 1, D]
         # The first step reads two positions, the Talker's state and code 0; every later one the code just chosen.
         for q in range(c.codebooks - 1):
-            end = start + x.shape[1]
-            rope = cos[start:end].repeat(batch, 1), sin[start:end].repeat(batch, 1)
-            hidden = (through or self.through)(x, rope, past, start)
-            codes[:, q] = sample(F.linear(hidden, self.code_head[q]))
-            embedding = F.embedding(codes[:, q], self.code_embedding[q])
+            now = slice(start, start + x.shape[1])
+            hidden = through(x, turns[now], mask[now], past, place[now])
+            chosen = sample(self._head(hidden, q))
+            embedding = F.embedding(chosen, self.code_embedding[q])
+            codes[:, q] = chosen
             total += embedding
-            x, start = embedding[:, None], end
+            x, start = embedding[:, None], now.stop
         return codes, total
 
-    def through(self, x: Tensor, rope: Rotation, past: Tensor, start: int) -> Tensor:
-        """All layers for the next positions: x [B, n, D] (see `MTPLayer`; past has a layer axis before its others)
-        -> [B, D], the last one after the final norm."""
-        for layer, known in zip(self.layers, past, strict=True):
-            x = layer(x, rope, known, start)
+    def through(self, x: Tensor, turns: Tensor, mask: Tensor, past: Tensor, at: Tensor) -> Tensor:
+        """All layers for the next positions: x [B, n, D] (see `MTPLayer.next`; `turns` have an axis of layers behind
+        their first, `past` before its first) -> [B, D], the last one after the final norm."""
+        for i, layer in enumerate(self._layers()):
+            x = layer.next(x, turns[:, i], mask, past[i], at)
         return self.norm(x[:, -1])
+
+    def heads_in_int8(self) -> None:
+        """Keep `code_head` in 8 bits (see `generation.decoding`)."""
+        self.int8_heads = Int8Matrices(self.code_head)
+        del self.code_head
+
+    def _head(self, hidden: Tensor, q: int) -> Tensor:
+        """Logits of codebook q + 1."""
+        return F.linear(hidden, self.code_head[q]) if self.int8_heads is None else self.int8_heads.product(hidden, q)
+
+    def _layers(self) -> list[MTPLayer]:
+        return cast(list[MTPLayer], list(self.layers))
 
     def _rows(self, residuals: Tensor) -> Tensor:
         """Codes of the first n codebooks from 1 on, int64 [F, n] -> their rows in all tables laid end to end, where the

@@ -177,6 +177,13 @@ def sort_by_expert(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
     return order, inverse.view_as(routing.experts), routing.counts.long()
 
 
+def rows_by_expert(routing: Routing) -> list[tuple[int, Tensor, Tensor]]:
+    """(expert, the tokens that go to it, which of their choices it is) for every expert that has any; int64 [n]."""
+    order, inverse, counts = sort_by_expert(routing)
+    k = inverse.shape[1]
+    return [(e, order[rows] // k, order[rows] % k) for e, rows in _slices(counts)]
+
+
 def _sum_of_rows(rows: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
     """out[n] = sum_j weights[n, j] * rows[index[n, j]]: gather, weigh and add in one pass over `rows`."""
     return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)

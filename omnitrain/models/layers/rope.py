@@ -76,14 +76,14 @@ class NormRotate(torch.autograd.Function):
         r = inverse_rms(x.float(), eps)
         ctx.save_for_backward(x, weight_q, weight_k, cos, sin, r)
         ctx.n_query = n_query
-        normed = (x.float() * r).mul_(_per_head(weight_q, weight_k, n_query, x.shape[1]))
+        normed = (x.float() * r).mul_(per_head(weight_q, weight_k, n_query, x.shape[1]))
         return _rotate_into(torch.empty_like(normed), normed, cos, sin, 1.0).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_q, weight_k, cos, sin, r = ctx.saved_tensors
         n_query, dim = ctx.n_query, x.shape[-1]
-        weight = _per_head(weight_q, weight_k, n_query, x.shape[1])
+        weight = per_head(weight_q, weight_k, n_query, x.shape[1])
         dy = grads[0].float()
         dy = _rotate_into(torch.empty_like(dy, memory_format=torch.contiguous_format), dy, cos, sin, -1.0)
         normed = x.float() * r
@@ -103,12 +103,12 @@ def norm_rotate(
     """`NormRotate` written out, in as few kernels as there are: a generated token is one row. Autograd goes through it
     too, but keeps more."""
     x32, half = x.float(), x.shape[-1] // 2
-    normed = F.rms_norm(x32, (x.shape[-1],), None, eps).mul_(_per_head(weight_q, weight_k, n_query, x.shape[1]))
+    normed = F.rms_norm(x32, (x.shape[-1],), None, eps).mul_(per_head(weight_q, weight_k, n_query, x.shape[1]))
     a, b = normed[..., :half], normed[..., half:]
     turned = normed * torch.cat([cos, cos], dim=-1).unsqueeze(1)
     return turned.addcmul_(torch.cat([-b, a], dim=-1), torch.cat([sin, sin], dim=-1).unsqueeze(1)).to(x.dtype)
 
 
-def _per_head(weight_q: Tensor, weight_k: Tensor, n_query: int, heads: int) -> Tensor:
+def per_head(weight_q: Tensor, weight_k: Tensor, n_query: int, heads: int) -> Tensor:
     """The norm's weight of every head, fp32 [H, D]."""
     return torch.cat([weight_q.expand(n_query, -1), weight_k.expand(heads - n_query, -1)]).float()
