@@ -94,36 +94,35 @@ class Clock:
 
 
 class Answering:
-    """Streams one answer with omnitrain, again and again; `compile` and `frames_per_piece` as in `Speaker` and
-    `SpeechOptions`."""
+    """Streams one answer with omnitrain, again and again; `args` are those of the command."""
 
-    def __init__(
-        self, folder: Path, tokenizer: Any, frames: int, tokens: int, compile: bool, frames_per_piece: int
-    ) -> None:
+    def __init__(self, folder: Path, tokenizer: Any, args: argparse.Namespace) -> None:
         from omnitrain.data.encode import SampleEncoder
         from omnitrain.data.features import AudioGeometry, VisionGeometry
         from omnitrain.data.media import MediaLimits
         from omnitrain.data.sample import Message, Segment
+        from omnitrain.generation.decoding import for_decoding
         from omnitrain.generation.sampling import Sampling
         from omnitrain.generation.speech import Speaker, SpeechOptions
         from omnitrain.interop.public_format import load_pretrained
 
         self.model = load_pretrained(folder).eval()
+        for_decoding(self.model, int8=args.int8)
         self.encoder = SampleEncoder(
             tokenizer=tokenizer, audio=AudioGeometry(), vision=VisionGeometry(), limits=MediaLimits(), vocab_size=320
         )
-        self.speaker = Speaker(self.model, tokenizer, compile=compile)
+        self.speaker = Speaker(self.model, tokenizer, compile=args.compile)
         self.options = SpeechOptions(
             voice="ethan",
             codes=Sampling(repetition_penalty=1.05),
             residuals=Sampling(),
-            max_new_tokens=tokens,
-            max_frames=frames,
-            frames_per_piece=frames_per_piece,
+            max_new_tokens=args.tokens,
+            max_frames=args.frames,
+            frames_per_piece=args.frames_per_piece,
         )
         self.question = Message(role="user", segments=(Segment(type="text", text="what is red?"),))
         self.answer()
-        self.side_by_side = {n: min(self.together(n) for _ in range(2)) for n in TOGETHER}
+        self.side_by_side = {} if args.profile else {n: min(self.together(n) for _ in range(2)) for n in TOGETHER}
         self.clock = Clock()
         self.parts = {
             "Thinker": (self.speaker, "write"),
@@ -204,7 +203,7 @@ class Answering:
         return {
             "Thinker": _bytes(self.model.thinker.layers) + _bytes(self.model.thinker.lm_head),
             "Talker": _bytes(talker.layers) + _bytes(talker.codec_head) + _bytes(talker.text_projection),
-            "MTP": (mtp.config.codebooks - 1) * _bytes(mtp.layers) + mtp.code_head.nbytes,
+            "MTP": (mtp.config.codebooks - 2) * _bytes(mtp.layers) + _bytes(mtp) - mtp.code_embedding.nbytes,
             "Code2Wav": (_bytes(wave) - _bytes(wave.code_embedding)) / self.options.frames_per_piece,
         }
 
@@ -231,11 +230,10 @@ def _bytes(part: Any) -> float:
     """Of the weights that one token reads; of experts, those that it is sent to."""
     from omnitrain.models.layers.decoder import SparseMLP
 
-    total = sum(p.nbytes for p in part.parameters())
+    total = sum(weight.nbytes for weight in (*part.parameters(), *part.buffers()))
     for mlp in part.modules():
         if isinstance(mlp, SparseMLP):
-            rest = 1 - mlp.router.top_k / len(mlp.router.weight)
-            total -= rest * sum(p.nbytes for p in mlp.experts.parameters())
+            total -= (1 - mlp.router.top_k / len(mlp.router.weight)) * _bytes(mlp.experts)
     return total
 
 
@@ -317,6 +315,7 @@ def main() -> None:
     parser.add_argument("--frames-per-piece", type=int, default=1, help="frames that omnitrain decodes together")
     parser.add_argument("--repeat", type=int, default=3, help="the fastest of so many answers counts")
     parser.add_argument("--compile", action="store_true", help="torch.compile MTP and Code2Wav")
+    parser.add_argument("--int8", action="store_true", help="omnitrain's weights in 8 bits (its codes are then others)")
     parser.add_argument("--profile", action="store_true", help="where the time of a frame goes, instead")
     parser.add_argument("--ours", action="store_true", help="without transformers")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -332,7 +331,7 @@ def main() -> None:
             f"{args.preset}: {args.frames} frames of {c.codebooks} codes, {args.tokens} words; "
             f"float32, {torch.get_num_threads()} threads"
         )
-        ours = Answering(Path(folder), tokenizer, args.frames, args.tokens, args.compile, args.frames_per_piece)
+        ours = Answering(Path(folder), tokenizer, args)
         if args.profile:
             ours.profile()
             return

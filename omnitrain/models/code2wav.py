@@ -6,7 +6,7 @@ Parameter names equal those of the public checkpoint below `code2wav.`, so weigh
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, cast
 
@@ -23,10 +23,12 @@ from omnitrain.models.layers.causal_conv import (
 )
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.precision import full_precision
+from omnitrain.models.layers.rope import Rotation
 from omnitrain.models.layers.wave import (
     DILATIONS,
     Chain,
     ConvNeXtBlock,
+    KVState,
     ResidualUnit,
     SlidingWindowTransformer,
     SnakeBeta,
@@ -159,10 +161,22 @@ class Code2Wav(nn.Module):
         """The next t frames of codes [B, t, Q] -> the samples that they complete, [B, samples]. Raises as `embed`."""
         return self.decode_step(self.embed(codes), state)
 
-    def decode_step(self, x: Tensor, state: Code2WavState) -> Tensor:
-        """`decode` for the next t frames [B, t, D] of a stream; `state` moves on."""
-        x = rearrange(self.pre_transformer.step(x, state.transformer), "b t d -> b d t")
-        return rearrange(step_through(self._stages(), x, state.stages), "b 1 n -> b n").clamp(-1, 1)
+    def decode_step(
+        self, x: Tensor, state: Code2WavState, later_piece: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """`decode` for the next t frames [B, t, D] of a stream; `state` moves on. `later_piece`: `self.decode_piece`,
+        compiled; the first piece, of which trim="public" cuts something, does without."""
+        begun = state.transformer.frames > 0
+        geometry = self.pre_transformer.advance(x, state.transformer)
+        decode = later_piece if later_piece is not None and begun else self.decode_piece
+        return decode(x, *geometry, state.transformer.layers, state.stages)
+
+    def decode_piece(
+        self, x: Tensor, rotation: Rotation, mask: Tensor, layers: list[KVState], stages: list[Any]
+    ) -> Tensor:
+        """`decode_step` behind `SlidingWindowTransformer.advance`: the same operations for every piece of a size."""
+        x = rearrange(self.pre_transformer.step_at(x, rotation, mask, layers), "b t d -> b d t")
+        return rearrange(step_through(self._stages(), x, stages), "b 1 n -> b n").clamp(-1, 1)
 
     def _stages(self) -> list[nn.Module]:
         """The modules between transformer and waveform, in order."""

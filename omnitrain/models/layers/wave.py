@@ -139,10 +139,18 @@ class SlidingWindowTransformer(nn.Module):
 
     def step(self, x: Tensor, state: TransformerState) -> Tensor:
         """The next frames [B, t, D] -> [B, t, D]; `state` moves on."""
-        rotation, mask = self._geometry(x, first=state.frames, past=self.config.window - 1)
-        for layer, past in zip(self.layers, state.layers, strict=True):
-            x = layer(x, rotation, mask, past)
+        return self.step_at(x, *self.advance(x, state), state.layers)
+
+    def advance(self, x: Tensor, state: TransformerState) -> tuple[Rotation, Tensor]:
+        """Where the next frames x [B, t, D] stand: their angles and mask. `state` counts them."""
+        geometry = self._geometry(x, first=state.frames, past=self.config.window - 1)
         state.frames += x.shape[1]
+        return geometry
+
+    def step_at(self, x: Tensor, rotation: Rotation, mask: Tensor, states: list[KVState]) -> Tensor:
+        """`step` for frames that stand where `advance` says: the same operations for every piece of a size."""
+        for layer, past in zip(self.layers, states, strict=True):
+            x = layer(x, rotation, mask, past)
         return self.norm(x)
 
     def _geometry(self, x: Tensor, first: int, past: int) -> tuple[Rotation, Tensor]:
