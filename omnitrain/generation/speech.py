@@ -23,7 +23,8 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -39,7 +40,7 @@ from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.talker_layout import SpeechTokens, UserTurns, in_user_turns, talker_layout
 from omnitrain.generation.cache import DocumentKVCache, JoinedKVCache
 from omnitrain.generation.sampling import Sampling
-from omnitrain.generation.text import next_positions, occurring, passes, read_prompts, step
+from omnitrain.generation.text import occurring, passes, read_prompts, step
 from omnitrain.models.code2wav import Code2Wav, Code2WavState, join_states, split_state
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.talker import TalkerInputs
@@ -136,8 +137,8 @@ class Speech:
 
 
 @dataclass(eq=False)
-class _Answer:
-    """One answer while it is being made.
+class Answer:
+    """One answer while it is being made (`Speaker.answer`, `ArrivingQuestion.finish`).
 
     prompt: the chat before it.  words: what the Talker reads, one a frame.  written: the Thinker's tokens, without the
     one that ended it.  codes: frames so far, each [Q].  emitted: frames that were handed out.
@@ -155,6 +156,7 @@ class _Answer:
     codes: list[Tensor] = field(default_factory=list)
     emitted: int = 0
     done: str | None = None
+    begun: bool = False  # whether the Talker has read the prompt
 
     hidden: Tensor = field(init=False)  # [D] of the Thinker's last position that was read
     accept_hidden: Tensor | None = None  # [n, D], until the Talker has read the prompt
@@ -269,9 +271,15 @@ class Speaker:
         self.device = self.talker.codec_embedding.weight.device
         self.forbidden = torch.arange(c.codec_vocab, device=self.device) >= c.codebook_size
         self.forbidden[c.codec_eos] = False
-        self._through = torch.compile(self.talker.mtp.through) if compile else None
+        # Launching the small kernels of a step one by one would take longer on a GPU than they do.
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        compiled = partial(torch.compile, fullgraph=True, mode=mode)
+        self._through = compiled(self.talker.mtp.through) if compile else None
         if self.code2wav is not None:
-            self._decode_step = torch.compile(self.code2wav.decode_step) if compile else self.code2wav.decode_step
+            self._decode_step = self.code2wav.decode_step
+            if compile:
+                later_piece = compiled(self.code2wav.decode_piece)
+                self._decode_step = partial(self.code2wav.decode_step, later_piece=later_piece)
 
     def speaker_code(self, voice: str) -> int:
         """Code of a voice. Raises ValueError if there is no such voice; it lists those there are."""
@@ -281,13 +289,13 @@ class Speaker:
             raise ValueError(f"voice {voice!r}: the model has no such voice; it has {', '.join(speakers) or 'none'}")
         return speakers[name]
 
-    def answer(self, options: SpeechOptions, prompt: EncodedSample, words: Sequence[int] | None = None) -> _Answer:
+    def answer(self, options: SpeechOptions, prompt: EncodedSample, words: Sequence[int] | None = None) -> Answer:
         """A new answer to `prompt`, to be thought, or with given `words`. Raises ValueError for an unknown voice, or if
         `words` is empty."""
         code = self.speaker_code(options.voice)
         if words is not None and not len(words):
             raise ValueError("the text has no token that could be spoken")
-        return _Answer(options, prompt, self._user_turns(prompt), code, list(words or ()), words is not None)
+        return Answer(options, prompt, self._user_turns(prompt), code, list(words or ()), words is not None)
 
     def _user_turns(self, prompt: EncodedSample) -> UserTurns:
         """`data.talker_layout.user_turns` of an encoded prompt, which has ids instead of spans: a turn keeps its ids
@@ -300,18 +308,23 @@ class Speaker:
             begin = position_ids[:, end - 1].max() + np.float32(1)
         return UserTurns(ids, prompt.token_types[rows] != TEXT, rows, position_ids)
 
-    def listen(self, answers: Sequence[_Answer]) -> None:
+    def listen(self, answers: Sequence[Answer]) -> None:
         """The Thinker reads the prompts."""
         batch = PackedBatch.pack([a.prompt for a in answers]).to(self.device)
         cache = JoinedKVCache([a.thinker_cache for a in answers])
         hidden, accept_hidden = read_prompts(self.model, batch, cache, chunk=_smallest_chunk(answers))
-        heard, ids = (x.split([len(a.prompt) for a in answers]) for x in (accept_hidden, batch.input_ids))
-        for i, (a, position) in enumerate(zip(answers, next_positions(batch), strict=True)):
-            a.hidden, a.accept_hidden, a.position = hidden[i], heard[i], position
-            if a.options.text.repetition_penalty != 1:
-                a.occurred = occurring(ids[i], self.model.config.thinker.vocab_size)
+        for a, h, heard in zip(answers, hidden, accept_hidden.split([len(a.prompt) for a in answers]), strict=True):
+            self.heard(a, h, heard)
 
-    def write(self, answers: Sequence[_Answer]) -> None:
+    def heard(self, a: Answer, hidden: Tensor, accept_hidden: Tensor) -> None:
+        """The Thinker has read the prompt of `a`: hidden [D] of its last position, accept_hidden [n, D] of all."""
+        a.hidden, a.accept_hidden = hidden, accept_hidden
+        a.position = torch.tensor(a.prompt.position_ids.max() + 1, device=self.device)
+        if a.options.text.repetition_penalty != 1:
+            ids = torch.from_numpy(a.prompt.input_ids).to(self.device)
+            a.occurred = occurring(ids, self.model.config.thinker.vocab_size)
+
+    def write(self, answers: Sequence[Answer]) -> None:
         """The Thinker writes one token of each."""
         if behind := [a for a in answers if a.written]:
             # The last token is only now needed: not before the first word was on its way to the Talker.
@@ -328,8 +341,9 @@ class Speaker:
             if a.occurred is not None:
                 a.occurred[token] = True
 
-    def start(self, answers: Sequence[_Answer]) -> None:
-        """The Talker reads the user's turns and the header with the first word."""
+    def start(self, answers: Sequence[Answer]) -> None:
+        """The Talker reads the user's turns, or what it has not yet read of them, and the header with the first
+        word."""
         none = np.zeros((0, self.codec.codebooks), dtype=np.int64)
         documents = [
             talker_layout(*a.user, np.array(a.words[:1]), none, special=self.special, speaker_code=a.speaker_code)
@@ -338,21 +352,47 @@ class Speaker:
         spoken = SpokenAnswers.pack([replace(a.prompt, spoken=(d,)) for a, d in zip(answers, documents, strict=True)])
         assert spoken is not None
         inputs = TalkerInputs(**spoken.to(self.device).inputs())
+        caches = [a.talker_cache for a in answers]
+        left = torch.cat([torch.arange(len(d)) >= cache.length for d, cache in zip(documents, caches, strict=True)])
+        lengths = [len(d) - cache.length for d, cache in zip(documents, caches, strict=True)]
         words = self.model.thinker.embed_tokens
         heard = [  # of text alone nothing is heard, and nobody reads its rows
             words.weight.new_zeros(len(a.prompt), words.embedding_dim) if a.accept_hidden is None else a.accept_hidden
             for a in answers
         ]
-        x = self.talker.embed(inputs, words, torch.cat(heard))
-        cache = JoinedKVCache([a.talker_cache for a in answers])
-        for rows, borders in passes(inputs.cu_seqlens, _smallest_chunk(answers)):
-            x[rows] = self.talker(x[rows], inputs.position_ids[:, rows], borders, cache).hidden
-        last = inputs.cu_seqlens[1:] - 1
-        for a, hidden, position in zip(answers, x[last], inputs.position_ids[0, last] + 1, strict=True):
-            a.talker_hidden, a.talker_position, a.accept_hidden = hidden, position, None
+        x = self._read(inputs, left.to(self.device), lengths, torch.cat(heard), caches, _smallest_chunk(answers))
+        for a, hidden, end in zip(answers, x, inputs.cu_seqlens[1:], strict=True):
+            a.talker_hidden, a.accept_hidden, a.begun = hidden, None, True
+            a.talker_position = inputs.position_ids[0, end - 1] + 1
             a.said = torch.zeros(self.talker.config.codec_vocab, dtype=torch.bool, device=self.device)
 
-    def advance(self, answers: Sequence[_Answer]) -> None:
+    def read_turns(self, turns: UserTurns, accept_hidden: Tensor, cache: DocumentKVCache) -> None:
+        """The Talker reads the next positions of a user's turns, whose `rows` are those of accept_hidden [n, D]."""
+        n = len(turns.ids)
+        ids, is_media, rows, positions = (torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in turns)
+        none = torch.full_like(rows, -1)
+        inputs = TalkerInputs(
+            text_ids=ids.where(~is_media, none), hidden_rows=rows.where(is_media, none), codec_ids=none,
+            frame_rows=none, labels=none, position_ids=positions, cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
+            codes=none.new_zeros(0, self.codec.codebooks), frame_sources=none[:0],
+        )  # fmt: skip
+        self._read(inputs, torch.ones_like(is_media), [n], accept_hidden, [cache], None)
+
+    def _read(
+        self, inputs: TalkerInputs, left: Tensor, lengths: Sequence[int], heard: Tensor,
+        caches: Sequence[DocumentKVCache], chunk: int | None,
+    ) -> Tensor:  # fmt: skip
+        """The Talker reads those positions that are `left`, bool [T], of each document so many: hidden [B, D] of each
+        document's last one. `heard`: what `hidden_rows` counts."""
+        kept = {name: getattr(inputs, name).masked_fill(~left, -1) for name in ("text_ids", "hidden_rows", "codec_ids")}
+        x = self.talker.embed(replace(inputs, **kept), self.model.thinker.embed_tokens, heard)[left]
+        position_ids, cache = inputs.position_ids[:, left], JoinedKVCache(caches)
+        borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.device)
+        for rows, cut in passes(borders, chunk):
+            x[rows] = self.talker(x[rows], position_ids[:, rows], cut, cache).hidden
+        return x[borders[1:] - 1]
+
+    def advance(self, answers: Sequence[Answer]) -> None:
         """The Talker reads each answer's last frame, and one more word."""
         words = torch.tensor([self._next_word(a) for a in answers], device=self.device)
         x = torch.stack([a.frame_embedding for a in answers])
@@ -363,12 +403,12 @@ class Speaker:
         for a, h in zip(answers, self.talker(x, position.expand(3, -1), borders, cache).hidden, strict=True):
             a.talker_hidden, a.talker_position = h, a.talker_position + 1
 
-    def _next_word(self, a: _Answer) -> int:
+    def _next_word(self, a: Answer) -> int:
         if len(a.codes) < len(a.words):
             return a.words[len(a.codes)]
         return self.special.tts_eos if len(a.codes) == len(a.words) else self.special.tts_pad
 
-    def frame(self, answers: Sequence[_Answer]) -> None:
+    def frame(self, answers: Sequence[Answer]) -> None:
         """The next frame of each: the Talker's code, and MTP's; or its end."""
         hidden = torch.stack([a.talker_hidden for a in answers])
         logits = self.talker.logits(hidden).float().masked_fill(self.forbidden, -torch.inf)
@@ -397,13 +437,13 @@ class Speaker:
             if len(a.codes) >= a.options.max_frames:
                 a.done = "max_frames"
 
-    def sound(self, answers: Sequence[_Answer]) -> list[np.ndarray]:
+    def sound(self, answers: Sequence[Answer]) -> list[np.ndarray]:
         """The samples that each answer's frames complete, of those that were not handed out yet."""
         if self.decoder is not None:  # `round` has waited for the last frame
             return [self.decode(torch.stack(a.codes)) for a in answers]
         assert self.code2wav is not None
-        wavs: dict[_Answer, np.ndarray] = {}
-        groups: dict[tuple[int, int], list[_Answer]] = defaultdict(list)
+        wavs: dict[Answer, np.ndarray] = {}
+        groups: dict[tuple[int, int], list[Answer]] = defaultdict(list)
         for a in answers:  # streams that are equally old share a step
             groups[a.emitted, len(a.codes)].append(a)
         for (emitted, _), group in groups.items():
@@ -424,7 +464,7 @@ class Speaker:
         return speak(codes[None])[0].float().clamp(-1, 1).cpu().numpy()
 
 
-def _smallest_chunk(answers: Sequence[_Answer]) -> int | None:
+def _smallest_chunk(answers: Sequence[Answer]) -> int | None:
     return min((a.options.prefill_chunk for a in answers if a.options.prefill_chunk), default=None)
 
 
@@ -449,11 +489,11 @@ class SpeechBatch:
         stream: give sound as it is made. False: codes only, to be decoded in one piece afterwards.
     """
 
-    def __init__(self, speaker: Speaker, answers: Sequence[_Answer] = (), *, stream: bool = True) -> None:
+    def __init__(self, speaker: Speaker, answers: Sequence[Answer] = (), *, stream: bool = True) -> None:
         self.speaker, self.answers, self.stream = speaker, list(answers), stream
 
     @torch.no_grad()
-    def round(self) -> Iterator[tuple[_Answer, Event]]:
+    def round(self) -> Iterator[tuple[Answer, Event]]:
         """One frame of every answer, and the text that it needs."""
         speaker = self.speaker
         for a in self.answers:
@@ -474,7 +514,7 @@ class SpeechBatch:
             if not a.words:
                 a.done = "silent"
         speaking = [a for a in self.answers if a.done is None]
-        if starting := [a for a in speaking if not a.talker_cache.length]:
+        if starting := [a for a in speaking if not a.begun]:
             speaker.start(starting)
         if going := [a for a in speaking if a.codes]:
             speaker.advance(going)
@@ -492,7 +532,7 @@ class SpeechBatch:
                     yield a, piece
         yield from self._leave()
 
-    def _leave(self) -> Iterator[tuple[_Answer, Event]]:
+    def _leave(self) -> Iterator[tuple[Answer, Event]]:
         # A Talker may end before its text does; the text is then written to its end all the same.
         done = [a for a in self.answers if a.done == "interrupted" or (a.done is not None and a.text_done)]
         self.answers = [a for a in self.answers if a not in done]
@@ -510,7 +550,7 @@ class SpeechSession:
 
     Attributes:
         history: the conversation so far. An answer that was interrupted, or whose iterator was closed, is cut to the
-            text that had been spoken by then (`_Answer.spoken_text`).
+            text that had been spoken by then (`Answer.spoken_text`).
 
     Raises ValueError: the model cannot speak, or has no such voice.
     """
@@ -532,7 +572,7 @@ class SpeechSession:
         if system is not None:
             self.history.append(Message(role="system", segments=(Segment(type="text", text=system),)))
         self._stop = threading.Event()
-        self._current: _Answer | None = None
+        self._current: Answer | None = None
 
     def answer(self, *messages: Message, say: str | None = None) -> Generator[Event, None, None]:
         """Events of the answer to `messages`, which are added to the history at the first event; the answer is when it
@@ -562,7 +602,7 @@ class SpeechSession:
         """Stop after the current frame. May be called from any thread."""
         self._stop.set()
 
-    def _begin(self, messages: Sequence[Message], text: str | None) -> _Answer:
+    def _begin(self, messages: Sequence[Message], text: str | None) -> Answer:
         if self._current is not None:
             raise RuntimeError("the last answer has not ended: read its events to the end, or close their iterator")
         self._stop.clear()
@@ -574,7 +614,7 @@ class SpeechSession:
         self.history, self._current = chat, answer
         return answer
 
-    def _end(self, answer: _Answer) -> None:
+    def _end(self, answer: Answer) -> None:
         if self._current is answer:
             self._current = None
             said = Segment(type="text", text=answer.spoken_text(self.encoder.tokenizer))
@@ -602,7 +642,7 @@ def speak_batch(
     """
     if any(session.speaker is not sessions[0].speaker for session in sessions):
         raise ValueError("sessions of a batch must share one Speaker: SpeechSession(..., speaker=Speaker(model, ...))")
-    answers: list[_Answer] = []
+    answers: list[Answer] = []
     try:
         for session, asked, text in zip(sessions, messages, texts or [None] * len(sessions), strict=True):
             answers.append(session._begin(asked, text))

@@ -131,7 +131,8 @@ class CausalConvTranspose1d(StreamingModule):
         y[:, :, : self.context] = state.context.unflatten(2, (self.context, stride))
         for i in range(reach):
             y[:, :, i : i + t] += added[:, :, :, i].transpose(1, 2)
-        state.context = y[:, :, t:].flatten(2).clone()
+        if self.context:
+            state.context = y[:, :, t:].flatten(2).clone()
         y = y[:, :, :t].flatten(2) + cast(Tensor, self.conv.bias)[:, None]
         cut = min(state.skip, y.shape[-1])
         state.skip -= cut
