@@ -204,7 +204,7 @@ class Answering:
             "Thinker": _bytes(self.model.thinker.layers) + _bytes(self.model.thinker.lm_head),
             "Talker": _bytes(talker.layers) + _bytes(talker.codec_head) + _bytes(talker.text_projection),
             "MTP": (mtp.config.codebooks - 2) * _bytes(mtp.layers) + _bytes(mtp) - mtp.code_embedding.nbytes,
-            "Code2Wav": (_bytes(wave) - _bytes(wave.code_embedding)) / self.options.frames_per_piece,
+            "Code2Wav": (_bytes(wave) - _bytes(wave.code_embedding)) / self.options.later_pieces[-1],
         }
 
 
@@ -312,7 +312,9 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=["tiny", "small"])
     parser.add_argument("--frames", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=20, help="text tokens of the answer")
-    parser.add_argument("--frames-per-piece", type=int, default=1, help="frames that omnitrain decodes together")
+    sizes = lambda text: tuple(int(n) for n in text.split(","))  # noqa: E731
+    pieces = "frames that omnitrain decodes together after the first, as 4 or 2,4"
+    parser.add_argument("--frames-per-piece", type=sizes, default=(1,), help=pieces)
     parser.add_argument("--repeat", type=int, default=3, help="the fastest of so many answers counts")
     parser.add_argument("--compile", action="store_true", help="torch.compile MTP and Code2Wav")
     parser.add_argument("--int8", action="store_true", help="omnitrain's weights in 8 bits (its codes are then others)")

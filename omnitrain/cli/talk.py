@@ -105,12 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     add = running.add_argument
     add("--json", action="store_true", help="print events, one JSON object per line, instead of the text")
     add("--prefill-chunk", type=int, metavar="N", help="read the prompt N tokens at a time")
-    piece = "after the first 80 ms, decode N frames together: cheaper, and heard N frames at a time; default: 1"
-    add("--frames-per-piece", type=int, metavar="N", default=1, help=piece)
+    piece = "after the first 80 ms, decode so many frames together, the last number from then on; default: 2,4"
+    add("--frames-per-piece", type=_sizes, metavar="N[,N...]", default=(2, 4), help=piece)
     in_int8 = "keep the weights of Thinker, Talker and MTP in 8 bits (CPU): a quarter of the memory, faster, other numbers"
     add("--int8", action="store_true", help=in_int8)
     add_device_options(running)
     return parser
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(","))
 
 
 def _report(options: argparse.Namespace, session: SpeechSession, events: Iterator[Event], wav: GrowingWav) -> None:

@@ -104,7 +104,9 @@ class SpeechOptions:
         max_frames: longest sound; 12.5 frames are a second.
         prefill_chunk: prompts are read so many positions at a time (less memory, the same result). None: at once.
         frames_per_piece: frames that are decoded together, after the first, which is decoded at once. More cost less
-            each (Code2Wav reads its weights once for all), but are heard when the last is there. The same samples.
+            each (Code2Wav reads its weights once for all), but are heard when the last is there. Several numbers, as
+            (2, 4): of the second piece, the third, ..., the last number of all others: a listener never waits if a
+            frame is made in half the time that it lasts. The same samples.
         seed: text and codes draw from generators of their own, so the result does not depend on who is faster.
         edit_text: see `EditText`.
     """
@@ -116,15 +118,22 @@ class SpeechOptions:
     max_new_tokens: int = 512
     max_frames: int = 1500
     prefill_chunk: int | None = None
-    frames_per_piece: int = 1
+    frames_per_piece: int | tuple[int, ...] = 1
     seed: int = 0
     edit_text: EditText | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_frames", "prefill_chunk", "frames_per_piece"):
+        for name in ("max_new_tokens", "max_frames", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if min(self.later_pieces, default=0) < 1:
+            raise ValueError(f"frames_per_piece is {self.frames_per_piece}; it must be at least 1")
+
+    @property
+    def later_pieces(self) -> tuple[int, ...]:
+        """`frames_per_piece` as a tuple."""
+        return (self.frames_per_piece,) if isinstance(self.frames_per_piece, int) else tuple(self.frames_per_piece)
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,7 @@ class Answer:
     pending: list[int] = field(default_factory=list)  # tokens whose text is not out yet
     codes: list[Tensor] = field(default_factory=list)
     emitted: int = 0
+    pieces: int = 0  # in which they were
     done: str | None = None
     begun: bool = False  # whether the Talker has read the prompt
 
@@ -187,8 +197,8 @@ class Answer:
     @property
     def sound_is_due(self) -> bool:
         """Whether the frames that were not handed out yet are to be decoded now."""
-        waiting = len(self.codes) - self.emitted
-        return waiting > 0 and (self.emitted == 0 or waiting >= self.options.frames_per_piece or self.done is not None)
+        waiting, sizes = len(self.codes) - self.emitted, (1, *self.options.later_pieces)
+        return waiting > 0 and (waiting >= sizes[min(self.pieces, len(sizes) - 1)] or self.done is not None)
 
     def take(self, token: int, stop_ids: Sequence[int]) -> None:
         """One token of the Thinker."""
@@ -524,6 +534,7 @@ class SpeechBatch:
         if self.stream and due:
             for a, wav in zip(due, speaker.sound(due), strict=True):
                 frames = a.codes[a.emitted :]
+                a.pieces += 1
                 for codes, samples in zip(frames, np.split(wav, len(frames)), strict=True):
                     if a.emitted and a.interrupted():
                         break
