@@ -2,6 +2,7 @@
 
     python -m speed.first_packet                        # the tiny preset on a CPU; half a minute
     python -m speed.first_packet --preset small --seconds 30
+    python -m speed.first_packet --arriving             # one question of 5 s, 30 s and 5 min, read while it is asked
 
 N answers are asked for at the same moment and made side by side; a row is the time until the last of the N is through
 that component, so the total is what each of them waits. Random weights: the numbers depend on sizes, not on what is
@@ -11,6 +12,8 @@ said. Rows:
   Talker, first token   its prefill with the header and that word, and codebook 0 of the first frame
   MTP                   the frame's other codebooks
   Code2Wav              its samples
+With --arriving a row is what is left to do when the last of the sound is there: for the whole of it, and with what came
+before read already (`generation.arriving`), by windows of 8 s, as the encoder has them by default, and of 1 s.
 """
 
 from __future__ import annotations
@@ -99,12 +102,47 @@ def first_packet(speaker: Any, encoder: Any, segment: Any, answers: int) -> dict
     return ms
 
 
+def behind_the_sound(speaker: Any, encoder: Any, seconds: float) -> dict[str, float]:
+    """Milliseconds from the last mel frame of a question to the first sound of its answer, by how it was read."""
+    import torch
+
+    from omnitrain.data.sample import Message, Sample, Segment
+    from omnitrain.generation.arriving import ArrivingQuestion
+    from omnitrain.generation.sampling import Sampling
+    from omnitrain.generation.speech import AudioPiece, SpeechBatch, SpeechOptions
+
+    segments = (Segment(type="audio", media=recording(seconds)), Segment(type="text", text="what is red?"))
+    sample = Sample(id="", source="", messages=(Message(role="user", segments=segments),))
+    prompt = encoder.encode_prompt(sample, lambda s: s.media)
+    mel = torch.from_numpy(prompt.mel[0])
+    options = SpeechOptions(voice="ethan", codes=Sampling(), residuals=Sampling())
+
+    def first_sound(answer: Any, start: float) -> float:
+        batch = SpeechBatch(speaker, [answer])
+        while not any(isinstance(event, AudioPiece) for _, event in batch.round()):
+            pass
+        return 1000 * (time.perf_counter() - start)
+
+    start = time.perf_counter()
+    ms = {"at once": first_sound(speaker.answer(options, prompt), start)}
+    for window in (800, 100):
+        question = ArrivingQuestion(speaker, options, prompt, window_frames=window)
+        *before, last = mel.split(10)
+        for piece in before:
+            question.push(piece)
+        start = time.perf_counter()
+        question.push(last)
+        ms[f"behind, {window // 100} s"] = first_sound(question.finish(), start)
+    return ms
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny", choices=["tiny", "small"])
     parser.add_argument("--seconds", type=float, default=5.0, help="length of the recording and of the video")
     parser.add_argument("--repeat", type=int, default=3, help="the fastest of so many, after a warm-up")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--arriving", action="store_true", help="read the question while it is asked, instead")
     args = parser.parse_args()
 
     import torch
@@ -124,6 +162,13 @@ def main() -> None:
     encoder = SampleEncoder(
         tokenizer=tokenizer, audio=AudioGeometry(), vision=geometry, limits=MediaLimits(), vocab_size=320
     )
+    if args.arriving:
+        print(f"{args.preset}, {args.device}, {torch.get_num_threads()} threads; ms from the last sound to the first")
+        for seconds in (5.0, 30.0, 300.0):
+            tries = [behind_the_sound(speaker, encoder, seconds) for _ in range(args.repeat)]
+            least = {way: min(ms[way] for ms in tries) for way in tries[0]}
+            print(f"{seconds:5.0f} s" + "".join(f"{way:>14}{ms:9.1f}" for way, ms in least.items()))
+        return
     media = {
         "audio": Segment(type="audio", media=recording(args.seconds)),
         "video": Segment(type="video", media=video(args.seconds), with_audio=True),
