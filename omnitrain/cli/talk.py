@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefill-chunk", type=int, metavar="N", help="read the prompt N tokens at a time")
     piece = "after the first 80 ms, decode so many frames together, the last number from then on; default: 2,4"
     add("--frames-per-piece", type=_sizes, metavar="N[,N...]", default=(2, 4), help=piece)
-    in_int8 = "keep the weights of Thinker, Talker and MTP in 8 bits (CPU): a quarter of the memory, faster, other numbers"
+    in_int8 = (
+        "keep the weights of Thinker, Talker and MTP in 8 bits (CPU): a quarter of the memory, faster, other numbers"
+    )
     add("--int8", action="store_true", help=in_int8)
     add_device_options(running)
     return parser

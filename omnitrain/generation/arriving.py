@@ -1,7 +1,7 @@
 """A spoken question that is read while it is being asked, so that little is left to read when it ends.
 
     question = ArrivingQuestion(speaker, options, prompt)     # what stands before the sound is read
-    for mel in pieces: question.push(mel)                     # AuT, then the Thinker, then the Talker, as far as it goes
+    for mel in pieces: question.push(mel)                    # AuT, then the Thinker, then the Talker, as far as it goes
     batch = SpeechBatch(speaker, [question.finish()])         # the rest of the sound, and the text behind it
 
 What comes before a sound is known from the start, and a position depends on nothing behind it: so the answer is that to
@@ -47,7 +47,9 @@ class ArrivingQuestion:
         rows = np.flatnonzero(prompt.token_types == AUDIO)
         held = int(speaker.model.aut.output_lengths(torch.tensor(len(prompt.mel[-1])))) if prompt.mel else 0
         if not held or rows[-held] != rows[-1] - held + 1:
-            raise ValueError("the prompt has no recording that could arrive: give it one of its own, not a video's sound")
+            raise ValueError(
+                "the prompt has no recording that could arrive: give it one of its own, not a video's sound"
+            )
         start, end = int(rows[-held]), int(rows[-1]) + 1
         if (prompt.token_types[end:] != TEXT).any():
             raise ValueError("media stand behind the arriving recording; put them before it")

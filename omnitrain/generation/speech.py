@@ -379,7 +379,9 @@ class Speaker:
     def read_turns(self, turns: UserTurns, accept_hidden: Tensor, cache: DocumentKVCache) -> None:
         """The Talker reads the next positions of a user's turns, whose `rows` are those of accept_hidden [n, D]."""
         n = len(turns.ids)
-        ids, is_media, rows, positions = (torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in turns)
+        ids, is_media, rows, positions = (
+            torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in turns
+        )
         none = torch.full_like(rows, -1)
         inputs = TalkerInputs(
             text_ids=ids.where(~is_media, none), hidden_rows=rows.where(is_media, none), codec_ids=none,

@@ -161,9 +161,7 @@ class Code2Wav(nn.Module):
         """The next t frames of codes [B, t, Q] -> the samples that they complete, [B, samples]. Raises as `embed`."""
         return self.decode_step(self.embed(codes), state)
 
-    def decode_step(
-        self, x: Tensor, state: Code2WavState, later_piece: Callable[..., Tensor] | None = None
-    ) -> Tensor:
+    def decode_step(self, x: Tensor, state: Code2WavState, later_piece: Callable[..., Tensor] | None = None) -> Tensor:
         """`decode` for the next t frames [B, t, D] of a stream; `state` moves on. `later_piece`: `self.decode_piece`,
         compiled; the first piece, of which trim="public" cuts something, does without."""
         begun = state.transformer.frames > 0
