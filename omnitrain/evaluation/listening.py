@@ -200,12 +200,13 @@ def _judge(
         {
             "id": s.id, "text": s.text, "voice": s.voice, "hit_limit": s.hit_limit,
             "heard": json.dumps({k: v for k, v in heard.items() if k not in ("id", "text")}),
+            "measured": json.dumps(measured),
             **{name: encode_audio(w, SAMPLE_RATE, "flac") for name, w in s.signals.items() if i < settings.players},
         }
-        for i, (s, heard) in enumerate(zip(spoken, scores.heard, strict=True))
+        for i, (s, heard, measured) in enumerate(zip(spoken, scores.heard, scores.measured, strict=True))
     ]  # fmt: skip
     sound = [(name, pa.binary()) for name in ("reference", "round_trip", "generated")]
-    text = [(name, pa.string()) for name in ("id", "text", "voice", "heard")]
+    text = [(name, pa.string()) for name in ("id", "text", "voice", "heard", "measured")]
     schema = pa.schema([*text, ("hit_limit", pa.bool_()), *sound])
     write_parquet(out_dir / "speech.parquet", pa.Table.from_pylist(rows, schema=schema))
     print_speech(summary)
@@ -218,7 +219,7 @@ def _record(scores: SpeechScores) -> dict[str, Any]:
     """The scores as they stand in ``speech.json``; what was heard stands in ``speech.parquet``."""
     found = asdict(scores)
     for one in (found, *found["by_voice"].values(), *found["by_language"].values()):
-        del one["heard"]
+        del one["heard"], one["measured"]
     for parts in (found["by_voice"], found["by_language"]):
         for one in parts.values():
             del one["by_voice"], one["by_language"]

@@ -95,6 +95,7 @@ class SpeechScores:
         by_voice, by_language: the same scores of the utterances in one voice, or language; empty where there is but
             one, and by language where each voice has one language of its own, so that it would be the same.
         heard: a row per utterance: id, text and what each recogniser heard in each signal.
+        measured: the same, in numbers (`utterance_numbers`), for those who compare runs.
     """
 
     n: int
@@ -117,6 +118,7 @@ class SpeechScores:
     by_voice: dict[str, SpeechScores] = field(default_factory=dict)
     by_language: dict[str, SpeechScores] = field(default_factory=dict)
     heard: tuple[dict[str, str], ...] = field(repr=False, default=())
+    measured: tuple[dict[str, tuple[float, float]], ...] = field(repr=False, default=())
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -300,7 +302,19 @@ def score_speech(
             {"id": row.spoken.id, "text": row.spoken.text} | {f"{n}/{s}": text for (n, s), text in row.heard.items()}
             for row in rows
         ),
+        measured=tuple(utterance_numbers(row) for row in rows),
     )  # fmt: skip
+
+
+def utterance_numbers(row: _Measured) -> dict[str, tuple[float, float]]:
+    """What was measured of one utterance, each as (value, weight), so that a corpus has the sum of the first over that
+    of the second: ``wer/whisper/round_trip`` (words that are wrong, words of the text), ``cer/...``, ``stoi``, ``pesq``
+    and the like, ``own_voice/SIGNAL``, and ``failed/SIGNAL`` (1 if it fails in any way)."""
+    found = {f"wer/{name}/{signal}": (float(a), float(b)) for (name, signal), (a, b) in row.words.items()}
+    found |= {f"cer/{name}/{signal}": (float(a), float(b)) for (name, signal), (a, b) in row.characters.items()}
+    found |= {name: (float(value), 1.0) for name, value in row.trip.items()}
+    found |= {f"own_voice/{signal}": (float(match.own), 1.0) for signal, match in row.match.items()}
+    return found | {f"failed/{signal}": (float(bool(kinds)), 1.0) for signal, kinds in row.failures.items()}
 
 
 def _listen(row: _Measured, name: str, hear: Callable[[Spoken, np.ndarray], str]) -> None:

@@ -22,10 +22,13 @@ from omnitrain.evaluation.scores import MEASURES, SCORE_COLUMNS, Measure, Scores
 from omnitrain.files import PREDICTIONS, SCORES, TRANSCRIPTS, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.run import Run, flat, formatted, read_run, templates
+from omnitrain.reports.speech import read_speech_arms, speech_head, speech_rows, write_speech_markdown
 from omnitrain.reports.transcripts import read_arms, rows, swap_rows, window_rows, write_markdown
 
 TABLE = "table.md"
-"""Beside the page, where runs have transcripts: the same tables as Markdown."""
+"""Beside the page, where runs have transcripts or speech: the same tables as Markdown."""
+SPEECH_TABLE = "speech.md"
+"""Where there are both, that of the speech."""
 FEW_CONCEPTS = 10
 """With fewer, a bootstrap interval is too narrow to call a difference one."""
 
@@ -106,13 +109,16 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         path = run.folder / PREDICTIONS
         if path.is_file():
             tables.append(_items(path, name))
-        elif not run.transcripts and not any(m.file in (SCORES, TRANSCRIPTS) for m in run.missing):
+        elif not run.transcripts and not run.speech and not any(m.file in (SCORES, TRANSCRIPTS) for m in run.missing):
             missing.append(f"{name}: scores by item ({PREDICTIONS}): run `python -m omnitrain test {run.folder}`")
     lines = compare_runs(scores_of(pa.concat_tables(tables)), names) if tables else []
     arms = read_arms(runs, names)
     if arms is not None:
         write_markdown(arms, Path(out).with_name(TABLE))
     colours = dict(zip(names, cycle(figures.ARM_COLOURS.values()), strict=False))
+    speech = read_speech_arms(runs, names)
+    if speech is not None:
+        write_speech_markdown(speech, Path(out).with_name(SPEECH_TABLE if arms else TABLE))
     page = templates().get_template("comparison.html.j2").render(
         name=f"{len(runs)} runs side by side",
         names=names,
@@ -121,6 +127,8 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         few=FEW_CONCEPTS,
         dropped=max((line.dropped for line in lines), default=0),
         arms=arms,
+        speech_head=speech_head(speech) if speech else [],
+        speech_rows=speech_rows(speech) if speech else [],
         transcripts=rows(arms) if arms else [],
         by_window=window_rows(arms) if arms else [],
         swaps=swap_rows(arms) if arms else [],

@@ -49,7 +49,7 @@ def read_arms(runs: Sequence[Run], names: Sequence[str]) -> Arms | None:
     if not windows:
         return None
     members: dict[str, dict[int, tuple[Run, str]]] = {}
-    for label, part in _arms(heard).items():
+    for label, part in runs_by_arm(heard).items():
         members[label] = {}
         for run, name in part:
             seed = int(run.config.get("seed", 0))
@@ -74,7 +74,7 @@ def read_arms(runs: Sequence[Run], names: Sequence[str]) -> Arms | None:
     )
 
 
-def _arms(heard: Sequence[tuple[Run, str]]) -> dict[str, list[tuple[Run, str]]]:
+def runs_by_arm(heard: Sequence[tuple[Run, str]]) -> dict[str, list[tuple[Run, str]]]:
     """The runs by arm, whose label is what their names have in common. Folders called after the seed do not tell arms
     apart: each seed may start from a run of its own."""
     groups: dict[tuple[tuple[str, str], ...], list[tuple[Run, str]]] = {}
@@ -116,8 +116,8 @@ def rows(arms: Arms) -> list[dict[str, Any]]:
         {
             "task": line.task, "languages": line.languages, "recordings": line.recordings,
             "measure": line.measure.heading,
-            "values": [_cell(line.values.get(name), line.measure.form) for name in arms.names],
-            "differences": [_cell(line.differences.get(name), line.measure.form, "+") for name in arms.names[1:]],
+            "values": [cell_text(line.values.get(name), line.measure.form) for name in arms.names],
+            "differences": [cell_text(line.differences.get(name), line.measure.form, "+") for name in arms.names[1:]],
             "constants": [_constant(arms, line, system) for system in (FREQUENT, CONSTANT)],
         }
         for line in arms.lines
@@ -129,7 +129,7 @@ def _constant(arms: Arms, line: Line, system: str) -> str:
     return "–" if found is None else format(found["mean"], line.measure.form)
 
 
-def _cell(estimate: Estimate | None, form: str, sign: str = "") -> str:
+def cell_text(estimate: Estimate | None, form: str, sign: str = "") -> str:
     if estimate is None:
         return "–"
     numbers = [v for v in (estimate.value, estimate.low, estimate.high) if v is not None]
@@ -144,7 +144,7 @@ def window_rows(arms: Arms) -> list[dict[str, Any]]:
         first = {line.task: line for line in reversed(lines)}
         found += [
             {"task": task, "window": window, "measure": line.measure.title,
-             "values": [_cell(line.values.get(name), line.measure.form) for name in arms.names]}
+             "values": [cell_text(line.values.get(name), line.measure.form) for name in arms.names]}
             for task, line in sorted(first.items())
         ]  # fmt: skip
     return sorted(found, key=lambda row: (row["task"], row["window"]))
@@ -171,7 +171,7 @@ def write_markdown(arms: Arms, path: Path) -> None:
         f"Attention window {arms.window} s. Means over seeds, with 95 % intervals for new seeds and new sentences; "
         "*frequent* and *constant* never listen: always the most frequent training answer, and the best of the "
         "frequent ones.",
-        _table(
+        markdown_table(
             ["task", "language", "recordings", "measure", *heads, *minus, "frequent", "constant"],
             [
                 [r["task"], r["languages"], str(r["recordings"]), r["measure"], *r["values"], *r["differences"],
@@ -180,7 +180,7 @@ def write_markdown(arms: Arms, path: Path) -> None:
             ],
         ),
         "By attention window, all languages:",
-        _table(
+        markdown_table(
             ["task", "window", "measure", *heads],
             [[r["task"], f"{r['window']} s", r["measure"], *r["values"]] for r in window_rows(arms)],
         ),
@@ -188,11 +188,11 @@ def write_markdown(arms: Arms, path: Path) -> None:
     if arms.swaps:
         text += [
             "Media swap, rise of the loss with another's recording in nats per token (mean, and each seed):",
-            _table(["task", *heads], [[task, *cells] for task, cells in swap_rows(arms)]),
+            markdown_table(["task", *heads], [[task, *cells] for task, cells in swap_rows(arms)]),
         ]
     write_text(path, "\n\n".join(text) + "\n")
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

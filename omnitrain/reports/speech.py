@@ -1,0 +1,172 @@
+"""Codecs, or Talkers, of several runs side by side: runs that differ in nothing but their seed are one arm. Scores over
+all sentences that all runs have spoken and by voice, differences to the first arm paired by seed and sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from omnitrain.evaluation.intervals import Estimate, bootstrap_interval, crossed_interval
+from omnitrain.evaluation.scores import read_table
+from omnitrain.evaluation.speech_tables import LABELS, TRIP
+from omnitrain.files import write_text
+from omnitrain.reports.run import Run
+from omnitrain.reports.transcripts import cell_text, markdown_table, runs_by_arm
+
+SPOKEN = "eval/speech.parquet"
+_LOWER = ("wer", "cer", "mel_db", "voicing_error", "failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentence:
+    """`numbers`: see `speech_scores.utterance_numbers`."""
+
+    text: str
+    voice: str
+    numbers: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechLine:
+    """One measure in one voice ("all": together).
+
+    Attributes:
+        title, form: of the measure, and how it is printed.
+        values: of each arm that has such a score. With one run of an arm, the interval is over sentences alone.
+        differences: of each arm but the first to the first, over the seeds that both have.
+    """
+
+    voice: str
+    title: str
+    form: str
+    sentences: int
+    values: Mapping[str, Estimate]
+    differences: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechArms:
+    """`names` of the arms, in the order of the runs; of each the number of its `runs`; the `lines` of their scores."""
+
+    names: tuple[str, ...]
+    runs: Mapping[str, int]
+    lines: Sequence[SpeechLine]
+
+
+def read_speech_arms(runs: Sequence[Run], names: Sequence[str]) -> SpeechArms | None:
+    """Of the runs whose speech was judged; None if there are none. Raises ValueError if two runs of one arm have the
+    same seed, or a file cannot be read."""
+    spoken = [(run, name) for run, name in zip(runs, names, strict=True) if run.speech]
+    if not spoken:
+        return None
+    arms: dict[str, dict[int, dict[str, Sentence]]] = {}
+    for label, part in runs_by_arm(spoken).items():
+        arms[label] = {}
+        for run, name in part:
+            seed = int(run.config.get("seed", 0))
+            if seed in arms[label]:
+                raise ValueError(f"{name} is the same run as another: both have seed {seed}")
+            arms[label][seed] = read_sentences(run.folder / SPOKEN)
+    lines = tuple(compare_speech(arms))
+    return SpeechArms(names=tuple(arms), runs={label: len(part) for label, part in arms.items()}, lines=lines)
+
+
+def read_sentences(path: Path) -> dict[str, Sentence]:
+    """What a run has spoken, by the ids of the recordings. Raises ValueError, naming the file, if it cannot be read."""
+    table = read_table(path, ("id", "text", "voice", "measured"))
+    return {
+        row["id"]: Sentence(text=row["text"], voice=row["voice"], numbers=json.loads(row["measured"]))
+        for row in table.to_pylist()
+    }
+
+
+def compare_speech(arms: Mapping[str, Mapping[int, Mapping[str, Sentence]]]) -> Iterator[SpeechLine]:
+    """Lines of arms, each with its runs by seed."""
+    runs = [run for arm in arms.values() for run in arm.values()]
+    common = [id for id in runs[0] if all(id in run for run in runs[1:])]
+    voices = sorted({runs[0][id].voice for id in common})
+    for voice in ["all", *voices] if len(voices) > 1 else ["all"]:
+        ids = [id for id in common if voice in ("all", runs[0][id].voice)]
+        for key, (title, form) in _measures(runs, ids).items():
+            there = {
+                name: arm
+                for name, arm in arms.items()
+                if all(any(key in run[id].numbers for id in ids) for run in arm.values())
+            }
+            shared = [id for id in ids if all(key in run[id].numbers for arm in there.values() for run in arm.values())]
+            if not shared:
+                continue
+            groups = [runs[0][id].text for id in shared]
+            sums = {
+                name: {seed: np.array([run[id].numbers[key] for id in shared]) for seed, run in sorted(arm.items())}
+                for name, arm in there.items()
+            }
+            first = next(iter(arms))
+            differences = {}
+            for name in [name for name in sums if name != first and first in sums]:
+                if seeds := sorted(sums[name].keys() & sums[first].keys()):
+                    mine, theirs = (np.stack([sums[arm][seed] for seed in seeds]) for arm in (name, first))
+                    differences[name] = _estimate(mine[:, :, 0] - theirs[:, :, 0], mine[0, :, 1], groups)
+            yield SpeechLine(
+                voice=voice, title=title, form=form, sentences=len(shared), differences=differences,
+                values={
+                    name: _estimate(both[:, :, 0], both[0, :, 1], groups)
+                    for name, both in ((name, np.stack(list(of.values()))) for name, of in sums.items())
+                },
+            )  # fmt: skip
+
+
+def _measures(runs: Sequence[Mapping[str, Sentence]], ids: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Title and form of what was measured, in the order of the page: of recognisers the one for any language first."""
+    found = {key for run in runs for id in ids for key in run[id].numbers}
+    by = next((name for name in ("whisper", "open", "word_loop") if f"wer/{name}/reference" in found), "whisper")
+    shown: dict[str, tuple[str, str]] = {}
+    for signal, label in LABELS.items():
+        shown |= {f"{rate}/{by}/{signal}": (f"{rate.upper()}, {label}", ".1%") for rate in ("wer", "cer")}
+    shown |= TRIP
+    shown |= {f"own_voice/{signal}": (f"similarity to the voice, {label}", ".2f") for signal, label in LABELS.items()}
+    shown |= {f"failed/{signal}": (f"fails, {label}", ".1%") for signal, label in LABELS.items()}
+    return {
+        key: (f"{title} {'↓' if key.split('/')[0] in _LOWER else '↑'}", form)
+        for key, (title, form) in shown.items() if key in found
+    }  # fmt: skip
+
+
+def _estimate(values: np.ndarray, weights: np.ndarray, groups: Sequence[str]) -> Estimate:
+    """The mean over seeds of values [S, I], weighted by item. With one seed, its interval is over sentences."""
+    found = crossed_interval(values, weights, np.asarray(groups))
+    if len(values) > 1:
+        return found
+    interval = bootstrap_interval(values[0], weights=weights, groups=list(groups))
+    return replace(found, low=interval.low, high=interval.high) if interval.groups > 1 else found
+
+
+def speech_head(arms: SpeechArms) -> list[str]:
+    """What stands above the columns of `speech_rows`."""
+    heads = [f"{name} ({arms.runs[name]} {'seed' if arms.runs[name] == 1 else 'seeds'})" for name in arms.names]
+    return ["voice", "sentences", "measure", *heads, *(f"{name} − {arms.names[0]}" for name in arms.names[1:])]
+
+
+def speech_rows(arms: SpeechArms) -> list[list[str]]:
+    """Cells of each line: voice, sentences, measure, then of each arm, and of each difference to the first."""
+    return [
+        [
+            line.voice, str(line.sentences), line.title,
+            *(cell_text(line.values.get(name), line.form) for name in arms.names),
+            *(cell_text(line.differences.get(name), line.form, "+") for name in arms.names[1:]),
+        ]
+        for line in arms.lines
+    ]  # fmt: skip
+
+
+def write_speech_markdown(arms: SpeechArms, path: Path) -> None:
+    """The same table as Markdown."""
+    text = (
+        "On sentences that all runs have. Means over seeds, with 95 % intervals for new seeds and new sentences; of a "
+        "single seed for new sentences alone."
+    )
+    write_text(path, f"{text}\n\n{markdown_table(speech_head(arms), speech_rows(arms))}\n")
