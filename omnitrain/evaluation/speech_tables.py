@@ -135,7 +135,7 @@ def _by_part_paired(parts: Mapping[str, Scores], name: str, signals: list[str]) 
         if set(cells) != {NOTHING}:
             rows.append((part, *cells))
     headings = (
-        name, *(f"WER above the recording's, {LABELS[signal]}" for signal in judged),
+        name, *(f"WER above, {LABELS[signal]}" for signal in judged),
         *(label for label, _ in TRIP.values()), f"pitch, {LABELS[judged[-1]]}, semitones",
     )  # fmt: skip
     return SpeechTable(f"beside the recordings, by {name}", headings, tuple(rows))
