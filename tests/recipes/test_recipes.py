@@ -28,6 +28,8 @@ SPEECH = {
     "speech",
 }
 """These build on one another, and run as such below (`codec_finetune` in tests/runs/test_export_codec.py)."""
+VOICES = {"codec_voices", "codec_ablation"}
+"""Codecs on prepared data: recordings with texts and voices, which the pack of speech has too."""
 PRETRAIN = {name for name in NAMES if name.startswith("pretrain")}
 """So do these, all in tests/cli/test_pretrain.py."""
 SEARCH = {"nondegradation_lr", "nondegradation_lr_arm"}
@@ -50,7 +52,7 @@ def algorithms() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - PRETRAIN - SEARCH - FINETUNE - HEARING - ANSWERING))
+@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - VOICES - PRETRAIN - SEARCH - FINETUNE - HEARING - ANSWERING))
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A recipe's prepared data need not be there: the pack has rows of the same tasks and languages.
     (tmp_path / "long").mkdir()
@@ -130,6 +132,20 @@ def test_captioner_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert {row["system"] for row in scores} == {"model", "most frequent", "best constant"}
     assert "hallucinating_captions" in scores[0]["measures"]
     assert (tmp_path / "run/report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_codecs_on_voices_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both with discriminators; the arms of the ablation side by side."""
+    (tmp_path / "voices").symlink_to(PACK_SPEECH)
+    monkeypatch.chdir(tmp_path)
+    here = [f"paths.data_dir={tmp_path}", *FEW, "module.loss.adversarial_after=1", "evaluation.players=1"]
+    assert main(["fit", "+recipe=codec_voices", *here]) == 0
+    for arm in ("base", "small_decoder"):
+        assert main(["fit", "+recipe=codec_ablation", f"arm={arm}", *here]) == 0
+    arms = [f"runs/codec_ablation/{arm}/seed=0" for arm in ("base", "small_decoder")]
+    assert main(["report", *arms, "--out", "report.html"]) == 0
+    assert "small_decoder − base" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 """The encoder of `aut_tiny`."""
