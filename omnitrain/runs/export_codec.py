@@ -1,4 +1,4 @@
-"""`omnitrain convert to-codec`: what is written beside the weights of a codec that is passed on.
+"""`omnitrain convert to-codec RUN OUT`: what is written beside the weights of a codec that is passed on.
 
 ``codec.json`` says what it is (sizes, fingerprint), how it was made (recipe, steps, voices with their licences, commit)
 and how it scores: the judge's scores of its run, measures for each voice, and those of a few sentences of the embedded

@@ -160,7 +160,7 @@ def test_scores_by_voice_are_those_of_its_utterances_alone() -> None:
             alone = score_speech(
                 [u for u in said if u.voice == voice], open_vocabulary=False, whisper=judge, without=ONLY_WORDS
             )
-            assert replace(alone, heard=()) == part
+            assert replace(alone, heard=(), measured=()) == part
     assert set(scores.by_voice) == {"asterisk_en", "asterisk_es"}
     assert scores.by_language == {}  # each voice has its own language: it would be the same
     assert scores.failure_rates["generated"]["cut"].mean == 0.25
