@@ -116,7 +116,7 @@ class Answering:
             voice="ethan",
             codes=Sampling(repetition_penalty=1.05),
             residuals=Sampling(),
-            max_new_tokens=args.tokens,
+            max_new_tokens=args.tokens + 1,  # the last one is not spoken
             max_frames=args.frames,
             frames_per_piece=args.frames_per_piece,
         )
@@ -353,8 +353,10 @@ def main() -> None:
     rtf = {k: v["frame"] / 1000 / FRAME_SECONDS for k, v in (("omnitrain", ours), ("transformers", theirs)) if v}
     print("RTF         " + "".join(f"{value:12.2f}  " for value in rtf.values()))
     if theirs is not None:
-        same = len(ours["codes"]) == len(theirs["codes"]) and bool(np.array_equal(ours["codes"], theirs["codes"]))
-        print(f"codes of both: {'the same' if same else 'DIFFERENT'}")
+        pairs = zip(ours["codes"], theirs["codes"], strict=False)
+        other = (i for i, (a, b) in enumerate(pairs) if not np.array_equal(a, b))
+        same = next(other, min(len(ours["codes"]), len(theirs["codes"])))
+        print(f"codes of both: the same in {same} of {args.frames} frames")
         print(f"transformers / omnitrain per frame: {theirs['frame'] / ours['frame']:.1f} x")
     if args.json:
         figures = {

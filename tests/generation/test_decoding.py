@@ -107,3 +107,17 @@ def test_compiled_each_part_is_one_graph_for_all_its_steps(models, monkeypatch) 
         assert np.array_equal(found.codes, expected.codes)
         np.testing.assert_allclose(found.wav, expected.wav, atol=1e-4)
         assert len(graphs) == 3
+
+
+def test_pieces_of_sound_may_grow(models, monkeypatch) -> None:
+    speaker, chat = Speaker(models.model, models.tokenizer), CHATS["text"]
+    sizes: list[int] = []
+    step = speaker._decode_step
+    monkeypatch.setattr(speaker, "_decode_step", lambda x, state: sizes.append(x.shape[1]) or step(x, state))
+    found = answer(models, speaker, chat, frames_per_piece=(2, 4))
+    expected = answer(models, models.speaker, chat)
+    assert sizes == [1, 2, 4, 4, 4, 1]  # 16 frames
+    assert np.array_equal(found.codes, expected.codes)
+    np.testing.assert_allclose(found.wav, expected.wav, atol=1e-4)
+    with pytest.raises(ValueError, match=r"frames_per_piece is \(2, 0\)"):
+        session(models, frames_per_piece=(2, 0))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnitrain.models.layers.moe import Routing, SwiGLUExperts, rows_by_expert
+from omnitrain.models.layers.moe import FEW_TOKENS, Routing, SwiGLUExperts, rows_by_expert
 
 FEW_ROWS = 12
 """Up to here PyTorch's own kernel reads the 8 bits (in 16-bit activations); beyond, the weights are made 32-bit numbers
@@ -77,9 +77,20 @@ class Int8Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x [N, D] -> [N, D], the weighted sum of each token's experts."""
+        if 0 < len(x) <= FEW_TOKENS:
+            tokens = zip(x, routing.experts.tolist(), routing.weights, strict=True)
+            return torch.stack([self._of_token(*token) for token in tokens])
         y = torch.zeros_like(x)
         for e, token, choice in rows_by_expert(routing):
             gate, up = self.gate_up.product(x[token], e).chunk(2, dim=-1)
             weight = routing.weights[token, choice, None]
             y.index_add_(0, token, self.down.product(F.silu(gate) * up, e) * weight)
         return y
+
+    def _of_token(self, x: Tensor, experts: list[int], weights: Tensor) -> Tensor:
+        """x [D] -> [D]"""
+        inner = []
+        for e in experts:
+            gate, up = self.gate_up.product(x, e).chunk(2)
+            inner.append(self.down.product(F.silu(gate).mul_(up), e))
+        return weights @ torch.stack(inner)
