@@ -261,17 +261,22 @@ PROMPTS = (
 )
 
 
+def request_and_speech(sample_id: str, text: str, recording: bytes) -> tuple[Message, Message]:
+    """Somebody asks for a sentence, in the wording that `sample_id` draws; the encoded `recording` of it answers."""
+    question = PROMPTS[int(fraction("prompt", sample_id) * len(PROMPTS))].format(text=text)
+    return (
+        Message(role="user", segments=(Segment(type="text", text=question),)),
+        Message(role="assistant", segments=(Segment(type="speech", text=text, media=recording),)),
+    )
+
+
 def sample(voice: Voice, text: str, recording: bytes) -> Sample:
     """The row of one sentence by one voice. `recording`: the encoded file."""
     sample_id = f"{NAME}/{voice.key}/{text}"
-    question = PROMPTS[int(fraction("prompt", sample_id) * len(PROMPTS))].format(text=text)
     return Sample(
         id=sample_id,
         source=f"{NAME}/{voice.key}",
-        messages=(
-            Message(role="user", segments=(Segment(type="text", text=question),)),
-            Message(role="assistant", segments=(Segment(type="speech", text=text, media=recording),)),
-        ),
+        messages=request_and_speech(sample_id, text, recording),
         split=document_split(text),
         task="tts",
         licence=ENGINES[voice.engine][0].licence,

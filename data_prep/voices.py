@@ -42,9 +42,9 @@ from data_prep.edit import check_heard, trim_silence
 from data_prep.fetch import Opened
 from data_prep.job import RECORD, Counts, add_without, misfits_by_recording, run
 from data_prep.splits import Sides, fraction
-from data_prep.synthetic_speech import PROMPTS
+from data_prep.synthetic_speech import request_and_speech
 from omnitrain.data.media import decode_audio, encode_audio
-from omnitrain.data.sample import BadSample, Message, Sample, Segment
+from omnitrain.data.sample import BadSample, Sample
 from omnitrain.data.shards import SampleSource, write_shards
 from omnitrain.files import read_json, write_json, write_text
 
@@ -142,15 +142,10 @@ def voice_of(row: Sample) -> str:
 def sample(row: Sample, voice: str, recording: bytes) -> Sample:
     """The row that asks `voice` for the sentence of the transcript `row`. `recording`: the encoded file."""
     sample_id = f"{NAME}/{voice}/{recording_of(row).removeprefix('speech/')}"
-    text = row.reference
-    question = PROMPTS[int(fraction("prompt", sample_id) * len(PROMPTS))].format(text=text)
     return Sample(
         id=sample_id,
         source=f"{NAME}/{voice}",
-        messages=(
-            Message(role="user", segments=(Segment(type="text", text=question),)),
-            Message(role="assistant", segments=(Segment(type="speech", text=text, media=recording),)),
-        ),
+        messages=request_and_speech(sample_id, row.reference, recording),
         split=row.split,
         task="tts",
         licence=row.licence,

@@ -41,7 +41,6 @@ from omnitrain.evaluation.speech_tables import speech_tables
 from omnitrain.files import write_json, write_parquet
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.speech import Speaker, speak_texts
-from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel
 
 SAMPLE_RATE = 24_000
@@ -70,7 +69,7 @@ def judge_codec(
     spoken = []
     for u in track(recordings, "round trips", console=Console(stderr=True)):
         trip = round_trip(codec, u.wav)
-        spoken.append(_spoken(u, generated=trip, round_trip=trip))
+        spoken.append(spoken_of(u, generated=trip, round_trip=trip))
     return _judge(spoken, recordings, train_sources, settings, out_dir, bit_rate(codec))
 
 
@@ -102,7 +101,7 @@ def judge_talker(
         )  # fmt: skip
         for u, speech in zip(group, said, strict=True):
             trip = None if codec is None else round_trip(codec, u.wav)
-            spoken.append(_spoken(u, generated=speech.wav, round_trip=trip, hit_limit=speech.hit_limit))
+            spoken.append(spoken_of(u, generated=speech.wav, round_trip=trip, hit_limit=speech.hit_limit))
     return _judge(spoken, recordings, train_sources, settings, out_dir, None if codec is None else bit_rate(codec))
 
 
@@ -123,19 +122,13 @@ def round_trip(codec: EncodesSpeech, wav: np.ndarray) -> np.ndarray:
 
 
 def bit_rate(codec: EncodesSpeech) -> float | None:
-    """Bits a second of a codec's codes, as they are stored without further coding: frames a second times codebooks
-    times log2 of the values of a code. None for one of neither kind that this project has."""
-    if isinstance(codec, Codec):
-        sizes = codec.config.decoder
-        return SAMPLE_RATE / sizes.samples_per_frame * sizes.quantizers * math.log2(sizes.codebook_size)
-    # A `MimiCodec`, told by what it has: its class would bring transformers into this room.
-    quantizers, mimi = getattr(codec, "quantizers", None), getattr(codec, "model", None)
-    if quantizers is None or mimi is None:
-        return None
-    return mimi.config.frame_rate * quantizers * math.log2(mimi.config.codebook_size)
+    """Bits a second of a codec's codes, stored without further coding. None for one that does not say how many."""
+    bits, samples = getattr(codec, "bits_per_frame", None), getattr(codec, "samples_per_frame", None)
+    return None if bits is None or samples is None else SAMPLE_RATE / samples * bits
 
 
-def _spoken(u: Utterance, *, generated: np.ndarray, round_trip: np.ndarray | None, hit_limit: bool = False) -> Spoken:
+def spoken_of(u: Utterance, *, generated: np.ndarray, round_trip: np.ndarray | None, hit_limit: bool = False) -> Spoken:
+    """What was generated for the text of the recording `u`, beside it."""
     return Spoken(
         text=u.text, wav=generated, sample_rate=SAMPLE_RATE, reference=u.wav, round_trip=round_trip, voice=u.voice,
         hit_limit=hit_limit, language=u.languages[-1] if u.languages else "", id=u.id,

@@ -61,6 +61,7 @@ class ArrivingQuestion:
             speaker.model, PackedBatch.pack([self._known]).to(speaker.device), JoinedKVCache([self._thinker_cache])
         )
         self._hidden, self._accept_hidden = x[0], [accept]
+        self._pieces = 0  # of these, how many the Talker has read
         self._features = 0  # of the sound so far
 
     @torch.no_grad()
@@ -105,11 +106,11 @@ class ArrivingQuestion:
         )
         self._read(features, piece)
         turns = self.speaker._user_turns(self._known)
-        self.speaker.read_turns(
-            UserTurns(*(part[..., self._talker_cache.length :] for part in turns)),
-            torch.cat(self._accept_hidden),
-            self._talker_cache,
-        )
+        unread = UserTurns(*(part[..., self._talker_cache.length :] for part in turns))
+        hidden = torch.cat(self._accept_hidden[self._pieces :])  # those before have been read by the Talker
+        unread = unread._replace(rows=unread.rows - (len(self._known) - len(hidden)))
+        self.speaker.read_turns(unread, hidden, self._talker_cache)
+        self._pieces = len(self._accept_hidden)
 
     def _read(self, x: Tensor, piece: EncodedSample) -> None:
         """The Thinker's next positions, embedded [n, D]."""

@@ -8,6 +8,8 @@ A step multiplies one row by every matrix, and costs what the matrices cost to r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -39,26 +41,32 @@ def for_decoding(model: OmniModel, *, int8: bool = False) -> None:
         raise ValueError(f"the model is on {device}: int8 is for decoding on the CPU (device=cpu)")
     if device.type != "cpu":
         return
-    for part in (model.thinker, model.talker):
-        if part is None:
-            continue
-        for module in list(part.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear) and child.out_features >= NARROW:
-                    if int8:
-                        setattr(module, name, Int8Linear(child))
-                    else:
-                        _by_columns(child.weight)
-                elif isinstance(child, SwiGLUExperts):
-                    if int8:
-                        setattr(module, name, Int8Experts(child))
-                    else:
-                        _by_columns(child.gate_up, child.down)
-    if model.talker is not None:
-        if int8:
-            model.talker.mtp.heads_in_int8()
+    for parent, name, child in list(_matrices(model)):
+        if isinstance(child, nn.Linear):
+            if int8:
+                setattr(parent, name, Int8Linear(child))
+            else:
+                _by_columns(child.weight)
+        elif int8:
+            setattr(parent, name, Int8Experts(child))
         else:
-            _by_columns(model.talker.mtp.code_head)
+            _by_columns(child.gate_up, child.down)
+    if model.talker is None:
+        return
+    if int8:
+        model.talker.mtp.heads_in_int8()
+    else:
+        _by_columns(model.talker.mtp.code_head)
+
+
+def _matrices(model: OmniModel) -> Iterator[tuple[nn.Module, str, nn.Linear | SwiGLUExperts]]:
+    """What holds the matrices of Thinker and Talker, each with the module that it is in and its name there."""
+    for part in (model.thinker, model.talker):
+        for parent in [] if part is None else part.modules():
+            for name, child in parent.named_children():
+                wide = isinstance(child, nn.Linear) and child.out_features >= NARROW
+                if wide or isinstance(child, SwiGLUExperts):
+                    yield parent, name, child
 
 
 def _by_columns(*matrices: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ class MimiCodec(nn.Module):
         except (pickle.UnpicklingError, RuntimeError) as error:  # its advice would be to run the code
             raise CheckpointError(f"{path}: its weights are damaged, or hold something else than tensors") from error
         return cls(model, quantizers)
+
+    @property
+    def bits_per_frame(self) -> float:
+        """As of `Codec`."""
+        return self.quantizers * math.log2(self.codebook_size)
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:

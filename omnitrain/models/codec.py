@@ -7,6 +7,7 @@ decoder is a `Code2Wav`, so that a trained codec is at the same time the last pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -393,6 +394,15 @@ class Codec(nn.Module):
         self.quantizer = ResidualVectorQuantizer(config)
         self.decoder = Code2Wav(config.decoder)
         self.decoder.code_embedding.requires_grad_(False)
+
+    @property
+    def samples_per_frame(self) -> int:
+        return self.config.samples_per_frame
+
+    @property
+    def bits_per_frame(self) -> float:
+        """Bits that the codes of one frame hold, stored without further coding."""
+        return self.config.decoder.quantizers * math.log2(self.config.decoder.codebook_size)
 
     def set_activation_checkpointing(self, parts: Collection[str]) -> None:
         """As of `OmniModel`; the parts are `encoder` and `decoder`."""

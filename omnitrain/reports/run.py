@@ -134,9 +134,9 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
         if samples:
             run.heard = read(files.HEARD, _rows, [], "recordings to listen to", test)
     else:
-        run.speech = read("eval/speech.json", _record, {}, "scores of the speech", test)
+        run.speech = read(files.SPEECH, _record, {}, "scores of the speech", test)
         if samples:
-            run.spoken = read("eval/speech.parquet", _rows, [], "speech to listen to", test)
+            run.spoken = read(files.SPOKEN, _rows, [], "speech to listen to", test)
     # These exist only when there is something to tell.
     run.bad_samples = [row for path in sorted(run.folder.glob("bad_samples*.jsonl")) for row in _json_lines(path)]
     if (path := run.folder / files.SKIPPED_STEPS).is_file():

@@ -13,11 +13,10 @@ import numpy as np
 from omnitrain.evaluation.intervals import Estimate, bootstrap_interval, crossed_interval
 from omnitrain.evaluation.scores import read_table
 from omnitrain.evaluation.speech_tables import LABELS, TRIP
-from omnitrain.files import write_text
+from omnitrain.files import SPOKEN, write_text
 from omnitrain.reports.run import Run
-from omnitrain.reports.transcripts import cell_text, markdown_table, runs_by_arm
+from omnitrain.reports.transcripts import arm_heads, cell_text, markdown_table, runs_by_arm
 
-SPOKEN = "eval/speech.parquet"
 _LOWER = ("wer", "cer", "mel_db", "voicing_error", "failed")
 
 
@@ -50,9 +49,8 @@ class SpeechLine:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechArms:
-    """`names` of the arms, in the order of the runs; of each the number of its `runs`; the `lines` of their scores."""
+    """Of each arm, in the order of the runs, how many `runs` it has; the `lines` of their scores."""
 
-    names: tuple[str, ...]
     runs: Mapping[str, int]
     lines: Sequence[SpeechLine]
 
@@ -63,16 +61,11 @@ def read_speech_arms(runs: Sequence[Run], names: Sequence[str]) -> SpeechArms | 
     spoken = [(run, name) for run, name in zip(runs, names, strict=True) if run.speech]
     if not spoken:
         return None
-    arms: dict[str, dict[int, dict[str, Sentence]]] = {}
-    for label, part in runs_by_arm(spoken).items():
-        arms[label] = {}
-        for run, name in part:
-            seed = int(run.config.get("seed", 0))
-            if seed in arms[label]:
-                raise ValueError(f"{name} is the same run as another: both have seed {seed}")
-            arms[label][seed] = read_sentences(run.folder / SPOKEN)
-    lines = tuple(compare_speech(arms))
-    return SpeechArms(names=tuple(arms), runs={label: len(part) for label, part in arms.items()}, lines=lines)
+    arms = {
+        label: {seed: read_sentences(run.folder / SPOKEN) for seed, (run, _) in part.items()}
+        for label, part in runs_by_arm(spoken).items()
+    }
+    return SpeechArms(runs={label: len(part) for label, part in arms.items()}, lines=tuple(compare_speech(arms)))
 
 
 def read_sentences(path: Path) -> dict[str, Sentence]:
@@ -147,8 +140,8 @@ def _estimate(values: np.ndarray, weights: np.ndarray, groups: Sequence[str]) ->
 
 def speech_head(arms: SpeechArms) -> list[str]:
     """What stands above the columns of `speech_rows`."""
-    heads = [f"{name} ({arms.runs[name]} {'seed' if arms.runs[name] == 1 else 'seeds'})" for name in arms.names]
-    return ["voice", "sentences", "measure", *heads, *(f"{name} − {arms.names[0]}" for name in arms.names[1:])]
+    heads, minus = arm_heads(arms.runs)
+    return ["voice", "sentences", "measure", *heads, *minus]
 
 
 def speech_rows(arms: SpeechArms) -> list[list[str]]:
@@ -156,8 +149,8 @@ def speech_rows(arms: SpeechArms) -> list[list[str]]:
     return [
         [
             line.voice, str(line.sentences), line.title,
-            *(cell_text(line.values.get(name), line.form) for name in arms.names),
-            *(cell_text(line.differences.get(name), line.form, "+") for name in arms.names[1:]),
+            *(cell_text(line.values.get(name), line.form) for name in arms.runs),
+            *(cell_text(line.differences.get(name), line.form, "+") for name in list(arms.runs)[1:]),
         ]
         for line in arms.lines
     ]  # fmt: skip

@@ -48,14 +48,7 @@ def read_arms(runs: Sequence[Run], names: Sequence[str]) -> Arms | None:
     windows = sorted(set.intersection(*(set(of) for of in answers.values()))) if answers else []
     if not windows:
         return None
-    members: dict[str, dict[int, tuple[Run, str]]] = {}
-    for label, part in runs_by_arm(heard).items():
-        members[label] = {}
-        for run, name in part:
-            seed = int(run.config.get("seed", 0))
-            if seed in members[label]:
-                raise ValueError(f"{name} and {members[label][seed][1]} are the same run: both have seed {seed}")
-            members[label][seed] = run, name
+    members = runs_by_arm(heard)
 
     def of(window: int) -> dict[str, dict[int, Answers]]:
         return {
@@ -74,20 +67,26 @@ def read_arms(runs: Sequence[Run], names: Sequence[str]) -> Arms | None:
     )
 
 
-def runs_by_arm(heard: Sequence[tuple[Run, str]]) -> dict[str, list[tuple[Run, str]]]:
-    """The runs by arm, whose label is what their names have in common. Folders called after the seed do not tell arms
-    apart: each seed may start from a run of its own."""
+def runs_by_arm(named: Sequence[tuple[Run, str]]) -> dict[str, dict[int, tuple[Run, str]]]:
+    """Runs with their names by arm, whose label is what the names have in common, and seed. Folders called after the
+    seed do not tell arms apart: each seed may start from a run of its own. Raises ValueError if two runs of one arm
+    have the same seed."""
     groups: dict[tuple[tuple[str, str], ...], list[tuple[Run, str]]] = {}
-    for run, name in heard:
+    for run, name in named:
         own = f"seed={run.config.get('seed', 0)}"
         settings = {k: v.replace(own, "seed=") for k, v in flat(run.config).items() if not k.startswith(_NOT_AN_ARM)}
         groups.setdefault(tuple(sorted(settings.items())), []).append((run, name))
-    arms: dict[str, list[tuple[Run, str]]] = {}
+    arms: dict[str, dict[int, tuple[Run, str]]] = {}
     for part in groups.values():
         shared = [a for a, *others in zip(*(n.split("/") for _, n in part), strict=False) if {a, *others} == {a}]
         label = part[0][1] if len(part) == 1 else "/".join(shared) or str(part[0][0].config.get("name", "run"))
         label = "/".join(word for word in label.split("/") if not word.startswith("seed=")) or label
-        arms[label if label not in arms else part[0][1]] = part
+        by_seed = arms.setdefault(label if label not in arms else part[0][1], {})
+        for run, name in part:
+            seed = int(run.config.get("seed", 0))
+            if seed in by_seed:
+                raise ValueError(f"{name} and {by_seed[seed][1]} are the same run: both have seed {seed}")
+            by_seed[seed] = run, name
     return arms
 
 
@@ -165,8 +164,7 @@ def swap_rows(arms: Arms) -> list[tuple[str, list[str]]]:
 
 def write_markdown(arms: Arms, path: Path) -> None:
     """The same tables as Markdown."""
-    heads = [f"{name} ({arms.runs[name]} {'seed' if arms.runs[name] == 1 else 'seeds'})" for name in arms.names]
-    minus = [f"{name} − {arms.names[0]}" for name in arms.names[1:]]
+    heads, minus = arm_heads(arms.runs)
     text = [
         f"Attention window {arms.window} s. Means over seeds, with 95 % intervals for new seeds and new sentences; "
         "*frequent* and *constant* never listen: always the most frequent training answer, and the best of the "
@@ -191,6 +189,13 @@ def write_markdown(arms: Arms, path: Path) -> None:
             markdown_table(["task", *heads], [[task, *cells] for task, cells in swap_rows(arms)]),
         ]
     write_text(path, "\n\n".join(text) + "\n")
+
+
+def arm_heads(runs: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """What stands above the columns of arms, of each of which there are so many `runs`, and of their differences."""
+    first, *others = runs
+    heads = [f"{name} ({count} {'seed' if count == 1 else 'seeds'})" for name, count in runs.items()]
+    return heads, [f"{name} − {first}" for name in others]
 
 
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

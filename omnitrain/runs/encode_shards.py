@@ -42,7 +42,7 @@ from omnitrain.files import printable, read_json, sweep, write_json
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
-from omnitrain.runs.load import SAMPLE_RATE, bits_per_frame, codec_fingerprint
+from omnitrain.runs.load import SAMPLE_RATE, codec_fingerprint
 from omnitrain.training.codec_losses import si_sdr
 
 RECORD = "encode.json"
@@ -316,7 +316,7 @@ def encode(
 
             folder.write(file, checksums[file], samples(), counts)
     by_file = {file: folder.counts(file) for file in files}
-    print_counts(by_file, bits_per_frame(codec), f"{out}: codec {encoder.fingerprint}")
+    print_counts(by_file, codec.bits_per_frame, f"{out}: codec {encoder.fingerprint}")
     check(encoder, out, files)
     return total(by_file.values())
 

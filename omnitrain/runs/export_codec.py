@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,15 @@ from omnitrain.data.datamodule import OmniDataModule
 from omnitrain.data.sample import BadSample
 from omnitrain.data.settings import MediaLimits
 from omnitrain.data.shards import SampleSource, Source
-from omnitrain.data.waveforms import Utterance, UtteranceReader
-from omnitrain.evaluation.intervals import bootstrap_interval
-from omnitrain.evaluation.judges import is_silent, mel_distance, missing_judges, pesq, stoi
-from omnitrain.evaluation.listening import SAMPLE_RATE, read_recordings, round_trip
-from omnitrain.files import EVALUATION, read_json
+from omnitrain.data.waveforms import UtteranceReader
+from omnitrain.evaluation.judges import mel_distance, missing_judges
+from omnitrain.evaluation.listening import SAMPLE_RATE, read_recordings, round_trip, spoken_of
+from omnitrain.evaluation.speech_scores import Spoken, score_speech
+from omnitrain.files import SPEECH, read_json
 from omnitrain.models.code2wav import fingerprint
 from omnitrain.models.codec import Codec
 from omnitrain.training.codec_losses import si_sdr
 
-SPEECH_SCORES = f"{EVALUATION}/speech.json"
 SENTENCES = 3
 """Of the embedded voices, whose measures stand in codec.json."""
 PER_VOICE = 40
@@ -42,9 +41,9 @@ PER_VOICE = 40
 def describe(codec: Codec, config: RunConfig, data: OmniDataModule, run_dir: Path, steps: int) -> dict[str, Any]:
     """What codec.json says of a codec, its weights as they were stored, from the run in `run_dir`. Raises ValueError
     where the run has not been scored, FileNotFoundError where its data are not there any more."""
-    if not (run_dir / SPEECH_SCORES).is_file():
-        raise ValueError(f"{run_dir / SPEECH_SCORES} is missing: score the run first, omnitrain test {run_dir}")
-    scores = read_json(run_dir / SPEECH_SCORES)
+    if not (run_dir / SPEECH).is_file():
+        raise ValueError(f"{run_dir / SPEECH} is missing: score the run first, omnitrain test {run_dir}")
+    scores = read_json(run_dir / SPEECH)
     if scores.get("judge"):  # a folder on somebody's disk says less than its name
         scores["judge"] = Path(scores["judge"]).name
     optim, module = config.optim, config.module.config
@@ -93,27 +92,19 @@ def voices(sources: Mapping[str, Source]) -> list[dict[str, Any]]:
 
 def scores_by_voice(codec: Codec, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
     """Means and 95 % intervals of what the round trip of held-out recordings loses, for each voice of the sources."""
-    by_voice: dict[str, list[Utterance]] = defaultdict(list)
-    for utterance in read_recordings(sources, PER_VOICE * 10):
-        by_voice[utterance.voice].append(utterance)
-    missing = missing_judges()
+    by_voice: dict[str, list[Spoken]] = defaultdict(list)
+    for u in read_recordings(sources, PER_VOICE * 10):
+        if len(by_voice[u.voice]) < PER_VOICE:
+            trip = round_trip(codec, u.wav)
+            by_voice[u.voice].append(spoken_of(u, generated=trip, round_trip=trip))
+    without = {*missing_judges(), "pocketsphinx", "librosa"}
     found = {}
-    for voice, utterances in sorted(by_voice.items()):
-        rows = [_losses(codec, u, missing) for u in utterances[:PER_VOICE]]
-        intervals = {name: bootstrap_interval([row[name] for row in rows if name in row]) for name in rows[0]}
-        found[voice] = {"n": len(rows)} | {
-            name: [round(x, 4) for x in (i.mean, i.low, i.high)] for name, i in intervals.items()
+    for voice, spoken in sorted(by_voice.items()):
+        scores = score_speech(spoken, without=without)
+        losses = {"mel_db": scores.mel_db, "stoi": scores.stoi, "pesq": scores.pesq}
+        found[voice] = {"n": scores.n} | {
+            name: [round(x, 4) for x in (i.mean, i.low, i.high)] for name, i in losses.items() if i is not None
         }
-    return found
-
-
-def _losses(codec: Codec, utterance: Utterance, missing: Sequence[str]) -> dict[str, float]:
-    trip = round_trip(codec, utterance.wav)
-    found = {"mel_db": mel_distance(utterance.wav, trip, SAMPLE_RATE)}
-    if "pystoi" not in missing:
-        found["stoi"] = stoi(utterance.wav, trip, SAMPLE_RATE)
-    if "pesq" not in missing:
-        found["pesq"] = 1.0 if is_silent(trip) else pesq(utterance.wav, trip, SAMPLE_RATE)
     return found
 
 

@@ -5,7 +5,6 @@ A run folder may have been moved: nothing outside it is read. Its configuration 
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -157,13 +156,6 @@ def codec_fingerprint(codec: Codec | MimiCodec) -> str:
     for _, value in sorted(quantizer.state_dict().items()):
         crc = zlib.crc32(value.float().cpu().contiguous().numpy().tobytes(), crc)
     return f"{crc:08x}"
-
-
-def bits_per_frame(codec: Codec | MimiCodec) -> float:
-    """Bits that the codes of one frame hold."""
-    if isinstance(codec, Codec):
-        return codec.config.decoder.quantizers * math.log2(codec.config.decoder.codebook_size)
-    return codec.quantizers * math.log2(codec.codebook_size)
 
 
 def is_run(folder: Path, public: str = "a folder in the public format", hint: str = "") -> bool:
