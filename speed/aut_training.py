@@ -467,7 +467,12 @@ def main() -> None:
         return child(args)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
-    asked = {name: str(value) for name, value in sorted(vars(args).items()) if name not in ("out", "child")}
+    here = f"{Path(__file__).parents[1]}{os.sep}"  # what is inside the clone is told without where that lies
+    asked = {
+        name: str(value).removeprefix(here)
+        for name, value in sorted(vars(args).items())
+        if name not in ("out", "child")
+    }
     results = json.loads(path.read_text()) if path.exists() else {}
     if results.get("arguments", asked) != asked:
         sys.exit(f"{path} holds results of other arguments: {results['arguments']}; choose another --out")
