@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from omnitrain.data.sample import ROLES, SEGMENT_TYPES, BadSample, Message, Role, Sample, Segment, SegmentType
+from omnitrain.data.sample import MEDIA, ROLES, SEGMENT_TYPES, BadSample, Message, Role, Sample, Segment, SegmentType
 from omnitrain.data.shards import (
     IndexedSource,
     Location,
@@ -37,6 +37,7 @@ from omnitrain.data.shards import (
     parse_json,
     read_conditions,
 )
+from omnitrain.data.turns import FORMATS, answer_pieces, signatures, write_calls
 from omnitrain.files import encoding_hint, looks_like_utf16
 
 KINDS = ("jsonl", "parquet", "webdataset", "hub")
@@ -83,9 +84,11 @@ class ColumnMapping:
         config, hub_split, revision, data_dir, streaming: of a Hub data set.
         media_root: folder of media paths, relative to the mapping file; default: that file's folder (``hub``: the data
             set's own).
-        messages: a list of ``{role: content}``; or ``{column, role, text, roles, media}`` for a column that holds the
-            turns of a conversation: `role` and `text` name a turn's fields, `roles` translates roles, and `media` gives
-            the segment that a marker such as ``<image>`` in the text stands for.
+        messages: a list of ``{role: content}``; or ``{format, column, role, text, roles, media, tools, with_audio}``
+            for a column that holds the turns of a conversation: `role` and `text` name a turn's fields, `roles`
+            translates roles, `media` gives the segment that a marker such as ``<image>`` in the text stands for,
+            `tools` the functions that may be called, and with `with_audio` the sound of videos in parts is heard.
+            `format` is one of `turns.FORMATS`, whose fields these are by default; its name alone is enough.
     """
 
     kind: str
@@ -298,14 +301,20 @@ class _Turns:
 
 class _Conversation:
     """Messages in a column: a list of turns (or its JSON) with a role and a content. That is a text in which markers
-    stand for media, or a list of parts as OpenAI's and TRL's; one without a medium of its own stands for the next one
-    of the mapping's `media`."""
+    stand for media, or a list of parts as OpenAI's, Qwen's and TRL's; one without a medium of its own stands for the
+    next one of the mapping's `media`. What an assistant's turn has beside it, `turns.answer_pieces` makes text."""
 
-    def __init__(self, spec: dict[str, Any], where: str) -> None:
-        check_known(where, "field", spec, ("column", "role", "text", "roles", "media"))
+    def __init__(self, spec: dict[str, Any], where: str, *, sparse: bool = False) -> None:
+        check_known(where, "field", spec, ("format", "column", "role", "text", "roles", "media", "tools", "with_audio"))
+        if (name := spec.get("format")) is not None:
+            check_known(f"{where}.format", "format", [name], list(FORMATS))
+            spec = {**FORMATS[name], **spec}
         if "column" not in spec:
-            raise ValueError(f"{where}: field 'column' is missing; name the column that holds the turns")
+            raise ValueError(f"{where}: field 'column' is missing; name the column that holds the turns, or a `format`")
         self.turns = _Template("{" + str(spec["column"]) + "}", f"{where}.column")
+        self.tools = _Template(spec["tools"], f"{where}.tools") if "tools" in spec else None
+        self.found_tools = name is not None and self.tools is None  # a column `tools`, in the rows that have one
+        self.with_audio, self.sparse = bool(spec.get("with_audio", False)), sparse
         self.role, self.text = str(spec.get("role", "role")), str(spec.get("text", "content"))
         self.roles: dict[str, Role] = spec.get("roles") or {}
         check_known(f"{where}.roles", "role", self.roles.values(), ROLES)
@@ -317,8 +326,21 @@ class _Conversation:
 
     def templates(self) -> Iterator[_Template]:
         yield self.turns
+        if self.tools is not None:
+            yield self.tools
         for part in self.media.values():
             yield from part.templates()
+
+    def signatures(self, row: Mapping[str, Any]) -> str | None:
+        """The functions that may be called, as `Sample.meta` keeps them."""
+        if self.tools is None:
+            tools = row.get("tools") if self.found_tools else None
+        else:
+            try:
+                tools = self.tools.value(row)
+            except BadSample:  # this row has none
+                return None
+        return signatures(tools, sparse=self.sparse) if tools else None
 
     def build(self, row: Mapping[str, Any], id: str) -> tuple[Message, ...]:
         turns = self.turns.value(row)
@@ -328,16 +350,25 @@ class _Conversation:
             raise BadSample("row_invalid", "the conversation column is no list of turns")
         messages = []
         for turn in turns:
-            role, text = turn.get(self.role), turn.get(self.text)
-            role = self.roles.get(role, role)
+            named, text = turn.get(self.role), turn.get(self.text)
+            role = self.roles.get(named, named)
+            thoughts, calls = "", ""
+            if role == "assistant":
+                if named == "function_call":  # ShareGPT has calls as a turn of their own
+                    text = write_calls(text, sparse=self.sparse)
+                thoughts, said, calls = answer_pieces(turn, text if isinstance(text, str) else "", sparse=self.sparse)
+                text = said if isinstance(text, str) or (text is None and (thoughts or calls)) else text
             if role not in ROLES or not isinstance(text, str | list):
                 raise BadSample("row_invalid", f"a turn with role {role!r} and {type(text).__name__} as text")
             if isinstance(text, list):
-                messages.append((role, [self._part(part) for part in text]))
-                continue
-            pieces = filter(str.strip, self.markers.split(text) if self.markers else [text])
-            texts = ((piece, piece.strip("\n") if self.media else piece) for piece in pieces)
-            messages.append((role, [self.media.get(p) or Segment(type="text", text=text) for p, text in texts]))
+                content = [self._part(part) for part in text]
+                calls = f"\n{calls}" if content and calls else calls
+            else:
+                pieces = filter(str.strip, self.markers.split(text) if self.markers else [text])
+                texts = ((piece, piece.strip("\n") if self.media else piece) for piece in pieces)
+                content = [self.media.get(p) or Segment(type="text", text=text) for p, text in texts]
+            around = [[Segment(type="text", text=text)] if text else [] for text in (thoughts, calls)]
+            messages.append((role, [*around[0], *content, *around[1]]))
         return _build(messages, row, id, self.media)
 
     def _part(self, part: Any) -> _SegmentMapping | Segment:
@@ -345,7 +376,12 @@ class _Conversation:
         {data: BASE64}}``, ``{type: image, image: PATH}``, ``{type: image}`` and the like."""
         if isinstance(part, str):
             return Segment(type="text", text=part)
-        kind = str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
+        kind = type(part).__name__
+        if isinstance(part, Mapping):  # Qwen's parts may name their medium alone: {"image": PATH}
+            own = (k for k in ("text", *MEDIA, *(f"{m}_url" for m in MEDIA)) if part.get(k) is not None)
+            kind = str(part.get("type") or next(own, None))
+            if cut := [key for key in ("video_start", "video_end", "audio_start", "audio_end") if part.get(key)]:
+                raise BadSample("row_invalid", f"a part with {cut[0]}: a medium is read whole; cut the file")
         name: Any = kind.removeprefix("input_").removeprefix("output_").removesuffix("_url")
         if name not in SEGMENT_TYPES or name == "speech":
             raise BadSample("row_invalid", f"a part of type {kind!r}; known are text, image, audio and video")
@@ -366,11 +402,12 @@ class _Conversation:
             value = next((v for key in ("url", "bytes", "path") if (v := value.get(key))), None) or (
                 f"data:;base64,{value['data']}" if isinstance(value.get("data"), str) else None
             )
+        heard = name == "video" and self.with_audio
         if isinstance(value, bytes):
-            return Segment(type=name, media=value)
+            return Segment(type=name, media=value, with_audio=heard)
         if not isinstance(value, str):
             raise BadSample("media_missing", f"a part of type {kind} is {type(value).__name__} without bytes or path")
-        return Segment(type=name, path=value.removeprefix("file://"))
+        return Segment(type=name, path=value.removeprefix("file://"), with_audio=heard)
 
 
 class _RowMapping:
@@ -385,8 +422,12 @@ class _RowMapping:
             raise ValueError(f"{where}: languages is a list, such as [en] or ['{{locale}}']")
         self.languages = [_Template(language, f"{where}: languages") for language in mapping.languages]
         self.meta = {key: _Template(value, f"{where}: meta.{key}") for key, value in mapping.meta.items()}
-        kind = _Turns if isinstance(mapping.messages, list) else _Conversation
-        self.messages = kind(mapping.messages, f"{where}: messages")
+        messages, here = mapping.messages, f"{where}: messages"
+        if isinstance(messages, list):
+            self.messages: _Turns | _Conversation = _Turns(messages, here)
+        else:
+            spec = {"format": messages} if isinstance(messages, str) else messages
+            self.messages = _Conversation(spec, here, sparse=mapping.kind in ("parquet", "hub"))
 
     def templates(self) -> Iterator[_Template]:
         yield from self.messages.templates()
@@ -395,11 +436,14 @@ class _RowMapping:
     def __call__(self, row: Mapping[str, Any], number: int) -> Sample:
         plain = {name: template.text(row) for name, template in self.plain.items()}
         id = self.id.text(row) if self.id is not None else f"{plain['source']}/{number}"
+        meta = {key: value.text(row) for key, value in self.meta.items()}
+        if isinstance(self.messages, _Conversation) and (tools := self.messages.signatures(row)) is not None:
+            meta["tools"] = tools
         return Sample(
             id=id,
             messages=self.messages.build(row, id),
             languages=tuple(language.text(row) for language in self.languages),
-            meta={key: value.text(row) for key, value in self.meta.items()},
+            meta=meta,
             **plain,
         )
 

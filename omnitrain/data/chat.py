@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -56,6 +56,11 @@ MARKUP_TOKENS: tuple[str, ...] = (
 )
 """Special tokens that are part of what a reader should see: decoding keeps them."""
 
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+"""How a turn begins in which nothing is thought, of a model that thinks first."""
+
+LossOn = Literal["all", "last"]
+
 _ASSISTANT_MARKUP = re.compile("(<tool_call>|</tool_call>|<think>|</think>)")
 _TEMPLATE_MARKUP = re.compile("(<tool_call>|</tool_call>|<tool_response>|</tool_response>)")
 
@@ -85,6 +90,7 @@ class RenderedChat:
         token_types: uint8 [n], TEXT / IMAGE / VIDEO / AUDIO
         spans: text and media spans in order, for `tm_rope_positions`; their lengths sum to n
         target_bytes: UTF-8 bytes that the target tokens stand for (special tokens count none)
+        answers: (first, end) of the positions that predict each assistant message, ``<|im_end|>`` included
     """
 
     input_ids: np.ndarray
@@ -92,6 +98,7 @@ class RenderedChat:
     token_types: np.ndarray
     spans: tuple[Span, ...]
     target_bytes: int
+    answers: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -225,6 +232,8 @@ class ChatTokenizer:
         tools: Sequence[Mapping[str, Any]] = (),
         for_generation: bool = False,
         thinking: bool = False,
+        skip_thoughts: bool = False,
+        loss_on: LossOn = "all",
         merge: int = 2,
         ids_per_second: float = 13,
     ) -> RenderedChat:
@@ -243,6 +252,10 @@ class ChatTokenizer:
                 (a document: without its end).
             thinking: of a model that thinks first: a last answer without thoughts begins with empty ones, as the public
                 template writes it.
+            skip_thoughts: for generation: the answer opens with empty thoughts, so that a model that thinks first does
+                not (the public template's ``enable_thinking=False``).
+            loss_on: targets are "all" that an assistant says, or the "last": what it says, and calls, after the user's
+                last question.
             merge: patches per token side; ids_per_second: TM-RoPE ids per second (order of audio-in-video tokens).
 
         Raises ValueError: `media` does not match the segments.
@@ -287,20 +300,29 @@ class ChatTokenizer:
                 build.text("\n")
                 continue
             answer = message.role == "assistant"
-            if answer and any(later.role == "user" for later in turns[i:]):
+            earlier = answer and any(later.role == "user" for later in turns[i:])
+            if earlier:
                 message = _without_thought(message)
+            target = answer and not (earlier and loss_on == "last")
             build.special("<|im_start|>")
             build.text(f"{message.role}\n")
+            first = 0
             if answer:
                 build.flush()  # the header is tokenized as a prompt would be, apart from the answer
+                first = len(build.ids) - 1
                 if thinking and i + 1 == len(turns) and not any("</think>" in (s.text or "") for s in message.segments):
-                    build.text("<think>\n\n</think>\n\n", target=True, markup=_ASSISTANT_MARKUP)
-            self._contents(build, message, spans, target=answer, markup=_ASSISTANT_MARKUP if answer else None)
-            build.special("<|im_end|>", target=answer)
+                    build.text(NO_THOUGHTS, target=True, markup=_ASSISTANT_MARKUP)
+            self._contents(build, message, spans, target=target, markup=_ASSISTANT_MARKUP if answer else None)
+            build.special("<|im_end|>", target=target)
+            if answer:
+                build.answers.append((first, len(build.ids) - 1))
             build.text("\n")
         if for_generation and is_chat:
             build.special("<|im_start|>")
             build.text("assistant\n")
+            if skip_thoughts:
+                build.flush()
+                build.text(NO_THOUGHTS, markup=_ASSISTANT_MARKUP)
         if left := sum(1 for _ in spans):
             raise ValueError(f"{left} media spans more than image, audio and video segments")
         return build.finish()
@@ -345,6 +367,7 @@ class _Builder:
         self.types: list[int] = []
         self.targets: list[bool] = []
         self.spans: list[Span] = []
+        self.answers: list[tuple[int, int]] = []
         self._text: list[str] = []
         self._text_target = False
         self._text_tokens = 0  # text tokens since the last medium
@@ -430,6 +453,7 @@ class _Builder:
             token_types=np.array(self.types, dtype=np.uint8),
             spans=tuple(self.spans),
             target_bytes=self.tokenizer.n_bytes(labels[labels != IGNORE]),
+            answers=tuple(self.answers),
         )
 
 

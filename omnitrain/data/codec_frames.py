@@ -178,9 +178,9 @@ def spoken_answers(
         return ()
     special = codes.tokens(tokenizer)
     documents = []
-    for message, (first, end) in zip(answers, target_runs(chat.labels), strict=True):
+    for message, (first, end) in zip(answers, chat.answers, strict=True):
         segment = _recorded(message)
-        if segment is None:
+        if segment is None or chat.labels[first] == IGNORE:  # nothing of it is learnt (`ChatTokenizer.render`, loss_on)
             continue
         file = AnswerFile(media_bytes(segment))
         frames = file.codes(codes.codec)

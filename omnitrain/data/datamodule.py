@@ -104,6 +104,7 @@ class OmniDataModule(LightningDataModule):
             vocab_size=self.vocab_size,
             speech=self.speech,
             thinking=self.config.thinking,
+            loss_on=self.config.loss_on,
         )
 
     @cached_property

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from omnitrain.data.batch import EncodedSample
-from omnitrain.data.chat import ChatTokenizer
+from omnitrain.data.chat import ChatTokenizer, LossOn
 from omnitrain.data.codec_frames import SpeechCodes, spoken_answers
 from omnitrain.data.features import (
     AudioGeometry,
@@ -47,7 +47,7 @@ class SampleEncoder:
         ids_per_second: TM-RoPE ids per second (Qwen3-Omni: 13).
         vocab_size: size of the model's embedding; a larger token id is ``token_out_of_range``. Default: no check.
         speech: how the Talker numbers codes and voices. None: a spoken answer is its text.
-        thinking: see `ChatTokenizer.render`.
+        thinking, skip_thoughts, loss_on: see `ChatTokenizer.render`.
         augment: changes the waveform of a recording, (float32 [T], Hz) -> float32 [T'], before it becomes mel frames.
     """
 
@@ -59,6 +59,8 @@ class SampleEncoder:
     vocab_size: int | None = None
     speech: SpeechCodes | None = None
     thinking: bool = False
+    skip_thoughts: bool = False
+    loss_on: LossOn = "all"
     augment: Callable[[np.ndarray, int], np.ndarray] | None = None
 
     def __call__(self, sample: Sample, media_bytes: Callable[[Segment], bytes]) -> EncodedSample:
@@ -99,6 +101,8 @@ class SampleEncoder:
             tools=_tools(sample),
             for_generation=for_generation,
             thinking=self.thinking,
+            skip_thoughts=self.skip_thoughts,
+            loss_on=self.loss_on,
             **geometry,
         )
         worst = int(chat.input_ids.max(initial=0))

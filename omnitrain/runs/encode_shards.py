@@ -140,7 +140,7 @@ class SampleEncoder:
         if self.thinker is None or sample.modality == "text":
             return {}
         model, encoder = self.thinker
-        encoded = encoder(sample, source.media_bytes)
+        encoded = replace(encoder, loss_on="all")(sample, source.media_bytes)
         states = model(**PackedBatch.pack([encoded]).model_inputs()).accept_hidden
         answers = [m for m in sample.messages if m.role == "assistant"]
         return {
