@@ -130,6 +130,9 @@ class ChatTokenizer:
         self.vocab_size: int = 1 + max(max(added.values()), max(self._plain.get_vocab().values()))
         # Byte-level BPE spells each byte as one character, so a token's length is its number of bytes.
         self._token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
+        space = {characters[byte] for characters in [_byte_characters()] for byte in b" \t\r\n"}
+        self.blank_ids: frozenset[int] = frozenset(i for t, i in self._plain.get_vocab().items() if space.issuperset(t))
+        """Tokens of nothing but space and line breaks."""
         for token, index in self._plain.get_vocab().items():
             self._token_bytes[index] = len(token)
         self._token_bytes[list(self._special_names)] = 0

@@ -21,8 +21,11 @@ from torch import Tensor
 from omnitrain.data.batch import IGNORE, EncodedSample, TalkerDocument
 from omnitrain.data.chat import ChatTokenizer, RenderedChat
 from omnitrain.data.sample import BadSample, Message, Sample, Segment, has_medium
-from omnitrain.data.talker_layout import SpeechTokens, in_user_turns, talker_layout, user_turns
+from omnitrain.data.talker_layout import SpeechTokens, SpokenWords, in_user_turns, talker_layout, user_turns
 from omnitrain.vocabulary import TEXT, SpecialCodes
+
+SILENT = ("think", "tool_call", "tool_response")
+"""Markup around what is written, but never said."""
 
 _CODEC, _THINKER = "omnitrain.codec", "omnitrain.thinker"
 
@@ -144,6 +147,8 @@ class SpeechCodes(SpecialCodes):
             tts_pad=special["<tts_pad>"],
             tts_bos=special["<tts_text_bos>"],
             tts_eos=special["<tts_text_eod>"],
+            silent=tuple((special[f"<{name}>"], special[f"</{name}>"]) for name in SILENT),
+            blank=tokenizer.blank_ids,
             **self.special_codes(),
         )
 
@@ -194,7 +199,7 @@ def spoken_answers(
         before = user_turns(*asked, chat.spans, special=special, merge=merge, ids_per_second=ids_per_second)
         document = talker_layout(
             *before,
-            chat.labels[first : end - 1],  # without <|im_end|>
+            np.array(SpokenWords(special).take(chat.labels[first : end - 1])),  # without <|im_end|>
             frames[:, : codes.codebooks],
             special=special,
             speaker_code=codes.speaker(sample.meta.get("voice", "")),

@@ -12,7 +12,7 @@ names of `models.talker.TalkerInputs`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +32,8 @@ class SpeechTokens(SpecialCodes):
         user_header: how a user's turn starts, ``<|im_start|>user``; its first id starts every turn
         assistant_header: ``<|im_start|>assistant`` and the newline (three ids in the public tokenizer)
         tts_pad, tts_bos, tts_eos: in the Thinker's vocabulary
+        silent: (begin, end) of what is written, but never said: thoughts, calls, and their answers
+        blank: tokens of nothing but space and line breaks
     """
 
     user_header: tuple[int, ...]
@@ -39,6 +41,40 @@ class SpeechTokens(SpecialCodes):
     tts_pad: int
     tts_bos: int
     tts_eos: int
+    silent: tuple[tuple[int, int], ...] = ()
+    blank: frozenset[int] = frozenset()
+
+
+class SpokenWords:
+    """What the Talker may read of an answer, in training and while it is written: never a thought or a call.
+
+    A stretch from the begin of one of `SpeechTokens.silent` to *its* end is left out with both tokens, also where it
+    is never closed, and with the space and line breaks behind it. What begins within it (a thought about calls) does
+    not end it. Begins and ends are tokens: characters that spell one are text (`data.chat`), and are said.
+    """
+
+    def __init__(self, special: SpeechTokens) -> None:
+        self._ends, self._blank = dict(special.silent), special.blank
+        self._until: int | None = None  # the token that ends what is being left out
+        self._behind = False  # whether the space behind it is
+
+    def take(self, ids: Iterable[int]) -> list[int]:
+        """Of the answer's next tokens, those to be said."""
+        return [index for index in ids if self._is_said(int(index))]
+
+    def _is_said(self, index: int) -> bool:
+        if self._until is not None:
+            if index == self._until:
+                self._until, self._behind = None, True
+            return False
+        if index in self._ends:
+            self._until = self._ends[index]
+            return False
+        if index in self._ends.values():  # of nothing that was begun
+            self._behind = True
+            return False
+        self._behind = self._behind and index in self._blank
+        return not self._behind
 
 
 class UserTurns(NamedTuple):
@@ -101,7 +137,7 @@ def talker_layout(
 
     Args:
         user_ids, user_is_media, user_rows: [n].  user_position_ids: [3, n].  See `UserTurns`; n may be 0.
-        answer_ids: int64 [m], the answer's text, without ``<|im_end|>``.
+        answer_ids: int64 [m], what is said of the answer's text (`SpokenWords`), without ``<|im_end|>``.
         codes: int64 [F, Q], the recording. F = 0 lays out the prompt of a generation: nothing is predicted in it.
         speaker_code: the voice's code.
 

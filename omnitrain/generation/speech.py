@@ -37,7 +37,7 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import Message, Sample, Segment
-from omnitrain.data.talker_layout import SpeechTokens, UserTurns, in_user_turns, talker_layout
+from omnitrain.data.talker_layout import SpeechTokens, SpokenWords, UserTurns, in_user_turns, talker_layout
 from omnitrain.generation.cache import DocumentKVCache, JoinedKVCache
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.text import occurring, passes, read_prompts, step
@@ -82,8 +82,9 @@ class Done:
 Event = TextPiece | AudioPiece | Done
 
 EditText = Callable[[list[int], bool], list[int]]
-"""Stands between Thinker and Talker: called with each new token as it is written, and with no token and True at the
-text's end; returns the tokens to be spoken now. It may hold tokens back, drop them or add others."""
+"""Stands between Thinker and Talker: called with each new token that may be said (`data.talker_layout.SpokenWords`) as
+it is written, and with no token and True at the text's end; returns the tokens to be spoken now. It may hold tokens
+back, drop them or add others."""
 
 GREEDY = Sampling()
 CODES = Sampling(temperature=0.9, top_k=50, repetition_penalty=1.05)
@@ -149,14 +150,16 @@ class Speech:
 class Answer:
     """One answer while it is being made (`Speaker.answer`, `ArrivingQuestion.finish`).
 
-    prompt: the chat before it.  words: what the Talker reads, one a frame.  written: the Thinker's tokens, without the
-    one that ended it.  codes: frames so far, each [Q].  emitted: frames that were handed out.
+    prompt: the chat before it.  words: what the Talker reads, one a frame.  spoken: chooses them of what is written.
+    written: the Thinker's tokens, without the one that ended it.  codes: frames so far, each [Q].  emitted: frames that
+    were handed out.
     """
 
     options: SpeechOptions
     prompt: EncodedSample
     user: UserTurns
     speaker_code: int
+    spoken: SpokenWords
     words: list[int]
     text_done: bool
     interrupted: Callable[[], bool] = lambda: False
@@ -208,8 +211,8 @@ class Answer:
         if not ended:
             self.written.append(token)
             self.pending.append(token)
-        if not self.text_done:
-            self.words += [token] if edit is None else edit([token], False)
+        if not self.text_done and (said := self.spoken.take([token])):
+            self.words += said if edit is None else edit(said, False)
         if self.text_done and edit is not None:
             self.words += edit([], True)
 
@@ -305,7 +308,8 @@ class Speaker:
         code = self.speaker_code(options.voice)
         if words is not None and not len(words):
             raise ValueError("the text has no token that could be spoken")
-        return Answer(options, prompt, self._user_turns(prompt), code, list(words or ()), words is not None)
+        spoken = SpokenWords(self.special)
+        return Answer(options, prompt, self._user_turns(prompt), code, spoken, list(words or ()), words is not None)
 
     def _user_turns(self, prompt: EncodedSample) -> UserTurns:
         """`data.talker_layout.user_turns` of an encoded prompt, which has ids instead of spans: a turn keeps its ids

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from omnitrain.data.batch import IGNORE
+from omnitrain.data.chat import train_bpe
+from omnitrain.data.codec_frames import SpeechCodes, encode_codes
+from omnitrain.data.encode import SampleEncoder
+from omnitrain.data.features import AudioGeometry, VisionGeometry
+from omnitrain.data.media import MediaLimits
 from omnitrain.data.positions import AudioSpan, ImageSpan, TextSpan, tm_rope_positions
-from omnitrain.data.sample import BadSample
-from omnitrain.data.talker_layout import SpeechTokens, TalkerDocument, UserTurns, talker_layout, user_turns
+from omnitrain.data.sample import BadSample, Message, Sample, Segment
+from omnitrain.data.talker_layout import SpeechTokens, SpokenWords, TalkerDocument, UserTurns, talker_layout, user_turns
 from omnitrain.vocabulary import AUDIO, IMAGE, TEXT
 
 START, USER, SYSTEM, ASSISTANT, NEWLINE, END = 90, 91, 92, 93, 94, 95
@@ -137,3 +142,35 @@ def test_what_cannot_be_spoken(arguments: dict, reason: str) -> None:
     with pytest.raises(BadSample) as error:
         layout(**arguments)
     assert error.value.reason == reason
+
+
+def test_an_answer_in_training_is_read_without_its_thoughts_and_calls() -> None:
+    """The layout of the whole message is that of its spoken words alone."""
+    tokenizer = train_bpe(["the red cat", "user\nassistant\n"] * 20, 320)
+    speech = SpeechCodes(codebooks=4, speakers={"slt": VOICE}, default_voice="slt", **SPECIAL.special_codes())
+    encoder = SampleEncoder(
+        tokenizer=tokenizer, audio=AudioGeometry(), vision=VisionGeometry(), limits=MediaLimits(), speech=speech
+    )
+
+    def spoken(*around: str) -> TalkerDocument:
+        recording = Segment(type="speech", text="the red cat", media=encode_codes(np.tile(CODES, (4, 1)), ""))
+        texts = [Segment(type="text", text=text) for text in around]
+        question = Message(role="user", segments=(Segment(type="text", text="what?"),))
+        answer = Message(role="assistant", segments=(*texts[:1], recording, *texts[1:]))
+        encoded = encoder(Sample(id="a", source="a", messages=(question, answer)), lambda s: s.media or b"")
+        assert (encoded.labels >= 0).sum() >= len(tokenizer.encode("the red cat"))
+        return encoded.spoken[0]
+
+    plain = spoken()
+    whole = spoken("<think>\nthe cat\n</think>\n\n", '<tool_call>\n{"name": "the red cat"}\n</tool_call>')
+    for name in (f.name for f in fields(TalkerDocument)):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_what_may_be_said_does_not_depend_on_how_it_comes(size: int) -> None:
+    special = replace(SPECIAL, silent=((1, 2), (3, 4)), blank=frozenset({9}))
+    written = [7, 1, 5, 3, 9, 2, 9, 9, 6, 9, 3, 1, 2, 4, 9, 8, 2, 4, 9, 7, 3, 6]
+    words = SpokenWords(special)
+    said = [i for at in range(0, len(written), size) for i in words.take(written[at : at + size])]
+    assert said == [7, 6, 9, 8, 7]

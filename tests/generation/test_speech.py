@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import io
+import re
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,7 +180,9 @@ def a_stop(models, chat: list[Message]) -> tuple[list[int], int]:
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_greedy_speech_is_the_reference_s(models, name: str) -> None:
+def test_greedy_speech_is_the_reference_s(models, monkeypatch, name: str) -> None:
+    # The reference says calls and thoughts, too, and random weights write them.
+    monkeypatch.setattr(models.speaker, "special", replace(models.speaker.special, silent=()))
     """Same text, same codes, same samples. The reference does not speak the last token of a text, be it cut off or the
     one that ends it."""
     chat = CHATS[name]
@@ -452,6 +456,57 @@ def test_text_is_edited_on_its_way_to_the_talker(models) -> None:
     assert np.array_equal(edited.codes, Heard(e for _, e in events_of(models, [answer])).codes)
     silent = Heard(session(models, chat, edit_text=lambda ids, last: []).answer(chat[-1]))
     assert (silent.reason, silent.ids) == ("silent", plain.ids)
+
+
+CALL = '<tool_call>\n{"name": "a red cat", "arguments": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (f"a cat{CALL}\n{CALL}\nno", "a catno"),
+        ("<think>\nred\n</think>\n\na cat", "a cat"),
+        (f"a cat<think>what {CALL} is</think>is red", "a catis red"),  # a thought about calls
+        (f"what<think>is{CALL}", "what"),  # never closed
+        ("a cat</think>\n\nis red</tool_call>", "a catis red"),  # never begun
+        ("a<thi cat <tool_cal", "a<thi cat <tool_cal"),  # characters that only begin like it
+    ],
+)
+def test_calls_and_thoughts_are_written_but_never_said(models, monkeypatch, written: str, said: str) -> None:
+    """Token by token, as the Thinker writes them: the codes are those of the other words alone."""
+    chat = CHATS["text"]
+    script(models, monkeypatch, written)
+    heard = Heard(session(models, chat, max_new_tokens=999).answer(chat[-1]))
+    assert heard.text == written
+    monkeypatch.undo()
+    words = [i for part in re.split("(a cat|is red)", said) for i in models.tokenizer.encode(part)]
+    answer = models.speaker.answer(session(models).options, prompt_of(models, chat), words)
+    assert np.array_equal(heard.codes, Heard(e for _, e in events_of(models, [answer])).codes)
+    assert len(heard.pieces) > 0
+
+
+@pytest.mark.parametrize("written", [CALL, f"<think>a cat</think>\n\n{CALL}", "<think>a cat is"])
+def test_a_call_alone_is_answered_in_silence(models, monkeypatch, written: str) -> None:
+    chat = CHATS["text"]
+    script(models, monkeypatch, written)
+    made = session(models, chat, max_new_tokens=999)
+    heard = Heard(made.answer(chat[-1]))
+    assert (heard.reason, heard.text, len(heard.pieces)) == ("silent", written, 0)
+    assert made.history[-1].segments[0].text == written  # it can be answered by a tool
+
+
+def script(models, monkeypatch, written: str) -> None:
+    """The Thinker writes just this."""
+    said = Message(role="assistant", segments=(Segment(type="text", text=written),))
+    chat = models.tokenizer.render([said])
+    first, end = chat.answers[0]
+    left = chat.input_ids[first + 1 : end + 1].tolist()
+    whole = models.model.config.thinker.vocab_size
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([left.pop(0)]), whole).float()
+
+    monkeypatch.setattr(models.model.thinker, "logits", logits)
 
 
 def test_given_texts_are_spoken_without_the_thinker(models, monkeypatch) -> None:
