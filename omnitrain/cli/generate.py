@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from omnitrain.config.errors import explains_errors
+from omnitrain.files import printable
 
 if TYPE_CHECKING:
     from omnitrain.data.batch import EncodedSample, PackedBatch
     from omnitrain.data.chat import ChatTokenizer
     from omnitrain.data.encode import SampleEncoder
-    from omnitrain.data.sample import Segment
+    from omnitrain.data.sample import Message, Segment
     from omnitrain.generation.sampling import Decoding
+    from omnitrain.generation.tool_loop import ToolLimits
     from omnitrain.generation.transcribe_stream import StreamingTranscriber
     from omnitrain.models.aut_decoder import AuT
     from omnitrain.models.omni import OmniModel
@@ -28,7 +31,9 @@ examples:
   omnitrain generate runs/quickstart --audio speech.ogg "Write down what you hear." "Which language is this?"
   omnitrain generate runs/quickstart --audio forty_minutes.flac --stream "Write down what you hear."
   omnitrain generate Qwen3-Omni-30B-A3B-Instruct/ --video clip.mp4 --temperature 0.7 --stream "What happens?"
+  omnitrain generate runs/sft --tools tools.py --constrained-calls --thinking-budget 64 "How many cats are there?"
 """
+THINKING_BUDGET = "at most N tokens of thoughts, then their end; default: no limit"
 
 
 @explains_errors
@@ -38,13 +43,21 @@ def main(arguments: list[str]) -> None:
     media = media_segments(options.media, options.mute)
 
     from omnitrain.data.batch import PackedBatch
+    from omnitrain.generation.guides import AnswerGuide
     from omnitrain.generation.sampling import Decoding
     from omnitrain.generation.text import generate
     from omnitrain.models.aut_decoder import AuT
     from omnitrain.runs.load import load_writer
 
     decoding = Decoding(**{field.name: getattr(options, field.name) for field in fields(Decoding)})
+    limits = _tool_limits(options)
     model, encoder = load_writer(options.model, device=options.device, dtype=options.dtype)
+    encoder = replace(encoder, skip_thoughts=options.no_thinking)
+    if limits is not None:
+        if isinstance(model, AuT):
+            raise ValueError("an AuT calls no functions: leave --tools away")
+        _answer_with_tools(options, media, (model, encoder), decoding, limits)
+        return
     prompts = _encoded_prompts(options, media, encoder)
     stop_ids = encoder.tokenizer.stop_ids
     output = _OrderedOutput(encoder.tokenizer, options.prompts, stop_ids, options.max_new_tokens, sys.stdout)
@@ -60,7 +73,8 @@ def main(arguments: list[str]) -> None:
                 output(document, token)
 
         reading: dict[str, Any] = {"prefill_chunk": options.prefill_chunk, "on_read": bar.read}
-        answers = generate(model, batch, decoding, stop_ids=stop_ids, on_token=on_token, **reading)
+        guides = [AnswerGuide(encoder.tokenizer, thinking_budget=options.thinking_budget) for _ in prompts]
+        answers = generate(model, batch, decoding, stop_ids=stop_ids, on_token=on_token, guides=guides, **reading)
     if not options.stream:
         for document, tokens in enumerate(answers):
             for token in tokens:
@@ -83,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", metavar="R", type=float, default=1.0, help=repeat_less)
     add("--seed", metavar="S", type=int, default=0, help="prompt i (from 0) draws with S + i; default: 0")
     add("--max-new-tokens", metavar="N", type=int, default=256, help="default: 256")
+    add("--thinking-budget", metavar="N", type=int, help=THINKING_BUDGET)
+    no_thoughts = "the answer begins with empty thoughts, for a model that would think first"
+    add("--no-thinking", action="store_true", help=no_thoughts)
+    tools = parser.add_argument_group("functions, which run on this machine with your rights")
+    add = tools.add_argument
+    add("--tools", metavar="FILE", type=Path, help="a Python file, whose public functions the model may call")
+    add("--tool-rounds", metavar="N", type=int, default=5, help="answers with calls that are followed; default: 5")
+    add("--tool-seconds", metavar="S", type=float, default=30.0, help="a call that takes longer is ended; default: 30")
+    add("--constrained-calls", action="store_true", help="only calls that fit the functions' schemas can be written")
     running = parser.add_argument_group("running")
     running.add_argument("--stream", action="store_true", help="print words as they come")
     pieces = "read prompts N tokens at a time: less needs less memory; default: 4096"
@@ -94,7 +117,21 @@ def _parser() -> argparse.ArgumentParser:
 def _encoded_prompts(
     options: argparse.Namespace, media: tuple[Segment, ...], encoder: SampleEncoder
 ) -> list[EncodedSample]:
-    from omnitrain.data.sample import BadSample, Message, Sample, Segment
+    return [_encoded(_chat(options, media, prompt), encoder, {}) for prompt in options.prompts]
+
+
+def _chat(options: argparse.Namespace, media: tuple[Segment, ...], prompt: str) -> list[Message]:
+    from omnitrain.data.sample import Message, Segment
+
+    text = Segment(type="text", text=prompt)
+    messages = [Message(role="document" if options.plain else "user", segments=(*media, text))]
+    if options.system is not None:
+        messages.insert(0, Message(role="system", segments=(Segment(type="text", text=options.system),)))
+    return messages
+
+
+def _encoded(messages: Sequence[Message], encoder: SampleEncoder, meta: dict[str, str]) -> EncodedSample:
+    from omnitrain.data.sample import BadSample, Sample
 
     reading: list[str] = []  # files opened so far: the last one is at fault when a medium cannot be used
 
@@ -102,18 +139,75 @@ def _encoded_prompts(
         reading.append(str(segment.path))
         return Path(reading[-1]).read_bytes()
 
-    encoded = []
-    for i, prompt in enumerate(options.prompts):
-        text = Segment(type="text", text=prompt)
-        messages = [Message(role="document" if options.plain else "user", segments=(*media, text))]
-        if options.system is not None:
-            messages.insert(0, Message(role="system", segments=(Segment(type="text", text=options.system),)))
-        sample = Sample(id=f"prompt-{i}", source="prompt", messages=tuple(messages))
-        try:
-            encoded.append(encoder.encode_prompt(sample, media_bytes))
-        except BadSample as error:
-            raise ValueError(f"{reading[-1]}: {error}" if reading else str(error)) from error
-    return encoded
+    try:
+        return encoder.encode_prompt(
+            Sample(id="prompt", source="prompt", messages=tuple(messages), meta=meta), media_bytes
+        )
+    except BadSample as error:
+        raise ValueError(f"{reading[-1]}: {error}" if reading else str(error)) from error
+
+
+def _tool_limits(options: argparse.Namespace) -> ToolLimits | None:
+    """None without ``--tools``. Raises ValueError for options that do not go with each other."""
+    from omnitrain.generation.tool_loop import ToolLimits
+
+    if options.thinking_budget is not None and options.thinking_budget < 0:
+        raise ValueError(f"--thinking-budget {options.thinking_budget}: it is a number of tokens, at least 0")
+    if options.tools is None:
+        if options.constrained_calls:
+            raise ValueError("--constrained-calls are those of functions: give --tools FILE")
+        return None
+    if options.plain:
+        raise ValueError("--plain knows no turns, and so no functions: leave it or --tools away")
+    return ToolLimits(rounds=options.tool_rounds, seconds=options.tool_seconds)
+
+
+def _answer_with_tools(
+    options: argparse.Namespace,
+    media: tuple[Segment, ...],
+    loaded: tuple[OmniModel, SampleEncoder],
+    decoding: Decoding,
+    limits: ToolLimits,
+) -> None:
+    """Answer one prompt after the other, running what is called. The last answers are printed as answers are, calls and
+    results on the standard error."""
+    from omnitrain.data.batch import PackedBatch
+    from omnitrain.generation.guides import AnswerGuide, CallGrammar
+    from omnitrain.generation.text import generate
+    from omnitrain.generation.tool_loop import Call, answer_with_tools
+    from omnitrain.runs.user_functions import UserFunctions
+
+    model, encoder = loaded
+    tokenizer = encoder.tokenizer
+
+    def report(call: Call, result: str) -> None:
+        arguments = json.dumps(call.arguments, ensure_ascii=False)
+        print(printable(f"{call.name or '?'}({arguments}) -> {result}"), file=sys.stderr, flush=True)
+
+    with UserFunctions(options.tools) as functions:
+        meta = {"tools": json.dumps(functions.signatures, ensure_ascii=False)}
+        grammar = None
+        if options.constrained_calls:
+            grammar = CallGrammar(tokenizer, functions.signatures, model.config.thinker.vocab_size)
+
+        for i, prompt in enumerate(options.prompts):
+            if len(options.prompts) > 1:
+                print(f"[{i + 1}] {prompt}", flush=True)
+
+            def write(chat: Sequence[Message], seed: int = decoding.seed + i) -> list[int]:
+                batch = PackedBatch.pack([_encoded(chat, encoder, meta)])
+                guide = AnswerGuide(tokenizer, thinking_budget=options.thinking_budget, calls=grammar)
+                (ids,) = generate(
+                    model, batch, decoding, seeds=[seed], stop_ids=tokenizer.stop_ids, guides=[guide],
+                    prefill_chunk=options.prefill_chunk,
+                )  # fmt: skip
+                return ids
+
+            asked = _chat(options, media, prompt)
+            found = answer_with_tools(write, tokenizer, asked, functions, limits, report)
+            print("".join(segment.text or "" for segment in found.messages[-1].segments), flush=True)
+            if found.ended == "rounds":
+                print(f"not followed: calls of the last answer, behind --tool-rounds {limits.rounds}", file=sys.stderr)
 
 
 def _transcribe(

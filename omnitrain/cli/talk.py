@@ -12,7 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnitrain.cli.generate import add_device_options, add_media_options, media_segments, model_parser
+from omnitrain.cli.generate import (
+    THINKING_BUDGET,
+    add_device_options,
+    add_media_options,
+    media_segments,
+    model_parser,
+)
 from omnitrain.config.errors import explains_errors
 from omnitrain.files import printable
 
@@ -65,6 +71,7 @@ def main(arguments: list[str]) -> None:
         prefill_chunk=options.prefill_chunk,
         frames_per_piece=options.frames_per_piece,
         seed=options.seed,
+        thinking_budget=options.thinking_budget,
     )
     speaker = Speaker(model, encoder.tokenizer, decoder=decoder)
     session = SpeechSession(model, encoder, how, system=options.system, speaker=speaker)
@@ -101,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", metavar="S", type=int, default=0, help="default: 0")
     add("--max-new-tokens", metavar="N", type=int, default=512, help="longest text; default: 512")
     add("--max-seconds", metavar="S", type=float, default=60.0, help="longest sound; default: 60")
+    add("--thinking-budget", metavar="N", type=int, help=THINKING_BUDGET)
     running = parser.add_argument_group("running")
     add = running.add_argument
     add("--json", action="store_true", help="print events, one JSON object per line, instead of the text")

@@ -39,6 +39,7 @@ from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.talker_layout import SpeechTokens, SpokenWords, UserTurns, in_user_turns, talker_layout
 from omnitrain.generation.cache import DocumentKVCache, JoinedKVCache
+from omnitrain.generation.guides import AnswerGuide, guided
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.text import occurring, passes, read_prompts, step
 from omnitrain.models.code2wav import Code2Wav, Code2WavState, join_states, split_state
@@ -110,6 +111,7 @@ class SpeechOptions:
             frame is made in half the time that it lasts. The same samples.
         seed: text and codes draw from generators of their own, so the result does not depend on who is faster.
         edit_text: see `EditText`.
+        thinking_budget: at most so many tokens of thoughts, which nobody hears, then their end. None: no limit.
     """
 
     voice: str
@@ -122,6 +124,7 @@ class SpeechOptions:
     frames_per_piece: int | tuple[int, ...] = 1
     seed: int = 0
     edit_text: EditText | None = None
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_frames", "prefill_chunk"):
@@ -151,6 +154,7 @@ class Answer:
     """One answer while it is being made (`Speaker.answer`, `ArrivingQuestion.finish`).
 
     prompt: the chat before it.  words: what the Talker reads, one a frame.  spoken: chooses them of what is written.
+    guide: ends its thoughts.
     written: the Thinker's tokens, without the one that ended it.  codes: frames so far, each [Q].  emitted: frames that
     were handed out.
     """
@@ -160,6 +164,7 @@ class Answer:
     user: UserTurns
     speaker_code: int
     spoken: SpokenWords
+    guide: AnswerGuide
     words: list[int]
     text_done: bool
     interrupted: Callable[[], bool] = lambda: False
@@ -309,7 +314,9 @@ class Speaker:
         if words is not None and not len(words):
             raise ValueError("the text has no token that could be spoken")
         spoken = SpokenWords(self.special)
-        return Answer(options, prompt, self._user_turns(prompt), code, spoken, list(words or ()), words is not None)
+        guide = AnswerGuide(self.tokenizer, thinking_budget=options.thinking_budget)
+        given = list(words or ()), words is not None
+        return Answer(options, prompt, self._user_turns(prompt), code, spoken, guide, *given)
 
     def _user_turns(self, prompt: EncodedSample) -> UserTurns:
         """`data.talker_layout.user_turns` of an encoded prompt, which has ids instead of spans: a turn keeps its ids
@@ -347,10 +354,11 @@ class Speaker:
             cache = JoinedKVCache([a.thinker_cache for a in behind])
             for a, hidden in zip(behind, step(self.model, token, position, cache), strict=True):
                 a.hidden, a.position = hidden, a.position + 1
-        logits = self.model.thinker.logits(torch.stack([a.hidden for a in answers]))
+        logits = guided(self.model.thinker.logits(torch.stack([a.hidden for a in answers])), [a.guide for a in answers])
         occurred = [a.occurred for a in answers]
         chosen = _choose([a.options.text for a in answers], logits, occurred, [a.text_generator for a in answers])
         for a, token in zip(answers, chosen.tolist(), strict=True):
+            a.guide.wrote(token)
             a.take(token, self.tokenizer.stop_ids)
             if a.occurred is not None:
                 a.occurred[token] = True

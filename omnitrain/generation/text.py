@@ -15,6 +15,7 @@ from torch import Tensor
 
 from omnitrain.data.batch import PackedBatch
 from omnitrain.generation.cache import PackedKVCache
+from omnitrain.generation.guides import Guide, guided
 from omnitrain.generation.sampling import Decoding
 from omnitrain.models.layers.decoder import KVCache
 from omnitrain.models.omni import OmniModel
@@ -34,6 +35,7 @@ def generate(
     prefill_chunk: int | None = None,
     aut_window_frames: int | None = None,
     on_read: Callable[[int], None] | None = None,
+    guides: Sequence[Guide | None] | None = None,
 ) -> list[list[int]]:
     """Continue every document of `batch`; greedily equal to the greedy `generate` of transformers. Returns the new
     tokens of every document, a stop token included.
@@ -48,6 +50,7 @@ def generate(
             long ones; default: in one piece. The result is the same.
         aut_window_frames: attention window of the audio encoder; default: the configuration's.
         on_read: called with the number of prompt tokens that were read, after each such piece.
+        guides: of each document, what its next tokens can be.
 
     Raises ValueError: for a nonsensical option or an empty prompt, naming it.
     """
@@ -56,7 +59,7 @@ def generate(
     reading = {"chunk": prefill_chunk, "aut_window_frames": aut_window_frames, "on_read": on_read}
     texts = _Answers(model, batch, reading)
     prompts = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
-    return write(texts, prompts, decoding, generators, frozenset(stop_ids), on_token)
+    return write(texts, prompts, decoding, generators, frozenset(stop_ids), on_token, guides)
 
 
 class Texts(Protocol):
@@ -108,6 +111,7 @@ def write(
     generators: Sequence[torch.Generator],
     stop: frozenset[int],
     on_token: Callable[[int, int], None] | None = None,
+    guides: Sequence[Guide | None] | None = None,
 ) -> list[list[int]]:
     """Write `texts` token by token; what of `generate` this is for, is explained there. `prompts`: int64 [n] of each,
     whose tokens count as repeated."""
@@ -117,9 +121,12 @@ def write(
     new: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     while alive:
-        token = decoding.choose(texts.logits, occurred, [generators[b] for b in alive])  # [B]
+        logits = texts.logits if guides is None else guided(texts.logits, [guides[b] for b in alive])
+        token = decoding.choose(logits, occurred, [generators[b] for b in alive])  # [B]
         for document, index in zip(alive, token.tolist(), strict=True):
             new[document].append(index)
+            if guides is not None and (guide := guides[document]) is not None:
+                guide.wrote(index)
             if on_token is not None:
                 on_token(document, index)
         going = [i for i, b in enumerate(alive) if new[b][-1] not in stop and len(new[b]) < decoding.max_new_tokens]

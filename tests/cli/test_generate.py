@@ -132,6 +132,19 @@ def test_streamed_text_waits_for_whole_characters_and_for_its_turn(tokenizer):
     assert out.getvalue() == f"[1] p\n{text}\n[2] q\nz\n"
 
 
+def test_functions_may_be_called(capsys, run_dir, tmp_path):
+    """A random model calls nothing, or something: either way it ends, and says so."""
+    tools = tmp_path / "tools.py"
+    docstring = "Finds.\n\n    Args:\n        what: things\n    "
+    tools.write_text(f'def find(what: str) -> str:\n    """\n    {docstring}"""\n    return what\n')
+    arguments = [*LESS, "--tools", tools, "--tool-rounds", 1, "--thinking-budget", 2, "--no-thinking", "a?"]
+    assert run(capsys, run_dir, *arguments)
+    assert "no such file of functions" in fail(capsys, run_dir, "--tools", tmp_path / "none.py", "a?")
+    assert "give --tools" in fail(capsys, run_dir, "--constrained-calls", "a?")
+    assert "--plain knows no turns" in fail(capsys, run_dir, "--tools", tools, "--plain", "a?")
+    assert "--thinking-budget -1" in fail(capsys, run_dir, "--thinking-budget", -1, "a?")
+
+
 def test_help_names_the_options(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["generate", "--help"])

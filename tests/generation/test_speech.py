@@ -181,10 +181,10 @@ def a_stop(models, chat: list[Message]) -> tuple[list[int], int]:
 
 @pytest.mark.parametrize("name", CHATS)
 def test_greedy_speech_is_the_reference_s(models, monkeypatch, name: str) -> None:
-    # The reference says calls and thoughts, too, and random weights write them.
-    monkeypatch.setattr(models.speaker, "special", replace(models.speaker.special, silent=()))
     """Same text, same codes, same samples. The reference does not speak the last token of a text, be it cut off or the
     one that ends it."""
+    # The reference says calls and thoughts, too, and random weights write them.
+    monkeypatch.setattr(models.speaker, "special", replace(models.speaker.special, silent=()))
     chat = CHATS[name]
     expected = reference_speech(models, chat)
     made = session(models, chat)
