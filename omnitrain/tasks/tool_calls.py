@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omnitrain.data.sample import BadSample, Message, Sample
+from omnitrain.data.shards import SampleSource
 from omnitrain.tasks.benchmark import Answered, Benchmark, Item, fill, get, text
 from omnitrain.tasks.choices import Accuracy
 from omnitrain.tasks.tables import read_table
@@ -184,6 +185,34 @@ class BFCL(Benchmark):
         )  # fmt: skip
         category = re.sub(r"_\d+(-\d+)*$", "", id)
         return Item(sample=sample, truth={"functions": functions, "answers": answers}, category=category)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolShards(Benchmark):
+    """Shards of `data_prep.tool_data`: by how it was asked (text, spoken, picture) and what for. Prompt field: none.
+
+    Attributes:
+        split: ``heldout_cell``, functions that were never trained; ``heldout_concept``, things that never were.
+    """
+
+    split: str = "heldout_cell"
+
+    def rows(self, path: str) -> SampleSource:
+        return SampleSource(path, split=self.split, where={"task": ["tool"]})
+
+    def item(self, row: Sample, prompt: str) -> Item:
+        try:
+            functions = [tool["function"] for tool in json.loads(row.meta["tools"])]
+            answers, category = json.loads(row.meta["answers"]), f"{row.meta['asked']}, {row.meta['purpose']}"
+        except (KeyError, ValueError) as error:
+            raise BadSample("row_invalid", f"the row is none of data_prep.tool_data: {error}") from error
+        asked = next((i for i, message in enumerate(row.messages) if message.role == "assistant"), None)
+        if asked is None:
+            raise BadSample("no_answer", "the sample has no answer to compare with")
+        return Item(
+            sample=replace(row, messages=row.messages[: asked + 1]),
+            truth={"functions": functions, "answers": answers}, category=category, group=row.concept,
+        )  # fmt: skip
 
 
 def _message(turn: Mapping[str, Any], prompt: str, *, last: bool) -> Message:

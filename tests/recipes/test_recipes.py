@@ -57,7 +57,7 @@ def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # A recipe's prepared data need not be there: the pack has rows of the same tasks and languages.
     (tmp_path / "long").mkdir()
     long = [f"long/{part}" for part in ("train", "validation", "test", "test30", "heldout")]
-    for folder in ("stamps", "moving_stamps", *long):
+    for folder in ("stamps", "moving_stamps", "personas", "tools", "thoughts", *long):
         (tmp_path / folder).symlink_to(PACK)
     monkeypatch.chdir(tmp_path)
     few = [
