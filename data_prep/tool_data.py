@@ -32,8 +32,8 @@ INTO = ("English", "Spanish", "French", "Russian")
 @dataclass(frozen=True, kw_only=True)
 class Purpose:
     """names: of the function, one is drawn.  what: its description.  arguments: name and description of each.
-    requests: wordings, with ``{thing}`` and ``{other}`` for names and ``{into}`` for a language.  result: what it gives,
-    from the arguments."""
+    requests: wordings, with ``{thing}`` and ``{other}`` for names and ``{into}`` for a language.  result: what it
+    gives, from the arguments."""
 
     names: tuple[str, ...]
     what: str
