@@ -63,11 +63,12 @@ _LOOSE: dict[str, str] = {
     "omnitrain.tasks.captions": "AudioCaps AudioCaptionRule",
     "omnitrain.tasks.choices": "MMMURule MMStarRule MathVistaRule RelaxedAccuracy StringMatch VideoMMERule",
     "omnitrain.tasks.lm_harness": "HarnessTask",
+    "omnitrain.tasks.personas": "PersonaRule PersonaShards",
     "omnitrain.tasks.questions": "AudioBenchChoice ChartQA MMAU MMMU MMStar MathVista VideoMME",
     "omnitrain.tasks.shards": "ReferenceMatch Shards",
     "omnitrain.tasks.speech_to_text": "CoVoST CommonVoice ErrorRate Fleurs LibriSpeech Translation",
     "omnitrain.tasks.task": "Task",
-    "omnitrain.tasks.tool_calls": "BFCL ToolCallRule",
+    "omnitrain.tasks.tool_calls": "BFCL ToolCallRule ToolShards",
 }
 LOOSE = tuple(f"{module}.{name}" for module, names in _LOOSE.items() for name in names.split())
 """Constructors that take loose keywords."""
