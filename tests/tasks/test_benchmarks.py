@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
+from data_prep import personas as persona_data
+from data_prep import tool_data
 from omnitrain.config.locations import CONF
 from omnitrain.config.targets import built
 from omnitrain.config.typed import named
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import write_shards
 from omnitrain.tasks import task as running
+from omnitrain.tasks.personas import PERSONAS
 from omnitrain.tasks.results import ITEMS_SCHEMA, StaleAnswers, TaskResult
 from omnitrain.tasks.settings import RunOptions
 from omnitrain.tasks.tables import read_table
@@ -230,11 +234,38 @@ def stamps(folder: Path) -> Path:
     return folder
 
 
+def caption(language: str, text: str, seed: int) -> Sample:
+    """A picture as `data_prep` has them, of a thing that is held out."""
+    asked = (Segment(type="image", media=picture(seed)), Segment(type="text", text="What is it?"))
+    said = (Segment(type="text", text=text),)
+    return Sample(
+        id=f"s/fox{seed}/image>{language}", source="s", task="caption", concept="fox", languages=(language,),
+        messages=(Message(role="user", segments=asked), Message(role="assistant", segments=said)),
+    )  # fmt: skip
+
+
+def personas(folder: Path) -> Path:
+    captions = {"en": "A quick fox.", "es": "Un zorro veloz.", "fr": "Un renard rapide.", "ru": "Быстрая лиса."}
+    shown = Segment(type="image", media=picture(0))
+    fox = caption("en", captions["en"], 0)
+    rows = [persona_data.asked(fox, captions, PERSONAS[name], shown) for name in ("pirate-fr", "json-ru")]
+    write_shards([replace(row, split="heldout_cell") for row in rows], folder, "personas")
+    return folder
+
+
+def tools(folder: Path) -> Path:
+    named, other = (tool_data.Thing(f"s/{name}", name, f"A {name}.", "") for name in ("fox", "dog"))
+    shown = replace(named, medium=Segment(type="image", media=picture(0)))
+    rows = [tool_data.request(named, other, "compare"), tool_data.request(shown, other, "play")]
+    write_shards([replace(row, split="heldout_cell") for row in rows], folder, "tools")
+    return folder
+
+
 FORMATS = {
     f.__name__: f
     for f in (
         librispeech, common_voice, fleurs, covost, mmau, audiobench, audiocaps, mmmu, mmstar, mathvista, chartqa,
-        video_mme, bfcl, stamps,
+        video_mme, bfcl, stamps, personas, tools,
     )
 }  # fmt: skip
 EXPECTED = {  # items, categories, and which metrics there are
@@ -252,6 +283,8 @@ EXPECTED = {  # items, categories, and which metrics there are
     "video_mme": (2, {"short", "long"}, ["accuracy"]),
     "bfcl": (2, {"simple", "irrelevance"}, ["accuracy"]),
     "stamps": (4, {"caption>en", "asr>en"}, ["exact_match", "chrf", "wer"]),
+    "personas": (2, {"pirate", "json"}, ["adherence", "answer_kept"]),
+    "tools": (2, {"text, compare", "picture, play"}, ["accuracy"]),
 }
 
 
