@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,17 @@ class EncoderBlock(Chain):
         )
 
 
+@cache
+def _window_and_bank(window: int, bands: int, sample_rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Hann window [window] and Slaney's mel filters [window // 2 + 1, bands]. No buffers: a model that is built on the
+    meta device has them too."""
+    with torch.device("cpu"), torch.inference_mode(False):
+        bank = melscale_fbanks(
+            window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate, norm="slaney", mel_scale="slaney"
+        )
+        return torch.hann_window(window).to(device), bank.to(device)
+
+
 class CausalLogMel(StreamingModule):
     """Log-mel spectrogram of samples up to and with the present hop: [B, 1, samples] -> [B, bands, samples / hop].
 
@@ -50,33 +62,29 @@ class CausalLogMel(StreamingModule):
     rate; log10 of amplitudes, at least 1e-5, plus 2, so that speech lies around 0.
     """
 
-    bank: Tensor
-    hann: Tensor
-
     def __init__(self, bands: int, hop: int, sample_rate: int = 24_000) -> None:
         super().__init__()
-        self.hop, self.window = hop, 4 * hop
-        bank = melscale_fbanks(
-            self.window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate, norm="slaney", mel_scale="slaney"
-        )
-        self.register_buffer("bank", bank, persistent=False)
-        self.register_buffer("hann", torch.hann_window(self.window), persistent=False)
+        self.bands, self.hop, self.window, self.sample_rate = bands, hop, 4 * hop, sample_rate
 
     def forward(self, x: Tensor) -> Tensor:
         return self._columns(F.pad(x, (self.window - self.hop, 0)))
 
     def init_state(self, batch: int) -> ConvState:
-        return ConvState(self.bank.new_zeros(batch, 1, self.window - self.hop))
+        return ConvState(torch.zeros(batch, 1, self.window - self.hop))  # no weights say where; the first piece does
 
     def step(self, x: Tensor, state: ConvState) -> Tensor:
-        return self._columns(state.extend(x)) if x.shape[-1] else x.new_zeros(len(x), self.bank.shape[1], 0)
+        if x.shape[-1] == 0:
+            return x.new_zeros(len(x), self.bands, 0)
+        state.context = state.context.to(x)
+        return self._columns(state.extend(x))
 
     def _columns(self, x: Tensor) -> Tensor:
         with full_precision(x):
-            frames = x[:, 0].float().unfold(-1, self.window, self.hop) * self.hann
+            hann, bank = _window_and_bank(self.window, self.bands, self.sample_rate, x.device)
+            frames = x[:, 0].float().unfold(-1, self.window, self.hop) * hann
             spectrum = torch.fft.rfft(frames)
             amplitude = (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-12).sqrt()
-            mel = (amplitude @ self.bank).clamp(min=1e-5).log10() + 2
+            mel = (amplitude @ bank).clamp(min=1e-5).log10() + 2
         return rearrange(mel, "b t m -> b m t").to(x.dtype)
 
 

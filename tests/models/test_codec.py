@@ -336,6 +336,8 @@ def test_the_spectrogram_is_torchaudios_and_causal() -> None:
 def test_the_encoder_in_pieces(config: CodecConfig) -> None:
     torch.manual_seed(0)
     encoder = CodecEncoder(config).eval()
+    with torch.device("meta"):
+        assert CodecEncoder(config)(torch.empty(1, FRAME)).shape == (1, 1, 24)
     wav = torch.randn(2, 30 * FRAME)
     whole = encoder(wav)
     assert whole.shape == (2, 30, 24)
