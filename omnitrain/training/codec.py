@@ -73,7 +73,9 @@ class CodecModule(TrainingModule):
         self.loss_config = self.config.loss
         self.discriminators = Discriminators(self.config.discriminator)
         self.content = ContentHead(model.config.decoder.d_model)
-        self.mel = MelDistance(sample_rate, self.loss_config.windows, self.loss_config.n_mels)
+        self.mel = MelDistance(
+            sample_rate, self.loss_config.windows, self.loss_config.n_mels, self.loss_config.mel_floor
+        )
         if self.config.init_from is not None:
             start_codec_from(self, self.config.init_from)
         if "quantizer" not in self.config.train and not model.quantizer.semantic.initialised:
