@@ -120,6 +120,8 @@ class CodecLossConfig:
         content: CTC of the spoken text from codebook 0, which makes it the semantic one (samples without text do not
             count).
         adversarial, features: generator's hinge loss and feature matching, from step `adversarial_after` on.
+        balance: what both say is scaled in each step so that its gradient at the waveform is so many times that of the
+            mel distance; null: by its weights alone, of which the distance is soon 50 times as steep.
         adversarial_samples: how much of each row the discriminators hear, in samples, at a place drawn anew in each
             step (HiFi-GAN judges a third of a second); null: all of it.
         windows: STFT windows of the mel distance, in samples.
@@ -135,12 +137,15 @@ class CodecLossConfig:
     adversarial: float = 1.0
     features: float = 2.0
     adversarial_after: int = 10_000
+    balance: float | None = None
     adversarial_samples: int | None = None
     windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     n_mels: tuple[int, ...] = (160, 80, 40, 20, 10)
     mel_floor: float = 1e-5
 
     def __post_init__(self) -> None:
+        if self.balance is not None and self.balance < 0:
+            raise ValueError(f"module.loss.balance is {self.balance}; it must be null or at least 0")
         if self.mel_floor <= 0:
             raise ValueError(f"module.loss.mel_floor is {self.mel_floor}; it must be positive")
         if len(self.windows) != len(self.n_mels):

@@ -122,6 +122,11 @@ class CodecModule(TrainingModule):
             }
             opinion = self._weighted(opinions)
             (gradient,) = torch.autograd.grad(opinion, answer, retain_graph=True)
+            if self.loss_config.balance is not None:
+                of_mel = self._weighted({"mel": terms["mel"]})
+                (beside,) = torch.autograd.grad(of_mel, output.wav, retain_graph=True)
+                factor = self._opinion_factor(gradient, beside[:, judged], self.loss_config.balance)
+                gradient, opinion, values["opinion_factor"] = gradient * factor, opinion * factor, float(factor)
             values["discriminators"], discriminators_norm = self._discriminator_gradient(real, fake, optimizers[1])
             loss, total = loss + (output.wav[:, judged] * gradient).sum(), total + opinion.detach()
             terms |= opinions
@@ -183,6 +188,13 @@ class CodecModule(TrainingModule):
         heard = min(self.loss_config.adversarial_samples or samples, samples)
         start = random.Random(f"judged/{self.global_step}").randint(0, samples - heard)
         return slice(start, start + heard)
+
+    def _opinion_factor(self, opinion: Tensor, mel: Tensor, balance: float) -> Tensor:
+        """What the gradient of `opinion` at the waveform [B, S] is multiplied by, so that over all ranks its norm is
+        `balance` times that of the mel distance's at the same samples (Esser et al. 2021, arXiv 2012.09841, eq. 7;
+        EnCodec, arXiv 2210.13438, section 3.4, balances so too, over a moving average)."""
+        squares = sum_over_ranks(torch.stack([mel.square().sum(), opinion.square().sum()]).double())
+        return balance * (squares[0] / squares[1].clamp(min=1e-24)).sqrt().float()
 
     def _discriminator_gradient(
         self, real: Opinions, fake: Opinions, optimizer: LightningOptimizer
