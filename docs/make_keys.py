@@ -50,6 +50,10 @@ PARTS: list[tuple[str, str, list[tuple[str, Any]]]] = [
         ("module.spec_augment", run_config.SpecAugmentConfig),
         ("module.generation", run_config.AuTGenerationConfig)]),
     ("module=talker", "", [("module", run_config.TalkerModuleConfig), ("module.loss", run_config.TalkerLossConfig)]),
+    ("module=distill", "", [
+        ("module", run_config.DistillModuleConfig), ("module.teacher", run_config.TeacherConfig),
+        ("module.rollout", run_config.RolloutConfig)]),
+    ("module=gspo", "", [("module", run_config.GspoModuleConfig)]),
     ("module=codec", "", [
         ("module", run_config.CodecModuleConfig), ("module.loss", run_config.CodecLossConfig),
         ("module.discriminator", sizes.DiscriminatorConfig)]),

@@ -280,6 +280,128 @@ class ThinkerModuleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How answers are sampled in training: from the whole distribution, so that their probabilities are known.
+
+    Attributes:
+        max_new_tokens: of an answer.
+        temperature: above 0; the policy that learns is the model at this temperature.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"module.rollout.max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"module.rollout.temperature={self.temperature}: must be a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Who is learnt from: a folder, or a server.
+
+    Attributes:
+        folder: a run folder, or one in the public format, with the student's tokenizer and geometry of media.
+        server: URL of a server that speaks the OpenAI protocol and tells top log-probabilities of a prompt (vLLM), as
+            http://localhost:8000/v1; it reads text alone. Keys: docs/post_training.md.
+        name: what the server calls the model.
+        top_k: so many of the teacher's likeliest tokens are compared one by one, all others as one; null: the whole
+            vocabulary, or of a server 20.
+    """
+
+    folder: str | None = None
+    server: str | None = None
+    name: str | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and self.server is not None:
+            raise ValueError("module.teacher has a folder and a server; leave one of them null")
+        if self.server is not None and self.name is None:
+            raise ValueError("module.teacher.server needs module.teacher.name, what the server calls the model")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"module.teacher.top_k={self.top_k}: must be at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillModuleConfig(ThinkerModuleConfig):
+    """``module=distill``: the Thinker and its encoders learn to be like a teacher (docs/post_training.md).
+
+    Attributes:
+        teacher: who is learnt from.
+        on_policy: share of the steps in which the student writes the answers itself; in the others they are the data's.
+        beta: of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse, 0.5 the usual one
+            between.
+        temperature: both distributions are flattened by it.
+        rollout: how the student writes.
+    """
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    on_policy: float = 0.5
+    beta: float = 0.5
+    temperature: float = 1.0
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("on_policy", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"module.{name}={getattr(self, name)}: must lie in [0, 1]")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"module.temperature={self.temperature}: must be a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GspoModuleConfig(ThinkerModuleConfig):
+    """``module=gspo``: the Thinker and its encoders learn from rewards of the answers that they sample
+    (docs/post_training.md).
+
+    Attributes:
+        rewards: by name, e.g. {wer: {_target_: omnitrain.tasks.rewards.ErrorRate, weight: 1.0}}; an answer is worth
+            their weighted sum.
+        answers: sampled to each prompt.
+        rollout: how they are sampled.
+        steps_per_rollout: optimizer steps whose answers are sampled with the same weights, those of the first.
+        level: sequence: one ratio an answer (GSPO). token: one a token (GRPO).
+        clip: ratios beyond 1 - the first or 1 + the second of these give no gradient. GSPO's are small, since its
+            ratios are; of GRPO (0.2, 0.28) are usual.
+        scale_advantages: divide by the standard deviation of a prompt's rewards.
+        kl: weight of the KL divergence to the weights that training began with.
+        truncate: largest weight of a token for what its probabilities in sampling and in training differ; null: no
+            weights.
+        routing_replay: each token goes to the experts that it went to in the sampling policy.
+    """
+
+    rewards: dict[str, Named | None] = field(default_factory=dict)
+    answers: int = 8
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    steps_per_rollout: int = 4
+    level: Literal["sequence", "token"] = "sequence"
+    clip: tuple[float, float] = (3e-4, 4e-4)
+    scale_advantages: bool = True
+    kl: float = 0.0
+    truncate: float | None = 2.0
+    routing_replay: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answers < 2:
+            raise ValueError(f"module.answers={self.answers}: must be at least 2, since they are compared")
+        if self.steps_per_rollout < 1:
+            raise ValueError(f"module.steps_per_rollout={self.steps_per_rollout}: must be at least 1")
+        if min(self.clip) < 0 or self.clip[0] >= 1:
+            raise ValueError(f"module.clip={list(self.clip)}: the first must lie in [0, 1), the second be at least 0")
+        if self.kl < 0:
+            raise ValueError(f"module.kl={self.kl}: must be at least 0")
+        if self.truncate is not None and self.truncate < 1:
+            raise ValueError(f"module.truncate={self.truncate}: must be at least 1, or null")
+        if self.word_dropout:
+            raise ValueError("module.word_dropout hides words of the data's answers, of which module=gspo reads none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TalkerModuleConfig(ThinkerModuleConfig):
     """``module=talker``: the Talker with MTP learns to say the answers' text (report section 4).
 

@@ -104,6 +104,7 @@ class OmniDataModule(LightningDataModule):
             vocab_size=self.vocab_size,
             speech=self.speech,
             thinking=self.config.thinking,
+            transcripts=self.config.transcripts,
         )
 
     @cached_property
@@ -323,6 +324,7 @@ class OmniDataModule(LightningDataModule):
             "tokenizer": zlib.crc32(self.tokenizer.to_json().encode()),
             "features": [*map(asdict, geometry), self.ids_per_second, self.vocab_size],
             "augment": None if self.config.augment is None else _plain(asdict(self.config.augment)),
+            "transcripts": self.config.transcripts or None,
             "speech": None if self.speech is None else _plain(asdict(self.speech)),
         }
 

@@ -245,6 +245,8 @@ class DataConfig:
         worker_buffer: encoded samples that each keeps ready; more than a pack holds, or training waits.
         max_bad_fraction: more unreadable samples than this stop the run.
         thinking: the model is one that thinks first: a last answer without thoughts begins with empty ones.
+        transcripts: beside each sample with recordings the same one with their transcripts (`text` of the segments) in
+            their place, which a teacher reads (module=distill).
         audio, vision: geometry of the features; must match the model's encoders.
         augment: of recordings in training, e.g. {speeds: [0.9, 1, 1.1], noise_share: 0.3}; null: as they are.
         limits: largest picture, longest recording, ...
@@ -270,6 +272,7 @@ class DataConfig:
     worker_buffer: int = 64
     max_bad_fraction: float = 0.01
     thinking: bool = False
+    transcripts: bool = False
     audio: AudioGeometry = field(default_factory=AudioGeometry)
     vision: VisionGeometry = field(default_factory=VisionGeometry)
     augment: AugmentConfig | None = None

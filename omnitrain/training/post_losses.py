@@ -1,7 +1,8 @@
 """What post-training minimises: divergences from a teacher, policy gradients of groups of answers, preferences.
 
-Answers stand end to end, as everywhere: T tokens of B answers, and `owner` int64 [T] says whose each is. Log-probabilities
-are of the tokens that were written, in nats. docs/post_training.md has the equations beside these functions.
+Answers stand end to end, as everywhere: T tokens of B answers, and `owner` int64 [T] says whose each is.
+Log-probabilities are of the tokens that were written, in nats. docs/post_training.md has the equations beside these
+functions.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def top_k_and_rest(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities of the classes `ids` int64 [N, k] and, as one more class, of all others: [N, V] -> [N, k + 1]."""
+    """Log-probabilities of the classes `ids` int64 [N, k] and of all others as one more: [N, V] -> [N, k + 1]."""
     normaliser = logits.logsumexp(-1, keepdim=True)
     rest = logits.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([logits.gather(1, ids), rest], dim=1) - normaliser
@@ -117,8 +118,8 @@ def kl_to_reference(log_probs: Tensor, reference: Tensor) -> Tensor:
 
 
 def truncated_importance_weights(old: Tensor, sampler: Tensor, most: float) -> Tensor:
-    """min(p_old / p_sampler, most) of each token, [T]: the trainer's old policy and what sampled (another kernel, another
-    precision, a server) do not quite agree (Yao et al. 2025, "Your efficient RL framework secretly brings you
+    """min(p_old / p_sampler, most) of each token, [T]: the trainer's old policy and what sampled (another kernel,
+    another precision, a server) do not quite agree (Yao et al. 2025, "Your efficient RL framework secretly brings you
     off-policy RL training"). Without a gradient."""
     return (old - sampler).exp().clamp(max=most).detach()
 
