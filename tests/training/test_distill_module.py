@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,8 +173,8 @@ def test_a_server_teaches_as_its_model_would(server: SimpleNamespace, monkeypatc
     known = ServerTeacher(OpenAIServer(server.url, "toy"), {}, top_k=5)
     whole = ModelTeacher(toy_model(seed=1), VOCAB, top_k=5)
     found = [float(distill(teacher, beta=0.5).train().losses(batch).total.detach()) for teacher in (known, whole)]
-    assert found[0] == pytest.approx(found[1], abs=1e-3 * found[1])
-    assert found[0] > 1
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0] > 0.01
     assert {key for _, key in server.asked} == {"Bearer mine"}
     assert all(question["echo"] for question, _ in server.asked)
 
@@ -194,15 +195,13 @@ def test_what_a_server_cannot_do_is_said(server: SimpleNamespace, monkeypatch: p
 
 def test_a_teacher_reads_what_the_student_hears() -> None:
     """Media in the student's pack, words in the teacher's: targets stand in the same order."""
-    from dataclasses import replace
-
     samples = step_samples(0)
     words = []
     for sample in samples:
         kept = sample.token_types == 0
         words.append(replace(
-            sample, mel=(), patches=(), grid_thw=np.zeros((0, 3), np.int64), modality="text", input_ids=sample.input_ids[kept],
-            labels=sample.labels[kept], token_types=sample.token_types[kept],
+            sample, mel=(), patches=(), grid_thw=np.zeros((0, 3), np.int64), modality="text",
+            input_ids=sample.input_ids[kept], labels=sample.labels[kept], token_types=sample.token_types[kept],
             position_ids=np.tile(np.arange(kept.sum(), dtype=np.float32), (3, 1)),
         ))  # fmt: skip
     heard = PackedBatch.pack([replace(s, read=w) for s, w in zip(samples, words, strict=True)])
