@@ -177,20 +177,24 @@ class GspoModule(ThinkerModule[OmniModel]):
     def _token_statistics(self, batch: PackedBatch, window: int | None) -> tuple[Tensor, Tensor]:
         """Log-probability of each token of the answers in `batch`, and entropy there, fp32 [T], at the temperature of
         sampling."""
-        hidden = self.output_of(batch, window).hidden
-        rows = (batch.labels != IGNORE).nonzero().squeeze(1)
-        rows, labels = sent(rows, hidden.device), sent(batch.labels[rows], hidden.device)
-        log_probs, entropy = [], []
+        hidden = self.output_of(batch, window).hidden / self.config.rollout.temperature
+        rows = sent((batch.labels != IGNORE).nonzero().squeeze(1), hidden.device)
+        entropy = []
         with full_precision(hidden):
             head = self.model.output_embedding.float()
-            for part, label in zip(
-                rows.split(self.loss_config.chunk), labels.split(self.loss_config.chunk), strict=True
-            ):
-                logits = hidden[part].float() @ head.T / self.config.rollout.temperature
-                found = logits.log_softmax(-1)
-                log_probs.append(found.gather(1, label[:, None]).squeeze(1))
+            for part in rows.split(self.loss_config.chunk):
+                found = (hidden[part].float() @ head.T).log_softmax(-1)
                 entropy.append(-(found.exp() * found).sum(-1))
-        return torch.cat(log_probs), torch.cat(entropy)
+        return self._log_probs(hidden, batch, rows), torch.cat(entropy)
+
+    def _log_probs(self, hidden: Tensor, batch: PackedBatch, rows: Tensor) -> Tensor:
+        """Of the tokens of the answers, [T], without a gradient. One function for the old policy and the new: where
+        their weights are the same, their ratio is 1 in any precision."""
+        with torch.no_grad():
+            nll = chunked_cross_entropy(
+                hidden, self.model.output_embedding, batch.labels, chunk=self.loss_config.chunk
+            ).nll
+        return -nll[rows]
 
     def _judged(
         self,
@@ -270,9 +274,7 @@ class GspoModule(ThinkerModule[OmniModel]):
         hidden = output.hidden / config.rollout.temperature
         head, chunk = self.model.output_embedding, self.loss_config.chunk
         rows = (batch.labels != IGNORE).nonzero().squeeze(1)
-        with torch.no_grad():
-            nll = chunked_cross_entropy(hidden, head, batch.labels, chunk=chunk).nll
-        log_probs = (-nll[sent(rows, nll.device)]).requires_grad_()
+        log_probs = self._log_probs(hidden, batch, sent(rows, hidden.device)).requires_grad_()
         with torch.enable_grad():
             weights = None
             if config.truncate is not None:

@@ -49,12 +49,14 @@ def module(seed: int = 0, lr: float = 3e-3, **options: Any) -> GspoModule:
     return GspoModule(toy_model(), config, optim, seed=seed, rewards={"small": Small()})
 
 
-def fit(out: Path, steps: int, accumulate: int = 1, lr: float = 3e-3, **options: Any) -> GspoModule:
+def fit(
+    out: Path, steps: int, accumulate: int = 1, lr: float = 3e-3, precision: Any = "32-true", **options: Any
+) -> GspoModule:
     torch.manual_seed(0)
     trained = module(lr=lr, **options)
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=-1, log_every_n_steps=1, limit_val_batches=0,
-        accumulate_grad_batches=accumulate, use_distributed_sampler=False, enable_model_summary=False,
+        accelerator="cpu", precision=precision, max_steps=steps, max_epochs=-1, log_every_n_steps=1,
+        limit_val_batches=0, accumulate_grad_batches=accumulate, use_distributed_sampler=False, enable_model_summary=False,
         enable_progress_bar=False, gradient_clip_val=1.0, default_root_dir=out, logger=ExactCsvLogger(run_dir=out),
         callbacks=[AtomicCheckpoint(CheckpointConfig(every_n_steps=1000), run_dir=out)],
     )  # fmt: skip
@@ -205,6 +207,13 @@ def test_a_run_and_its_records(tmp_path: Path) -> None:
             advantages = [r["advantage"] for r in mine if r["sample"] == sample]
             assert sum(advantages) == pytest.approx(0, abs=1e-5)
     assert float(metrics(tmp_path)[1]["rollout/kl"]) > 0
+
+
+def test_a_ratio_is_1_while_the_weights_are_the_same_in_bf16_too(tmp_path: Path) -> None:
+    fit(tmp_path, 2, precision="bf16-mixed")
+    found = rows(tmp_path)
+    assert [row["ratio"] for row in found if row["step"] == 1] == pytest.approx([1.0] * 32, abs=1e-5)
+    assert max(abs(row["ratio"] - 1) for row in found if row["step"] == 2) > 1e-3
 
 
 def test_it_learns(tmp_path: Path) -> None:

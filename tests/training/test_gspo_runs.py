@@ -49,10 +49,13 @@ def test_kills_amid_a_phase(runs: Runs, toy: list[str], tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one(runs: Runs, toy: list[str], tmp_path: Path) -> None:
-    """Each samples answers to its own prompts, of its own lengths; what is learnt and logged is what one has learnt."""
-    two = line(toy, tmp_path / "two", "trainer.devices=2", "trainer.strategy=ddp")
+    """Each samples answers to its own prompts, of its own lengths; what is learnt and logged is what one has learnt. In
+    one phase: in the next, rounding could choose another token."""
+    two = line(toy, tmp_path / "two", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=3")
     run = runs.start(tmp_path / "two", 2, argv=two)
-    runs.start(tmp_path / "one", argv=line(toy, tmp_path / "one", "trainer.accumulate_grad_batches=2")).finish()
+    runs.start(
+        tmp_path / "one", argv=line(toy, tmp_path / "one", "trainer.accumulate_grad_batches=2", "trainer.max_steps=3")
+    ).finish()
     run.finish()
     one, both = kept(tmp_path / "one"), kept(tmp_path / "two")
     answers = [
@@ -61,7 +64,9 @@ def test_two_processes_equal_one(runs: Runs, toy: list[str], tmp_path: Path) -> 
     ]
     assert answers[0] == answers[1]
     for name, value in one["state_dict"].items():
-        torch.testing.assert_close(both["state_dict"][name], value, atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(
+            both["state_dict"][name], value, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
     logged = [list(csv.DictReader(found["metrics"].decode().splitlines())) for found in (one, both)]
     for a, b in zip(*logged, strict=True):
         for name in (n for n in a if n.startswith("rollout/")):
