@@ -56,8 +56,9 @@ def fit(
     trained = module(lr=lr, **options)
     trainer = L.Trainer(
         accelerator="cpu", precision=precision, max_steps=steps, max_epochs=-1, log_every_n_steps=1,
-        limit_val_batches=0, accumulate_grad_batches=accumulate, use_distributed_sampler=False, enable_model_summary=False,
-        enable_progress_bar=False, gradient_clip_val=1.0, default_root_dir=out, logger=ExactCsvLogger(run_dir=out),
+        limit_val_batches=0, accumulate_grad_batches=accumulate, use_distributed_sampler=False,
+        enable_model_summary=False, enable_progress_bar=False, gradient_clip_val=1.0, default_root_dir=out,
+        logger=ExactCsvLogger(run_dir=out),
         callbacks=[AtomicCheckpoint(CheckpointConfig(every_n_steps=1000), run_dir=out)],
     )  # fmt: skip
     last = out / "checkpoints/last.ckpt"
