@@ -24,7 +24,8 @@ def line(toy: list[str], out: Path, *more: str) -> list[str]:
         "fit", *toy, "module=gspo", f"paths.run_dir={out}", "ckpt_path=last", "trainer.max_steps=6",
         "+module.rewards.letters={_target_:omnitrain.tasks.rewards.ErrorRate,measure:cer}", "module.answers=3",
         "module.rollout.max_new_tokens=5", "module.steps_per_rollout=3", "module.kl=0.05", "optim.lr=3e-3",
-        "optim.eps=1e-4", "module.loss.balance_coefficient=0.0", "module.clip=[0.2,0.2]", "data.streams=2", "callbacks.checkpoint.every_n_steps=2", *more,
+        "optim.eps=1e-4", "module.loss.balance_coefficient=0.0",
+        "module.clip=[0.2,0.2]", "data.streams=2", "callbacks.checkpoint.every_n_steps=2", *more,
     ]  # fmt: skip
 
 
