@@ -579,6 +579,8 @@ class OptimConfig:
         states: of AdamW's two moments. int8: in 8 bits (Dettmers et al. 2021, arXiv 2110.02861; blocks of 256 numbers
             with a scale each; parameters of fewer than 4,096 numbers stay in 32): 2 bytes for each parameter instead of
             8. Needs the extra `low_bit`, and one process or copies (parallel=ddp).
+        matrices: of the codec, what moves its matrices and convolutions: adamw, or muon (`training.optim.Muon`), which
+            learns in half the steps; vectors are AdamW's.
     """
 
     lr: float = 1e-3
@@ -593,8 +595,11 @@ class OptimConfig:
     total_steps: int | None = None
     fused: bool = True
     states: Literal["float32", "int8"] = "float32"
+    matrices: Literal["adamw", "muon"] = "adamw"
 
     def __post_init__(self) -> None:
+        if self.matrices == "muon" and self.states != "float32":
+            raise ValueError(f"optim.states={self.states} is AdamW's; with optim.matrices=muon set float32")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"optim.decay_fraction={self.decay_fraction}: must lie in [0, 1]")
         check_parts(self.lr_scale, "optim.lr_scale")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from omnitrain.training.codec_losses import (
     si_sdr,
 )
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import adamw, by_decay, check_states
+from omnitrain.training.optim import adamw, by_decay, check_states, with_muon
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 
 COMPILED = (EncoderBlock, DecoderBlock)
@@ -218,10 +219,11 @@ class CodecModule(TrainingModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optim_config
-        codec, discriminators = (
-            adamw(by_decay([p for p in parameters if p.requires_grad], config), config)
-            for parameters in ([*self.model.parameters(), *self.content.parameters()], self.discriminators.parameters())
+        groups = by_decay(
+            [p for p in (*self.model.parameters(), *self.content.parameters()) if p.requires_grad], config
         )
+        codec = with_muon(groups, config) if config.matrices == "muon" else adamw(groups, config)
+        discriminators = adamw(by_decay(self.discriminators.parameters(), config), replace(config, matrices="adamw"))
         return [codec, discriminators], [self.schedule(config, codec, discriminators)]
 
     def validation_step(self, batch: WaveBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
