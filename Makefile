@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/uv
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/uv
-	$(BIN)/uv pip install --python $(BIN)/python --editable ".[dev,sweeps,prep,eval,lm_eval,lora,tools]"
+	$(BIN)/uv pip install --python $(BIN)/python --editable ".[dev,sweeps,prep,eval,lm_eval,lora,post,tools]"
 	touch $@ $(VENV)/.installed
 
 clean:  ## remove the environment and caches (runs stay)

@@ -33,7 +33,8 @@ from data_prep.edit import SPEECH_RATE
 from omnitrain.data.media import decode_audio, probe
 from omnitrain.data.sample import BadSample, Sample
 from omnitrain.data.shards import SampleSource
-from omnitrain.evaluation.metrics import edits, whisper_normalise
+from omnitrain.evaluation.judges import compared
+from omnitrain.evaluation.metrics import edits
 from omnitrain.files import append_line, write_json
 
 HEARD, MISFITS = "heard.jsonl", "misfits.json"
@@ -68,7 +69,7 @@ def recording_of(row: Sample) -> str:
 
 def character_error_rate(text: str, heard: str, language: str) -> float:
     """Edits over the characters of the text, both after Whisper's normalisation and without spaces."""
-    said, found = (whisper_normalise(part, language).replace(" ", "") for part in (text, heard))
+    said, found = (part.replace(" ", "") for part in compared(text, heard, language))
     wrong, length = edits(said, found, characters=True)
     return wrong / max(1, length)
 

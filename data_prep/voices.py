@@ -298,6 +298,12 @@ def _write_notice(out: Path, folders: list[Path], tallies: dict[str, Tally]) -> 
         "left out.",
         "",
     ]  # fmt: skip
+    carry_notices(out, folders, "\n".join(lines))
+
+
+def carry_notices(out: Path, folders: Iterable[Path], text: str) -> None:
+    """`NOTICE.md`: `text`, then what the folders' own notices say; and their licence texts below `licences/`."""
+    lines = [text, ""]
     for folder in folders:
         if (notice := folder / "NOTICE.md").is_file():
             lines += [f"The notice of the folder `{folder.name}`:", ""]

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
         ("verify", _verify, "decode every row and name each bad one; exit status 1 if there is any"),
         ("stats", _stats, "samples, tokens, seconds, pixels and languages"),
         ("import", _import, "write the data that a mapping describes to shards, media included"),
+        ("answers", _answers, "write shards anew with the answers of `omnitrain predict` instead of theirs"),
         ("encode", _encode, "write shards anew with codec frames instead of recordings of speech"),
     ):
         verb = verbs.add_parser(name, help=what, description=what)
@@ -48,6 +50,15 @@ def main(argv: list[str]) -> int:
             add("--name", help="first part of the shards' names; default: the mapping's source")
             add("--limit", type=int, help="stop after so many samples")
             add("--rows-per-shard", type=int, default=10_000)
+        elif name == "answers":
+            add("predictions", type=Path, metavar="PREDICTIONS", help="predictions.parquet of a run")
+            add("path", metavar="SHARDS", help="what was asked: folder of shards, one shard, or a mapping (.yaml)")
+            add(
+                "--out",
+                type=Path,
+                required=True,
+                help="folder of the new shards, of what was answered",
+            )
         elif name == "encode":
             named = "builtin, run folder of a codec, folder of `convert to-codec`, or folder of a Mimi"
             add("codec", metavar="CODEC", help=named)
@@ -252,8 +263,46 @@ def _numbers(total: Totals) -> dict[str, float]:
     }  # fmt: skip
 
 
+def _answers(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    import pyarrow.parquet as pq
+
+    from omnitrain.data.sample import Message, Segment
+    from omnitrain.data.shards import write_shards
+
+    try:
+        table = pq.read_table(options.predictions, columns=["id", "source", "text"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{options.predictions} is no predictions.parquet of `omnitrain predict`: {error}") from error
+    said = {(row["id"], row["source"]): row["text"] for row in table.to_pylist()}
+    source = _open(options)
+
+    def samples() -> Iterator[Sample]:
+        for sample in (source[i] for i in range(len(source))):
+            text = said.get((sample.id, sample.source))
+            if text is None or sample.messages[-1].role != "assistant":
+                continue
+            stored = [
+                replace(message, segments=tuple(
+                    replace(s, media=source.media_bytes(s), path=None) if s.stored else s for s in message.segments
+                ))
+                for message in sample.messages[:-1]
+            ]  # fmt: skip
+            answer = Message(role="assistant", segments=(Segment(type="text", text=text),))
+            yield replace(sample, messages=(*stored, answer))
+
+    answered = samples()
+    if (first := next(answered, None)) is None:
+        raise ValueError(f"{options.predictions} answers none of the samples in {options.path}")
+    shards = write_shards(chain([first], answered), options.out, "answers", progress=False)
+    count = sum(pq.read_metadata(path).num_rows for path in shards)
+    print(f"{count} of {len(source)} samples with new answers: {printable(options.out)}")
+    return 0
+
+
 def _import(options: argparse.Namespace) -> int:
-    from itertools import chain, islice
+    from itertools import islice
 
     from omnitrain.data.adapters import load_mapping, stream_samples
     from omnitrain.data.shards import write_shards

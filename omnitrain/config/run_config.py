@@ -120,10 +120,14 @@ class CodecLossConfig:
         content: CTC of the spoken text from codebook 0, which makes it the semantic one (samples without text do not
             count).
         adversarial, features: generator's hinge loss and feature matching, from step `adversarial_after` on.
+        balance: what both say is scaled in each step so that its gradient at the waveform is so many times that of the
+            mel distance; null: by its weights alone, of which the distance is soon 50 times as steep.
         adversarial_samples: how much of each row the discriminators hear, in samples, at a place drawn anew in each
             step (HiFi-GAN judges a third of a second); null: all of it.
         windows: STFT windows of the mel distance, in samples.
         n_mels: bands of each.
+        mel_floor: amplitudes below it are alike to the mel distance: without one that is near speech, most of its
+            gradient comes from what nobody hears. Speech of -23 LUFS lies around 0.01.
     """
 
     mel: float = 15.0
@@ -133,11 +137,17 @@ class CodecLossConfig:
     adversarial: float = 1.0
     features: float = 2.0
     adversarial_after: int = 10_000
+    balance: float | None = None
     adversarial_samples: int | None = None
     windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     n_mels: tuple[int, ...] = (160, 80, 40, 20, 10)
+    mel_floor: float = 1e-5
 
     def __post_init__(self) -> None:
+        if self.balance is not None and self.balance < 0:
+            raise ValueError(f"module.loss.balance is {self.balance}; it must be null or at least 0")
+        if self.mel_floor <= 0:
+            raise ValueError(f"module.loss.mel_floor is {self.mel_floor}; it must be positive")
         if len(self.windows) != len(self.n_mels):
             raise ValueError(f"module.loss: {len(self.windows)} windows but {len(self.n_mels)} values of n_mels")
         if self.adversarial_samples is not None and self.adversarial_samples <= 0:
@@ -267,6 +277,128 @@ class ThinkerModuleConfig:
     def lora_parts(self) -> list[str]:
         """Parts that learn through low-rank adapters."""
         return [] if self.lora is None else list(self.lora.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How answers are sampled in training: from the whole distribution, so that their probabilities are known.
+
+    Attributes:
+        max_new_tokens: of an answer.
+        temperature: above 0; the policy that learns is the model at this temperature.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"module.rollout.max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"module.rollout.temperature={self.temperature}: must be a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Who is learnt from: a folder, or a server.
+
+    Attributes:
+        folder: a run folder, or one in the public format, with the student's tokenizer and geometry of media.
+        server: URL of a server that speaks the OpenAI protocol and tells top log-probabilities of a prompt (vLLM), as
+            http://localhost:8000/v1; it reads text alone. Keys: docs/post_training.md.
+        name: what the server calls the model.
+        top_k: so many of the teacher's likeliest tokens are compared one by one, all others as one; null: the whole
+            vocabulary, or of a server 20.
+    """
+
+    folder: str | None = None
+    server: str | None = None
+    name: str | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and self.server is not None:
+            raise ValueError("module.teacher has a folder and a server; leave one of them null")
+        if self.server is not None and self.name is None:
+            raise ValueError("module.teacher.server needs module.teacher.name, what the server calls the model")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"module.teacher.top_k={self.top_k}: must be at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillModuleConfig(ThinkerModuleConfig):
+    """``module=distill``: the Thinker and its encoders learn to be like a teacher (docs/post_training.md).
+
+    Attributes:
+        teacher: who is learnt from.
+        on_policy: share of the steps in which the student writes the answers itself; in the others they are the data's.
+        beta: of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse, 0.5 the usual one
+            between.
+        temperature: both distributions are flattened by it.
+        rollout: how the student writes.
+    """
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    on_policy: float = 0.5
+    beta: float = 0.5
+    temperature: float = 1.0
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("on_policy", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"module.{name}={getattr(self, name)}: must lie in [0, 1]")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"module.temperature={self.temperature}: must be a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GspoModuleConfig(ThinkerModuleConfig):
+    """``module=gspo``: the Thinker and its encoders learn from rewards of the answers that they sample
+    (docs/post_training.md).
+
+    Attributes:
+        rewards: by name, e.g. {wer: {_target_: omnitrain.tasks.rewards.ErrorRate, weight: 1.0}}; an answer is worth
+            their weighted sum.
+        answers: sampled to each prompt.
+        rollout: how they are sampled.
+        steps_per_rollout: optimizer steps whose answers are sampled with the same weights, those of the first.
+        level: sequence: one ratio an answer (GSPO). token: one a token (GRPO).
+        clip: ratios beyond 1 - the first or 1 + the second of these give no gradient. GSPO's are small, since its
+            ratios are; of GRPO (0.2, 0.28) are usual.
+        scale_advantages: divide by the standard deviation of a prompt's rewards.
+        kl: weight of the KL divergence to the weights that training began with.
+        truncate: largest weight of a token for what its probabilities in sampling and in training differ; null: no
+            weights.
+        routing_replay: each token goes to the experts that it went to in the sampling policy.
+    """
+
+    rewards: dict[str, Named | None] = field(default_factory=dict)
+    answers: int = 8
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    steps_per_rollout: int = 4
+    level: Literal["sequence", "token"] = "sequence"
+    clip: tuple[float, float] = (3e-4, 4e-4)
+    scale_advantages: bool = True
+    kl: float = 0.0
+    truncate: float | None = 2.0
+    routing_replay: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answers < 2:
+            raise ValueError(f"module.answers={self.answers}: must be at least 2, since they are compared")
+        if self.steps_per_rollout < 1:
+            raise ValueError(f"module.steps_per_rollout={self.steps_per_rollout}: must be at least 1")
+        if min(self.clip) < 0 or self.clip[0] >= 1:
+            raise ValueError(f"module.clip={list(self.clip)}: the first must lie in [0, 1), the second be at least 0")
+        if self.kl < 0:
+            raise ValueError(f"module.kl={self.kl}: must be at least 0")
+        if self.truncate is not None and self.truncate < 1:
+            raise ValueError(f"module.truncate={self.truncate}: must be at least 1, or null")
+        if self.word_dropout:
+            raise ValueError("module.word_dropout hides words of the data's answers, of which module=gspo reads none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -447,6 +579,8 @@ class OptimConfig:
         states: of AdamW's two moments. int8: in 8 bits (Dettmers et al. 2021, arXiv 2110.02861; blocks of 256 numbers
             with a scale each; parameters of fewer than 4,096 numbers stay in 32): 2 bytes for each parameter instead of
             8. Needs the extra `low_bit`, and one process or copies (parallel=ddp).
+        matrices: of the codec, what moves its matrices and convolutions: adamw, or muon (`training.optim.Muon`), which
+            learns in half the steps; vectors are AdamW's.
     """
 
     lr: float = 1e-3
@@ -461,8 +595,11 @@ class OptimConfig:
     total_steps: int | None = None
     fused: bool = True
     states: Literal["float32", "int8"] = "float32"
+    matrices: Literal["adamw", "muon"] = "adamw"
 
     def __post_init__(self) -> None:
+        if self.matrices == "muon" and self.states != "float32":
+            raise ValueError(f"optim.states={self.states} is AdamW's; with optim.matrices=muon set float32")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"optim.decay_fraction={self.decay_fraction}: must lie in [0, 1]")
         check_parts(self.lr_scale, "optim.lr_scale")

@@ -62,6 +62,8 @@ def _options() -> dict[str, dict[str, DictConfig]]:
     modules = {
         "thinker": c.ThinkerModuleConfig,
         "talker": c.TalkerModuleConfig,
+        "distill": c.DistillModuleConfig,
+        "gspo": c.GspoModuleConfig,
         "aut": c.AuTModuleConfig,
         "codec": c.CodecModuleConfig,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -55,6 +55,8 @@ class EncodedSample:
         grid_thw: int64 [M, 3], patches in time, height, width per image or video
         target_bytes: UTF-8 bytes of the target text (for bits per byte)
         spoken: one document per spoken answer, for the Talker
+        meta: of the sample, for rewards
+        read: the same conversation as a teacher reads it, with the same targets; None: as it is here
     """
 
     id: str
@@ -71,6 +73,8 @@ class EncodedSample:
     grid_thw: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
     target_bytes: int = 0
     spoken: tuple[TalkerDocument, ...] = ()
+    meta: Mapping[str, str] = field(default_factory=dict)
+    read: EncodedSample | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -178,6 +182,8 @@ class PackedBatch:
         stream_state: the data stream's state *after* this batch; saved once the batch has been trained on, so that a
             loader may fetch ahead without being late on resume
         skipped: samples skipped on the way to this batch, count by reason (cumulative for the stream)
+        metas: of the samples
+        read: the same samples as a teacher reads them, with the same targets; None: as they are here
     """
 
     input_ids: Tensor
@@ -198,6 +204,8 @@ class PackedBatch:
     spoken: SpokenAnswers | None = None
     stream_state: dict[str, Any] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    metas: tuple[Mapping[str, str], ...] = ()
+    read: PackedBatch | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -239,7 +247,7 @@ class PackedBatch:
         moved = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
-            if isinstance(value, Tensor | SpokenAnswers)
+            if isinstance(value, Tensor | SpokenAnswers | PackedBatch)
         }
         return replace(self, **moved)
 
@@ -286,6 +294,8 @@ class PackedBatch:
             languages=tuple(s.languages for s in samples),
             target_bytes=torch.tensor([s.target_bytes for s in samples], dtype=torch.int64),
             spoken=SpokenAnswers.pack(samples),
+            metas=tuple(s.meta for s in samples),
+            read=PackedBatch.pack([s.read or s for s in samples]) if any(s.read for s in samples) else None,
             **extra,
         )
 

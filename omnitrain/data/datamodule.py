@@ -105,6 +105,7 @@ class OmniDataModule(LightningDataModule):
             speech=self.speech,
             thinking=self.config.thinking,
             loss_on=self.config.loss_on,
+            transcripts=self.config.transcripts,
         )
 
     @cached_property
@@ -324,6 +325,7 @@ class OmniDataModule(LightningDataModule):
             "tokenizer": zlib.crc32(self.tokenizer.to_json().encode()),
             "features": [*map(asdict, geometry), self.ids_per_second, self.vocab_size],
             "augment": None if self.config.augment is None else _plain(asdict(self.config.augment)),
+            "transcripts": self.config.transcripts or None,
             "speech": None if self.speech is None else _plain(asdict(self.speech)),
         }
 

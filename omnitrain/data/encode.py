@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +48,7 @@ class SampleEncoder:
         vocab_size: size of the model's embedding; a larger token id is ``token_out_of_range``. Default: no check.
         speech: how the Talker numbers codes and voices. None: a spoken answer is its text.
         thinking, skip_thoughts, loss_on: see `ChatTokenizer.render`.
+        transcripts: also encode the conversation with the `text` of each recording in its place, for a teacher.
         augment: changes the waveform of a recording, (float32 [T], Hz) -> float32 [T'], before it becomes mel frames.
     """
 
@@ -61,6 +62,7 @@ class SampleEncoder:
     thinking: bool = False
     skip_thoughts: bool = False
     loss_on: LossOn = "all"
+    transcripts: bool = False
     augment: Callable[[np.ndarray, int], np.ndarray] | None = None
 
     def __call__(self, sample: Sample, media_bytes: Callable[[Segment], bytes]) -> EncodedSample:
@@ -70,11 +72,13 @@ class SampleEncoder:
             media_bytes: gives the encoded file bytes of a segment (`Source.media_bytes`).
 
         Raises BadSample: broken or oversized media; ``no_target`` if nothing in it is to be learnt;
-        ``token_out_of_range``; ``tools_invalid``; ``text_not_utf8``.
+        ``token_out_of_range``; ``tools_invalid``; ``text_not_utf8``; with `transcripts`, ``no_transcript``.
         """
         encoded = self._encode(sample, media_bytes, for_generation=False)
         if not (encoded.labels >= 0).any():
             raise BadSample("no_target", "no assistant message and no document text of two tokens: nothing to learn")
+        if self.transcripts and any(segment.type == "audio" for segment in sample.segments):
+            encoded = replace(encoded, read=self._encode(in_words(sample), media_bytes, for_generation=False))
         return encoded
 
     def encode_prompt(self, sample: Sample, media_bytes: Callable[[Segment], bytes]) -> EncodedSample:
@@ -130,6 +134,7 @@ class SampleEncoder:
             grid_thw=np.array([s.grid_thw for s in spans if not isinstance(s, AudioSpan)], np.int64).reshape(-1, 3),
             target_bytes=chat.target_bytes,
             spoken=spoken,
+            meta=sample.meta,
         )
 
     def _media(self, files: Iterable[tuple[Segment, bytes]]) -> list[_Medium]:
@@ -167,6 +172,21 @@ class SampleEncoder:
             return _Medium(VideoSpan(*place), patches=patches)
         mel = log_mel(video.audio, self.audio, longest)
         return _Medium(AudioVideoSpan(*place, audio_tokens(len(mel), self.audio.chunk_frames)), mel, patches)
+
+
+def in_words(sample: Sample) -> Sample:
+    """`sample` with the `text` of each audio segment in its place. Raises BadSample: ``no_transcript``."""
+
+    def segment_in_words(segment: Segment) -> Segment:
+        if segment.type != "audio":
+            return segment
+        if segment.text is None:
+            detail = "an audio segment has no `text`; write its transcript there, or set data.transcripts=false"
+            raise BadSample("no_transcript", detail)
+        return Segment(type="text", text=segment.text)
+
+    messages = (replace(m, segments=tuple(map(segment_in_words, m.segments))) for m in sample.messages)
+    return replace(sample, messages=tuple(messages))
 
 
 def _tools(sample: Sample) -> list[dict[str, Any]]:

@@ -247,6 +247,8 @@ class DataConfig:
         thinking: the model is one that thinks first: a last answer without thoughts begins with empty ones.
         loss_on: of a conversation, `all` that the assistant says is learnt, or the `last`: what it says, and calls,
             after the user's last question.
+        transcripts: beside each sample with recordings the same one with their transcripts (`text` of the segments) in
+            their place, which a teacher reads (module=distill).
         audio, vision: geometry of the features; must match the model's encoders.
         augment: of recordings in training, e.g. {speeds: [0.9, 1, 1.1], noise_share: 0.3}; null: as they are.
         limits: largest picture, longest recording, ...
@@ -273,6 +275,7 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     thinking: bool = False
     loss_on: Literal["all", "last"] = "all"
+    transcripts: bool = False
     audio: AudioGeometry = field(default_factory=AudioGeometry)
     vision: VisionGeometry = field(default_factory=VisionGeometry)
     augment: AugmentConfig | None = None

@@ -200,6 +200,7 @@ class Whisper:
 def find_whisper(model: str) -> None:
     """Raise what `Whisper` would, as far as it can be known before anything is loaded or downloaded."""
     module = extra("faster_whisper")
+    extra("num2words")
     folder = Path(model).expanduser()
     looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     fix = "evaluation.judge (or --judge) takes a folder with a Whisper in CTranslate2's format, or a name of the Hub"
@@ -222,6 +223,44 @@ def _load_whisper(model: str) -> Any:
         raise ValueError(f"the judge {model} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
+def compared(text: str, heard: str, language: str) -> tuple[str, str]:
+    """A text and what a Whisper model heard, both after its normalisation, so that only what is said counts: whether
+    it writes *0936*, *9 36* or *nine thirty six* is not heard.
+
+    English: the normaliser writes numbers in digits; each digit is a word. Other languages that ``num2words`` knows:
+    numbers are written in words, those heard as cardinals, as ordinals or digit by digit, whichever is nearest to the
+    text. Raises ImportError without ``num2words``.
+    """
+    code = short_language(language)
+    if code == "en":
+        text, heard = (whisper_normalise(part, code) for part in (text, heard))
+        return _digits_apart(text), _digits_apart(heard)
+    text = whisper_normalise(_numbers_read(text, code, "cardinal"), code)
+    readings = (whisper_normalise(_numbers_read(heard, code, kind), code) for kind in ("cardinal", "digits", "ordinal"))
+    return text, min(readings, key=lambda reading: edits(text, reading)[0])
+
+
+def _digits_apart(text: str) -> str:
+    joined = re.sub(r"(?<=\d)[.,:](?=\d)", "", text)
+    return " ".join(re.sub(r"\d", r" \g<0> ", joined).split())
+
+
+def _numbers_read(text: str, language: str, kind: str) -> str:
+    """`text` with its numbers in words, if the language is known: `kind` is cardinal, ordinal or digits."""
+    if not re.search(r"\d", text):
+        return text
+    num2words = extra("num2words")
+    if language not in num2words.CONVERTER_CLASSES:
+        return text
+
+    def words(match: re.Match[str]) -> str:
+        numbers = list(match[0]) if kind == "digits" else [match[0]]
+        to = "ordinal" if kind == "ordinal" else "cardinal"
+        return f" {' '.join(num2words.num2words(int(n), lang=language, to=to) for n in numbers)} "
+
+    return re.sub(r"\d{1,12}", words, text)
+
+
 def error_counts(
     heard: Sequence[str], texts: Sequence[str], languages: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -229,8 +268,8 @@ def error_counts(
     how many the text has.
 
     Args:
-        languages: of each text: compare after Whisper's normalisation (`metrics.whisper_normalise`). None: compare
-            `spoken_form`, as `metrics.wer` and `cer` do.
+        languages: of each text: compare as `compared`, after Whisper's normalisation. None: compare `spoken_form`, as
+            `metrics.wer` and `cer` do.
 
     Raises ValueError where there is not one text for each, or one without words (with `languages`: all without).
     """
@@ -242,7 +281,7 @@ def error_counts(
         pairs = [(spoken_form(text), spoken_form(said)) for text, said in zip(texts, heard, strict=True)]
     else:
         rows = zip(texts, heard, languages, strict=True)
-        pairs = [(whisper_normalise(text, code), whisper_normalise(said, code)) for text, said, code in rows]
+        pairs = [compared(text, said, code) for text, said, code in rows]
     if not any(text for text, _ in pairs):
         raise ValueError(f"nothing is left of {texts[0]!r} after Whisper's normalisation")
     words, characters = (np.array([edits(*pair, characters=letters) for pair in pairs]) for letters in (False, True))

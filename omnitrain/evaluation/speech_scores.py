@@ -21,6 +21,7 @@ from omnitrain.evaluation.judges import (
     VoiceMatch,
     Voices,
     Whisper,
+    compared,
     error_counts,
     is_silent,
     mel_distance,
@@ -30,7 +31,7 @@ from omnitrain.evaluation.judges import (
     spoken_seconds,
     stoi,
 )
-from omnitrain.evaluation.metrics import edits, whisper_normalise
+from omnitrain.evaluation.metrics import edits
 from omnitrain.evaluation.pitch import compare_pitch, mean_semitones, pitch, semitones, spread_semitones
 
 SIGNALS = ("reference", "round_trip", "generated")
@@ -165,7 +166,7 @@ def _failures_of(u: Spoken, signal: str, expected: float, heard: str | None) -> 
     if spoken_seconds(wav, u.sample_rate) < EARLY * expected:
         kinds.add("cut")
     if heard is not None:
-        text, said = (whisper_normalise(part, u.language) for part in (u.text, heard))
+        text, said = compared(u.text, heard, u.language)
         if lacks_its_end(text, said):
             kinds.add("cut")
         if repeats(text, said):

@@ -57,7 +57,7 @@ def generate(
     generators = seeded(decoding, seeds, len(batch.cu_seqlens) - 1)
     batch = batch.to(model.thinker.embed_tokens.weight.device)
     reading = {"chunk": prefill_chunk, "aut_window_frames": aut_window_frames, "on_read": on_read}
-    texts = _Answers(model, batch, reading)
+    texts = Answers(model, batch, reading)
     prompts = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
     return write(texts, prompts, decoding, generators, frozenset(stop_ids), on_token, guides)
 
@@ -77,7 +77,7 @@ class Texts(Protocol):
         ...
 
 
-class _Answers:
+class Answers:
     """Of a Thinker (protocol `Texts`). `reading`: options of `read_prompts`."""
 
     def __init__(self, model: OmniModel, batch: PackedBatch, reading: Mapping[str, Any]) -> None:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
 
 from omnitrain.models.code2wav import Code2Wav, Code2WavState
-from omnitrain.models.layers.causal_conv import CausalConv1d, StreamingModule, init_states, step_through
+from omnitrain.models.layers.causal_conv import CausalConv1d, ConvState, StreamingModule, init_states, step_through
 from omnitrain.models.layers.checkpointing import run
 from omnitrain.models.layers.precision import full_precision
 from omnitrain.models.layers.wave import (
@@ -42,11 +44,57 @@ class EncoderBlock(Chain):
         )
 
 
+@cache
+def _window_and_bank(window: int, bands: int, sample_rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Hann window [window] and Slaney's mel filters [window // 2 + 1, bands]. No buffers: a model that is built on the
+    meta device has them too."""
+    with torch.device("cpu"), torch.inference_mode(False):
+        bank = melscale_fbanks(
+            window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate, norm="slaney", mel_scale="slaney"
+        )
+        return torch.hann_window(window).to(device), bank.to(device)
+
+
+class CausalLogMel(StreamingModule):
+    """Log-mel spectrogram of samples up to and with the present hop: [B, 1, samples] -> [B, bands, samples / hop].
+
+    Column i is of the `4 * hop` samples (Hann) up to (i + 1) * hop - 1; bands as Slaney's, from 0 to half the sample
+    rate; log10 of amplitudes, at least 1e-5, plus 2, so that speech lies around 0.
+    """
+
+    def __init__(self, bands: int, hop: int, sample_rate: int = 24_000) -> None:
+        super().__init__()
+        self.bands, self.hop, self.window, self.sample_rate = bands, hop, 4 * hop, sample_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._columns(F.pad(x, (self.window - self.hop, 0)))
+
+    def init_state(self, batch: int) -> ConvState:
+        return ConvState(torch.zeros(batch, 1, self.window - self.hop))  # no weights say where; the first piece does
+
+    def step(self, x: Tensor, state: ConvState) -> Tensor:
+        if x.shape[-1] == 0:
+            return x.new_zeros(len(x), self.bands, 0)
+        state.context = state.context.to(x)
+        return self._columns(state.extend(x))
+
+    def _columns(self, x: Tensor) -> Tensor:
+        with full_precision(x):
+            hann, bank = _window_and_bank(self.window, self.bands, self.sample_rate, x.device)
+            frames = x[:, 0].float().unfold(-1, self.window, self.hop) * hann
+            spectrum = torch.fft.rfft(frames)
+            amplitude = (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-12).sqrt()
+            mel = (amplitude @ bank).clamp(min=1e-5).log10() + 2
+        return rearrange(mel, "b t m -> b m t").to(x.dtype)
+
+
 class CodecEncoder(nn.Module):
     """Waveform [B, samples] -> latents [B, samples / 1920, D], each from present and past samples only.
 
     Code2Wav in a mirror: a convolution, blocks that downsample by `downsample_rates`, a convolution to width D,
-    ConvNeXt blocks with downsamplings by `downsampling_ratios`, and a sliding-window transformer over frames.
+    ConvNeXt blocks with downsamplings by `downsampling_ratios`, and a sliding-window transformer over frames. With
+    `mel_bands` a log-mel spectrogram stands for the blocks: nothing has to learn what a frequency is, and nearly all
+    that the encoder costs falls away.
 
     Initial weights: as those of `Code2Wav`.
     """
@@ -55,13 +103,19 @@ class CodecEncoder(nn.Module):
         super().__init__()
         self.config = config
         channels, d = config.encoder_dim, config.decoder.d_model
-        stages: list[StreamingModule] = [CausalConv1d(1, channels, 7)]
-        for rate in config.downsample_rates:
-            stages.append(EncoderBlock(channels, rate))
-            channels *= 2
-        stages += [SnakeBeta(channels), CausalConv1d(channels, d, 7)]
+        stages: list[StreamingModule]
+        if config.mel_bands:
+            stages = [CausalLogMel(config.mel_bands, math.prod(config.downsample_rates))]
+            stages.append(CausalConv1d(config.mel_bands, d, 7))
+        else:
+            stages = [CausalConv1d(1, channels, 7)]
+            for rate in config.downsample_rates:
+                stages.append(EncoderBlock(channels, rate))
+                channels *= 2
+            stages += [SnakeBeta(channels), CausalConv1d(channels, d, 7)]
         for ratio in config.downsampling_ratios:
-            stages += [ConvNeXtBlock(d), CausalConv1d(d, d, 2 * ratio, stride=ratio)]
+            stages += [ConvNeXtBlock(d) for _ in range(config.blocks)]
+            stages.append(CausalConv1d(d, d, 2 * ratio, stride=ratio))
         self.stages = nn.ModuleList(stages)
         self.transformer = SlidingWindowTransformer(config, d)
         self.activation_checkpointing = False
@@ -97,10 +151,10 @@ class Quantized:
     """What the quantizer makes of latents [B, T, D].
 
     quantized: [B, T, D], the sum over the codebooks in use; its gradient passes to the latents as if nothing had been
-        rounded (straight through).
+        rounded (straight through). In training, of a share of the samples nothing is (`CodecConfig.unquantized`).
     codes: int64 [B, T, Q], of all codebooks, whether in use or not.
     semantic: [B, T, D], the share of codebook 0 in `quantized`, for a loss that gives it its meaning.
-    n_used: int64 [B], codebooks from the first that `quantized` sums.
+    n_used: int64 [B], codebooks from the first that `quantized` sums, where it is rounded.
     given, chosen: fp32 [Q, B, T, d], what each codebook was given (with a gradient to the latents) and its nearest
         vectors, for a loss that holds the two together.
     histogram: int64 [Q, K], how often each code was chosen. Histograms of batches and ranks may be added up.
@@ -172,6 +226,10 @@ class Codebooks(nn.Module):
         if self.training:
             self._noted = rearrange(residuals, "n b t d -> n (b t) d"), rearrange(codes, "b t n -> n (b t)")
         return self._expand(straight), codes, given, chosen, histogram
+
+    def unrounded(self, latent: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]: what `forward` would give if every vector were a code."""
+        return self._expand(self._project(latent))
 
     def encode(self, latent: Tensor) -> Tensor:
         """[B, T, D] -> int64 [B, T, n]"""
@@ -308,7 +366,8 @@ class ResidualVectorQuantizer(nn.Module):
     latent through a projection of their own, and their outputs are summed (arXiv 2410.00037, section 3.3).
 
     In training a share `dropout` of the samples is decoded from the first 1 to Q codebooks, drawn per sample
-    (SoundStream, arXiv 2107.03312), so that fewer codes still give sound.
+    (SoundStream, arXiv 2107.03312), so that fewer codes still give sound, and a share `unquantized` from latents that
+    nothing rounded (as Mimi's, section 3.3): a codec that starts to learn learns sounds before codes.
 
     Initial weights: the projections as other linear maps; codebooks come from the first batch. All else that matters
     is in the state dict.
@@ -329,8 +388,14 @@ class ResidualVectorQuantizer(nn.Module):
         semantic, *of_semantic = self.semantic(latent, torch.ones_like(n_used), generator)
         acoustic, *of_acoustic = self.acoustic(latent, n_used - 1, generator)
         codes, given, chosen, histogram = zip(of_semantic, of_acoustic, strict=True)
+        quantized = semantic + acoustic
+        if self.training and self.config.unquantized and n_quantizers is None:
+            exact = self.semantic.unrounded(latent) + self.acoustic.unrounded(latent)
+            drawn = torch.rand(len(latent), generator=generator, device=generator.device if generator else "cpu")
+            spared = (drawn < self.config.unquantized).to(latent.device)
+            quantized = torch.where(spared[:, None, None], exact, quantized)
         return Quantized(
-            quantized=semantic + acoustic,
+            quantized=quantized,
             codes=torch.cat(codes, dim=-1),
             semantic=semantic,
             n_used=n_used,

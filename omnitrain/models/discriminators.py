@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +75,22 @@ def _opinion(x: Tensor, convs: Iterable[nn.Module], out: nn.Module, slope: float
 
 
 class Discriminators(nn.ModuleList):
-    """All of them. `forward(wav [B, S])` gives each one's score map and features."""
+    """All of them. `forward(wav [B, S])` gives each one's score map and features.
+
+    Initial weights keep the size of what passes (He et al. 2015, arXiv 1502.01852), biases are 0. PyTorch's own make it
+    a hundredth, so that for hundreds of steps nothing is told apart.
+    """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__(
             [PeriodDiscriminator(period, config.period_width) for period in config.periods]
             + [STFTDiscriminator(window, config.stft_width) for window in config.stft_windows]
         )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                weight = torch.empty_like(module.weight)
+                module.weight = nn.init.kaiming_normal_(weight, a=0.15)  # the weight norm takes it apart
+                nn.init.zeros_(cast(Tensor, module.bias))
 
     def forward(self, wav: Tensor) -> list[Opinion]:
         return [discriminator(wav) for discriminator in self]

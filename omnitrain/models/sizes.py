@@ -460,30 +460,38 @@ class CodecConfig(TransformerConfig):
     how many codes there are and of how many values. The encoder's transformer: see `TransformerConfig`.
 
     Attributes:
-        encoder_dim: channels behind the first convolution; doubled by each of
+        mel_bands: 0: the encoder reads samples. Otherwise a log-mel spectrogram of that many bands, with a hop of
+            prod(downsample_rates) samples and a window of four hops
+        encoder_dim: without mel_bands, channels behind the first convolution; doubled by each of
         downsample_rates: the encoder's downsamplings from samples, `decoder.upsample_rates` in reverse
-        downsampling_ratios: its last downsamplings, at width D, `decoder.upsampling_ratios` in reverse
+        downsampling_ratios: its last downsamplings, at width D, `decoder.upsampling_ratios` in reverse, each behind
+        blocks: as many ConvNeXt blocks
         codebook_dim: width in which vectors are compared with the codebooks
         decay: of the codebooks' moving averages, per update
         revive_below: a code whose average use falls below this part of the mean use is replaced
         dropout: share of the training samples that are decoded from a random number of codebooks
+        unquantized: share of them that are decoded from latents that nothing rounded
         kmeans_steps: of the codebooks' initialisation on the first batch
     """
 
+    mel_bands: int = 0
     encoder_dim: int = 64
     downsample_rates: tuple[int, ...] = (3, 4, 5, 8)
     downsampling_ratios: tuple[int, ...] = (2, 2)
+    blocks: int = 1
     codebook_dim: int = 256
     decay: float = 0.99
     revive_below: float = 0.1
     dropout: float = 0.5
+    unquantized: float = 0.0
     kmeans_steps: int = 10
     decoder: Code2WavConfig = field(default_factory=lambda: Code2WavConfig(trim="causal"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(self.decoder.d_model, may_be_zero=("decay", "revive_below", "dropout", "kmeans_steps"))
-        for name in ("decay", "revive_below", "dropout"):
+        shares = ("decay", "revive_below", "dropout", "unquantized")
+        self._check(self.decoder.d_model, may_be_zero=("mel_bands", "kmeans_steps", *shares))
+        for name in shares:
             if getattr(self, name) > 1:
                 raise ValueError(f"CodecConfig: {name} is {getattr(self, name)}; it must lie within 0..1")
         if self.samples_per_frame != self.decoder.samples_per_frame:
@@ -632,10 +640,11 @@ SPEECH_PRESETS: dict[str, tuple[TalkerConfig, Code2WavConfig]] = {
 }  # fmt: skip
 
 CODEC_PRESETS: dict[str, CodecConfig] = {
-    # The decoders are the Code2Wav of the same preset: 2.9 M parameters, 1.8 M of them Code2Wav.
+    # The decoders are the Code2Wav of the same preset. On few recordings, a spectrogram and a share of latents that
+    # nothing rounds halve the mel distance after some hundred steps (docs/speech.md).
     "tiny": CodecConfig(
-        encoder_dim=8, layers=2, heads=4, kv_heads=4, ffn=384, window=36, codebook_dim=32,
-        decoder=SPEECH_PRESETS["tiny"][1],
+        mel_bands=100, downsample_rates=(240,), downsampling_ratios=(2, 2, 2), blocks=2, layers=2, heads=4, kv_heads=4,
+        ffn=384, window=36, codebook_dim=8, unquantized=0.5, decoder=SPEECH_PRESETS["tiny"][1],
     ),
     "small": CodecConfig(
         encoder_dim=32, layers=4, heads=8, kv_heads=8, ffn=1536, codebook_dim=128, decoder=SPEECH_PRESETS["small"][1]

@@ -13,7 +13,15 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from omnitrain.config.codec_sizes import codec_size
-from omnitrain.config.run_config import PretrainedConfig, RunConfig, TalkerModuleConfig, TrainerConfig
+from omnitrain.config.run_config import (
+    DistillModuleConfig,
+    GspoModuleConfig,
+    PretrainedConfig,
+    RunConfig,
+    TalkerModuleConfig,
+    TeacherConfig,
+    TrainerConfig,
+)
 from omnitrain.config.saved import read_config
 from omnitrain.config.targets import LOOSE, build, check_inside
 from omnitrain.config.typed import ConfigError, Named
@@ -33,6 +41,7 @@ from omnitrain.training.lora import add_lora
 from omnitrain.training.mesh_strategy import MeshStrategy
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.quiet import quiet_libraries
+from omnitrain.training.teachers import ModelTeacher, ServerTeacher, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,13 @@ def build_experiment(config: RunConfig, stage: str, checkpoint: Path | None = No
     if isinstance(model, OmniModel) and model.talker is not None:
         datamodule.speech = give_voice(model, config.codec)
     check_start(config)
-    module: TrainingModule = build(config.module, model, optim=config.optim, seed=config.seed, place="module")
+    offered: dict[str, Any] = {"optim": config.optim, "seed": config.seed}
+    if isinstance(config.module.config, DistillModuleConfig):
+        offered["teacher"] = _teacher(config.module.config.teacher, datamodule)
+    elif isinstance(config.module.config, GspoModuleConfig):
+        rewards = {name: node for name, node in config.module.config.rewards.items() if node is not None}
+        offered["rewards"] = {name: build(node, place=f"module.rewards.{name}") for name, node in rewards.items()}
+    module: TrainingModule = build(config.module, model, place="module", **offered)
     if cached:
         assert isinstance(model, OmniModel)
         assert datamodule.speech is not None
@@ -82,6 +97,45 @@ def build_experiment(config: RunConfig, stage: str, checkpoint: Path | None = No
     if isinstance(trainer.strategy, MeshStrategy):
         trainer.strategy.checkpoint_follows = checkpoint is not None
     return Experiment(run_dir=run_dir, datamodule=datamodule, module=module, trainer=trainer)
+
+
+def _teacher(config: TeacherConfig, datamodule: OmniDataModule) -> Teacher | None:
+    """Who `module.teacher` names, None if nobody is named. Raises ConfigError: it is not there, or does not know the
+    student's tokens or media."""
+    from omnitrain.interop.openai_server import OpenAIServer
+    from omnitrain.runs.load import load
+
+    vocabulary = datamodule.tokenizer.vocabulary
+    if config.server is not None and config.name is not None:
+        try:
+            return ServerTeacher(OpenAIServer(config.server, config.name), vocabulary, config.top_k or 20)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"module.teacher.server: {error}") from error
+    if config.folder is None:
+        return None
+    try:
+        model, encoder = load(config.folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"module.teacher.folder: {error}") from error
+    if encoder.tokenizer.vocabulary != vocabulary:
+        raise ConfigError(
+            f"module.teacher.folder={config.folder}: its tokenizer is another than data.tokenizer, so that its tokens "
+            "mean something else; train the student with the teacher's"
+        )
+    read = datamodule.config
+    pairs: list[tuple[str, Any, Any]] = [("audio", encoder.audio, read.audio), ("vision", encoder.vision, read.vision)]
+    sizes = {
+        "audio": ("sample_rate", "n_fft", "hop", "n_mels", "chunk_frames"),
+        "vision": ("patch", "temporal_patch", "merge"),
+    }
+    for key, theirs, ours in pairs:
+        for name in sizes[key]:
+            if getattr(theirs, name) != getattr(ours, name) and not read.transcripts:
+                raise ConfigError(
+                    f"module.teacher.folder={config.folder}: it reads media with {key}.{name}={getattr(theirs, name)}, "
+                    f"and data.{key}.{name} is {getattr(ours, name)}; set it to the teacher's"
+                )
+    return ModelTeacher(model, datamodule.tokenizer.vocab_size, config.top_k)
 
 
 def build_data(config: RunConfig) -> OmniDataModule:

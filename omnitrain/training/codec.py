@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from omnitrain.training.codec_losses import (
     si_sdr,
 )
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import adamw, by_decay, check_states
+from omnitrain.training.optim import adamw, by_decay, check_states, with_muon
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 
 COMPILED = (EncoderBlock, DecoderBlock)
@@ -73,7 +74,9 @@ class CodecModule(TrainingModule):
         self.loss_config = self.config.loss
         self.discriminators = Discriminators(self.config.discriminator)
         self.content = ContentHead(model.config.decoder.d_model)
-        self.mel = MelDistance(sample_rate, self.loss_config.windows, self.loss_config.n_mels)
+        self.mel = MelDistance(
+            sample_rate, self.loss_config.windows, self.loss_config.n_mels, self.loss_config.mel_floor
+        )
         if self.config.init_from is not None:
             start_codec_from(self, self.config.init_from)
         if "quantizer" not in self.config.train and not model.quantizer.semantic.initialised:
@@ -120,6 +123,11 @@ class CodecModule(TrainingModule):
             }
             opinion = self._weighted(opinions)
             (gradient,) = torch.autograd.grad(opinion, answer, retain_graph=True)
+            if self.loss_config.balance is not None:
+                of_mel = self._weighted({"mel": terms["mel"]})
+                (beside,) = torch.autograd.grad(of_mel, output.wav, retain_graph=True)
+                factor = self._opinion_factor(gradient, beside[:, judged], self.loss_config.balance)
+                gradient, opinion, values["opinion_factor"] = gradient * factor, opinion * factor, float(factor)
             values["discriminators"], discriminators_norm = self._discriminator_gradient(real, fake, optimizers[1])
             loss, total = loss + (output.wav[:, judged] * gradient).sum(), total + opinion.detach()
             terms |= opinions
@@ -182,6 +190,13 @@ class CodecModule(TrainingModule):
         start = random.Random(f"judged/{self.global_step}").randint(0, samples - heard)
         return slice(start, start + heard)
 
+    def _opinion_factor(self, opinion: Tensor, mel: Tensor, balance: float) -> Tensor:
+        """What the gradient of `opinion` at the waveform [B, S] is multiplied by, so that over all ranks its norm is
+        `balance` times that of the mel distance's at the same samples (Esser et al. 2021, arXiv 2012.09841, eq. 7;
+        EnCodec, arXiv 2210.13438, section 3.4, balances so too, over a moving average)."""
+        squares = sum_over_ranks(torch.stack([mel.square().sum(), opinion.square().sum()]).double())
+        return balance * (squares[0] / squares[1].clamp(min=1e-24)).sqrt().float()
+
     def _discriminator_gradient(
         self, real: Opinions, fake: Opinions, optimizer: LightningOptimizer
     ) -> tuple[float, Tensor]:
@@ -204,10 +219,11 @@ class CodecModule(TrainingModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optim_config
-        codec, discriminators = (
-            adamw(by_decay([p for p in parameters if p.requires_grad], config), config)
-            for parameters in ([*self.model.parameters(), *self.content.parameters()], self.discriminators.parameters())
+        groups = by_decay(
+            [p for p in (*self.model.parameters(), *self.content.parameters()) if p.requires_grad], config
         )
+        codec = with_muon(groups, config) if config.matrices == "muon" else adamw(groups, config)
+        discriminators = adamw(by_decay(self.discriminators.parameters(), config), replace(config, matrices="adamw"))
         return [codec, discriminators], [self.schedule(config, codec, discriminators)]
 
     def validation_step(self, batch: WaveBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""AdamW over named parts of the model, and the learning rate by step."""
+"""AdamW over named parts of the model, Muon for the codec, and the learning rate by step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from omnitrain.config.run_config import PARTS, OptimConfig
+from omnitrain.models.layers.precision import full_precision
 
 
 def part_of(name: str) -> str:
@@ -62,7 +63,9 @@ def by_decay(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[di
 
 def adamw(groups: list[dict], config: OptimConfig) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101). ImportError as `check_states`; ValueError for moments in 8
-    bits of parameters that are spread."""
+    bits of parameters that are spread, and for `optim.matrices`."""
+    if config.matrices != "adamw":
+        raise ValueError(f"optim.matrices={config.matrices} is there for module=codec alone; set optim.matrices=adamw")
     betas = config.betas[0], config.betas[1]
     if config.states == "float32":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=config.fused)
@@ -75,6 +78,82 @@ def adamw(groups: list[dict], config: OptimConfig) -> Optimizer:
             "optim.states=float32, or parallel=ddp"
         )
     return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+
+
+class Muon(Optimizer):
+    """Momentum whose matrices are made orthogonal before they move a weight (Jordan et al. 2024, "Muon: an optimizer
+    for hidden layers in neural networks"; steps of AdamW's size: Liu et al. 2025, arXiv 2502.16982, eq. 4). What is no
+    matrix moves by AdamW. All directions of a layer learn at one pace, where AdamW's steps go in few of them.
+
+        M <- m M + (1 - m) G,   W <- W - lr 0.2 sqrt(max(rows, columns)) O((1 - m) G + m M),   m = `momentum`
+
+    As `torch.optim.Muon`, which takes matrices alone and computes in bf16. A convolution's weight is the matrix
+    [out, in * kernel], a transposed one's [in, out * kernel]. Everything here is in fp32.
+
+    Args:
+        groups: as of AdamW; a group with ``muon: True`` holds the matrices.
+    """
+
+    def __init__(
+        self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "muon": False})
+        self.betas, self.eps, self.momentum = betas, eps, momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            move = self._muon if group["muon"] else self._adamw
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(move(p.grad, self.state[p]), alpha=-group["lr"])
+        return loss
+
+    def _muon(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+        moment = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - self.momentum)
+        update = orthogonal(gradient.lerp(moment, self.momentum).flatten(1))
+        return (0.2 * max(update.shape) ** 0.5 * update).view_as(gradient)
+
+    def _adamw(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+        state["step"] = state.get("step", 0) + 1
+        first = state.setdefault("exp_avg", torch.zeros_like(gradient)).lerp_(gradient, 1 - self.betas[0])
+        second = state.setdefault("exp_avg_sq", torch.zeros_like(gradient))
+        second.lerp_(gradient.square(), 1 - self.betas[1])
+        unbiased = (second / (1 - self.betas[1] ** state["step"])).sqrt_().add_(self.eps)
+        return first / (1 - self.betas[0] ** state["step"]) / unbiased
+
+
+def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """About U V^T of x = U S V^T [n, m]: five Newton-Schulz steps with Jordan's coefficients, after which the singular
+    values lie around 1 (0.7 to 1.2). In fp32."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    with full_precision(x):
+        x = x.float() / x.float().norm().clamp(min=1e-7)
+        x = x if (wide := x.shape[0] <= x.shape[1]) else x.T
+        for _ in range(steps):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.T
+
+
+def with_muon(groups: list[dict], config: OptimConfig) -> Optimizer:
+    """`Muon`; the matrices among `groups` of `by_decay` are those with two rows and two columns at least."""
+
+    def is_matrix(p: nn.Parameter) -> bool:
+        return p.ndim >= 2 and min(len(p), p[0].numel()) > 1
+
+    parted = [
+        group | {"params": chosen, "muon": muon}
+        for group in groups
+        for muon in (True, False)
+        if (chosen := [p for p in group["params"] if is_matrix(p) == muon])
+    ]
+    return Muon(parted, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
 
 
 def check_states(config: OptimConfig) -> None:

@@ -129,7 +129,7 @@ class ThinkerModule(TrainingModule, Generic[M]):
         """Sums of the last evaluation by the name of its loader, over all ranks; for tables and reports."""
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        seen = hide_words(batch, self.config.word_dropout) if self.config.word_dropout else batch
+        seen = self.prepared(batch)
         losses = self.computed(seen, self._aut_window_frames())
         loss, routers = losses.total, losses.routers
         # One message to the other ranks: nats, weights, the data's stage, what there is to hear and to see, and
@@ -164,11 +164,15 @@ class ThinkerModule(TrainingModule, Generic[M]):
                     pool_layers=self.loss_config.balance_pools_layers,
                 )
                 loss = loss + self.loss_config.balance_coefficient * weight * balance
-        self._count(batch)
+        self._count(seen)
         self.mark_trained(batch)
         # Lightning divides by the accumulation steps and DDP by the ranks: undo both, so that gradients are plain sums.
         ranks = self.trainer.world_size if self.mesh is None else 1
         return loss * (self.trainer.accumulate_grad_batches * ranks)
+
+    def prepared(self, batch: PackedBatch) -> PackedBatch:
+        """What is trained on where the loader gives `batch`."""
+        return hide_words(batch, self.config.word_dropout) if self.config.word_dropout else batch
 
     def computed(self, batch: PackedBatch, window: int | None = None) -> BatchLosses:
         """`losses`, of a model that may be spread; where processes share packs, of this one's part of it."""
@@ -301,8 +305,12 @@ class ThinkerModule(TrainingModule, Generic[M]):
         if packing:
             row["packing/efficiency"] = sum(packing) / len(packing)
         counts = [(seen, {}) for _, seen, _ in ranks] + [({}, stream["skipped"]) for stream in streams]
-        self.log_row(row | self.data_row(counts), step)
+        self.log_row(row | self.own_row() | self.data_row(counts), step)
         self._row_sums, self._row_counts = LossSums(), {}
+
+    def own_row(self) -> dict[str, float]:
+        """What a subclass says in a row of metrics. A collective."""
+        return {}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = adamw(parameter_groups(self.model, self.optim_config), self.optim_config)

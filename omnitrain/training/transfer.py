@@ -29,7 +29,9 @@ def for_training(batch: Any, device: torch.device) -> Any:
 @for_training.register
 def _(batch: PackedBatch, device: torch.device) -> PackedBatch:
     spoken = None if batch.spoken is None else for_training(batch.spoken, device)
-    return replace(batch, **_moved(batch, ("input_ids", "position_ids", "mel", "patches"), device), spoken=spoken)
+    read = None if batch.read is None else for_training(batch.read, device)
+    moved = _moved(batch, ("input_ids", "position_ids", "mel", "patches"), device)
+    return replace(batch, **moved, spoken=spoken, read=read)
 
 
 @for_training.register
@@ -78,7 +80,7 @@ def arrived(ahead: Ahead) -> Any:
 
 def _on_gpu(batch: Any) -> Iterator[Tensor]:
     for value in vars(batch).values():
-        if isinstance(value, SpokenAnswers):
+        if isinstance(value, SpokenAnswers | PackedBatch):
             yield from _on_gpu(value)
         elif isinstance(value, Tensor) and value.is_cuda:
             yield value

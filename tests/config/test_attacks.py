@@ -1004,6 +1004,8 @@ def test_every_recipe_is_let_through(name: str, scene: Scene, no_job: None) -> N
     starts_from = ("pretrain_s1", "pretrain_s2", "pretrain_s3", "speaker_finetune", "talker_continue")
     needs = [
         *(["module.init_from=x"] if name.startswith(starts_from) else []),
+        *(["teacher=x"] if name.startswith("distill") else []),
+        *(["answers=x"] if name == "distill_off_policy" else []),
         *(["speech=x"] if name in ("speech", "codec_finetune") else []),
         *([f"data.tokenizer={PACK}"] if name == "aut" else []),
         *([f"model.folder={save_small_folder(scene.theirs / 'public')}"] if name == "finetune" else []),

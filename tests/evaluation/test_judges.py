@@ -24,6 +24,7 @@ from omnitrain.evaluation.judges import (
     SILENT_PEAK,
     Voices,
     Whisper,
+    compared,
     error_rates,
     find_whisper,
     is_silent,
@@ -396,3 +397,32 @@ def test_the_judge_of_the_settings_hears_what_the_evaluation_made(
     assert json.loads((tmp_path / "eval/speech.json").read_text())["judge"] == fake.name
     rows = [label for label, *_ in _speech(summary)["tables"][0].rows]
     assert f"WER, Whisper {Path(fake.name).name}" in rows
+
+
+@pytest.mark.parametrize(
+    ("text", "heard", "language"),
+    [
+        ("message from extension zero nine three six", "Message from extension 0, 9, 3, 6.", "en"),
+        ("you have seven hundred sixty six messages", "You have 766 messages.", "en-US"),
+        ("Wednesday at four fifty", "Wednesday at 4.50.", "en"),
+        ("vous avez dix-sept messages", "Vous avez 17 messages.", "fr"),
+        ("appuyez sur deux zéro trois", "Appuyez sur 203.", "fr"),
+        ("понедельник седьмой сентября", "Понедельник, 7 сентября.", "ru"),
+        ("у вас десять новых сообщений", "У вас 10 новых сообщений.", "ru"),
+        ("marque seis tres", "Marque 6-3.", "es"),
+        ("premere 1", "Premere uno.", "it"),
+    ],
+)
+def test_numbers_are_compared_as_they_are_said(text: str, heard: str, language: str) -> None:
+    pytest.importorskip("num2words")
+    said, found = compared(text, heard, language)
+    assert said == found
+    assert int(error_rates([heard], [text], [language])[0].mean) == 0
+    another = heard.replace("7", "8").replace("6", "5").replace("0", "9").replace("uno", "due")
+    said, found = compared(text, another, language)
+    assert said != found
+
+
+def test_numbers_of_an_unknown_language_stay() -> None:
+    assert compared("седем", "7", "bg") == ("седем", "7")
+    assert compared("vingt et un", "21 ans", "fr") == ("vingt et un", "vingt et un ans")

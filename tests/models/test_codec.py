@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchaudio
 from torch import Tensor
 
 from omnitrain.models.code2wav import Code2Wav, Code2WavConfig
-from omnitrain.models.codec import Codebooks, Codec, CodecConfig, CodecEncoder, ResidualVectorQuantizer
+from omnitrain.models.codec import CausalLogMel, Codebooks, Codec, CodecConfig, CodecEncoder, ResidualVectorQuantizer
 from omnitrain.training.codec_losses import rvq_commitment_loss
 
 DECODER = Code2WavConfig(
@@ -149,6 +150,25 @@ def test_dropout_draws_the_codebooks_in_use_per_sample() -> None:
     repeated = again(latent, generator=torch.Generator().manual_seed(0))
     assert torch.equal(repeated.n_used, out.n_used)
     assert torch.equal(repeated.codes, out.codes)
+
+
+def test_unquantized_samples_are_what_nothing_rounded() -> None:
+    torch.manual_seed(0)
+    quantizer = ResidualVectorQuantizer(replace(CONFIG, unquantized=0.5, dropout=0.0)).train()
+    latent = torch.randn(64, 5, 24)
+    quantizer(latent)
+    quantizer.update()
+    out = quantizer(latent)
+    semantic, acoustic = quantizer.semantic, quantizer.acoustic
+    exact = semantic.output_proj(semantic.input_proj(latent)) + acoustic.output_proj(acoustic.input_proj(latent))
+    rounded = semantic.decode(out.codes[..., :1]) + acoustic.decode(out.codes[..., 1:])
+    is_exact = torch.isclose(out.quantized, exact, atol=1e-5).all(dim=(1, 2))
+    is_rounded = torch.isclose(out.quantized, rounded, atol=1e-5).all(dim=(1, 2))
+    assert torch.equal(is_exact, ~is_rounded)
+    assert 16 < int(is_exact.sum()) < 48
+    for untouched in (quantizer(latent, n_quantizers=4), quantizer.eval()(latent)):
+        again = semantic.decode(untouched.codes[..., :1]) + acoustic.decode(untouched.codes[..., 1:])
+        torch.testing.assert_close(untouched.quantized, again, atol=1e-5, rtol=0)
 
 
 def test_dead_codes_become_vectors_of_the_batch() -> None:
@@ -292,10 +312,32 @@ def test_two_processes_have_the_codebooks_of_one(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- codec
 
 
+SPECTRAL = replace(CONFIG, mel_bands=6, blocks=2)
+
+
 @torch.no_grad()
-def test_the_encoder_in_pieces() -> None:
+def test_the_spectrogram_is_torchaudios_and_causal() -> None:
     torch.manual_seed(0)
-    encoder = CodecEncoder(CONFIG).eval()
+    wav = torch.randn(2, 1, 3 * 480)
+    mel = CausalLogMel(80, 240)(wav)
+    assert mel.shape == (2, 80, 6)
+    reference = torchaudio.transforms.MelSpectrogram(
+        24_000, n_fft=960, hop_length=240, center=False, power=1.0, n_mels=80, norm="slaney", mel_scale="slaney"
+    )
+    expected = reference(F.pad(wav[:, 0], (720, 0))).clamp(min=1e-5).log10() + 2
+    torch.testing.assert_close(mel, expected, atol=1e-5, rtol=1e-5)
+    wav[..., 480:] = 0
+    assert torch.equal(CausalLogMel(80, 240)(wav)[..., :2], mel[..., :2])
+    assert (mel[..., 2:] != CausalLogMel(80, 240)(wav)[..., 2:]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("config", [CONFIG, SPECTRAL], ids=["samples", "spectrogram"])
+@torch.no_grad()
+def test_the_encoder_in_pieces(config: CodecConfig) -> None:
+    torch.manual_seed(0)
+    encoder = CodecEncoder(config).eval()
+    with torch.device("meta"):
+        assert CodecEncoder(config)(torch.empty(1, FRAME)).shape == (1, 1, 24)
     wav = torch.randn(2, 30 * FRAME)
     whole = encoder(wav)
     assert whole.shape == (2, 30, 24)
@@ -412,6 +454,7 @@ def test_errors_name_what_is_wrong() -> None:
         (dict(heads=5), "heads"),
         (dict(dropout=1.5), "dropout"),
         (dict(codebook_dim=0), "codebook_dim"),
+        (dict(unquantized=-0.1), "unquantized"),
         (dict(decoder=replace(DECODER, quantizers=1)), "quantizers"),
     ):
         with pytest.raises(ValueError, match=named):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -42,6 +43,9 @@ HEARING = {"aut", "aut_quickstart"}
 ANSWERING = {"aut_transfer", "captioner"}
 """Those of a Thinker that hears, and ends with the evaluation of transcripts."""
 
+POST = {"distill_off_policy", "distill_on_policy", "gspo"}
+"""Of post-training: from one another's runs, below."""
+
 EXACT = "trainer.deterministic=true"
 
 
@@ -52,7 +56,9 @@ def algorithms() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NAMES - SPEECH - VOICES - PRETRAIN - SEARCH - FINETUNE - HEARING - ANSWERING))
+@pytest.mark.parametrize(
+    "name", sorted(NAMES - SPEECH - VOICES - PRETRAIN - SEARCH - FINETUNE - HEARING - ANSWERING - POST)
+)
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A recipe's prepared data need not be there: the pack has rows of the same tasks and languages.
     (tmp_path / "long").mkdir()
@@ -132,6 +138,32 @@ def test_captioner_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert {row["system"] for row in scores} == {"model", "most frequent", "best constant"}
     assert "hallucinating_captions" in scores[0]["measures"]
     assert (tmp_path / "run/report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_post_training_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards first; what comes out teaches, by its distribution and by its written answers."""
+    monkeypatch.chdir(tmp_path)
+    few = ["data.max_tokens=192", "evaluation.max_generated=1", "data.test_sources.text=null"]
+    sampled = [*FEW, *few, "module.rollout.max_new_tokens=4"]
+    assert main(["fit", "+recipe=gspo", "paths.run_dir=gspo", *sampled, "module.answers=2"]) == 0
+    table = pq.read_table("gspo/rollouts/step=0000002.parquet")
+    assert {"prompt", "answer", "reward", "reward/transcript", "ratio", "tokens"} <= set(table.column_names)
+    assert "rollout/reward" in Path("gspo/metrics.csv").read_text().splitlines()[0]
+    on_policy = ["fit", "+recipe=distill_on_policy", "paths.run_dir=on", "teacher=gspo", "module.on_policy=1.0"]
+    assert main([*on_policy, "module.init_from=gspo", *sampled]) == 0
+    asked = f"+data.predict_sources.asked={{path:{PACK},split:heldout_cell,limit:6}}"
+    assert main(["predict", "gspo", asked, "module.generation.max_new_tokens=4"]) == 0
+    written = ["gspo/predictions.parquet", str(PACK), "--split", "heldout_cell", "--out", "answers"]
+    assert main(["data", "answers", *written]) == 0
+    answers, said = SampleSource(Path("answers")), pq.read_table("gspo/predictions.parquet").to_pylist()
+    assert [answers[i].reference for i in range(len(answers))] == [row["text"] for row in said]
+    assert all(answers.media_bytes(s) for i in range(len(answers)) for s in answers[i].segments if s.type != "text")
+    off_policy = ["fit", "+recipe=distill_off_policy", "paths.run_dir=off", "teacher=gspo", "answers=answers"]
+    assert main([*off_policy, *FEW, *few]) == 0
+    for run in ("gspo", "on", "off"):
+        assert (tmp_path / run / "report.html").stat().st_size > 10_000
+    assert main([*off_policy[:2], "paths.run_dir=none", "answers=answers", *FEW]) == 1
 
 
 @pytest.mark.slow

@@ -256,13 +256,14 @@ def test_codebook_use() -> None:
 def fit(
     folder: Path, shards: Path, steps: int, *, resume: bool = False, after: int = 3, precision: str = "32-true",
     callbacks: Sequence[L.Callback] = (), codec: Codec | None = None, recomputed: Sequence[str] = (),
+    balance: float | None = None,
 ) -> CodecModule:  # fmt: skip
     L.seed_everything(1, verbose=False)
     module = CodecModule(
         codec or tiny_codec(),
         CodecModuleConfig(
             activation_checkpointing=list(recomputed),
-            loss=CodecLossConfig(adversarial_after=after, windows=(512, 128), n_mels=(20, 10)),
+            loss=CodecLossConfig(adversarial_after=after, windows=(512, 128), n_mels=(20, 10), balance=balance),
             discriminator=SMALL_DISCRIMINATORS,
         ),
         OptimConfig(lr=1e-3, warmup_steps=2, schedule="wsd", total_steps=8, decay_fraction=0.2),
@@ -380,9 +381,14 @@ class DirectGradients(L.Callback):
         terms = module._reconstruction(output, self.batch.wav, self.batch)
         real, fake = module.discriminators(self.batch.wav), module.discriminators(output.wav)
         loss = sum(getattr(weights, name) * term for name, term in terms.items())
-        loss = (
-            loss + weights.adversarial * gan_generator_loss(fake) + weights.features * feature_matching_loss(real, fake)
-        )
+        opinion = weights.adversarial * gan_generator_loss(fake) + weights.features * feature_matching_loss(real, fake)
+        if weights.balance is not None:
+            steepness = [
+                torch.autograd.grad(term, output.wav, retain_graph=True)[0].norm()
+                for term in (weights.mel * terms["mel"], opinion)
+            ]
+            opinion = opinion * weights.balance * steepness[0] / steepness[1]
+        loss = loss + opinion
         assert float(loss) == pytest.approx(module.step_loss, rel=1e-5)
         named = [(n, p) for n, p in module.named_parameters() if p.grad is not None and "discriminators" not in n]
         direct = torch.autograd.grad(loss, [p for _, p in named])
@@ -394,11 +400,12 @@ class DirectGradients(L.Callback):
         ]
 
 
-def test_the_codec_has_the_gradients_of_the_whole_loss(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("balance", [None, 2.0])
+def test_the_codec_has_the_gradients_of_the_whole_loss(balance: float | None, shards: Path, tmp_path: Path) -> None:
     codec = tiny_codec()
-    codec.quantizer.config = replace(codec.config, dropout=0.0)
+    codec.quantizer.config = replace(codec.config, dropout=0.0, unquantized=0.0)
     direct = DirectGradients()
-    fit(tmp_path, shards, 4, after=2, callbacks=[direct], codec=codec)
+    fit(tmp_path, shards, 4, after=2, callbacks=[direct], codec=codec, balance=balance)
     assert len(direct.pairs) > 50
     for name, ours, theirs in direct.pairs:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -11,7 +11,7 @@ from torch import nn
 from toy_training import toy_model
 
 from omnitrain.config.run_config import OptimConfig
-from omnitrain.training.optim import adamw, by_decay
+from omnitrain.training.optim import adamw, by_decay, orthogonal, with_muon
 from omnitrain.training.thinker import ThinkerModule
 
 INT8 = OptimConfig(lr=1e-2, states="int8", fused=False)
@@ -54,3 +54,61 @@ def test_moments_in_8_bits_follow_those_in_32_and_resume_exactly() -> None:
     for i in range(3, 6):
         step(*again, i)
     assert torch.equal(again[0].weight, whole[0].weight)
+
+
+def test_muon_is_that_of_pytorch_for_matrices_and_adamw_for_the_rest() -> None:
+    config = OptimConfig(lr=1e-2, weight_decay=0.1, matrices="muon", fused=False)
+
+    def begun() -> nn.ModuleList:
+        torch.manual_seed(0)
+        return nn.ModuleList([nn.Linear(24, 40), nn.Conv1d(3, 8, 5), nn.Conv1d(8, 1, 7)])
+
+    ours, theirs = begun(), begun()
+    optimizer = with_muon(by_decay(ours.parameters(), config), config)
+    # The convolution's matrix stands in PyTorch's Muon as one; vectors, also one that is a row, in AdamW.
+    matrix = nn.Parameter(theirs[1].weight.detach().flatten(1).clone())
+    vectors = [theirs[0].bias, theirs[1].bias, theirs[2].bias]
+    references = [
+        torch.optim.Muon([theirs[0].weight, matrix], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": vectors, "weight_decay": 0.0}, {"params": [theirs[2].weight]}], lr=1e-2,
+                          betas=(0.9, 0.95), weight_decay=0.1),
+    ]  # fmt: skip
+    for i in range(4):
+        generator = torch.Generator().manual_seed(i)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        matrix.grad = ours[1].weight.grad.flatten(1).clone()
+        for one in (optimizer, *references):
+            one.step()
+    for p, q in zip(vectors, (ours[0].bias, ours[1].bias, ours[2].bias), strict=True):
+        torch.testing.assert_close(p, q)
+    torch.testing.assert_close(ours[2].weight, theirs[2].weight)
+    start = begun()
+    # PyTorch's steps are in bf16, ours in fp32.
+    for p, q, was in (
+        (ours[0].weight, theirs[0].weight, start[0].weight),
+        (ours[1].weight.flatten(1), matrix, start[1].weight.flatten(1)),
+    ):
+        assert float((p - q).detach().norm() / (p - was).detach().norm()) < 0.02
+    saved = optimizer.state_dict()
+    again = with_muon(by_decay(ours.parameters(), config), config)
+    again.load_state_dict(saved)
+    assert [g["muon"] for g in again.param_groups] == [g["muon"] for g in optimizer.param_groups]
+
+
+def test_orthogonal_matrices_keep_their_directions() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 50) * torch.logspace(0, -1, 50)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    found = torch.linalg.svd(orthogonal(x))
+    assert 0.6 < float(found.S.min()) <= float(found.S.max()) < 1.3
+    assert float((u.T @ orthogonal(x) @ v.T).diagonal().min()) > 0.6
+    torch.testing.assert_close(orthogonal(x.T), orthogonal(x).T)
+
+
+def test_muon_is_the_codecs() -> None:
+    with pytest.raises(ValueError, match=r"optim\.matrices=muon is there for module=codec alone"):
+        adamw([], OptimConfig(matrices="muon"))
+    with pytest.raises(ValueError, match=r"optim\.states=int8 is AdamW's"):
+        OptimConfig(matrices="muon", states="int8")

@@ -38,7 +38,13 @@ class Routing:
 
 
 class TopKRouter(nn.Module):
-    """Softmax over all experts, then the k largest, normalised to sum one if `normalise` (Qwen3: `norm_topk_prob`)."""
+    """Softmax over all experts, then the k largest, normalised to sum one if `normalise` (Qwen3: `norm_topk_prob`).
+
+    `given`, int64 [N, k], are experts to be taken instead of the k largest, weighted by what the softmax says of them
+    now (routing replay, GSPO, arXiv 2507.18071, section 5.3).
+    """
+
+    given: Tensor | None = None
 
     def __init__(self, dim: int, n_experts: int, top_k: int, normalise: bool = True) -> None:
         super().__init__()
@@ -50,7 +56,10 @@ class TopKRouter(nn.Module):
         """x [N, D] -> Routing of N tokens."""
         with full_precision(x):  # in 16 bit, rounding would choose among close experts
             probs = F.linear(x.float(), self.weight.float()).softmax(-1)  # [N, E]
-        weights, experts = probs.topk(self.top_k, dim=-1)
+        if self.given is None:
+            weights, experts = probs.topk(self.top_k, dim=-1)
+        else:
+            experts, weights = self.given, probs.gather(1, self.given)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
         chosen = experts.flatten()  # not `bincount`, which waits for the GPU to know how many there are
