@@ -22,6 +22,7 @@ from omnitrain.data.shards import write_shards
 from omnitrain.data.waveforms import WaveformDataModule
 from omnitrain.interop.public_format import load_pretrained
 from omnitrain.models.codec import Codec
+from omnitrain.models.discriminators import Discriminators
 from omnitrain.models.presets import build_codec, init_codec_weights
 from omnitrain.models.sizes import DiscriminatorConfig
 from omnitrain.training import codec as of_codec
@@ -229,6 +230,14 @@ def test_adversarial_losses() -> None:
     feature_matching_loss([(real[0][0], [theirs])], [(fake[0][0], [ours])]).backward()
     assert ours.grad is not None
     assert theirs.grad is None  # the discriminator does not learn from it
+
+
+def test_new_discriminators_keep_the_size_of_what_they_hear() -> None:
+    torch.manual_seed(0)
+    wav = 0.05 * torch.randn(2, 15360)  # as loud as speech
+    for score, features in Discriminators(DiscriminatorConfig(stft_width=12, period_width=16))(wav):
+        assert 0.01 < float(score.detach().std()) < 0.5
+        assert all(0.01 < float(layer.detach().std()) < 0.5 for layer in features)
 
 
 def test_si_sdr_ignores_scale_and_is_the_ratio_in_decibels() -> None:
