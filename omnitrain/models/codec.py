@@ -391,9 +391,7 @@ class ResidualVectorQuantizer(nn.Module):
         quantized = semantic + acoustic
         if self.training and self.config.unquantized and n_quantizers is None:
             exact = self.semantic.unrounded(latent) + self.acoustic.unrounded(latent)
-            drawn = torch.rand(len(latent), generator=generator, device=generator.device if generator else "cpu")
-            spared = (drawn < self.config.unquantized).to(latent.device)
-            quantized = torch.where(spared[:, None, None], exact, quantized)
+            quantized = torch.where(self._spared(latent, generator)[:, None, None], exact, quantized)
         return Quantized(
             quantized=quantized,
             codes=torch.cat(codes, dim=-1),
@@ -418,6 +416,11 @@ class ResidualVectorQuantizer(nn.Module):
         check_codes(codes, self.config.decoder.quantizers, self.config.decoder.codebook_size)
         latent = self.semantic.decode(codes[..., :1])
         return latent + self.acoustic.decode(codes[..., 1:]) if codes.shape[2] > 1 else latent
+
+    def _spared(self, latent: Tensor, generator: torch.Generator | None) -> Tensor:
+        """bool [B]: the samples that are decoded unrounded."""
+        drawn = torch.rand(len(latent), generator=generator, device=generator.device if generator else "cpu")
+        return (drawn < self.config.unquantized).to(latent.device)
 
     def _n_used(self, latent: Tensor, n_quantizers: int | None, generator: torch.Generator | None) -> Tensor:
         batch, quantizers = len(latent), self.config.decoder.quantizers

@@ -29,7 +29,8 @@ def assert_same_rows(one: Path, several: Path) -> None:
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             if value and not name.startswith("skipped_samples"):  # the toy counts those per rank
-                rel = 1e-5 if "loss" in name else 1e-4
+                # A factor is a quotient of two gradients' norms.
+                rel = 1e-5 if "loss" in name else 1e-3 if "factor" in name else 1e-4
                 assert float(theirs[name]) == pytest.approx(float(value), rel=rel, abs=1e-5), name
 
 
