@@ -74,7 +74,8 @@ def english_number(number: int) -> Prompts:
 
 def plain_number(words: str) -> Callable[[int], Prompts]:
     """Numbers that are one prompt each: those of `words`, by their places."""
-    return lambda number: [_list(words)[number]]
+    prompts = _list(words)
+    return lambda number: [prompts[number]]
 
 
 @dataclass(frozen=True)

@@ -30,88 +30,40 @@ another one (`aut.out_dim` is the Thinker's `d_model`) is filled in by the optio
 
 PARTS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("The run", "", [("", run_config.RunConfig)]),
-    (
-        "model",
-        "tiny, small, qwen3_omni_30b_a3b, each also with `_speech`",
-        [
-            ("model", sizes.OmniConfig),
-            ("model.thinker", sizes.ThinkerConfig),
-            ("model.aut", sizes.AuTConfig),
-            ("model.vision", sizes.VisionConfig),
-            ("model.talker", sizes.TalkerConfig),
-            ("model.talker.mtp", sizes.MTPConfig),
-            ("model.code2wav", sizes.Code2WavConfig),
-        ],
-    ),
+    ("model", "tiny, small, qwen3_omni_30b_a3b, each also with `_speech`", [
+        ("model", sizes.OmniConfig), ("model.thinker", sizes.ThinkerConfig), ("model.aut", sizes.AuTConfig),
+        ("model.vision", sizes.VisionConfig), ("model.talker", sizes.TalkerConfig),
+        ("model.talker.mtp", sizes.MTPConfig), ("model.code2wav", sizes.Code2WavConfig)]),
     ("model (codec)", "codec_tiny, codec_small, codec_public, codec_of_start", [("model", sizes.CodecConfig)]),
     ("model=pretrained", "", [("model", run_config.PretrainedConfig)]),
-    (
-        "data",
-        "pack, pack_part, shards",
-        [
-            ("data", data_settings.DataConfig),
-            ("data.sources.NAME", data_settings.SourceConfig),
-            ("data.stages[i]", data_settings.Stage),
-            ("data.audio", data_settings.AudioGeometry),
-            ("data.vision", data_settings.VisionGeometry),
-            ("data.limits", data_settings.MediaLimits),
-        ],
-    ),
+    ("data", "pack, pack_part, shards", [
+        ("data", data_settings.DataConfig), ("data.sources.NAME", data_settings.SourceConfig),
+        ("data.stages[i]", data_settings.Stage), ("data.audio", data_settings.AudioGeometry),
+        ("data.vision", data_settings.VisionGeometry), ("data.limits", data_settings.MediaLimits)]),
     ("data=waveforms", "", [("data", data_settings.WaveformsConfig)]),
-    (
-        "module=thinker",
-        "",
-        [
-            ("module", run_config.ThinkerModuleConfig),
-            ("module.lora", run_config.LoraConfig),
-            ("module.loss", run_config.LossConfig),
-            ("module.generation", run_config.GenerationConfig),
-        ],
-    ),
-    (
-        "module=aut",
-        "",
-        [
-            ("module", run_config.AuTModuleConfig),
-            ("module.loss", run_config.AuTLossConfig),
-            ("module.spec_augment", run_config.SpecAugmentConfig),
-            ("module.generation", run_config.AuTGenerationConfig),
-        ],
-    ),
+    ("module=thinker", "", [
+        ("module", run_config.ThinkerModuleConfig), ("module.lora", run_config.LoraConfig),
+        ("module.loss", run_config.LossConfig),
+        ("module.generation", run_config.GenerationConfig)]),
+    ("module=aut", "", [
+        ("module", run_config.AuTModuleConfig), ("module.loss", run_config.AuTLossConfig),
+        ("module.spec_augment", run_config.SpecAugmentConfig),
+        ("module.generation", run_config.AuTGenerationConfig)]),
     ("module=talker", "", [("module", run_config.TalkerModuleConfig), ("module.loss", run_config.TalkerLossConfig)]),
-    (
-        "module=distill",
-        "",
-        [
-            ("module", run_config.DistillModuleConfig),
-            ("module.teacher", run_config.TeacherConfig),
-            ("module.rollout", run_config.RolloutConfig),
-        ],
-    ),
+    ("module=distill", "", [
+        ("module", run_config.DistillModuleConfig), ("module.teacher", run_config.TeacherConfig),
+        ("module.rollout", run_config.RolloutConfig)]),
     ("module=gspo", "", [("module", run_config.GspoModuleConfig)]),
-    (
-        "module=codec",
-        "",
-        [
-            ("module", run_config.CodecModuleConfig),
-            ("module.loss", run_config.CodecLossConfig),
-            ("module.discriminator", sizes.DiscriminatorConfig),
-        ],
-    ),
+    ("module=codec", "", [
+        ("module", run_config.CodecModuleConfig), ("module.loss", run_config.CodecLossConfig),
+        ("module.discriminator", sizes.DiscriminatorConfig)]),
     ("optim", "wsd, cosine", [("optim", run_config.OptimConfig)]),
     ("trainer", "cpu, gpu, ddp", [("trainer", run_config.TrainerConfig)]),
     ("parallel", "ddp, fsdp, fsdp_ep, fsdp_ep_cp", [("parallel", run_config.ParallelConfig)]),
-    (
-        "callbacks",
-        "default; one is left out with callbacks.NAME=null",
-        [
-            ("callbacks.checkpoint", run_config.CheckpointConfig),
-            ("callbacks.spike_guard", run_config.SpikeGuardConfig),
-            ("callbacks.throughput", run_config.ThroughputConfig),
-            ("callbacks.progress", run_config.ProgressConfig),
-            ("callbacks.media_panels", run_config.MediaPanelsConfig),
-        ],
-    ),
+    ("callbacks", "default; one is left out with callbacks.NAME=null", [
+        ("callbacks.checkpoint", run_config.CheckpointConfig), ("callbacks.spike_guard", run_config.SpikeGuardConfig),
+        ("callbacks.throughput", run_config.ThroughputConfig), ("callbacks.progress", run_config.ProgressConfig),
+        ("callbacks.media_panels", run_config.MediaPanelsConfig)]),
     ("logger", "csv, wandb", [("logger.wandb", run_config.WandbConfig)]),
     ("evaluation", "heldout, codec, speech", [("evaluation", cls) for cls in SETTINGS.values()]),
     ("paths", "", [("paths", run_config.PathsConfig)]),

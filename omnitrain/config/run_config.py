@@ -121,7 +121,7 @@ class CodecLossConfig:
             count).
         adversarial, features: generator's hinge loss and feature matching, from step `adversarial_after` on.
         balance: what both say is scaled in each step so that its gradient at the waveform is so many times that of the
-            mel distance; null: by its weights alone, of which the distance is soon 50 times as steep.
+            mel distance; null: by its weights alone, beside which the distance is many times as steep.
         adversarial_samples: how much of each row the discriminators hear, in samples, at a place drawn anew in each
             step (HiFi-GAN judges a third of a second); null: all of it.
         windows: STFT windows of the mel distance, in samples.
@@ -579,8 +579,8 @@ class OptimConfig:
         states: of AdamW's two moments. int8: in 8 bits (Dettmers et al. 2021, arXiv 2110.02861; blocks of 256 numbers
             with a scale each; parameters of fewer than 4,096 numbers stay in 32): 2 bytes for each parameter instead of
             8. Needs the extra `low_bit`, and one process or copies (parallel=ddp).
-        matrices: of the codec, what moves its matrices and convolutions: adamw, or muon (`training.optim.Muon`), which
-            learns in half the steps; vectors are AdamW's.
+        matrices: of the codec, what moves its matrices and convolutions: adamw, or muon (`training.optim.Muon`),
+            which needs fewer steps; vectors are AdamW's.
     """
 
     lr: float = 1e-3

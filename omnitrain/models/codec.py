@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torchaudio.functional import melscale_fbanks
 
 from omnitrain.models.code2wav import Code2Wav, Code2WavState
 from omnitrain.models.layers.causal_conv import CausalConv1d, ConvState, StreamingModule, init_states, step_through
 from omnitrain.models.layers.checkpointing import run
+from omnitrain.models.layers.mel import log10_mel, mel_bank
 from omnitrain.models.layers.precision import full_precision
 from omnitrain.models.layers.wave import (
     DILATIONS,
@@ -49,10 +49,7 @@ def _window_and_bank(window: int, bands: int, sample_rate: int, device: torch.de
     """Hann window [window] and Slaney's mel filters [window // 2 + 1, bands]. No buffers: a model that is built on the
     meta device has them too."""
     with torch.device("cpu"), torch.inference_mode(False):
-        bank = melscale_fbanks(
-            window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate, norm="slaney", mel_scale="slaney"
-        )
-        return torch.hann_window(window).to(device), bank.to(device)
+        return torch.hann_window(window).to(device), mel_bank(window, bands, sample_rate).to(device)
 
 
 class CausalLogMel(StreamingModule):
@@ -82,9 +79,7 @@ class CausalLogMel(StreamingModule):
         with full_precision(x):
             hann, bank = _window_and_bank(self.window, self.bands, self.sample_rate, x.device)
             frames = x[:, 0].float().unfold(-1, self.window, self.hop) * hann
-            spectrum = torch.fft.rfft(frames)
-            amplitude = (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-12).sqrt()
-            mel = (amplitude @ bank).clamp(min=1e-5).log10() + 2
+            mel = log10_mel(torch.fft.rfft(frames), bank) + 2
         return rearrange(mel, "b t m -> b m t").to(x.dtype)
 
 
@@ -93,8 +88,8 @@ class CodecEncoder(nn.Module):
 
     Code2Wav in a mirror: a convolution, blocks that downsample by `downsample_rates`, a convolution to width D,
     ConvNeXt blocks with downsamplings by `downsampling_ratios`, and a sliding-window transformer over frames. With
-    `mel_bands` a log-mel spectrogram stands for the blocks: nothing has to learn what a frequency is, and nearly all
-    that the encoder costs falls away.
+    `mel_bands` a log-mel spectrogram stands for the blocks: nothing has to learn what a frequency is, and the encoder
+    costs a fraction.
 
     Initial weights: as those of `Code2Wav`.
     """

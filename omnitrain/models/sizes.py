@@ -640,8 +640,8 @@ SPEECH_PRESETS: dict[str, tuple[TalkerConfig, Code2WavConfig]] = {
 }  # fmt: skip
 
 CODEC_PRESETS: dict[str, CodecConfig] = {
-    # The decoders are the Code2Wav of the same preset. On few recordings, a spectrogram and a share of latents that
-    # nothing rounds halve the mel distance after some hundred steps (docs/speech.md).
+    # The decoders are the Code2Wav of the same preset. A spectrogram and a share of latents that nothing
+    # rounds let a codec learn from few recordings in few steps (docs/speech.md).
     "tiny": CodecConfig(
         mel_bands=100, downsample_rates=(240,), downsampling_ratios=(2, 2, 2), blocks=2, layers=2, heads=4, kv_heads=4,
         ffn=384, window=36, codebook_dim=8, unquantized=0.5, decoder=SPEECH_PRESETS["tiny"][1],

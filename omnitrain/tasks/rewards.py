@@ -116,25 +116,10 @@ class ToolCalls(Rule):
             tools, expected = _meta(rollout, "tools"), parse_calls(rollout.reference)
             if tools is None or expected is None:
                 return None
-            functions = [_as_bfcl(tool.get("function", tool)) for tool in tools]
+            functions = [tool.get("function", tool) for tool in tools]
             answers = [{c["name"]: {k: [v] for k, v in c["arguments"].items()}} for c in expected]
         calls = parse_calls(rollout.text)
         return float(calls is not None and calls_match(calls, answers, functions))
-
-
-_BFCL_TYPES = {"object": "dict", "number": "float"}
-
-
-def _as_bfcl(value: Any) -> Any:
-    """A function's description in JSON schema's names of types, with BFCL's."""
-    if isinstance(value, list):
-        return [_as_bfcl(entry) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: _BFCL_TYPES.get(entry, entry) if key == "type" and isinstance(entry, str) else _as_bfcl(entry)
-        for key, entry in value.items()
-    }
 
 
 def _words(text: str) -> list[str]:

@@ -22,8 +22,9 @@ from omnitrain.tasks.tables import read_table
 
 _TYPES: dict[str, type] = {
     "string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict,
-    "any": str,
+    "any": str, "number": float, "object": dict,
 }  # fmt: skip
+"""By BFCL's names, and by those of JSON schema where they are others."""
 _JSON_NAMES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
 """BFCL's names of types, and what JSON schema calls them."""
 

@@ -7,7 +7,7 @@ and schedules count the same thing as everywhere else.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from omnitrain.training.codec_losses import (
 from omnitrain.training.module import TrainingModule
 from omnitrain.training.optim import adamw, by_decay, check_states, with_muon
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
+from omnitrain.training.sums import add_pairs, means
 
 COMPILED = (EncoderBlock, DecoderBlock)
 """Blocks that `module.compile=layers` compiles: nearly all of the work."""
@@ -124,7 +125,7 @@ class CodecModule(TrainingModule):
             opinion = self._weighted(opinions)
             (gradient,) = torch.autograd.grad(opinion, answer, retain_graph=True)
             if self.loss_config.balance is not None:
-                of_mel = self._weighted({"mel": terms["mel"]})
+                of_mel = self.loss_config.mel * terms["mel"]
                 (beside,) = torch.autograd.grad(of_mel, output.wav, retain_graph=True)
                 factor = self._opinion_factor(gradient, beside[:, judged], self.loss_config.balance)
                 gradient, opinion, values["opinion_factor"] = gradient * factor, opinion * factor, float(factor)
@@ -148,7 +149,7 @@ class CodecModule(TrainingModule):
                 # Past Lightning's wrapper, which would count this as a second step of training.
                 optimizers[1].optimizer.step()
             values |= {name: float(term.detach()) for name, term in terms.items()} | {"loss": self.step_loss}
-            _add(self._sums, {name: (value, 1.0) for name, value in values.items()})
+            add_pairs(self._sums, {name: (value, 1.0) for name, value in values.items()})
             counts = sum_over_ranks(output.histogram.double())
             self._histogram = counts if self._histogram is None else self._histogram + counts
             self.last_loss = self.step_loss
@@ -209,7 +210,7 @@ class CodecModule(TrainingModule):
 
     def _log_row(self, step: int) -> None:
         ranks = gather_objects((self._sums, self._seen, self._skipped))
-        row = {f"train/{name}": mean for name, mean in _means(sums for sums, _, _ in ranks).items()}
+        row = {f"train/{name}": mean for name, mean in means(sums for sums, _, _ in ranks).items()}
         row["gradient_norm"] = self.gradient_norm
         row["lr/codec"] = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         if self._histogram is not None:
@@ -236,7 +237,7 @@ class CodecModule(TrainingModule):
         self._evaluation.append({name: (value, 1.0) for name, value in terms.items()})
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluation = _means(row for rank in gather_objects(self._evaluation) for row in rank)
+        self.evaluation = means(row for rank in gather_objects(self._evaluation) for row in rank)
         self._evaluation = []
         row = {f"validation/{name}": value for name, value in self.evaluation.items()}
         if "mel" in self.evaluation:
@@ -277,21 +278,6 @@ def _heard(output: CodecOutput, batch: WaveBatch) -> Tensor:
     """What `output.wav` is compared with. A decoder that trims as the public one gives fewer samples than it was given:
     its sample i is still to be sample i of the recording."""
     return batch.wav[:, : output.wav.shape[1]]
-
-
-def _add(totals: dict[str, tuple[float, float]], sums: Mapping[str, tuple[float, float]]) -> None:
-    """Add (sum, count) by name."""
-    for name, (value, count) in sums.items():
-        a, b = totals.get(name, (0.0, 0.0))
-        totals[name] = (a + value, b + count)
-
-
-def _means(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
-    """Quotients of what all `parts` add up to."""
-    totals: dict[str, tuple[float, float]] = {}
-    for part in parts:
-        _add(totals, part)
-    return {name: value / count for name, (value, count) in totals.items()}
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:

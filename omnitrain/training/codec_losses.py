@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchaudio.functional import melscale_fbanks
 
 from omnitrain.models.discriminators import Opinion
 from omnitrain.models.layers.ctc import ByteHead, ctc_losses
+from omnitrain.models.layers.mel import log10_mel, mel_bank
 from omnitrain.models.layers.precision import full_precision
 
 Opinions = Sequence[Opinion]
@@ -28,10 +28,7 @@ class MelDistance(nn.Module):
         super().__init__()
         self.windows, self.floor = tuple(windows), floor
         for window, bands in zip(windows, n_mels, strict=True):
-            bank = melscale_fbanks(
-                window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate, norm="slaney", mel_scale="slaney"
-            )
-            self.register_buffer(f"bank_{window}", bank, persistent=False)
+            self.register_buffer(f"bank_{window}", mel_bank(window, bands, sample_rate), persistent=False)
             self.register_buffer(f"hann_{window}", torch.hann_window(window), persistent=False)
 
     def log_mel(self, wav: Tensor, window: int) -> Tensor:
@@ -39,9 +36,7 @@ class MelDistance(nn.Module):
         spectrum = torch.stft(
             wav, window, window // 4, window=self.get_buffer(f"hann_{window}"), return_complex=True, pad_mode="constant"
         )
-        # sqrt has no gradient at 0: silence is common in speech.
-        amplitude = (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-12).sqrt()
-        return (amplitude.transpose(1, 2) @ self.get_buffer(f"bank_{window}")).clamp(min=self.floor).log10()
+        return log10_mel(spectrum.transpose(1, 2), self.get_buffer(f"bank_{window}"), self.floor)
 
     def forward(self, wav: Tensor, target: Tensor) -> Tensor:
         """wav, target [B, S] -> scalar, in powers of ten of amplitude (1 is 20 dB); in fp32 also under autocast"""

@@ -41,6 +41,7 @@ from omnitrain.training.post_losses import (
     truncated_importance_weights,
 )
 from omnitrain.training.ranks import gather_objects
+from omnitrain.training.sums import add_pairs, means, merged_pairs
 from omnitrain.training.thinker import ThinkerModule
 
 
@@ -87,7 +88,7 @@ class GspoModule(ThinkerModule[OmniModel]):
         self._reference: dict[str, Tensor] = {}
         self._phase: _Phase | None = None
         self._rows: list[dict[str, Any]] = []  # of the rollouts of this step
-        self._sums: dict[str, list[float]] = {}  # since the last row of metrics: sum, count
+        self._sums: dict[str, tuple[float, float]] = {}  # since the last row of metrics: sum, count
 
     # ------------------------------------------------------------------------------------------------------ weights
 
@@ -250,9 +251,8 @@ class GspoModule(ThinkerModule[OmniModel]):
         )
 
     def _note(self, name: str, values: Any) -> None:
-        values = list(values)
-        so_far = self._sums.get(name, [0.0, 0.0])
-        self._sums[name] = [so_far[0] + sum(map(float, values)), so_far[1] + len(values)]
+        values = list(map(float, values))
+        add_pairs(self._sums, {name: (sum(values), float(len(values)))})
 
     def _note_policy(self, phase: _Phase, entropy: Tensor) -> None:
         difference = (phase.old - phase.sampled).double()
@@ -326,27 +326,19 @@ class GspoModule(ThinkerModule[OmniModel]):
     # -------------------------------------------------------------------------------------------------------- counts
 
     def own_row(self) -> dict[str, float]:
-        merged: dict[str, list[float]] = {}
-        for sums in gather_objects(self._sums):
-            for name, (total, count) in sums.items():
-                so_far = merged.get(name, [0.0, 0.0])
-                merged[name] = [so_far[0] + total, so_far[1] + count]
+        found = means(gather_objects(self._sums))
         self._sums = {}
-        return {f"rollout/{name}": total / count for name, (total, count) in sorted(merged.items()) if count}
+        return {f"rollout/{name}": found[name] for name in sorted(found)}
 
     def extra_state(self) -> dict[str, Any]:
-        return super().extra_state() | {"rollout_sums": {name: list(sums) for name, sums in self._sums.items()}}
+        return super().extra_state() | {"rollout_sums": dict(self._sums)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         super().load_extra_state(state)
-        self._sums = {name: list(sums) for name, sums in state["rollout_sums"].items()}
+        self._sums = dict(state["rollout_sums"])
 
     def dealt_out(self, states: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
-        merged: dict[str, list[float]] = {}
-        for state in states:
-            for name, (total, count) in state["rollout_sums"].items():
-                so_far = merged.get(name, [0.0, 0.0])
-                merged[name] = [so_far[0] + total, so_far[1] + count]
+        merged = merged_pairs(state["rollout_sums"] for state in states)
         dealt = super().dealt_out(states, ranks)
         return [state | {"rollout_sums": {} if rank else merged} for rank, state in enumerate(dealt)]
 

@@ -7,7 +7,7 @@ over tokens, and a resumed run writes the row that an uninterrupted one would ha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from rich.table import Table
@@ -71,6 +71,26 @@ class LossSums:
 
     def load_state_dict(self, state: dict[tuple[str, str], list[float]]) -> None:
         self.groups = {key: list(values) for key, values in state.items()}
+
+
+def add_pairs(totals: dict[str, tuple[float, float]], pairs: Mapping[str, tuple[float, float]]) -> None:
+    """Add (sum, count) by name."""
+    for name, (value, count) in pairs.items():
+        a, b = totals.get(name, (0.0, 0.0))
+        totals[name] = (a + value, b + count)
+
+
+def merged_pairs(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """What all `parts` add up to."""
+    totals: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        add_pairs(totals, part)
+    return totals
+
+
+def means(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Quotients of what all `parts` add up to; of nothing there is none."""
+    return {name: value / count for name, (value, count) in merged_pairs(parts).items() if count}
 
 
 def sample_groups(batch: PackedBatch, sums: SampleSums) -> list[tuple[tuple[str, str], tuple[float, ...]]]:
