@@ -9,6 +9,8 @@ messages"), and the prompts' recordings are laid one behind the other with short
 and voice are real, the melody is that of announcements. Rows are those of `data_prep.voices`, with the source
 ``announcements/VOICE``. The split is a hash of the sentence: a held-out sentence (5 %) is said by no voice in training,
 but each of its words is. So results on it show that a model reads a text; that it says a new word they do not show.
+Beside them stand fragments of one to three prompts ("twenty seven new"), for training alone: from these a Talker learns
+what each word sounds like, before it has to know which word's turn it is.
 
 All of a voice's prompts are used, on whichever side of `data_prep.voices`' split they stand: who trains on both has no
 held-out words left there.
@@ -264,6 +266,22 @@ def sentences(language: Language, said: Collection[str]) -> Iterator[Prompts]:
             yield drawn
 
 
+def fragments(language: Language, said: Collection[str]) -> Iterator[Prompts]:
+    """Different pieces of one to three prompts of such sentences, always in the same order; those of which the hash
+    makes a held-out sentence are left out. It ends after 200,000 draws."""
+    seen: set[str] = set()
+    for number in range(200_000):
+        prompts = drawn_sentence(number, language, said)
+        drawn = random.Random(f"{NAME}/fragments/{number}")
+        length = min(len(prompts), drawn.randint(1, 3))
+        start = drawn.randint(0, len(prompts) - length)
+        piece = prompts[start : start + length]
+        text = " ".join(piece)
+        if text not in seen and document_split(sentence_key(text)) == "train":
+            seen.add(text)
+            yield piece
+
+
 def joined(prompts: Prompts, said: Mapping[str, np.ndarray]) -> np.ndarray:
     """float32 [T] at `RATE`: the prompts' recordings, with pauses that their texts draw."""
     drawn = random.Random(f"{NAME}/pauses/{' '.join(prompts)}")
@@ -289,10 +307,10 @@ def prompts_of(folder: Path, voice: str) -> tuple[dict[str, np.ndarray], Sample]
     return said, source[0]
 
 
-def sample(like: Sample, text: str, wave: np.ndarray) -> Sample:
-    """The row that asks the voice of `like` for a sentence; `wave` float32 [T] at `RATE`."""
+def sample(like: Sample, text: str, wave: np.ndarray, kind: str) -> Sample:
+    """The row that asks the voice of `like` for a text; `wave` float32 [T] at `RATE`. `kind`: sentence or fragment."""
     voice = like.meta["voice"]
-    sample_id = f"{NAME}/{voice}/{text}"
+    sample_id = f"{NAME}/{voice}/{text}" if kind == "sentence" else f"{NAME}/{voice}/{kind}/{text}"
     return Sample(
         id=sample_id,
         source=f"{NAME}/{voice}",
@@ -302,7 +320,7 @@ def sample(like: Sample, text: str, wave: np.ndarray) -> Sample:
         licence=like.licence,
         languages=like.languages,
         concept=text,
-        meta={"voice": voice, "joined": "prompts"},
+        meta={"voice": voice, "joined": kind},
     )
 
 
@@ -316,9 +334,11 @@ def _build(_: dict[str, Opened], options: argparse.Namespace, counts: Counts) ->
         with Progress(disable=not options.progress) as progress:
             for voice in options.voices:
                 said, like = prompts_of(options.folder, voice)
-                drawn = islice(sentences(LANGUAGES[language_of(voice)], said), options.sentences)
-                for prompts in progress.track(list(drawn), description=voice):
-                    yield sample(like, " ".join(prompts), joined(prompts, said))
+                language = LANGUAGES[language_of(voice)]
+                drawn = [("sentence", prompts) for prompts in islice(sentences(language, said), options.sentences)]
+                drawn += [("fragment", prompts) for prompts in islice(fragments(language, said), options.fragments)]
+                for kind, prompts in progress.track(drawn, description=voice):
+                    yield sample(like, " ".join(prompts), joined(prompts, said), kind)
 
     write_shards(counts.watch(rows()), options.out, NAME, rows_per_shard=4_000, progress=False)
     made = (
@@ -339,6 +359,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sentences", type=int, default=1_500, help="of each voice (1,500), fewer where there are fewer"
     )
+    parser.add_argument("--fragments", type=int, default=500, help="of each voice (500), to train on")
 
 
 def main(argv: list[str] | None = None) -> int:

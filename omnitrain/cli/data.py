@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
             hears = "what this Thinker (a run folder, or one in the public format) hears, for module.cached_thinker"
             add("--thinker", type=Path, metavar="DIR", help=f"also write {hears}")
             add("--only-speech", action="store_true", help="leave out samples without recorded speech")
+            add("--codebooks", type=int, metavar="N", help="keep the first N of the codec's codebooks; default: all")
         else:
             add("path", nargs="?", default=str(PACK), help=PATH_HELP)
         if name != "import":
@@ -354,6 +355,7 @@ def _encode(options: argparse.Namespace) -> int:
                 where=_where(options),
                 thinker=thinker,
                 only_speech=options.only_speech,
+                codebooks=options.codebooks,
                 workers=options.workers,
                 progress=_progress,
             )

@@ -16,3 +16,4 @@ CONF = _folder("conf")
 RECIPES = _folder("recipes")
 PACK = PACKAGE / "pack"
 PACK_SPEECH = PACKAGE / "pack_speech"
+PACK_ANNOUNCEMENTS = PACKAGE / "pack_announcements"

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from omnitrain.config.locations import PACK, PACK_SPEECH
+from omnitrain.config.locations import PACK, PACK_ANNOUNCEMENTS, PACK_SPEECH
 from omnitrain.models.sizes import codec_vocabulary
 
 
@@ -50,6 +50,7 @@ def register_resolvers() -> None:
     resolvers = {
         "pack": lambda: str(PACK),
         "pack_speech": lambda: str(PACK_SPEECH),
+        "pack_announcements": lambda: str(PACK_ANNOUNCEMENTS),
         "sample_weight": sample_weight,
         "sum": lambda a, b: a + b,
         "codec_vocabulary": lambda name, codebook_size: codec_vocabulary(codebook_size)[name],

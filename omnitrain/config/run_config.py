@@ -561,7 +561,7 @@ class CodecModuleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its learning rate by step.
+    """AdamW, or Muon beside it, and its learning rate by step.
 
     Attributes:
         lr: peak learning rate.
@@ -579,8 +579,8 @@ class OptimConfig:
         states: of AdamW's two moments. int8: in 8 bits (Dettmers et al. 2021, arXiv 2110.02861; blocks of 256 numbers
             with a scale each; parameters of fewer than 4,096 numbers stay in 32): 2 bytes for each parameter instead of
             8. Needs the extra `low_bit`, and one process or copies (parallel=ddp).
-        matrices: of the codec, what moves its matrices and convolutions: adamw, or muon (`training.optim.Muon`),
-            which needs fewer steps; vectors are AdamW's.
+        matrices: what moves matrices, convolutions and experts: adamw, or muon (`training.optim.Muon`), which needs
+            fewer steps, and one process or copies (parallel=ddp). Vectors, embeddings and heads are AdamW's.
     """
 
     lr: float = 1e-3

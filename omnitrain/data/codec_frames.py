@@ -130,6 +130,7 @@ class SpeechCodes(SpecialCodes):
         codec: fingerprint of the codec whose frames are learnt; None: any.
         thinker: fingerprint of the frozen Thinker whose hidden states lie beside the frames; None: they are not read.
         default_voice: of samples that name none.
+        frames_per_word: see `TalkerConfig`.
     """
 
     codebooks: int
@@ -137,6 +138,7 @@ class SpeechCodes(SpecialCodes):
     codec: str | None = None
     thinker: str | None = None
     default_voice: str | None = None
+    frames_per_word: int = 1
 
     def tokens(self, tokenizer: ChatTokenizer) -> SpeechTokens:
         """With the ids of `tokenizer`."""
@@ -149,6 +151,7 @@ class SpeechCodes(SpecialCodes):
             tts_eos=special["<tts_text_eod>"],
             silent=tuple((special[f"<{name}>"], special[f"</{name}>"]) for name in SILENT),
             blank=tokenizer.blank_ids,
+            frames_per_word=self.frames_per_word,
             **self.special_codes(),
         )
 

@@ -5,6 +5,8 @@
     + codec            -         -       -     nothink  think_bos  think_eos  speaker  pad  bos
     frame f         the frame's codes + word f + 1, after the last word end-of-text once, then pad
 
+(With `frames_per_word` = n a word stands with every n-th frame, and pad between: `word_of_frame`.)
+
 The position before a frame predicts its codebook 0; the last frame predicts the end. The system prompt and earlier
 answers are left out, and TM-RoPE ids are counted over what is left. Nothing here touches a model: the arrays have the
 names of `models.talker.TalkerInputs`.
@@ -34,6 +36,7 @@ class SpeechTokens(SpecialCodes):
         tts_pad, tts_bos, tts_eos: in the Thinker's vocabulary
         silent: (begin, end) of what is written, but never said: thoughts, calls, and their answers
         blank: tokens of nothing but space and line breaks
+        frames_per_word: see `TalkerConfig`
     """
 
     user_header: tuple[int, ...]
@@ -43,6 +46,13 @@ class SpeechTokens(SpecialCodes):
     tts_eos: int
     silent: tuple[tuple[int, int], ...] = ()
     blank: frozenset[int] = frozenset()
+    frames_per_word: int = 1
+
+
+def word_of_frame(frame: int, frames_per_word: int) -> int | None:
+    """Which word is read with a frame: frame n k has word k + 1, where n = `frames_per_word`, and others have none."""
+    k, between = divmod(frame, frames_per_word)
+    return None if between else k + 1
 
 
 class SpokenWords:
@@ -153,17 +163,18 @@ def talker_layout(
     if codes.size and not (codes.min() >= 0 and codes.max() < special.codebook_size):
         detail = f"codes {codes.min()} to {codes.max()} do not lie in 0..{special.codebook_size - 1}"
         raise BadSample("speech_bad_codes", detail)
-    if frames and words > frames + 1:
-        detail = f"{words} text tokens for {frames} frames; one frame takes one text token"
+    pace = special.frames_per_word
+    if frames and (words - 2) * pace >= frames:
+        takes = "one frame takes" if pace == 1 else f"{pace} frames (model.talker.frames_per_word) take"
+        detail = f"{words} text tokens for {frames} frames; {takes} one text token"
         raise BadSample("speech_shorter_than_text", detail)
 
     header = [*special.assistant_header, *[special.tts_pad] * 4, special.tts_bos, answer[0]]
     codec = [special.codec_nothink, special.codec_think_bos, special.codec_think_eos, speaker_code, special.codec_pad]
     header_codec = [*[-1] * len(special.assistant_header), *codec, special.codec_bos]
     before = users + len(header)  # positions before the first frame
-    trailing = np.full(max(frames, words), special.tts_pad, dtype=np.int64)  # from the second word on
-    trailing[: words - 1] = answer[1:]
-    trailing[words - 1] = special.tts_eos
+    trailing = np.full(max(frames, words * pace), special.tts_pad, dtype=np.int64)  # from the second word on
+    trailing[: words * pace : pace] = [*answer[1:], special.tts_eos]
     text_ids = np.concatenate([np.where(user_is_media, -1, user_ids), header, trailing[:frames]]).astype(np.int64)
     hidden_rows, codec_ids, frame_rows = np.full((3, before + frames), -1, dtype=np.int64)
     hidden_rows[:users] = np.where(user_is_media, user_rows, -1)

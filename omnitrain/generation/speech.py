@@ -37,7 +37,14 @@ from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.codec_frames import SpeechCodes
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.sample import Message, Sample, Segment
-from omnitrain.data.talker_layout import SpeechTokens, SpokenWords, UserTurns, in_user_turns, talker_layout
+from omnitrain.data.talker_layout import (
+    SpeechTokens,
+    SpokenWords,
+    UserTurns,
+    in_user_turns,
+    talker_layout,
+    word_of_frame,
+)
 from omnitrain.generation.cache import DocumentKVCache, JoinedKVCache
 from omnitrain.generation.guides import AnswerGuide, guided
 from omnitrain.generation.sampling import Sampling
@@ -154,7 +161,7 @@ class Answer:
     """One answer while it is being made (`Speaker.answer`, `ArrivingQuestion.finish`).
 
     prompt: the chat before it.  words: what the Talker reads, one a frame.  spoken: chooses them of what is written.
-    guide: ends its thoughts.
+    guide: ends its thoughts.  frames_per_word: see `TalkerConfig`.
     written: the Thinker's tokens, without the one that ended it.  codes: frames so far, each [Q].  emitted: frames that
     were handed out.
     """
@@ -167,6 +174,7 @@ class Answer:
     guide: AnswerGuide
     words: list[int]
     text_done: bool
+    frames_per_word: int = 1
     interrupted: Callable[[], bool] = lambda: False
     written: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)  # tokens whose text is not out yet
@@ -200,7 +208,8 @@ class Answer:
     @property
     def lacks_word(self) -> bool:
         """Whether the word that the Talker reads next has still to be written."""
-        return not self.text_done and len(self.codes) >= len(self.words)
+        index = 0 if not self.codes else word_of_frame(len(self.codes) - 1, self.frames_per_word)
+        return not self.text_done and index is not None and index >= len(self.words)
 
     @property
     def sound_is_due(self) -> bool:
@@ -237,7 +246,8 @@ class Answer:
         the most that can have been heard."""
         if self.done in ("end", "silent"):
             return tokenizer.decode(self.written or self.words)
-        return tokenizer.decode(self.words[: self.emitted]).rstrip("\ufffd")
+        read = 1 + (self.emitted - 2) // self.frames_per_word + 1 if self.emitted else 0
+        return tokenizer.decode(self.words[:read]).rstrip("\ufffd")
 
 
 class WholeDecoder(Protocol):
@@ -284,7 +294,9 @@ class Speaker:
                 f"{name} decodes {wave.quantizers} codebooks of {wave.codebook_size} codes, the Talker says "
                 f"{c.codebooks} of {c.codebook_size}: they belong to different codecs"
             )
-        self.codec = SpeechCodes(**c.special_codes(), codebooks=c.codebooks, speakers=c.speakers)
+        self.codec = SpeechCodes(
+            **c.special_codes(), codebooks=c.codebooks, speakers=c.speakers, frames_per_word=c.frames_per_word
+        )
         self.special: SpeechTokens = self.codec.tokens(tokenizer)
         self.device = self.talker.codec_embedding.weight.device
         self.forbidden = torch.arange(c.codec_vocab, device=self.device) >= c.codebook_size
@@ -316,7 +328,8 @@ class Speaker:
         spoken = SpokenWords(self.special)
         guide = AnswerGuide(self.tokenizer, thinking_budget=options.thinking_budget)
         given = list(words or ()), words is not None
-        return Answer(options, prompt, self._user_turns(prompt), code, spoken, guide, *given)
+        pace = self.codec.frames_per_word
+        return Answer(options, prompt, self._user_turns(prompt), code, spoken, guide, *given, frames_per_word=pace)
 
     def _user_turns(self, prompt: EncodedSample) -> UserTurns:
         """`data.talker_layout.user_turns` of an encoded prompt, which has ids instead of spans: a turn keeps its ids
@@ -428,9 +441,10 @@ class Speaker:
             a.talker_hidden, a.talker_position = h, a.talker_position + 1
 
     def _next_word(self, a: Answer) -> int:
-        if len(a.codes) < len(a.words):
-            return a.words[len(a.codes)]
-        return self.special.tts_eos if len(a.codes) == len(a.words) else self.special.tts_pad
+        index = word_of_frame(len(a.codes) - 1, a.frames_per_word)
+        if index is None or index > len(a.words):
+            return self.special.tts_pad
+        return self.special.tts_eos if index == len(a.words) else a.words[index]
 
     def frame(self, answers: Sequence[Answer]) -> None:
         """The next frame of each: the Talker's code, and MTP's; or its end."""

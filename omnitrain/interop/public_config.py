@@ -402,7 +402,8 @@ def _read_tokens(c: Section, names: Mapping[str, str], vocab_size: int) -> dict[
 
 
 def public_config(config: sizes.OmniConfig, layout: Layout, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """What `config.json` must say about `config`. A full one without Talker says `enable_audio_output: false`."""
+    """What `config.json` must say about `config`. A full one without Talker says `enable_audio_output: false`. Raises
+    ValueError for a Talker that reads its text at another pace."""
 
     def tokens(names: Mapping[str, str]) -> dict[str, int]:
         return {key: config.special_tokens[name] for key, name in names.items() if name in config.special_tokens}
@@ -421,6 +422,11 @@ def public_config(config: sizes.OmniConfig, layout: Layout, dtype: torch.dtype =
     }
     if layout == "thinker":
         return thinker
+    if config.talker is not None and config.talker.frames_per_word != 1:
+        raise ValueError(
+            f"model.talker.frames_per_word is {config.talker.frames_per_word}, which the public format cannot say: "
+            "whoever reads it gives a text token with every frame. Train with model.talker.frames_per_word=1"
+        )
     talker: dict[str, Any] = {
         "model_type": TALKER.model_type,
         "accept_hidden_layer": config.thinker.accept_hidden_layer,

@@ -181,6 +181,16 @@ class Code2Wav(nn.Module):
         return [*(stage for pair in self.upsample for stage in cast(nn.ModuleList, pair)), *self.decoder]
 
 
+def of_first_codebooks(code2wav: Code2Wav, quantizers: int) -> dict[str, Tensor]:
+    """The weights of a Code2Wav of fewer `quantizers` that does with their codes what a residual codec does that leaves
+    the others out: the mean of n of Q embeddings, each times n / Q, is their part of the mean of all."""
+    c, state = code2wav.config, code2wav.state_dict()
+    if quantizers == c.quantizers:
+        return state
+    rows = state["code_embedding.weight"][: quantizers * c.codebook_size]
+    return state | {"code_embedding.weight": rows * (quantizers / c.quantizers)}
+
+
 def fingerprint(code2wav: Code2Wav) -> str:
     """8 hex digits that tell codecs apart: CRC-32 of the table of code embeddings as fp32.
 

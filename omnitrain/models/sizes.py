@@ -317,6 +317,9 @@ class TalkerConfig(DecoderConfig, SpecialCodes):
         accept_hidden_layer: the Thinker's layer that `hidden_projection` reads; equals the Thinker's own setting
         codebooks, codebook_size: codes of a frame, codes of each codebook (`num_code_groups`)
         codec_*: special codes (`codec_pad_id`, ...).  speakers: code of each voice (`speaker_id`)
+        frames_per_word: a text token is read with every so-manieth frame. 1, as the public checkpoint does: the text is
+            read long before it is said, and whose turn it is has to be found in it. About as many as a token takes to
+            be said: the text keeps step with the voice, which a small Talker learns to read much sooner.
     """
 
     d_model: int = 1024
@@ -342,9 +345,12 @@ class TalkerConfig(DecoderConfig, SpecialCodes):
     codec_think_eos: int = 2157
     speakers: dict[str, int] = field(default_factory=lambda: {"chelsie": 2301, "ethan": 2302, "aiden": 2303})
     mtp: MTPConfig = field(default_factory=MTPConfig)
+    frames_per_word: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.frames_per_word < 1:
+            raise ValueError(f"talker.frames_per_word ({self.frames_per_word}) must be 1 or more")
         for name in ("d_model", "codebooks", "codebook_size"):
             _must_be_equal(self, f"mtp.{name}", name, within="talker.")
         special = self.special_codes() | {f"speakers.{name}": code for name, code in self.speakers.items()}

@@ -90,12 +90,19 @@ class Encoded:
 
 class SampleEncoder:
     """`encoder((folder, index))` -> :class:`Encoded`: a sample of the source in that folder, with codec frames, and
-    with hidden states of the `thinker` if there is one. `only_speech` leaves out samples without a recording."""
+    with hidden states of the `thinker` if there is one. `only_speech` leaves out samples without a recording, and only
+    the first `codebooks` of a frame are kept (None: all)."""
 
     def __init__(
-        self, codec: Codec | MimiCodec, sources: Mapping[Path, SampleSource], only_speech: bool, thinker: Thinker | None
+        self,
+        codec: Codec | MimiCodec,
+        sources: Mapping[Path, SampleSource],
+        only_speech: bool,
+        thinker: Thinker | None,
+        codebooks: int | None = None,
     ) -> None:
         self.codec, self.sources, self.only_speech, self.thinker = codec, sources, only_speech, thinker
+        self.codebooks = codebooks
         self.fingerprint = codec_fingerprint(codec)
         self.thinker_fingerprint = thinker_fingerprint(thinker[0]) if thinker else ""
 
@@ -126,7 +133,7 @@ class SampleEncoder:
             if not is_recorded(segment):
                 return segment
             wav = recording(source.media_bytes(segment))
-            codes = self.codec.encode(torch.from_numpy(wav)[None])[0].numpy()  # int64 [F, Q]
+            codes = self.codec.encode(torch.from_numpy(wav)[None])[0, :, : self.codebooks].numpy()  # int64 [F, Q]
             counts.add(Counts(seconds=len(wav) / SAMPLE_RATE, frames=len(codes)))
             data = encode_codes(codes, self.fingerprint, heard.get(id(segment)), self.thinker_fingerprint)
             return replace(segment, media=data, path=None)
@@ -254,6 +261,7 @@ def encode(
     split: str | None = None,
     where: Mapping[str, Sequence[str]] | None = None,
     only_speech: bool = False,
+    codebooks: int | None = None,
     workers: int = 1,
     progress: Callable[[str, int], Any],
 ) -> Counts:
@@ -263,11 +271,15 @@ def encode(
         thinker: whose hidden states at media are written beside the codes.
         split, where: which rows, as of `SampleSource`.
         only_speech: leave out samples without a recording of speech; otherwise they are copied.
+        codebooks: keep the first so many of a frame; None: all.
         progress: (title, total) -> context manager of a function that is called after every row.
 
-    Raises FileNotFoundError for a shard that is missing; ValueError for two of one name, or if `out` holds something
-    else.
+    Raises FileNotFoundError for a shard that is missing; ValueError for two of one name, for more codebooks than there
+    are, or if `out` holds something else.
     """
+    quantizers = codec.config.decoder.quantizers if isinstance(codec, Codec) else codec.quantizers
+    if codebooks is not None and not 1 <= codebooks <= quantizers:
+        raise ValueError(f"--codebooks {codebooks}: the codec has {quantizers}, of which 1 at least is needed")
     for path in shards:
         if Path(path).suffix in (".yaml", ".yml"):
             raise ValueError(f"{path}: a mapping is no shard; write it to shards with `omnitrain data import` first")
@@ -287,10 +299,11 @@ def encode(
         for index in range(len(source)):
             rows[Path(source.locate(index)[0])].append(index)
 
-    encoder = SampleEncoder(codec, sources, only_speech, thinker)
+    encoder = SampleEncoder(codec, sources, only_speech, thinker, codebooks)
     chosen = {"split": split, "where": dict(where or {}), "only_speech": only_speech}
-    made_with = {"codec": encoder.fingerprint, "rows": chosen}
-    folder = Folder(out, made_with | ({"thinker": encoder.thinker_fingerprint} if thinker else {}))
+    made_with: dict[str, Any] = {"codec": encoder.fingerprint, "rows": chosen}
+    made_with |= {"thinker": encoder.thinker_fingerprint} if thinker else {}
+    folder = Folder(out, made_with | ({"codebooks": codebooks} if codebooks else {}))
     checksums = {file: checksum(file) for file in files}
     todo = [file for file in files if not folder.is_complete(file, checksums[file])]
     if len(todo) < len(files):
@@ -316,7 +329,8 @@ def encode(
 
             folder.write(file, checksums[file], samples(), counts)
     by_file = {file: folder.counts(file) for file in files}
-    print_counts(by_file, codec.bits_per_frame, f"{out}: codec {encoder.fingerprint}")
+    bits = codec.bits_per_frame * (codebooks or quantizers) / quantizers
+    print_counts(by_file, bits, f"{out}: codec {encoder.fingerprint}")
     check(encoder, out, files)
     return total(by_file.values())
 

@@ -32,6 +32,7 @@ from omnitrain.interop.mimi import mimi_codebook_size
 from omnitrain.interop.public_config import FILE
 from omnitrain.interop.public_config import read_config as read_public_config
 from omnitrain.interop.stored import fill
+from omnitrain.models.code2wav import of_first_codebooks
 from omnitrain.models.codec import Codec
 from omnitrain.models.deferred import LargeOnMeta
 from omnitrain.models.omni import OmniModel, thinker_fingerprint
@@ -286,14 +287,15 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
         fingerprint = codec_fingerprint(codec)
         if isinstance(codec, Codec):
             ours, theirs = model.config.code2wav, codec.config.decoder
-            if ours != theirs:
+            first = ours is not None and replace(theirs, quantizers=min(ours.quantizers, theirs.quantizers))
+            if ours != first:
                 raise ConfigError(
                     f"codec={codec_run}: its decoder is {theirs}, but the model's Code2Wav is {ours}; leave out what "
                     "you have given of model.code2wav and of model.talker.codebooks and codebook_size, or choose the "
                     "codec that it fits"
                 )
             assert model.code2wav is not None
-            fill(model.code2wav, codec.decoder.state_dict())
+            fill(model.code2wav, of_first_codebooks(codec.decoder, model.code2wav.config.quantizers))
         elif talker.codebooks > codec.quantizers or talker.codebook_size != codec.codebook_size:
             raise ConfigError(
                 f"codec={codec_run}: a Mimi of {codec.quantizers} codebooks of {codec.codebook_size} codes, but the "
@@ -304,6 +306,7 @@ def give_voice(model: OmniModel, codec_run: str | None) -> SpeechCodes:
         **talker.special_codes(),
         codebooks=talker.codebooks,
         speakers=talker.speakers,
+        frames_per_word=talker.frames_per_word,
         codec=fingerprint,
         default_voice=next(iter(talker.speakers), None),
     )

@@ -35,7 +35,7 @@ from omnitrain.parallel.state import local
 from omnitrain.training.flops import BatchSizes, training_flops
 from omnitrain.training.losses import balance_loss
 from omnitrain.training.mesh_strategy import MeshStrategy
-from omnitrain.training.optim import adamw, parameter_groups
+from omnitrain.training.optim import optimizer_of
 from omnitrain.training.thinker import ThinkerModule
 from omnitrain.vocabulary import AUDIO, IMAGE, TEXT
 
@@ -93,7 +93,7 @@ def spread_module(module: ThinkerModule, mesh: Mesh, *, bf16: bool, offload: boo
 def step(
     module: ThinkerModule, batch: PackedBatch, ledger: Ledger, *, passes: int = 1, bf16: bool = False
 ) -> Counter[str]:
-    """Forward and backward pass, `passes` times, and the first step of AdamW on `batch`, in a module that is spread;
+    """Forward and backward pass, `passes` times, and the optimizer's first step on `batch`, in a module that is spread;
     what a training logs beside it (sums over processes of a few kB) is left out.
 
     Returns the peak of a later step, in which the moments are there from the beginning: bytes by what they are for.
@@ -105,7 +105,7 @@ def step(
             parameter.register_post_accumulate_grad_hook(
                 lambda p: ledger.mark(GRADIENTS, [local(cast(Tensor, p.grad))])
             )
-    optimizer = adamw(parameter_groups(model, module.optim_config), module.optim_config)
+    optimizer = optimizer_of(model, module.optim_config)
     with ledger:
         for _ in range(passes):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -114,7 +114,8 @@ def step(
         del loss
         before, most = ledger.now.copy(), ledger.peak.copy()
         optimizer.step()
-        ledger.mark(MOMENTS, (local(v) for state in optimizer.state.values() for v in state.values()))
+        kept = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+        ledger.mark(MOMENTS, map(local, kept))
     moments = Counter({MOMENTS: ledger.now[MOMENTS]})
     return max(most, before, key=lambda at: sum(at.values())) + moments
 

@@ -1,10 +1,11 @@
-"""AdamW over named parts of the model, Muon for the codec, and the learning rate by step."""
+"""AdamW or Muon over named parts of the model, and the learning rate by step."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +16,13 @@ from torch.optim import Optimizer
 
 from omnitrain.config.run_config import PARTS, OptimConfig
 from omnitrain.models.layers.precision import full_precision
+
+TABLES = r"embed|head|router|lora_"
+"""Parameters with two dimensions that hold a vector for each word, code or expert, and adapters: AdamW moves them, also
+beside Muon."""
+
+EXPERTS = r"\.experts\.(gate_up|down)$"
+"""Parameters [E, n, m], a matrix for each expert."""
 
 
 def part_of(name: str) -> str:
@@ -63,9 +71,7 @@ def by_decay(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[di
 
 def adamw(groups: list[dict], config: OptimConfig) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101). ImportError as `check_states`; ValueError for moments in 8
-    bits of parameters that are spread, and for `optim.matrices`."""
-    if config.matrices != "adamw":
-        raise ValueError(f"optim.matrices={config.matrices} is there for module=codec alone; set optim.matrices=adamw")
+    bits of parameters that are spread."""
     betas = config.betas[0], config.betas[1]
     if config.states == "float32":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=config.fused)
@@ -88,16 +94,17 @@ class Muon(Optimizer):
         M <- m M + (1 - m) G,   W <- W - lr 0.2 sqrt(max(rows, columns)) O((1 - m) G + m M),   m = `momentum`
 
     As `torch.optim.Muon`, which takes matrices alone and computes in bf16. A convolution's weight is the matrix
-    [out, in * kernel], a transposed one's [in, out * kernel]. Everything here is in fp32.
+    [out, in * kernel], a transposed one's [in, out * kernel]; experts are a stack of matrices. Everything here is in
+    fp32.
 
     Args:
-        groups: as of AdamW; a group with ``muon: True`` holds the matrices.
+        groups: as of AdamW; a group with ``muon: True`` holds matrices, one with ``stacked: True`` too stacks of them.
     """
 
     def __init__(
         self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float, momentum: float = 0.95
     ) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "muon": False})
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "muon": False, "stacked": False})
         self.betas, self.eps, self.momentum = betas, eps, momentum
 
     @torch.no_grad()
@@ -107,17 +114,17 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            move = self._muon if group["muon"] else self._adamw
+            move = partial(self._muon, stacked=group["stacked"]) if group["muon"] else self._adamw
             for p in group["params"]:
                 if p.grad is not None:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(move(p.grad, self.state[p]), alpha=-group["lr"])
         return loss
 
-    def _muon(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+    def _muon(self, gradient: Tensor, state: dict[str, Any], stacked: bool) -> Tensor:
         moment = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - self.momentum)
-        update = orthogonal(gradient.lerp(moment, self.momentum).flatten(1))
-        return (0.2 * max(update.shape) ** 0.5 * update).view_as(gradient)
+        update = orthogonal(gradient.lerp(moment, self.momentum).flatten(2 if stacked else 1))
+        return (0.2 * max(update.shape[-2:]) ** 0.5 * update).view_as(gradient)
 
     def _adamw(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
         state["step"] = state.get("step", 0) + 1
@@ -129,31 +136,54 @@ class Muon(Optimizer):
 
 
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of x = U S V^T [n, m]: five Newton-Schulz steps with Jordan's coefficients, after which the singular
-    values lie around 1 (0.7 to 1.2). In fp32."""
+    """About U V^T of x = U S V^T [..., n, m]: five Newton-Schulz steps with Jordan's coefficients, after which the
+    singular values lie around 1 (0.7 to 1.2). In fp32."""
     a, b, c = 3.4445, -4.7750, 2.0315
     with full_precision(x):
-        x = x.float() / x.float().norm().clamp(min=1e-7)
-        x = x if (wide := x.shape[0] <= x.shape[1]) else x.T
+        x = x.float() / x.float().norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        x = x if (wide := x.shape[-2] <= x.shape[-1]) else x.mT
         for _ in range(steps):
-            gram = x @ x.T
+            gram = x @ x.mT
             x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.T
+    return x if wide else x.mT
 
 
-def with_muon(groups: list[dict], config: OptimConfig) -> Optimizer:
-    """`Muon`; the matrices among `groups` of `by_decay` are those with two rows and two columns at least."""
+def with_muon(groups: list[dict], config: OptimConfig, names: Mapping[nn.Parameter, str] | None = None) -> Optimizer:
+    """`Muon` for `groups` of `by_decay`; its matrices are those with two rows and two columns at least.
 
-    def is_matrix(p: nn.Parameter) -> bool:
-        return p.ndim >= 2 and min(len(p), p[0].numel()) > 1
+    Args:
+        names: of the parameters of an `OmniModel` or `AuT`, in which `TABLES` are moved by AdamW and `EXPERTS` are
+            stacks of matrices. None: of a codec, which has neither.
+
+    Raises ValueError for parameters that are spread, of which no process has a whole matrix.
+    """
+    if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+        raise ValueError(
+            "optim.matrices=muon is not there for a model that processes share; set optim.matrices=adamw, or "
+            "parallel=ddp"
+        )
+    names = names or {}
+
+    def kind(p: nn.Parameter) -> tuple[bool, bool]:
+        name = names.get(p, "")
+        matrix = p.ndim >= 2 and min(len(p), p[0].numel()) > 1 and not re.search(TABLES, name)
+        return matrix, matrix and bool(re.search(EXPERTS, name))
 
     parted = [
-        group | {"params": chosen, "muon": muon}
+        group | {"params": chosen, "muon": muon, "stacked": stacked}
         for group in groups
-        for muon in (True, False)
-        if (chosen := [p for p in group["params"] if is_matrix(p) == muon])
+        for muon, stacked in ((True, False), (True, True), (False, False))
+        if (chosen := [p for p in group["params"] if kind(p) == (muon, stacked)])
     ]
     return Muon(parted, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def optimizer_of(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """That which `optim.matrices` names, over `parameter_groups`. Raises as these, `adamw` and `with_muon`."""
+    groups = parameter_groups(model, config)
+    if config.matrices == "adamw":
+        return adamw(groups, config)
+    return with_muon(groups, config, {parameter: name for name, parameter in model.named_parameters()})
 
 
 def check_states(config: OptimConfig) -> None:

@@ -42,7 +42,7 @@ from omnitrain.training.flops import BatchSizes, thinker_work, training_flops_by
 from omnitrain.training.lora import add_lora
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, balance_loss, token_weights
 from omnitrain.training.module import TrainingModule
-from omnitrain.training.optim import adamw, check_states, parameter_groups, part_of
+from omnitrain.training.optim import check_states, optimizer_of, part_of
 from omnitrain.training.ranks import gather_objects, sum_over_ranks
 from omnitrain.training.sums import LossSums, expert_load, loss_table, sample_groups
 from omnitrain.training.transfer import for_training
@@ -313,7 +313,7 @@ class ThinkerModule(TrainingModule, Generic[M]):
         return {}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = adamw(parameter_groups(self.model, self.optim_config), self.optim_config)
+        optimizer = optimizer_of(self.model, self.optim_config)
         schedule = self.schedule(self.optim_config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -110,6 +110,18 @@ def test_text_of_any_length_that_fits(words: int) -> None:
     assert given == [*range(1, words + 1), EOS, PAD, PAD, PAD, PAD, PAD][:6]
 
 
+def test_a_text_that_keeps_step_with_the_voice() -> None:
+    paced = replace(SPECIAL, frames_per_word=2)
+    given = lambda answer: talker_layout(*NOBODY, np.array(answer), CODES, special=paced, speaker_code=VOICE)  # noqa: E731
+    assert given([1]).text_ids[8:].tolist() == [1, EOS, PAD, PAD, PAD, PAD]
+    assert given([1, 2, 3]).text_ids[8:].tolist() == [1, 2, PAD, 3, PAD, EOS]
+    assert given([1, 2, 3, 4]).text_ids[8:].tolist() == [1, 2, PAD, 3, PAD, 4]
+    for name in ("codec_ids", "frame_rows", "labels", "position_ids", "frame_sources"):
+        assert np.array_equal(getattr(given([1, 2, 3]), name), getattr(layout(), name)), name
+    with pytest.raises(BadSample, match=r"5 text tokens for 5 frames; 2 frames \(model\.talker\.frames_per_word\)"):
+        given([1, 2, 3, 4, 5])
+
+
 def test_the_prompt_of_a_generation() -> None:
     doc = layout(codes=np.zeros((0, 4), dtype=np.int64))
     assert doc.text_ids.tolist() == layout().text_ids[:9].tolist()

@@ -18,13 +18,14 @@ import soundfile
 import torch
 from PIL import Image
 
+from omnitrain.data.batch import SpokenAnswers
 from omnitrain.data.chat import train_bpe
 from omnitrain.data.encode import SampleEncoder
 from omnitrain.data.features import AudioGeometry, VisionGeometry
 from omnitrain.data.media import MediaLimits
 from omnitrain.data.positions import AudioVideoSpan, ImageSpan, TextSpan, tm_rope_positions
 from omnitrain.data.sample import Message, Sample, Segment
-from omnitrain.data.talker_layout import user_turns
+from omnitrain.data.talker_layout import UserTurns, talker_layout, user_turns
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.speech import (
     AudioPiece,
@@ -39,6 +40,7 @@ from omnitrain.generation.speech import (
 )
 from omnitrain.interop.public_format import load_pretrained
 from omnitrain.models.code2wav import Code2Wav, Code2WavConfig
+from omnitrain.models.talker import TalkerInputs
 from tests.interop import public_models
 
 FRAMES = 16
@@ -524,6 +526,35 @@ def test_given_texts_are_spoken_without_the_thinker(models, monkeypatch) -> None
         same_sound(streamed.wav, speech.wav)
     (asked,) = speak_texts(models.speaker, models.tokenizer, texts[:1], "ethan", questions=["say it"], **options)
     assert not np.array_equal(asked.codes, together[0].codes)
+
+
+def test_a_text_that_keeps_step_is_read_as_it_was_learnt(models) -> None:
+    """With a word at every third frame the Talker reads, frame by frame, what the layout of its answer holds: greedy
+    codes are those that it gives to the whole answer at once."""
+    model = copy.copy(models.model)
+    model.talker = copy.copy(models.model.talker)
+    model.talker.config = replace(models.model.talker.config, frames_per_word=3)
+    speaker = Speaker(model, models.tokenizer)
+    text, options = "a cat", dict(codes=GREEDY, residuals=GREEDY, max_frames=14)
+    ids = np.array(models.tokenizer.encode(text))
+    (heard,) = speak_texts(speaker, models.tokenizer, [text], "ethan", **options)
+    assert len(ids) >= 4
+    assert len(heard.codes) > 9
+    nobody = UserTurns(np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, np.int64), np.zeros((3, 0), np.float32))
+    voice = speaker.speaker_code("ethan")
+    document = talker_layout(*nobody, ids, heard.codes, special=speaker.special, speaker_code=voice)
+    asked = Sample(id="", source="", messages=(said("user", "red?"),))
+    prompt = models.encoder.encode_prompt(asked, lambda s: s.media)
+    inputs = TalkerInputs(**SpokenAnswers.pack([replace(prompt, spoken=(document,))]).inputs())
+    with torch.no_grad():
+        x = model.talker.embed(inputs, model.thinker.embed_tokens)
+        hidden = model.talker(x, inputs.position_ids, inputs.cu_seqlens).hidden
+        logits = model.talker.logits(hidden[document.frame_sources]).masked_fill(speaker.forbidden, -torch.inf)
+    assert logits.argmax(-1).tolist() == heard.codes[:, 0].tolist()
+    (every,) = speak_texts(models.speaker, models.tokenizer, [text], "ethan", **options)
+    assert not np.array_equal(every.codes, heard.codes)
+    streamed = Heard(session(models, speaker=speaker, **options).answer(say=text))
+    assert np.array_equal(streamed.codes, heard.codes)
 
 
 def test_users_turns_are_those_of_the_layout(models) -> None:

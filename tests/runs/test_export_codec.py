@@ -204,6 +204,15 @@ def test_a_model_speaks_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert codes.codec == fingerprint(model.code2wav) == fingerprint(codec.decoder)
     frames = torch.randint(0, 32, (1, 5, 3))
     torch.testing.assert_close(model.code2wav.eval()(frames), codec.decode(frames), atol=1e-5, rtol=0)
+    # Its first two codebooks alone, which a smaller Talker says.
+    fewer = build(
+        "tiny", speech=True, talker={"codebooks": 2, "codebook_size": 32},
+        code2wav={**vars(sizes.code2wav), "quantizers": 2},
+    )  # fmt: skip
+    init_weights(fewer, seed=0)
+    assert give_voice(fewer, "builtin").codec == codes.codec
+    assert fewer.code2wav is not None
+    torch.testing.assert_close(fewer.code2wav.eval()(frames[..., :2]), codec.decode(frames[..., :2]), atol=1e-5, rtol=0)
     out = tmp_path / "codes"
     line = ["data", "encode", "builtin", str(PACK_SPEECH), "--out", str(out), "--split", "validation"]
     assert main([*line, "--workers", "1"]) == 0

@@ -11,7 +11,8 @@ from torch import nn
 from toy_training import toy_model
 
 from omnitrain.config.run_config import OptimConfig
-from omnitrain.training.optim import adamw, by_decay, orthogonal, with_muon
+from omnitrain.models.presets import build
+from omnitrain.training.optim import Muon, adamw, by_decay, optimizer_of, orthogonal, with_muon
 from omnitrain.training.thinker import ThinkerModule
 
 INT8 = OptimConfig(lr=1e-2, states="int8", fused=False)
@@ -107,8 +108,36 @@ def test_orthogonal_matrices_keep_their_directions() -> None:
     torch.testing.assert_close(orthogonal(x.T), orthogonal(x).T)
 
 
-def test_muon_is_the_codecs() -> None:
-    with pytest.raises(ValueError, match=r"optim\.matrices=muon is there for module=codec alone"):
-        adamw([], OptimConfig(matrices="muon"))
+def test_muon_takes_each_expert_as_a_matrix_and_leaves_tables_to_adamw() -> None:
+    config = OptimConfig(lr=1e-2, matrices="muon", fused=False)
+    model = build("tiny", speech=True)
+    optimizer = optimizer_of(model, config)
+    assert isinstance(optimizer, Muon)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = {names[p]: (group["muon"], group["stacked"]) for group in optimizer.param_groups for p in group["params"]}
+    assert groups["talker.layers.0.mlp.experts.gate_up"] == (True, True)
+    assert groups["aut.conv2d1.weight"] == groups["talker.mtp.layers.0.mlp.down.weight"] == (True, False)
+    for table in (
+        "thinker.embed_tokens.weight", "thinker.lm_head.weight", "talker.codec_embedding.weight",
+        "talker.mtp.code_head", "talker.layers.0.mlp.router.weight", "visual.pos_embed.weight", "talker.norm.weight",
+    ):  # fmt: skip
+        assert groups[table] == (False, False), table
+    assert len(groups) == len(names)
+
+    # A stack moves as its matrices do alone.
+    experts = nn.Parameter(torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0)))
+    alone = [nn.Parameter(matrix.clone()) for matrix in experts.detach()]
+    stack = with_muon(by_decay([experts], config), config, {experts: "mlp.experts.down"})
+    single = with_muon(by_decay(alone, config), config)
+    for i in range(3):
+        experts.grad = torch.randn(experts.shape, generator=torch.Generator().manual_seed(i + 1))
+        for p, gradient in zip(alone, experts.grad, strict=True):
+            p.grad = gradient.clone()
+        stack.step()
+        single.step()
+    torch.testing.assert_close(experts.detach(), torch.stack([p.detach() for p in alone]))
+
+
+def test_muon_keeps_no_moments_in_8_bits() -> None:
     with pytest.raises(ValueError, match=r"optim\.states=int8 is AdamW's"):
         OptimConfig(matrices="muon", states="int8")
