@@ -408,8 +408,12 @@ class TalkerModuleConfig(ThinkerModuleConfig):
     Attributes:
         train: null: the Talker's. With a part of the Thinker among them (or in `lora`) the two are trained jointly, and
             gradients of speech reach the word embeddings and, at user media, the Thinker's lower layers.
-        frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone. A
-            Talker that always sees true codes learns to continue sounds and hardly listens to the text.
+        frame_dropout: share of the positions that do not see the codes of their frame in training, their word alone, on
+            average (`training.talker.hide_frames`). A Talker that always sees true codes learns to continue sounds and
+            hardly listens to the text; the smaller it is, the more has to be hidden.
+        mtp_frames: share of a pack's frames, drawn anew in each step, of which MTP learns. MTP reads Q positions for
+            each frame, most of a small Talker's work, and neighbouring frames teach it much the same (the "compute
+            amortization" of Sesame's CSM, 2025).
         cached_thinker: the frozen Thinker is not run; its hidden states at media are read from the shards, where
             `omnitrain data encode` wrote them with its option --thinker (with the audio encoder's own window).
     """
@@ -417,12 +421,15 @@ class TalkerModuleConfig(ThinkerModuleConfig):
     ALL: ClassVar[tuple[str, ...]] = TALKER_PARTS
 
     frame_dropout: float = 0.5
+    mtp_frames: float = 1.0
     cached_thinker: bool = False
     loss: TalkerLossConfig = field(default_factory=TalkerLossConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share(self.frame_dropout, "module.frame_dropout")
+        if not 0 < self.mtp_frames <= 1:
+            raise ValueError(f"module.mtp_frames={self.mtp_frames}: must lie in (0, 1]")
         learning = ", ".join(part for part in self.whole_parts + self.lora_parts if part in THINKER_PARTS)
         if self.cached_thinker and learning:
             raise ValueError(

@@ -12,7 +12,7 @@ number of devices or of accumulation steps changes the gradient of the first ter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ def talker_loss(
     inputs: TalkerInputs,
     *,
     residual: float = 1.0,
+    frames: Tensor | None = None,
     chunk: int = 1024,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -78,14 +79,20 @@ def talker_loss(
 
     Args:
         hidden: [T, D], the Talker's output for `inputs`.  residual: weight of the mean over MTP's codebooks.
+        frames: int64 [n], rows of `inputs.codes`: MTP computes the loss of these, which stand for all (times F / n).
+            None: of all.
 
     Returns:
-        L, and nll [Q] of every codebook; in nats, summed over the frames.
+        L, and nll [Q] of every codebook, from 1 on over `frames` alone; in nats, summed over the frames.
     """
     of_chunks: Any = {"chunk": chunk, "compiled": compiled}
     first = chunked_cross_entropy(hidden, talker.codec_head.weight, inputs.labels, **of_chunks).total
-    rest = mtp_loss(talker.residual_hidden(hidden, inputs), talker.mtp.code_head, inputs.codes, **of_chunks)
-    return first + residual * rest.mean(), torch.cat([first[None], rest])
+    chosen, share = inputs, 1.0
+    if frames is not None:
+        chosen = replace(inputs, codes=inputs.codes[frames], frame_sources=inputs.frame_sources[frames])
+        share = len(frames) / max(1, len(inputs.codes))
+    rest = mtp_loss(talker.residual_hidden(hidden, chosen), talker.mtp.code_head, chosen.codes, **of_chunks)
+    return first + residual / share * rest.mean(), torch.cat([first[None], rest])
 
 
 def sample_of_token(batch: PackedBatch) -> Tensor:

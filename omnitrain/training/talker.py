@@ -6,6 +6,7 @@ in the same step. Everything else (normalisation, clipping, the spike guard, res
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,6 +21,16 @@ from omnitrain.models.talker import Talker, TalkerInputs
 from omnitrain.training.flops import talker_work
 from omnitrain.training.losses import BatchLosses, RouterUse, talker_loss
 from omnitrain.training.thinker import ThinkerModule
+
+
+def hide_frames(inputs: TalkerInputs, share: float) -> Tensor:
+    """`frame_rows` [T] of which some name nothing any more. Of each answer another share is hidden, drawn evenly from
+    as far around `share` as it goes within 0 and 1: some answers are nearly blind and can only be read off the text, in
+    others the sound so far is there, as it is when the Talker speaks."""
+    rows = inputs.frame_rows
+    lengths = inputs.cu_seqlens.diff().long()
+    shares = share + min(share, 1 - share) * (2 * torch.rand(len(lengths), device=rows.device) - 1)
+    return rows.masked_fill(torch.rand(len(rows), device=rows.device) < shares.repeat_interleave(lengths), -1)
 
 
 class TalkerModule(ThinkerModule[OmniModel]):
@@ -66,17 +77,20 @@ class TalkerModule(ThinkerModule[OmniModel]):
         talker, config = self.talker, self.loss_config
         inputs = TalkerInputs(**spoken.inputs())
         if self.training and self.config.frame_dropout:
-            hidden = torch.rand(len(inputs.frame_rows), device=inputs.frame_rows.device) < self.config.frame_dropout
-            inputs = replace(inputs, frame_rows=inputs.frame_rows.masked_fill(hidden, -1))
+            inputs = replace(inputs, frame_rows=hide_frames(inputs, self.config.frame_dropout))
         words = self.model.thinker.embed_tokens
         x = talker.embed(inputs, words, None if accept_hidden is None else accept_hidden.to(words.weight.dtype))
         output = talker(x, inputs.position_ids, inputs.cu_seqlens)
+        frames, share = None, self.config.mtp_frames
+        if self.training and share < 1:
+            order = torch.rand(len(inputs.codes), device=inputs.codes.device).argsort()
+            frames = order[: math.ceil(share * len(order))].sort().values
         total, by_codebook = talker_loss(
-            talker, output.hidden, inputs, residual=config.residual, chunk=config.chunk,
+            talker, output.hidden, inputs, residual=config.residual, frames=frames, chunk=config.chunk,
             compiled=bool(self.config.compile) and self.training,
         )  # fmt: skip
         n_targets = int((inputs.labels != IGNORE).sum())
-        counted = [n_targets, *[len(inputs.codes)] * (len(by_codebook) - 1)]
+        counted = [n_targets, *[len(inputs.codes if frames is None else frames)] * (len(by_codebook) - 1)]
         return BatchLosses(
             total=total,
             weight=torch.tensor(float(n_targets)),

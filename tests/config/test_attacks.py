@@ -629,9 +629,7 @@ def test_a_stage(name: str, scene: Scene, no_stage: None, capsys: pytest.Capture
 
 
 def test_words_that_a_recipe_adds_to_a_stage(scene: Scene, no_stage: None, capsys: pytest.CaptureFixture[str]) -> None:
-    words = scene.recipe(
-        "defaults: [speech_quickstart]\nstage_overrides: {codec: ['+callbacks.evil._target_=os.system']}"
-    )
+    words = scene.recipe("defaults: [speech]\nstage_overrides: {talker: ['+callbacks.evil._target_=os.system']}")
     assert main(["fit", *words, "paths.run_dir=run"]) not in (0, None)
     scene.assert_nothing_happened()
     assert_explained(capsys.readouterr().err, r"callbacks[./]evil")

@@ -66,7 +66,7 @@ def test_a_folder_that_has_been_moved_is_its_own(tmp_path: Path) -> None:
     first, second = tmp_path / "a = b, c", tmp_path / "ümlaut 'x'"
     for folder in (first, second):
         folder.mkdir()
-    write_config(recipe("speech_quickstart", first), first)
+    write_config(recipe("speech", first), first)
     (second / "config.yaml").write_bytes((first / "config.yaml").read_bytes())
     moved = read_config(second)
     assert moved.paths.run_dir == str(second)

@@ -14,7 +14,7 @@ import torch
 
 from data_prep import sound_captions
 from omnitrain.__main__ import main
-from omnitrain.config.locations import PACK, PACK_SPEECH, RECIPES
+from omnitrain.config.locations import PACK, PACK_ANNOUNCEMENTS, PACK_SPEECH, RECIPES
 from omnitrain.data.shards import SampleSource
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.runs.load import load, load_writer
@@ -189,22 +189,33 @@ def test_codecs_on_voices_are_compared(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["speech_quickstart", "speech"])
-def test_speech_recipes_run(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codec_and_talker_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    stages = {"codec": [*FEW, "data.rows=1"], "talker": [*FEW, *SHORT]}
-    overrides = [f"stage_overrides.{name}=[{','.join(words)}]" for name, words in stages.items()]
-    needs = [f"speech={PACK_SPEECH}"] if recipe == "speech" else []
-    assert main(["fit", f"+recipe={recipe}", "paths.run_dir=run", *needs, *overrides]) == 0
-    runs = ["run/codec", "run/talker"]
-    if recipe == "speech_quickstart":  # the later stages of a Talker start from its result
-        made = ["codec=run/codec", "codes=run/codes", "module.init_from=run/talker"]
-        for later in ("talker_continue", "speaker_finetune"):
-            assert main(["fit", f"+recipe={later}", f"paths.run_dir={later}", *made, *FEW, *SHORT]) == 0
-            runs.append(later)
-    for run in runs:
-        speech = json.loads((tmp_path / run / "eval" / "speech.json").read_text())
-        assert speech["n"] == 2
-        assert speech["wer"]["open"]["reference"]["mean"] < 1
-        page = (tmp_path / run / "report.html").read_text()
-        assert page.count("<audio") >= (2 if run == "run/codec" else 3)  # a player for each signal
+    assert main(["fit", "+recipe=codec", "paths.run_dir=codec", *FEW, "data.rows=1"]) == 0
+    assert main(["data", "encode", "codec", str(PACK_SPEECH), "--out", "codes"]) == 0
+    made = ["codec=codec", "codes=codes", *FEW, *SHORT]
+    assert main(["fit", "+recipe=talker_pretrain", "paths.run_dir=talker_pretrain", *made]) == 0
+    for later in ("talker_continue", "speaker_finetune"):
+        start = ["module.init_from=talker_pretrain", *made]
+        assert main(["fit", f"+recipe={later}", f"paths.run_dir={later}", *start]) == 0
+    for run in ("codec", "talker_pretrain", "talker_continue", "speaker_finetune"):
+        heard_in(tmp_path / run, signals=2 if run == "codec" else 3)
+
+
+@pytest.mark.slow
+def test_speech_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "+recipe=speech_quickstart", *FEW, *SHORT]) == 0
+    heard_in(tmp_path / "runs" / "speech_quickstart", signals=3)
+    speech = PACK_ANNOUNCEMENTS / "recordings"
+    words = ["data.sources.speech.split=validation", *FEW, *SHORT]
+    overrides = f"stage_overrides.talker=[{','.join(words)}]"
+    assert main(["fit", "+recipe=speech", "paths.run_dir=run", f"speech={speech}", overrides]) == 0
+    heard_in(tmp_path / "run" / "talker", signals=3)
+
+
+def heard_in(run: Path, signals: int) -> None:
+    speech = json.loads((run / "eval" / "speech.json").read_text())
+    assert speech["n"] == 2
+    assert speech["wer"]["open"]["reference"]["mean"] < 1
+    assert (run / "report.html").read_text().count("<audio") >= signals  # a player for each

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from omnitrain.models.presets import build, init_weights
 from omnitrain.models.talker import TalkerInputs
 from omnitrain.training.callbacks import AtomicCheckpoint
 from omnitrain.training.logging import ExactCsvLogger
-from omnitrain.training.talker import TalkerModule
+from omnitrain.training.talker import TalkerModule, hide_frames
 
 PACK = Path(__file__).parents[2] / "omnitrain/pack"
 TOKENIZER = ChatTokenizer.from_file(PACK / "tokenizer.json")
@@ -213,6 +215,53 @@ def test_frame_dropout_hides_codes_in_training_alone(shards: Path) -> None:
     # Nothing of the codes is seen: with the same labels, other codes give the same loss of codebook 0.
     assert torch.equal(module.train().losses(batch).total, module.losses(other).total)
     assert not torch.equal(module.eval().losses(batch).total, module.losses(other).total)
+
+
+def test_another_share_of_each_answer_is_hidden(shards: Path) -> None:
+    spoken = a_batch(shards).spoken
+    assert spoken is not None
+    inputs = TalkerInputs(**spoken.inputs())
+    of_answers = [(a, b) for a, b in pairwise(inputs.cu_seqlens.tolist())]
+    there = [int((inputs.frame_rows[a:b] >= 0).sum()) for a, b in of_answers]
+    for share, low, high in ((0.5, 0.0, 1.0), (0.8, 0.6, 1.0), (0.1, 0.0, 0.2)):
+        drawn = np.array(
+            [
+                [1 - int((rows[a:b] >= 0).sum()) / n for (a, b), n in zip(of_answers, there, strict=True)]
+                for rows in (hide_frames(inputs, share) for _ in range(2000))
+            ]
+        )
+        assert abs(drawn.mean() - share) < 0.02
+        # Of n frames with a share drawn from low to high: the variance of a binomial with that share, and of the share.
+        spread = (high - low) ** 2 / 12
+        expected = np.mean([spread + (share * (1 - share) - spread) / n for n in there])
+        assert drawn.var() == pytest.approx(expected, rel=0.15)
+    kept = hide_frames(inputs, 0.5)
+    assert ((kept == inputs.frame_rows) | (kept == -1)).all()
+
+
+def test_a_share_of_frames_stands_for_all_in_mtp(shards: Path) -> None:
+    batch = a_batch(shards)
+    assert batch.spoken is not None
+    n = len(batch.spoken.codes)
+    module = TalkerModule(talking_model(), TalkerModuleConfig(frame_dropout=0.0, mtp_frames=0.5)).train()
+    whole = TalkerModule(module.model, TalkerModuleConfig(frame_dropout=0.0)).train().losses(batch)
+    first = dict(whole.groups)["speech", "codebook_0"][0]
+    drawn = []
+    for _ in range(400):
+        losses = module.losses(batch)
+        by_name = dict(losses.groups)
+        rest = [by_name["speech", f"codebook_{q}"] for q in (1, 2)]
+        assert [count for _, count, *_ in rest] == [math.ceil(n / 2)] * 2
+        scale = n / math.ceil(n / 2)
+        expected = by_name["speech", "codebook_0"][0] + scale * sum(nll for nll, *_ in rest) / 2
+        assert losses.total.item() == pytest.approx(expected, rel=1e-4)
+        drawn.append(losses.total.item() - first)
+    error = np.std(drawn) / len(drawn) ** 0.5
+    assert error > 0
+    assert abs(np.mean(drawn) - (whole.total.item() - first)) < 4 * error  # on average it is the loss of all
+    assert torch.equal(module.eval().losses(batch).total, whole.total)  # an evaluation leaves out nothing
+    with pytest.raises(ValueError, match=r"module\.mtp_frames=0: must lie in \(0, 1\]"):
+        TalkerModuleConfig(mtp_frames=0)
 
 
 def with_hidden_states(shards: Path, folder: Path, model: OmniModel, fingerprint: str) -> Path:
