@@ -41,7 +41,7 @@ VOICES = ("asterisk_en", "asterisk_fr")
 CODEBOOKS = 8
 RATE, BIT_RATE = 24_000, 24_000
 """Hz, and bits a second, of the recordings."""
-LIMIT_BYTES = 4_000_000
+LIMIT_BYTES = 5_000_000
 
 
 def chosen(folder: Path, voice: str, split: str, joined: str, most: int) -> Iterator[tuple[Sample, SampleSource]]:

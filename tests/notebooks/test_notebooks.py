@@ -20,9 +20,8 @@ FEW = (
 
 
 _TWO_STEPS = "trainer.max_steps=2,trainer.val_check_interval=2,data.num_workers=0,evaluation.max_samples=2"
-FEW_SPEECH = (
-    f"stage_overrides.codec=[{_TWO_STEPS},data.rows=1,trainer.log_every_n_steps=1]"
-    f" stage_overrides.talker=[{_TWO_STEPS},data.max_frames=120,evaluation.seconds_limit=0.4]"
+FEW_SPEECH = f"{_TWO_STEPS} data.max_frames=120 evaluation.seconds_limit=0.4 trainer.log_every_n_steps=1".replace(
+    ",", " "
 )
 
 
