@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics.functional.audio  # noqa: F401  whose onnxruntime leaves an id in the home of whoever imports it first
 import yaml
 
 from omnitrain.__main__ import main
