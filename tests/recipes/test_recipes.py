@@ -28,6 +28,7 @@ SPEECH = {
     "speaker_finetune",
     "speech_quickstart",
     "speech",
+    "talker_ablation",
 }
 """These build on one another, and run as such below (`codec_finetune` in tests/runs/test_export_codec.py)."""
 VOICES = {"codec_voices", "codec_ablation"}
@@ -207,6 +208,9 @@ def test_speech_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "+recipe=speech_quickstart", *FEW, *SHORT]) == 0
     heard_in(tmp_path / "runs" / "speech_quickstart", signals=3)
+    for arm in ("sentences_alone", "spelled"):
+        words = [f"arm={arm}", f"paths.run_dir={arm}", "evaluation.after_fit=false", *FEW, *SHORT]
+        assert main(["fit", "+recipe=talker_ablation", *words]) == 0
     speech = PACK_ANNOUNCEMENTS / "recordings"
     words = ["data.sources.speech.split=validation", *FEW, *SHORT]
     overrides = f"stage_overrides.talker=[{','.join(words)}]"
