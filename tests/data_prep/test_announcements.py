@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -46,10 +47,10 @@ def voices(tmp_path: Path) -> Path:
 
 def test_sentences_are_the_prompts_one_behind_the_other(voices: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = [str(voices), "--voices", "asterisk_en", "--sentences", "60", "--out", str(out), "--no-progress"]
-    assert announcements.main(arguments) == 0
+    arguments = [str(voices), "--voices", "asterisk_en", "--out", str(out), "--no-progress"]
+    assert announcements.main([*arguments, "--sentences", "60", "--fragments", "30"]) == 0
     source = SampleSource(out)
-    assert len(source) == 60
+    assert Counter(row.meta["joined"] for row in source) == {"sentence": 60, "fragment": 30}
     known = {prompt_key(text): n for n, text in enumerate(TEXTS.split("|"))}
     for row in (source[i] for i in range(len(source))):
         speech = row.segments[-1]
@@ -67,6 +68,10 @@ def test_sentences_are_the_prompts_one_behind_the_other(voices: Path, tmp_path: 
     splits = {split: {row.concept for row in source if row.split == split} for split in ("train", "heldout_concept")}
     assert splits["train"]
     assert not splits["train"] & splits["heldout_concept"]
+    fragments = [row for row in source if row.meta["joined"] == "fragment"]
+    assert {row.split for row in fragments} == {"train"}
+    whole = [f" {row.concept} " for row in source if row.meta["joined"] == "sentence"]
+    assert sum(any(f" {row.concept} " in text for text in whole) for row in fragments) > 15  # of sentences like these
     assert "By whom" in (out / "NOTICE.md").read_text()
 
 
