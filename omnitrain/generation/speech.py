@@ -208,8 +208,12 @@ class Answer:
     @property
     def lacks_word(self) -> bool:
         """Whether the word that the Talker reads next has still to be written."""
-        index = 0 if not self.codes else word_of_frame(len(self.codes) - 1, self.frames_per_word)
-        return not self.text_done and index is not None and index >= len(self.words)
+        return not self.text_done and self.next_word is not None and self.next_word >= len(self.words)
+
+    @property
+    def next_word(self) -> int | None:
+        """Which of `words` the Talker reads next: the first with its header, then those of the frames."""
+        return word_of_frame(len(self.codes) - 1, self.frames_per_word) if self.codes else 0
 
     @property
     def sound_is_due(self) -> bool:
@@ -246,7 +250,7 @@ class Answer:
         the most that can have been heard."""
         if self.done in ("end", "silent"):
             return tokenizer.decode(self.written or self.words)
-        read = 1 + (self.emitted - 2) // self.frames_per_word + 1 if self.emitted else 0
+        read = 2 + (self.emitted - 2) // self.frames_per_word if self.emitted else 0  # by the frame before the last
         return tokenizer.decode(self.words[:read]).rstrip("\ufffd")
 
 
@@ -441,10 +445,9 @@ class Speaker:
             a.talker_hidden, a.talker_position = h, a.talker_position + 1
 
     def _next_word(self, a: Answer) -> int:
-        index = word_of_frame(len(a.codes) - 1, a.frames_per_word)
-        if index is None or index > len(a.words):
+        if a.next_word is None or a.next_word > len(a.words):
             return self.special.tts_pad
-        return self.special.tts_eos if index == len(a.words) else a.words[index]
+        return self.special.tts_eos if a.next_word == len(a.words) else a.words[a.next_word]
 
     def frame(self, answers: Sequence[Answer]) -> None:
         """The next frame of each: the Talker's code, and MTP's; or its end."""

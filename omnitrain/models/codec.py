@@ -463,9 +463,13 @@ class Codec(nn.Module):
         return self.config.samples_per_frame
 
     @property
+    def quantizers(self) -> int:
+        return self.config.decoder.quantizers
+
+    @property
     def bits_per_frame(self) -> float:
         """Bits that the codes of one frame hold, stored without further coding."""
-        return self.config.decoder.quantizers * math.log2(self.config.decoder.codebook_size)
+        return self.quantizers * math.log2(self.config.decoder.codebook_size)
 
     def set_activation_checkpointing(self, parts: Collection[str]) -> None:
         """As of `OmniModel`; the parts are `encoder` and `decoder`."""

@@ -317,9 +317,9 @@ class TalkerConfig(DecoderConfig, SpecialCodes):
         accept_hidden_layer: the Thinker's layer that `hidden_projection` reads; equals the Thinker's own setting
         codebooks, codebook_size: codes of a frame, codes of each codebook (`num_code_groups`)
         codec_*: special codes (`codec_pad_id`, ...).  speakers: code of each voice (`speaker_id`)
-        frames_per_word: a text token is read with every so-manieth frame. 1, as the public checkpoint does: the text is
-            read long before it is said, and whose turn it is has to be found in it. About as many as a token takes to
-            be said: the text keeps step with the voice, which a small Talker learns to read much sooner.
+        frames_per_word: from one text token to the next. 1, as the public checkpoint has it: the text is read long
+            before it is said, and whose turn it is has to be found in it. About as many as a token takes to be said:
+            the text keeps step with the voice, which a small Talker learns to read much sooner.
     """
 
     d_model: int = 1024

@@ -277,9 +277,8 @@ def encode(
     Raises FileNotFoundError for a shard that is missing; ValueError for two of one name, for more codebooks than there
     are, or if `out` holds something else.
     """
-    quantizers = codec.config.decoder.quantizers if isinstance(codec, Codec) else codec.quantizers
-    if codebooks is not None and not 1 <= codebooks <= quantizers:
-        raise ValueError(f"--codebooks {codebooks}: the codec has {quantizers}, of which 1 at least is needed")
+    if codebooks is not None and not 1 <= codebooks <= codec.quantizers:
+        raise ValueError(f"--codebooks {codebooks}: the codec has {codec.quantizers}, of which 1 at least is needed")
     for path in shards:
         if Path(path).suffix in (".yaml", ".yml"):
             raise ValueError(f"{path}: a mapping is no shard; write it to shards with `omnitrain data import` first")
@@ -329,7 +328,7 @@ def encode(
 
             folder.write(file, checksums[file], samples(), counts)
     by_file = {file: folder.counts(file) for file in files}
-    bits = codec.bits_per_frame * (codebooks or quantizers) / quantizers
+    bits = codec.bits_per_frame * (codebooks or codec.quantizers) / codec.quantizers
     print_counts(by_file, bits, f"{out}: codec {encoder.fingerprint}")
     check(encoder, out, files)
     return total(by_file.values())

@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,8 @@ from omnitrain.config.compose import run_config
 from omnitrain.config.locations import PACK_SPEECH
 from omnitrain.config.saved import read_config, write_config
 from omnitrain.config.typed import ConfigError
+from omnitrain.data.codec_frames import decode_codes
+from omnitrain.data.shards import SampleSource
 from omnitrain.evaluation import listening
 from omnitrain.evaluation.judges import JUDGES
 from omnitrain.interop import codec_folder
@@ -217,6 +220,13 @@ def test_a_model_speaks_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     line = ["data", "encode", "builtin", str(PACK_SPEECH), "--out", str(out), "--split", "validation"]
     assert main([*line, "--workers", "1"]) == 0
     assert f"codec {codes.codec}" in capsys.readouterr().out
+    assert main([*line[:5], str(tmp_path / "two"), *line[6:], "--codebooks", "2", "--workers", "1"]) == 0
+    sources = [SampleSource(folder, split="validation") for folder in (out, tmp_path / "two")]
+    every, two = (decode_codes(of.media_bytes(of[0].segments[-1]), codes.codec) for of in sources)
+    assert np.array_equal(two, every[:, :2])
+    capsys.readouterr()
+    assert main([*line[:5], str(tmp_path / "four"), "--codebooks", "4"]) == 1
+    assert "--codebooks 4: the codec has 3" in capsys.readouterr().err
 
 
 def test_what_is_no_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
