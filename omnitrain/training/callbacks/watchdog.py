@@ -45,6 +45,8 @@ _OURS = str(Path(__file__).parents[2])
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _NET = 60.0
 """Seconds after which, if this file's thread cannot run, torch's own bound and a timer of C end the process."""
+_PATIENCE = 6
+"""Looks, one every few seconds, within which a missing rank has to give a sign, or is said to be silent."""
 _MOST = 8  # ranks that a message names
 
 
@@ -175,15 +177,20 @@ class _Watch:
     def judge(self, ended: threading.Event) -> None:
         """This rank has not moved for long: end the run, if that is because it waits for another."""
         before = self.signs()
-        if ended.wait(2 * self.settings.every):
-            return
-        mine, signs = self.say(), self.signs()
-        if mine.seconds <= self.settings.timeout:
-            return
-        missing = missing_ranks({rank: sign.counts for rank, sign in signs.items()}, self.world)
+        for _ in range(_PATIENCE):
+            if ended.wait(self.settings.every):
+                return
+            if self.store.check(["verdict"]):
+                self.leave(json.loads(self.store.get("verdict")))
+            mine, signs = self.say(), self.signs()
+            if mine.seconds <= self.settings.timeout:
+                return
+            missing = missing_ranks({rank: sign.counts for rank, sign in signs.items()}, self.world)
+            silent = {rank for rank in missing if rank in before and signs[rank].beat == before[rank].beat}
+            if not silent and all(rank in before for rank in missing):
+                break
         if self.rank in missing or not (mine.together or missing):
             return
-        silent = {rank for rank, sign in signs.items() if rank in before and sign.beat == before[rank].beat}
         sentence = verdict(self.rank, mine, missing, {r: s for r, s in signs.items() if r in missing}, silent)
         said = json.dumps({"missing": missing, "by": self.rank, "sentence": sentence})
         self.leave(json.loads(self.store.compare_set("verdict", "", said)))
