@@ -105,7 +105,7 @@ def _build(_: dict[str, Opened], options: argparse.Namespace, counts: Counts) ->
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="folder of shards by data_prep.announcements")
     parser.add_argument("--codec", default="builtin", help="as of `omnitrain data encode`")
-    for name, most in (("sentences", 1_300), ("fragments", 500), ("heldout", 40)):
+    for name, most in (("sentences", 1_300), ("fragments", 700), ("heldout", 40)):
         parser.add_argument(f"--{name}", type=int, default=most, help=f"of each voice ({most:,})")
     parser.add_argument("--vocabulary", type=int, default=1024, help="tokens, bytes and special ones included")
     parser.add_argument("--workers", type=int, default=1)

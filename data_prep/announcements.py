@@ -10,7 +10,8 @@ and voice are real, the melody is that of announcements. Rows are those of `data
 ``announcements/VOICE``. The split is a hash of the sentence: a held-out sentence (5 %) is said by no voice in training,
 but each of its words is. So results on it show that a model reads a text; that it says a new word they do not show.
 Beside them stand fragments of one to three prompts ("twenty seven new"), for training alone: from these a Talker learns
-what each word sounds like, before it has to know which word's turn it is.
+what each word sounds like, before it has to know which word's turn it is. ``tokenizer.json`` is a BPE of the training
+texts, in which each word is a token.
 
 All of a voice's prompts are used, on whichever side of `data_prep.voices`' split they stand: who trains on both has no
 held-out words left there.
@@ -22,6 +23,7 @@ import argparse
 import random
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -34,7 +36,9 @@ from data_prep.fetch import Opened
 from data_prep.job import Counts, run
 from data_prep.splits import document_split, sentence_key
 from data_prep.synthetic_speech import request_and_speech
+from data_prep.tokenizer import training_texts
 from data_prep.voices import carry_notices
+from omnitrain.data.chat import train_bpe
 from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.sample import Sample
 from omnitrain.data.shards import SampleSource, write_shards
@@ -267,19 +271,25 @@ def sentences(language: Language, said: Collection[str]) -> Iterator[Prompts]:
 
 
 def fragments(language: Language, said: Collection[str]) -> Iterator[Prompts]:
-    """Different pieces of one to three prompts of such sentences, always in the same order; those of which the hash
-    makes a held-out sentence are left out. It ends after 200,000 draws."""
-    seen: set[str] = set()
-    for number in range(200_000):
+    """Different pieces of one to three prompts of such sentences, always in the same order, so that each prompt is said
+    about as often as any other: ordinals and months are rare in sentences, digits are not. Those of which the hash
+    makes a held-out sentence are left out. It ends when all pieces of 6,000 draws are there."""
+    pieces: dict[str, Prompts] = {}
+    for number in range(6_000):
         prompts = drawn_sentence(number, language, said)
         drawn = random.Random(f"{NAME}/fragments/{number}")
         length = min(len(prompts), drawn.randint(1, 3))
         start = drawn.randint(0, len(prompts) - length)
         piece = prompts[start : start + length]
-        text = " ".join(piece)
-        if text not in seen and document_split(sentence_key(text)) == "train":
-            seen.add(text)
-            yield piece
+        if document_split(sentence_key(text := " ".join(piece))) == "train":
+            pieces.setdefault(text, piece)
+    left, times = list(pieces.values()), Counter[str]()
+    while left:
+        # The one whose prompts have been said least; of several, the first drawn.
+        index = min(range(len(left)), key=lambda i: sum(times[p] for p in left[i]) / len(left[i]))
+        piece = left.pop(index)
+        times.update(piece)
+        yield piece
 
 
 def joined(prompts: Prompts, said: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -338,9 +348,13 @@ def _build(_: dict[str, Opened], options: argparse.Namespace, counts: Counts) ->
                 drawn = [("sentence", prompts) for prompts in islice(sentences(language, said), options.sentences)]
                 drawn += [("fragment", prompts) for prompts in islice(fragments(language, said), options.fragments)]
                 for kind, prompts in progress.track(drawn, description=voice):
-                    yield sample(like, " ".join(prompts), joined(prompts, said), kind)
+                    row = sample(like, " ".join(prompts), joined(prompts, said), kind)
+                    texts.update(dict.fromkeys(training_texts([row])))
+                    yield row
 
+    texts: dict[str, None] = {}
     write_shards(counts.watch(rows()), options.out, NAME, rows_per_shard=4_000, progress=False)
+    train_bpe(texts, options.vocabulary).save(options.out / "tokenizer.json")
     made = (
         f"Made by `python -m data_prep.{NAME}`: recordings of single prompts, joined to sentences with pauses between."
     )
@@ -359,7 +373,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sentences", type=int, default=1_500, help="of each voice (1,500), fewer where there are fewer"
     )
-    parser.add_argument("--fragments", type=int, default=500, help="of each voice (500), to train on")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens at most (4,096)")
+    parser.add_argument("--fragments", type=int, default=700, help="of each voice (700), to train on")
 
 
 def main(argv: list[str] | None = None) -> int:

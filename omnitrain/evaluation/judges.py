@@ -196,6 +196,11 @@ class Whisper:
         )  # fmt: skip
         return " ".join(segment.text.strip() for segment in segments)
 
+    def language(self, wav: np.ndarray, sample_rate: int) -> str:
+        """The language (two letters) that float [T] is most likely in; empty for silence."""
+        wav = at_judge_rate(wav, sample_rate)
+        return "" if is_silent(wav) else self._model.detect_language(wav)[0]
+
 
 def find_whisper(model: str) -> None:
     """Raise what `Whisper` would, as far as it can be known before anything is loaded or downloaded."""

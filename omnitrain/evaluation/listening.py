@@ -88,6 +88,9 @@ def judge_talker(
     recordings = read_recordings(test_sources, settings.max_samples)
     if settings.voice is not None:
         recordings = [replace(u, voice=settings.voice) for u in recordings]
+    if settings.every_voice:
+        voices = sorted({u.voice for u in recordings})
+        recordings = [replace(u, voice=v, id=f"{u.id} by {v}") for v in voices for u in recordings]
     residuals = Sampling(temperature=settings.temperature, top_k=settings.top_k)
     codes = replace(residuals, repetition_penalty=settings.repetition_penalty)
     frames_per_second = SAMPLE_RATE / speaker.samples_per_frame
@@ -211,11 +214,12 @@ def _judge(
 def _record(scores: SpeechScores) -> dict[str, Any]:
     """The scores as they stand in ``speech.json``; what was heard stands in ``speech.parquet``."""
     found = asdict(scores)
-    for one in (found, *found["by_voice"].values(), *found["by_language"].values()):
+    parts = [key for key in found if key.startswith("by_")]
+    for one in (found, *(scores for key in parts for scores in found[key].values())):
         del one["heard"], one["measured"]
-    for parts in (found["by_voice"], found["by_language"]):
-        for one in parts.values():
-            del one["by_voice"], one["by_language"]
+        if one is not found:
+            for key in parts:
+                del one[key]
     return found
 
 

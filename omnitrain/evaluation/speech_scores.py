@@ -31,7 +31,7 @@ from omnitrain.evaluation.judges import (
     spoken_seconds,
     stoi,
 )
-from omnitrain.evaluation.metrics import edits
+from omnitrain.evaluation.metrics import edits, short_language
 from omnitrain.evaluation.pitch import compare_pitch, mean_semitones, pitch, semitones, spread_semitones
 
 SIGNALS = ("reference", "round_trip", "generated")
@@ -87,6 +87,8 @@ class SpeechScores:
         own_voice, other_voice: signal -> cosine similarity to the voice it should have, and to the nearest other.
         other_name: signal -> the other voice that is nearest most often.
         right_voice: signal -> share of utterances whose nearest voice is the right one.
+        right_language: signal -> share of utterances that a judge of any language takes for the text's language; empty
+            where all texts are in one.
         pitch_rise: signal -> semitones by which it is higher than the voice's own recordings (`Voices`) on average.
         pitch_spread: signal -> standard deviation of the pitch within an utterance, semitones.
         pitch_correlation, voicing_error: of the round trip against the reference (`pitch.PitchMatch`).
@@ -95,6 +97,7 @@ class SpeechScores:
         failure_rates: signal -> kind (`failures`) -> share of utterances.
         by_voice, by_language: the same scores of the utterances in one voice, or language; empty where there is but
             one, and by language where each voice has one language of its own, so that it would be the same.
+        by_voice_and_language: by both (``VOICE in LANGUAGE``), where there are both.
         heard: a row per utterance: id, text and what each recogniser heard in each signal.
         measured: the same, in numbers (`utterance_numbers`), for those who compare runs.
     """
@@ -107,6 +110,7 @@ class SpeechScores:
     other_voice: dict[str, Interval]
     other_name: dict[str, str]
     right_voice: dict[str, Interval]
+    right_language: dict[str, Interval]
     pitch_rise: dict[str, Interval]
     pitch_spread: dict[str, Interval]
     pitch_correlation: Interval | None
@@ -118,6 +122,7 @@ class SpeechScores:
     failure_rates: dict[str, dict[str, Interval]]
     by_voice: dict[str, SpeechScores] = field(default_factory=dict)
     by_language: dict[str, SpeechScores] = field(default_factory=dict)
+    by_voice_and_language: dict[str, SpeechScores] = field(default_factory=dict)
     heard: tuple[dict[str, str], ...] = field(repr=False, default=())
     measured: tuple[dict[str, tuple[float, float]], ...] = field(repr=False, default=())
 
@@ -220,6 +225,7 @@ class _Measured:
     words: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     characters: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     match: dict[str, VoiceMatch] = field(default_factory=dict)
+    right_language: dict[str, float] = field(default_factory=dict)
     rise: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     trip: dict[str, float] = field(default_factory=dict)
@@ -271,6 +277,9 @@ def score_speech(
     for name, hear in recognisers.items():
         for row in rows:
             _listen(row, name, hear)
+    if whisper is not None and len({short_language(u.language) for u in utterances if u.language}) > 1:
+        for row in rows:
+            _recognise_language(row, whisper)
     for signal in SIGNALS:
         here = [row for row in rows if signal in row.spoken.signals]
         for name in recognisers if here else ():
@@ -296,9 +305,11 @@ def score_speech(
             row.failures[signal] = kinds
     pairs = {(u.voice, u.language) for u in utterances}
     one_to_one = len(pairs) == len({voice for voice, _ in pairs}) == len({language for _, language in pairs})
+    by_voice = _parts(rows, lambda u: u.voice)
+    by_language = {} if one_to_one else _parts(rows, lambda u: u.language)
+    by_both = _parts(rows, lambda u: f"{u.voice} in {u.language}") if by_voice and by_language else {}
     return replace(
-        _summed(rows), by_voice=_parts(rows, lambda u: u.voice),
-        by_language={} if one_to_one else _parts(rows, lambda u: u.language),
+        _summed(rows), by_voice=by_voice, by_language=by_language, by_voice_and_language=by_both,
         heard=tuple(
             {"id": row.spoken.id, "text": row.spoken.text} | {f"{n}/{s}": text for (n, s), text in row.heard.items()}
             for row in rows
@@ -325,6 +336,15 @@ def _listen(row: _Measured, name: str, hear: Callable[[Spoken, np.ndarray], str]
         if id(wav) not in known:
             known[id(wav)] = hear(row.spoken, wav)
         row.heard[name, signal] = known[id(wav)]
+
+
+def _recognise_language(row: _Measured, whisper: Whisper) -> None:
+    """Whether each signal of an utterance is taken for its text's language; a sound that is two signals, once."""
+    u, known = row.spoken, dict[int, str]()
+    for signal, wav in u.signals.items() if u.language else ():
+        if id(wav) not in known:
+            known[id(wav)] = whisper.language(wav, u.sample_rate)
+        row.right_language[signal] = float(known[id(wav)] == short_language(u.language))
 
 
 def _heights(voices: Voices | None, judged: Collection[str]) -> dict[str, float]:
@@ -413,6 +433,7 @@ def _summed(rows: Sequence[_Measured]) -> SpeechScores:
         other_voice=by_signal(lambda row: {signal: match.other for signal, match in row.match.items()}),
         other_name=_most_frequent(rows),
         right_voice=by_signal(lambda row: {s: float(m.nearest == row.spoken.voice) for s, m in row.match.items()}),
+        right_language=by_signal(lambda row: row.right_language),
         pitch_rise=by_signal(lambda row: row.rise),
         pitch_spread=by_signal(lambda row: row.spread),
         pitch_correlation=of_trips("pitch_correlation"),

@@ -43,8 +43,9 @@ def speech_tables(summary: Scores) -> list[SpeechTable]:
 
 
 def _partitions(summary: Scores) -> Iterator[tuple[Mapping[str, Scores], str]]:
-    """Scores by voice and by language, as far as they are there."""
-    for key, name in (("by_voice", "voice"), ("by_language", "language")):
+    """Scores by voice, by language and by both, as far as they are there."""
+    parts = (("by_voice", "voice"), ("by_language", "language"), ("by_voice_and_language", "voice and language"))
+    for key, name in parts:
         if summary.get(key):
             yield summary[key], name
 
@@ -69,6 +70,7 @@ def _overall(summary: Scores, signals: list[str]) -> SpeechTable:
         ("similarity to the voice", ".2f", summary.get("own_voice")),
         ("to the nearest other voice", ".2f", summary.get("other_voice")),
         ("nearest to its own voice", ".0%", summary.get("right_voice")),
+        ("taken for its language", ".0%", summary.get("right_language")),
         ("pitch above the voice's own, semitones", "+.1f", summary.get("pitch_rise")),
         ("deviation of the pitch, semitones", ".1f", summary.get("pitch_spread")),
     ]
@@ -112,12 +114,13 @@ def _by_part(parts: Mapping[str, Scores], name: str, signals: list[str]) -> Spee
             nearest = scores.get("other_name", {}).get(signal, "")
             cells = (
                 *(interval_text(scores[measure].get(by, {}).get(signal), ".1%") for measure in ("wer", "cer")),
+                interval_text(scores.get("right_language", {}).get(signal), ".0%"),
                 interval_text(own, ".2f"),
                 f"{interval_text(other, '.2f')} {nearest}".strip(),
             )
             if set(cells) != {NOTHING}:
                 rows.append((part, str(scores["n"]), LABELS[signal], *cells))
-    headings = (name, "n", "speech", "WER", "CER", "similarity", "nearest other")
+    headings = (name, "n", "speech", "WER", "CER", "language", "similarity", "nearest other")
     return SpeechTable(f"by {name}", headings, tuple(rows))
 
 

@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 
 from data_prep import announcements
-from data_prep.announcements import LANGUAGES, RATE, joined, prompt_key, sentences
+from data_prep.announcements import LANGUAGES, RATE, drawn_sentence, fragments, joined, prompt_key, sentences
+from omnitrain.data.chat import ChatTokenizer
 from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import SampleSource, write_shards
 
 TEXTS = "you have|zero|one|two|three|Four.|five|new|messages|Message from extension|minutes|seconds|Monday|March|first"
+
+
+class Everything(frozenset[str]):
+    """A voice that has recorded whatever one asks for."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
 
 
 def recording(number: int) -> np.ndarray:
@@ -72,6 +80,8 @@ def test_sentences_are_the_prompts_one_behind_the_other(voices: Path, tmp_path: 
     assert {row.split for row in fragments} == {"train"}
     whole = [f" {row.concept} " for row in source if row.meta["joined"] == "sentence"]
     assert sum(any(f" {row.concept} " in text for text in whole) for row in fragments) > 15  # of sentences like these
+    tokenizer = ChatTokenizer.from_file(out / "tokenizer.json")
+    assert {len(tokenizer.encode(f" {word}")) for text in whole for word in text.split()} == {1}
     assert "By whom" in (out / "NOTICE.md").read_text()
 
 
@@ -89,6 +99,20 @@ def test_each_grammar_has_many_sentences(language: str) -> None:
     assert all(
         prompt_key(grammar.number(7)[0]) not in map(prompt_key, p) for p in islice(sentences(grammar, without), 300)
     )
+
+
+@pytest.mark.parametrize("language", ["en", "ru"])
+def test_fragments_have_each_prompt_about_as_often(language: str) -> None:
+    grammar = LANGUAGES[language]
+    said = {prompt_key(p) for number in range(3_000) for p in drawn_sentence(number, grammar, Everything())}
+    drawn = list(islice(fragments(grammar, said), 300))
+    assert len({" ".join(prompts) for prompts in drawn}) == 300
+    assert drawn[:40] == list(islice(fragments(grammar, said), 40))
+    times = Counter(prompt_key(prompt) for prompts in drawn for prompt in prompts)
+    assert set(times) == said  # all that sentences are made of
+    sentences_have = Counter(prompt_key(p) for number in range(300) for p in drawn_sentence(number, grammar, said))
+    assert max(sentences_have.values()) > 20 * min(sentences_have.values())
+    assert sorted(times.values())[-len(times) // 10] <= 2 * sorted(times.values())[len(times) // 10]
 
 
 def test_english_numbers() -> None:

@@ -306,6 +306,10 @@ class FakeWhisper:
         hertz = np.abs(np.fft.rfft(wav)).argmax() * 16_000 / len(wav)
         return [SimpleNamespace(text=" I hear"), SimpleNamespace(text=f" {round(hertz, -1):.0f}.")], None
 
+    def detect_language(self, wav: np.ndarray) -> tuple[str, float, list[tuple[str, float]]]:
+        language = "fr" if np.abs(np.fft.rfft(wav)).argmax() * 16_000 / len(wav) > 600 else "en"
+        return language, 0.9, [(language, 0.9)]
+
 
 def sine(hertz: float, rate: int = RATE) -> np.ndarray:
     return 0.3 * np.sin(2 * np.pi * hertz * np.arange(rate) / rate).astype(np.float32)
@@ -324,6 +328,8 @@ def test_whisper_hears_at_its_own_rate_in_the_language_of_the_sample(fake: Whisp
     assert fake.hear(sine(700), RATE) == "I hear 700."
     assert fake._model.calls == [(np.float32, "en"), (np.float32, "fr"), (np.float32, None)]
     assert fake.hear(np.zeros(RATE, np.float32), RATE, "en") == ""
+    assert [fake.language(sine(hertz), RATE) for hertz in (400, 700)] == ["en", "fr"]
+    assert fake.language(np.zeros(RATE, np.float32), RATE) == ""
     with pytest.raises(ValueError, match="2 languages, but not 'cs'"):
         fake.hear(sine(400), RATE, "cs")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +55,9 @@ class Judge:
         text, spoken = self.said[float(wav[0])]
         assert language == spoken
         return text
+
+    def language(self, wav: np.ndarray, sample_rate: int) -> str:
+        return self.said[float(wav[0])][1][:2]
 
 
 def utterances(judge: Judge, rows: Sequence[tuple[str, str, str, str, str, str]]) -> list[Spoken]:
@@ -160,7 +163,7 @@ def test_scores_by_voice_are_those_of_its_utterances_alone() -> None:
             alone = score_speech(
                 [u for u in said if u.voice == voice], open_vocabulary=False, whisper=judge, without=ONLY_WORDS
             )
-            assert replace(alone, heard=(), measured=()) == part
+            assert replace(alone, heard=(), measured=()) == replace(part, right_language={})  # alone it has but one
     assert set(scores.by_voice) == {"asterisk_en", "asterisk_es"}
     assert scores.by_language == {}  # each voice has its own language: it would be the same
     assert scores.failure_rates["generated"]["cut"].mean == 0.25
@@ -170,6 +173,32 @@ def test_scores_by_voice_are_those_of_its_utterances_alone() -> None:
     scores = score_speech(crossed, open_vocabulary=False, whisper=judge, without=ONLY_WORDS)
     assert scores.by_voice == {}
     assert set(scores.by_language) == {"en", "es"}
+
+
+def test_each_voice_in_each_language_has_scores_of_its_own() -> None:
+    """Of voices that speak another's language: also whether the judge takes it for that language."""
+    judge = Judge()
+    said = utterances(judge, ROWS)
+    other = {"asterisk_en": "asterisk_es", "asterisk_es": "asterisk_en"}
+    said += [replace(u, voice=other[u.voice]) for u in said]
+    judge.told(said[2].wav, "un montacargas rojo", "es")
+    scores = score_speech(said, open_vocabulary=False, whisper=judge, without=ONLY_WORDS)
+    pairs = [f"{voice} in {language}" for voice in other for language in ("en", "es")]
+    assert sorted(scores.by_voice_and_language) == pairs
+    assert {part.n for part in scores.by_voice_and_language.values()} == {2}
+    wer = scores.by_voice_and_language["asterisk_en in es"].wer["whisper"]["generated"]
+    assert wer.mean == pytest.approx(jiwer.wer([row[2] for row in ROWS[2:]], [row[5] for row in ROWS[2:]]))
+    assert scores.right_language["generated"].mean == 1
+    judge.hear = lambda wav, rate, language="": judge.said[float(wav[0])][0]  # type: ignore[method-assign]
+    judge.told(said[2].wav, "a red lift", "en-GB")  # a Spanish text, in an English mouth
+    scores = score_speech(said, open_vocabulary=False, whisper=judge, without=ONLY_WORDS)
+    assert scores.right_language["generated"].mean == 6 / 8  # said twice
+    assert scores.by_voice_and_language["asterisk_es in es"].right_language["generated"].mean == 0.5
+    assert scores.right_language["reference"].mean == 1
+    of_pairs = next(t for t in speech_tables(asdict(scores)) if t.headings[0] == "voice and language")
+    assert {row[0] for row in of_pairs.rows} == set(pairs)
+    english = score_speech(said[:2], open_vocabulary=False, whisper=judge, without=ONLY_WORDS)
+    assert english.right_language == {}  # all texts are in one language
 
 
 def test_word_errors_are_paired_with_those_of_the_recording() -> None:
@@ -273,6 +302,9 @@ class HearsTheLanguage:
     def hear(self, wav: np.ndarray, sample_rate: int, language: str = "") -> str:
         return {"en": "hello everybody", "es": "hola a todos"}[language]
 
+    def language(self, wav: np.ndarray, sample_rate: int) -> str:
+        return "es"
+
 
 def test_voices_of_several_languages_in_one_evaluation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -287,6 +319,7 @@ def test_voices_of_several_languages_in_one_evaluation(
     stored = json.loads((tmp_path / "eval/speech.json").read_text())
     assert set(stored["by_voice"]) == {"asterisk_en", "asterisk_es"}
     assert stored["wer"]["whisper"]["round_trip"]["mean"] == 0
+    assert stored["right_language"]["round_trip"]["mean"] == 0.5
     assert stored["by_voice"]["asterisk_es"]["wer_rise"]["whisper"]["round_trip"]["mean"] == 0
     assert "heard" not in stored["by_voice"]["asterisk_es"]
     assert stored["bit_rate"] is None
