@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ from omnitrain.evaluation.judges import (
 from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation
 from omnitrain.evaluation.speech_scores import SpeechScores, Spoken, score_speech
 from omnitrain.evaluation.speech_tables import speech_tables
-from omnitrain.files import write_json, write_parquet
+from omnitrain.files import SPEECH, SPOKEN, SPOKEN_OTHERS, write_json, write_parquet
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.speech import Speaker, speak_texts
 from omnitrain.models.omni import OmniModel
@@ -70,7 +71,7 @@ def judge_codec(
     for u in track(recordings, "round trips", console=Console(stderr=True)):
         trip = round_trip(codec, u.wav)
         spoken.append(spoken_of(u, generated=trip, round_trip=trip))
-    return _judge(spoken, recordings, train_sources, settings, out_dir, bit_rate(codec))
+    return _judge(spoken, train_sources, settings, out_dir, bit_rate(codec))
 
 
 def judge_talker(
@@ -83,19 +84,21 @@ def judge_talker(
     out_dir: Path,
 ) -> dict[str, Any]:
     """Have held-out texts spoken by a model with Talker and Code2Wav, each after its question, and judge the speech
-    beside the recording of the same text and its round trip (none without `codec`). The rest as in `judge_codec`."""
+    beside the recording of the same text and its round trip (none without `codec`); with `settings.other_voices` also
+    in the voices of the others, which ``speech.json`` has under ``other_voices``. The rest as in `judge_codec`."""
     speaker = model if isinstance(model, Speaker) else Speaker(model, tokenizer)
     recordings = read_recordings(test_sources, settings.max_samples)
     if settings.voice is not None:
         recordings = [replace(u, voice=settings.voice) for u in recordings]
-    if settings.every_voice:
+    crossed: list[Utterance] = []
+    if settings.other_voices:
         voices = sorted({u.voice for u in recordings})
-        recordings = [replace(u, voice=v, id=f"{u.id} by {v}") for v in voices for u in recordings]
+        crossed = [replace(u, voice=v, id=f"{u.id} by {v}") for u in recordings for v in voices if v != u.voice]
     residuals = Sampling(temperature=settings.temperature, top_k=settings.top_k)
     codes = replace(residuals, repetition_penalty=settings.repetition_penalty)
     frames_per_second = SAMPLE_RATE / speaker.samples_per_frame
-    spoken = []
-    groups = [recordings[i : i + settings.batch] for i in range(0, len(recordings), settings.batch)]
+    spoken, every = [], recordings + crossed
+    groups = [every[i : i + settings.batch] for i in range(0, len(every), settings.batch)]
     for group in track(groups, "speaking", console=Console(stderr=True)):
         said = speak_texts(
             speaker, tokenizer, [u.text for u in group], [u.voice for u in group],
@@ -105,7 +108,8 @@ def judge_talker(
         for u, speech in zip(group, said, strict=True):
             trip = None if codec is None else round_trip(codec, u.wav)
             spoken.append(spoken_of(u, generated=speech.wav, round_trip=trip, hit_limit=speech.hit_limit))
-    return _judge(spoken, recordings, train_sources, settings, out_dir, None if codec is None else bit_rate(codec))
+    own, others = spoken[: len(recordings)], spoken[len(recordings) :]
+    return _judge(own, train_sources, settings, out_dir, None if codec is None else bit_rate(codec), others)
 
 
 def read_recordings(sources: Mapping[str, Source], most: int) -> list[Utterance]:
@@ -162,18 +166,19 @@ def _every(sources: Mapping[str, Source], most: int = 400) -> Iterator[Utterance
 
 def _judge(
     spoken: Sequence[Spoken],
-    recordings: Sequence[Utterance],
     train_sources: Mapping[str, Source],
     settings: CodecEvaluation | SpeechEvaluation,
     out_dir: Path,
     bits: float | None,
+    others: Sequence[Spoken] = (),
 ) -> dict[str, Any]:
+    """`others`: what was spoken in other voices, scored apart."""
     kind, grammar = ("talker", settings.grammar_words) if isinstance(settings, SpeechEvaluation) else ("codec", True)
-    english = all(u.languages[-1:] in (("en",), ()) for u in recordings)  # the recogniser knows no other language
+    english = all(s.language in ("en", "") for s in spoken)  # the recogniser knows no other language
     words = sorted({word for s in spoken for word in spoken_form(s.text).split()}) if english and grammar else None
     missing = missing_judges()
-    scores = score_speech(
-        spoken,
+    judge = partial(
+        score_speech,
         voices=None if "resemblyzer" in missing else _voices([s.voice for s in spoken], train_sources),
         grammar_words=words,
         open_vocabulary=english,
@@ -182,6 +187,7 @@ def _judge(
     )
     recognisers = ["pocketsphinx"] if english and "pocketsphinx" not in missing else []
     recognisers += [] if settings.judge is None else ["Whisper"]
+    scores = judge(spoken)
     summary = {
         "kind": kind,
         "recogniser": " and ".join(recognisers) or None,
@@ -191,24 +197,32 @@ def _judge(
         "bit_rate": bits,
         **_record(scores),
     }
-    write_json(out_dir / "speech.json", summary)
+    _write_rows(out_dir / Path(SPOKEN).name, spoken, scores, settings.players)
+    if others:
+        crossed = judge(others)
+        summary["other_voices"] = _record(crossed)
+        _write_rows(out_dir / Path(SPOKEN_OTHERS).name, others, crossed, settings.players)
+    write_json(out_dir / Path(SPEECH).name, summary)
+    print_speech(summary)
+    if missing:
+        print(missing_judges_notice(missing))
+    return summary
+
+
+def _write_rows(path: Path, spoken: Sequence[Spoken], scores: SpeechScores, players: int) -> None:
+    """A row for each utterance; the first `players` with their sound."""
     rows = [
         {
             "id": s.id, "text": s.text, "voice": s.voice, "hit_limit": s.hit_limit,
             "heard": json.dumps({k: v for k, v in heard.items() if k not in ("id", "text")}),
             "measured": json.dumps(measured),
-            **{name: encode_audio(w, SAMPLE_RATE, "flac") for name, w in s.signals.items() if i < settings.players},
+            **{name: encode_audio(w, SAMPLE_RATE, "flac") for name, w in s.signals.items() if i < players},
         }
         for i, (s, heard, measured) in enumerate(zip(spoken, scores.heard, scores.measured, strict=True))
     ]  # fmt: skip
     sound = [(name, pa.binary()) for name in ("reference", "round_trip", "generated")]
     text = [(name, pa.string()) for name in ("id", "text", "voice", "heard", "measured")]
-    schema = pa.schema([*text, ("hit_limit", pa.bool_()), *sound])
-    write_parquet(out_dir / "speech.parquet", pa.Table.from_pylist(rows, schema=schema))
-    print_speech(summary)
-    if missing:
-        print(missing_judges_notice(missing))
-    return summary
+    write_parquet(path, pa.Table.from_pylist(rows, schema=pa.schema([*text, ("hit_limit", pa.bool_()), *sound])))
 
 
 def _record(scores: SpeechScores) -> dict[str, Any]:

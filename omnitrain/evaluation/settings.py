@@ -100,8 +100,8 @@ class SpeechEvaluation(Evaluation):
         players: of them, that can be heard in the report.
         batch: texts spoken side by side.
         voice: speak all texts in this voice, and compare with it; None: in that of each recording.
-        every_voice: speak each text in every voice of the texts' recordings: also in those of other languages, and
-            judge whether it stays the language and the voice. `max_samples` counts texts.
+        other_voices: speak each text in every other voice of the texts' recordings too, as in those of other languages,
+            and judge, beside all else, whether it stays the language and the voice.
         seconds_limit: of one answer, in seconds.
         temperature: of all codes; 0: always the likeliest.
         top_k: draw from so many of the likeliest codes; 0: from all.
@@ -116,7 +116,7 @@ class SpeechEvaluation(Evaluation):
     players: int = 8
     batch: int = 8
     voice: str | None = None
-    every_voice: bool = False
+    other_voices: bool = False
     seconds_limit: float = 12.0
     temperature: float = 0.7
     top_k: int = 50
@@ -126,8 +126,8 @@ class SpeechEvaluation(Evaluation):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.every_voice and self.voice is not None:
-            raise ValueError(f"evaluation.voice={self.voice} and evaluation.every_voice=true: choose one")
+        if self.other_voices and self.voice is not None:
+            raise ValueError(f"evaluation.voice={self.voice} and evaluation.other_voices=true: choose one")
 
 
 SETTINGS: dict[str, type[Evaluation]] = {

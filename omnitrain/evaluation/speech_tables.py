@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ def speech_tables(summary: Scores) -> list[SpeechTable]:
     for parts, name in _partitions(summary):
         tables += [_by_part(parts, name, signals), _by_part_paired(parts, name, signals)]
     tables.append(_failures(summary, signals))
+    if others := summary.get("other_voices"):
+        parts = next(dict(found) for found, _ in [*reversed([*_partitions(others)]), ({"all": others}, "")])
+        by = _by_part(parts, "voice and language", ["generated"])
+        tables += [
+            replace(table, title=f"in other voices, {table.title}") for table in (by, _failures(others, ["generated"]))
+        ]
     return [table for table in tables if table.rows]
 
 

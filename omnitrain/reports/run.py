@@ -137,6 +137,8 @@ def read_run(folder: str | Path, *, samples: bool = True) -> Run:
         run.speech = read(files.SPEECH, _record, {}, "scores of the speech", test)
         if samples:
             run.spoken = read(files.SPOKEN, _rows, [], "speech to listen to", test)
+            if "other_voices" in run.speech:
+                run.spoken += read(files.SPOKEN_OTHERS, _rows, [], "speech in other voices", test)
     # These exist only when there is something to tell.
     run.bad_samples = [row for path in sorted(run.folder.glob("bad_samples*.jsonl")) for row in _json_lines(path)]
     if (path := run.folder / files.SKIPPED_STEPS).is_file():

@@ -19,14 +19,15 @@ from omnitrain.data.sample import Message, Sample, Segment
 from omnitrain.data.shards import SampleSource, write_shards
 from omnitrain.evaluation import listening
 from omnitrain.evaluation.judges import JUDGES, VoiceMatch, Voices
-from omnitrain.evaluation.listening import bit_rate, judge_codec, print_speech
-from omnitrain.evaluation.settings import CodecEvaluation
+from omnitrain.evaluation.listening import bit_rate, judge_codec, judge_talker, print_speech
+from omnitrain.evaluation.settings import CodecEvaluation, SpeechEvaluation
 from omnitrain.evaluation.speech_scores import Spoken, failures, lacks_its_end, repeats, score_speech
 from omnitrain.evaluation.speech_tables import speech_tables
+from omnitrain.generation.speech import Speech
 from omnitrain.interop.mimi import MimiCodec
 from omnitrain.models.codec import Codec
 from omnitrain.models.sizes import CodecConfig
-from omnitrain.reports.run import _speech
+from omnitrain.reports.run import _speech, read_run
 
 RATE = 24_000
 ONLY_WORDS = tuple(JUDGES)
@@ -337,6 +338,56 @@ def test_voices_of_several_languages_in_one_evaluation(
     assert [table.title for table in speech_tables({**summary, "bit_rate": 800.0})] == list(tables)
     print_speech({**summary, "bit_rate": 800.0})
     assert "0.80" in capsys.readouterr().out
+
+
+class Speaks:
+    """In place of `Speaker`, and of `speak_texts`: noise of one second, and a list of who was asked for what."""
+
+    samples_per_frame = 1920
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def speak_texts(self, _: Any, __: Any, texts: Sequence[str], voices: Sequence[str], **___: Any) -> list[Speech]:
+        self.asked += zip(voices, texts, strict=True)
+        return [Speech(sound(50 + len(self.asked) + i), np.zeros((1, 1)), False) for i in range(len(texts))]
+
+
+def test_texts_in_the_voices_of_others_are_scored_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    speaks, texts = Speaks(), [("asterisk_en", "en", "hello everybody"), ("asterisk_es", "es", "hola a todos")]
+    monkeypatch.setattr(listening, "missing_judges", lambda: tuple(JUDGES))
+    monkeypatch.setattr(listening, "Whisper", HearsTheLanguage)
+    monkeypatch.setattr(listening, "Speaker", Speaks)
+    monkeypatch.setattr(listening, "speak_texts", speaks.speak_texts)
+    rows = [spoken_row(*text, sound(i)) for i, text in enumerate(texts)]
+    write_shards(rows, tmp_path / "shards", "voices", progress=False)
+    source = {"voices": SampleSource(tmp_path / "shards")}
+    settings = SpeechEvaluation(judge="fake", other_voices=True, players=1)
+    summary = judge_talker(speaks, SimpleNamespace(), Halved(), source, {}, settings, tmp_path / "run/eval")  # type: ignore[arg-type]
+    crossed = [("asterisk_es", "hello everybody"), ("asterisk_en", "hola a todos")]
+    assert speaks.asked == [(voice, text) for voice, _, text in texts] + crossed
+    assert summary["n"] == summary["other_voices"]["n"] == 2
+    assert set(summary["by_voice"]) == {"asterisk_en", "asterisk_es"}
+    assert summary["other_voices"]["by_voice"]["asterisk_en"]["right_language"]["generated"]["mean"] == 1
+    assert summary["other_voices"]["by_voice"]["asterisk_es"]["right_language"]["generated"]["mean"] == 0
+    (tmp_path / "run/config.yaml").write_text("evaluation: {scores: speech}")
+    run = read_run(tmp_path / "run")
+    assert [(row["id"], row["voice"], row["generated"] is None) for row in run.spoken] == [
+        ("asterisk_en/hello everybody", "asterisk_en", False),
+        ("asterisk_es/hola a todos", "asterisk_es", True),
+        ("asterisk_en/hello everybody by asterisk_es", "asterisk_es", False),
+        ("asterisk_es/hola a todos by asterisk_en", "asterisk_en", True),
+    ]
+    tables = {table.title: table for table in _speech(run.speech)["tables"]}
+    assert [row[:3] for row in tables["in other voices, by voice and language"].rows] == [
+        ("asterisk_en", "1", "generated"), ("asterisk_es", "1", "generated")
+    ]  # fmt: skip
+    assert [row[0] for row in tables["in other voices, failures per 100 sentences"].rows] == [
+        "all", "asterisk_en", "asterisk_es"
+    ]  # fmt: skip
+    assert len(tables["failures per 100 sentences"].rows) == 9
+    with pytest.raises(ValueError, match=r"evaluation\.other_voices=true: choose one"):
+        SpeechEvaluation(other_voices=True, voice="asterisk_en")
 
 
 def test_the_bit_rate_is_that_of_the_papers() -> None:
