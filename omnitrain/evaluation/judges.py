@@ -21,7 +21,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +153,16 @@ def recognise(wav: np.ndarray, sample_rate: int, grammar_words: Sequence[str] | 
     return "" if found is None else re.sub(r"\(\d+\)", "", found.hypstr)
 
 
+_LOOPS = 2.4
+"""Bytes of a text over those that gzip makes of it; above it a decoding of Whisper's has failed (its paper, 4.5)."""
+
+
 class Whisper:
     """A Whisper model (Radford et al. 2022) as a judge of speech in any language, run by ``faster-whisper``.
 
-    Decoded greedily by beams of five, without sampling and without the text before, so that the same recording is
-    always heard in the same way.
+    Decoded by beams of five, without sampling and without the text before, so that the same recording is always heard
+    in the same way. Of babble Whisper sometimes writes one word until its memory is full. It knows that such a text
+    compresses too well (section 4.5 of its paper) and would then draw at random; here it may repeat no four tokens.
 
     Args:
         model: a model's name (``base``, ``large-v3``, or a repository of the Hub), or a folder in CTranslate2's format.
@@ -190,10 +195,13 @@ class Whisper:
         wav = at_judge_rate(wav, sample_rate)
         if is_silent(wav):
             return ""
-        segments, _ = self._model.transcribe(
-            wav, language=short or None, beam_size=5, temperature=0.0, condition_on_previous_text=False,
-            without_timestamps=True,
+        written = partial(
+            self._model.transcribe, wav, language=short or None, beam_size=5, temperature=0.0,
+            condition_on_previous_text=False, without_timestamps=True,
         )  # fmt: skip
+        segments = list(written()[0])
+        if any(segment.compression_ratio > _LOOPS for segment in segments):
+            segments = list(written(no_repeat_ngram_size=4)[0])
         return " ".join(segment.text.strip() for segment in segments)
 
     def language(self, wav: np.ndarray, sample_rate: int) -> str:

@@ -304,7 +304,10 @@ class FakeWhisper:
     def transcribe(self, wav: np.ndarray, **options: object) -> tuple[list[SimpleNamespace], None]:
         self.calls.append((wav.dtype, options["language"]))
         hertz = np.abs(np.fft.rfft(wav)).argmax() * 16_000 / len(wav)
-        return [SimpleNamespace(text=" I hear"), SimpleNamespace(text=f" {round(hertz, -1):.0f}.")], None
+        said = f" {round(hertz, -1):.0f}."
+        if hertz > 3_000 and "no_repeat_ngram_size" not in options:
+            return [SimpleNamespace(text=40 * said, compression_ratio=9.0)], None
+        return [SimpleNamespace(text=text, compression_ratio=0.8) for text in (" I hear", said)], None
 
     def detect_language(self, wav: np.ndarray) -> tuple[str, float, list[tuple[str, float]]]:
         language = "fr" if np.abs(np.fft.rfft(wav)).argmax() * 16_000 / len(wav) > 600 else "en"
@@ -328,6 +331,7 @@ def test_whisper_hears_at_its_own_rate_in_the_language_of_the_sample(fake: Whisp
     assert fake.hear(sine(700), RATE) == "I hear 700."
     assert fake._model.calls == [(np.float32, "en"), (np.float32, "fr"), (np.float32, None)]
     assert fake.hear(np.zeros(RATE, np.float32), RATE, "en") == ""
+    assert fake.hear(sine(4_000), RATE, "en") == "I hear 4000."  # and not forty times
     assert [fake.language(sine(hertz), RATE) for hertz in (400, 700)] == ["en", "fr"]
     assert fake.language(np.zeros(RATE, np.float32), RATE) == ""
     with pytest.raises(ValueError, match="2 languages, but not 'cs'"):
