@@ -14,6 +14,7 @@ the optional extra ``eval``; what needs one of them raises ImportError without i
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -163,6 +164,7 @@ class Whisper:
     Decoded by beams of five, without sampling and without the text before, so that the same recording is always heard
     in the same way. Of babble Whisper sometimes writes one word until its memory is full. It knows that such a text
     compresses too well (section 4.5 of its paper) and would then draw at random; here it may repeat no four tokens.
+    What it has heard once it knows: recordings are judged beside several voices.
 
     Args:
         model: a model's name (``base``, ``large-v3``, or a repository of the Hub), or a folder in CTranslate2's format.
@@ -176,6 +178,7 @@ class Whisper:
         find_whisper(model)
         self.name = model
         self._model = _load_whisper(model)
+        self._known: dict[tuple[bytes, str], str] = {}
 
     def hear(self, wav: np.ndarray, sample_rate: int, language: str = "") -> str:
         """What is said in float [T]; empty for silence.
@@ -195,8 +198,14 @@ class Whisper:
         wav = at_judge_rate(wav, sample_rate)
         if is_silent(wav):
             return ""
+        key = (hashlib.sha256(wav.tobytes()).digest(), short)
+        if key not in self._known:
+            self._known[key] = self._text(wav, short)
+        return self._known[key]
+
+    def _text(self, wav: np.ndarray, language: str) -> str:
         written = partial(
-            self._model.transcribe, wav, language=short or None, beam_size=5, temperature=0.0,
+            self._model.transcribe, wav, language=language or None, beam_size=5, temperature=0.0,
             condition_on_previous_text=False, without_timestamps=True,
         )  # fmt: skip
         segments = list(written()[0])

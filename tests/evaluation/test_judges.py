@@ -331,6 +331,8 @@ def test_whisper_hears_at_its_own_rate_in_the_language_of_the_sample(fake: Whisp
     assert fake.hear(sine(700), RATE) == "I hear 700."
     assert fake._model.calls == [(np.float32, "en"), (np.float32, "fr"), (np.float32, None)]
     assert fake.hear(np.zeros(RATE, np.float32), RATE, "en") == ""
+    assert fake.hear(sine(400), RATE, "en") == "I hear 400."
+    assert len(fake._model.calls) == 3  # the same is not heard again
     assert fake.hear(sine(4_000), RATE, "en") == "I hear 4000."  # and not forty times
     assert [fake.language(sine(hertz), RATE) for hertz in (400, 700)] == ["en", "fr"]
     assert fake.language(np.zeros(RATE, np.float32), RATE) == ""

@@ -4,6 +4,7 @@ deterministic algorithms, which also fill memory that nobody has written with Na
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,11 +214,13 @@ def test_speech_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for arm in ("sentences_alone", "spelled"):
         words = [f"arm={arm}", f"paths.run_dir={arm}", "evaluation.after_fit=false", *FEW, *SHORT]
         assert main(["fit", "+recipe=talker_ablation", *words]) == 0
-    speech = PACK_ANNOUNCEMENTS / "recordings"
-    words = ["data.sources.speech.split=validation", *FEW, *SHORT]
+    speech = tmp_path / "announcements"  # as data_prep.announcements leaves them
+    shutil.copytree(PACK_ANNOUNCEMENTS / "recordings", speech)
+    shutil.copy(PACK_ANNOUNCEMENTS / "tokenizer.json", speech)
+    words = ["data.sources.speech.split=validation", "evaluation.other_voices=true", *FEW, *SHORT]
     overrides = f"stage_overrides.talker=[{','.join(words)}]"
     assert main(["fit", "+recipe=speech", "paths.run_dir=run", f"speech={speech}", overrides]) == 0
-    heard_in(tmp_path / "run" / "talker", signals=3)
+    assert heard_in(tmp_path / "run" / "talker", signals=5)["other_voices"]["n"] == 2
 
 
 def heard_in(run: Path, signals: int) -> dict[str, Any]:
