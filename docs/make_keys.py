@@ -54,6 +54,7 @@ PARTS: list[tuple[str, str, list[tuple[str, Any]]]] = [
         ("module", run_config.DistillModuleConfig), ("module.teacher", run_config.TeacherConfig),
         ("module.rollout", run_config.RolloutConfig)]),
     ("module=gspo", "", [("module", run_config.GspoModuleConfig)]),
+    ("module=talker_dpo", "", [("module", run_config.TalkerDpoModuleConfig)]),
     ("module=codec", "", [
         ("module", run_config.CodecModuleConfig), ("module.loss", run_config.CodecLossConfig),
         ("module.discriminator", sizes.DiscriminatorConfig)]),

@@ -40,6 +40,7 @@ def main(argv: list[str]) -> int:
         ("import", _import, "write the data that a mapping describes to shards, media included"),
         ("answers", _answers, "write shards anew with the answers of `omnitrain predict` instead of theirs"),
         ("encode", _encode, "write shards anew with codec frames instead of recordings of speech"),
+        ("pairs", _pairs, "have a Talker say texts several times, and write pairs of a better and a worse take"),
     ):
         verb = verbs.add_parser(name, help=what, description=what)
         verb.set_defaults(run=run)
@@ -69,6 +70,18 @@ def main(argv: list[str]) -> int:
             add("--thinker", type=Path, metavar="DIR", help=f"also write {hears}")
             add("--only-speech", action="store_true", help="leave out samples without recorded speech")
             add("--codebooks", type=int, metavar="N", help="keep the first N of the codec's codebooks; default: all")
+        elif name == "pairs":
+            add("talker", type=Path, metavar="RUN", help="run folder of a Talker")
+            add("shards", metavar="SHARDS", help="folder of recordings whose texts are said, in their voices")
+            add("--out", type=Path, required=True, help="folder of the new shards")
+            add("--judge", metavar="NAME", required=True, help="Whisper model that hears the takes (evaluation.judge)")
+            add("--most", type=int, metavar="N", help="texts, evenly spaced; default: all")
+            add("--takes", type=int, default=4, metavar="N", help="of each text (4)")
+            add("--temperature", type=float, default=0.9, metavar="T", help="of the takes (0.9)")
+            add("--understood", type=float, default=0.2, metavar="WER", help="the better take's, at most (0.2)")
+            add("--margin", type=float, default=0.25, metavar="X", help="by which its cost is lower (0.25)")
+            add("--seed", type=int, default=0, metavar="S", help="of the takes (0)")
+            add("--device", default="auto", metavar="D", help="cpu, cuda, ...; default: a GPU if there is one")
         else:
             add("path", nargs="?", default=str(PACK), help=PATH_HELP)
         if name != "import":
@@ -336,6 +349,42 @@ def _import(options: argparse.Namespace) -> int:
     print(f"wrote {good} samples to {len(shards)} shard(s) in {printable(options.out)}{left_out}")
     print(f"next: omnitrain data verify {printable(options.out)}")
     return 1 if bad > options.max_bad_fraction * (good + bad) else 0
+
+
+def _pairs(options: argparse.Namespace) -> int:
+    from omnitrain.config.saved import read_config
+    from omnitrain.data.shards import SampleSource
+    from omnitrain.evaluation.judges import Whisper, missing_judges
+    from omnitrain.evaluation.listening import known_voices
+    from omnitrain.generation.speech import Speaker
+    from omnitrain.runs.load import codec_fingerprint, load, load_codec, load_decoder
+    from omnitrain.runs.lock import hold
+    from omnitrain.runs.speech_pairs import PairMaker, PairOptions, make_pairs
+
+    given = ("takes", "temperature", "understood", "margin", "seed")
+    settings = PairOptions(**{name: getattr(options, name) for name in given})
+    model, encoder = load(options.talker, device=options.device)
+    codec = read_config(options.talker).codec
+    if codec is None:
+        raise ValueError(f"{options.talker} was trained without codec=, so that nobody knows whose codes it says")
+    fingerprint = codec_fingerprint(load_codec(codec))
+    speaker = Speaker(model, encoder.tokenizer, decoder=load_decoder(model, options.talker))
+    source = SampleSource(options.shards, options.split, _where(options))
+    voices = None if "resemblyzer" in missing_judges() else known_voices((), {"shards": source})
+    maker = PairMaker(speaker, fingerprint, Whisper(options.judge), voices, settings)
+    made_with = {"run": str(options.talker), "shards_of": str(options.shards), "codec": fingerprint}
+    try:
+        with hold(options.out):
+            made = {"made_with": made_with, "most": options.most, "progress": _progress}
+            counts = make_pairs(maker, source, options.out, **made)
+    except KeyboardInterrupt:
+        print("interrupted; the same line continues behind the last whole shard", file=sys.stderr)
+        return 130
+    print(
+        f"{counts.pairs} pairs of {counts.texts} texts in {printable(options.out)}: of {counts.takes} takes "
+        f"{counts.wer / max(1, counts.takes):.1%} word errors on average, {counts.failed} failed; {counts.bad} bad rows"
+    )
+    return 0 if counts.pairs else 1
 
 
 def _encode(options: argparse.Namespace) -> int:

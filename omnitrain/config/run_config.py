@@ -439,6 +439,34 @@ class TalkerModuleConfig(ThinkerModuleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TalkerDpoModuleConfig(TalkerModuleConfig):
+    """``module=talker_dpo``: the Talker with MTP learns which of two takes of an answer is preferred (report section 4;
+    docs/post_training.md).
+
+    Attributes:
+        beta: how dearly it costs to leave the Talker that training began with.
+        chosen: weight of the preferred take's own nats a frame beside the preference (Pang et al. 2024, "Iterative
+            reasoning preference optimization"); 0: a pair may also become unlike by both becoming unlikely.
+        frame_dropout, mtp_frames: of the Talker's pretraining; what is compared here are whole takes, 0 and 1.
+    """
+
+    beta: float = 0.1
+    chosen: float = 0.0
+    frame_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, smallest in (("beta", 1e-9), ("chosen", 0.0)):
+            if not (math.isfinite(value := getattr(self, name)) and value >= smallest):
+                raise ValueError(f"module.{name}={value}: must be a number {'>= 0' if name == 'chosen' else 'above 0'}")
+        if self.frame_dropout or self.mtp_frames != 1:
+            raise ValueError(
+                f"module.frame_dropout={self.frame_dropout}, module.mtp_frames={self.mtp_frames}: module=talker_dpo "
+                "compares whole takes, leave them out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuTLossConfig(LossConfig):
     """AuT's loss.
 

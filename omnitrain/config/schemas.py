@@ -64,6 +64,7 @@ def _options() -> dict[str, dict[str, DictConfig]]:
         "talker": c.TalkerModuleConfig,
         "distill": c.DistillModuleConfig,
         "gspo": c.GspoModuleConfig,
+        "talker_dpo": c.TalkerDpoModuleConfig,
         "aut": c.AuTModuleConfig,
         "codec": c.CodecModuleConfig,
     }

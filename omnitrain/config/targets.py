@@ -39,6 +39,7 @@ OURS: dict[str, type] = {
     "omnitrain.training.talker.TalkerModule": run_config.TalkerModuleConfig,
     "omnitrain.training.distill.DistillModule": run_config.DistillModuleConfig,
     "omnitrain.training.gspo.GspoModule": run_config.GspoModuleConfig,
+    "omnitrain.training.talker_dpo.TalkerDpoModule": run_config.TalkerDpoModuleConfig,
     "omnitrain.training.aut.AuTModule": run_config.AuTModuleConfig,
     "omnitrain.training.codec.CodecModule": run_config.CodecModuleConfig,
     "omnitrain.training.callbacks.AtomicCheckpoint": run_config.CheckpointConfig,

@@ -3,7 +3,8 @@
 Codes are kept where the recording was: a `speech` segment's medium is then a small safetensors file with a tensor
 `codes` [F, Q] and, in its metadata, the codec's fingerprint. So everything that moves media moves codes too. Where a
 frozen Thinker was asked beforehand, a tensor `heard` [H, D] beside them holds its hidden states at the H positions of
-media before the answer, and the metadata its fingerprint.
+media before the answer, and the metadata its fingerprint. A tensor `rejected` [F', Q] is another take of the answer,
+to which `codes` is preferred.
 """
 
 from __future__ import annotations
@@ -30,13 +31,21 @@ SILENT = ("think", "tool_call", "tool_response")
 _CODEC, _THINKER = "omnitrain.codec", "omnitrain.thinker"
 
 
-def encode_codes(codes: np.ndarray, codec: str, heard: Tensor | None = None, thinker: str = "") -> bytes:
+def encode_codes(
+    codes: np.ndarray,
+    codec: str,
+    heard: Tensor | None = None,
+    thinker: str = "",
+    rejected: np.ndarray | None = None,
+) -> bytes:
     """The file for codes [F, Q] of the codec with this fingerprint.
 
     Args:
         heard: [H, D], in the precision in which the Thinker with the fingerprint `thinker` computed them.
+        rejected: [F', Q], a take that is worse.
     """
-    tensors = {"codes": torch.from_numpy(np.ascontiguousarray(codes, dtype=np.uint16))}
+    takes = {"codes": codes} if rejected is None else {"codes": codes, "rejected": rejected}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(take, dtype=np.uint16)) for name, take in takes.items()}
     metadata = {_CODEC: codec}
     if heard is not None:
         tensors["heard"] = heard.contiguous()
@@ -85,6 +94,14 @@ class AnswerFile:
             )
         return self._codes
 
+    def rejected(self) -> np.ndarray:
+        """Codes int64 [F', Q] of the other take. BadSample ``no_pair`` if there is none."""
+        if "rejected" not in self.tensors:
+            raise BadSample(
+                "no_pair", "the codec frames are one take; write pairs of takes with `omnitrain data pairs RUN SHARDS`"
+            )
+        return self.tensors["rejected"].numpy().astype(np.int64)
+
     def heard(self, thinker: str) -> np.ndarray:
         """Hidden states float32 [H, D] of the Thinker with this fingerprint, or BadSample: ``no_hidden_states``,
         ``other_thinker``."""
@@ -131,6 +148,7 @@ class SpeechCodes(SpecialCodes):
         thinker: fingerprint of the frozen Thinker whose hidden states lie beside the frames; None: they are not read.
         default_voice: of samples that name none.
         frames_per_word: see `TalkerConfig`.
+        pairs: each answer is two documents, the preferred take and the other.
     """
 
     codebooks: int
@@ -139,6 +157,7 @@ class SpeechCodes(SpecialCodes):
     thinker: str | None = None
     default_voice: str | None = None
     frames_per_word: int = 1
+    pairs: bool = False
 
     def tokens(self, tokenizer: ChatTokenizer) -> SpeechTokens:
         """With the ids of `tokenizer`."""
@@ -177,7 +196,7 @@ def spoken_answers(
     merge: int,
     ids_per_second: float,
 ) -> tuple[TalkerDocument, ...]:
-    """One document for every assistant message of `sample` with a recording.
+    """One document for every assistant message of `sample` with a recording, or two (`SpeechCodes.pairs`).
 
     Raises BadSample: see `AnswerFile`, `SpeechCodes.speaker` and `talker_layout`.
     """
@@ -191,25 +210,26 @@ def spoken_answers(
         if segment is None or chat.labels[first] == IGNORE:  # nothing of it is learnt (`ChatTokenizer.render`, loss_on)
             continue
         file = AnswerFile(media_bytes(segment))
-        frames = file.codes(codes.codec)
-        if frames.shape[1] < codes.codebooks:
-            raise BadSample(
-                "speech_bad_codes",
-                f"frames have {frames.shape[1]} codes, the Talker says {codes.codebooks} (model.talker.codebooks)",
-            )
+        takes = [file.codes(codes.codec), *([file.rejected()] if codes.pairs else [])]
         header = first + 1 - len(special.assistant_header)  # the last id of the header predicts the first word
         asked = chat.input_ids[:header], chat.token_types[:header]
         before = user_turns(*asked, chat.spans, special=special, merge=merge, ids_per_second=ids_per_second)
-        document = talker_layout(
-            *before,
-            np.array(SpokenWords(special).take(chat.labels[first : end - 1])),  # without <|im_end|>
-            frames[:, : codes.codebooks],
-            special=special,
-            speaker_code=codes.speaker(sample.meta.get("voice", "")),
-        )
+        words = np.array(SpokenWords(special).take(chat.labels[first : end - 1]))  # without <|im_end|>
+        speaker = codes.speaker(sample.meta.get("voice", ""))
+        heard = None
         if codes.thinker is not None and before.is_media.any():
-            document = replace(document, heard=_heard(file, codes.thinker, int(before.is_media.sum())))
-        documents.append(document)
+            heard = _heard(file, codes.thinker, int(before.is_media.sum()))
+        for frames in takes:
+            if frames.shape[1] < codes.codebooks:
+                raise BadSample(
+                    "speech_bad_codes",
+                    f"frames have {frames.shape[1]} codes, the Talker says {codes.codebooks} (model.talker.codebooks)",
+                )
+            said = frames[:, : codes.codebooks]
+            document = talker_layout(
+                *before, words, said, special=special, speaker_code=speaker, may_end_early=codes.pairs
+            )
+            documents.append(document if heard is None else replace(document, heard=heard))
     return tuple(documents)
 
 

@@ -142,6 +142,7 @@ def talker_layout(
     *,
     special: SpeechTokens,
     speaker_code: int,
+    may_end_early: bool = False,
 ) -> TalkerDocument:
     """One document: ``talker_layout(*user_turns(...), answer_ids, codes, special=..., speaker_code=...)``.
 
@@ -150,6 +151,7 @@ def talker_layout(
         answer_ids: int64 [m], what is said of the answer's text (`SpokenWords`), without ``<|im_end|>``.
         codes: int64 [F, Q], the recording. F = 0 lays out the prompt of a generation: nothing is predicted in it.
         speaker_code: the voice's code.
+        may_end_early: a take of which it is known that it may be cut off, before its last word was given.
 
     Raises BadSample: "no_speakable_text" for an empty answer, "speech_shorter_than_text" if the recording ends before
     its last word was given, "speech_bad_codes" for codes outside the codebook.
@@ -164,7 +166,7 @@ def talker_layout(
         detail = f"codes {codes.min()} to {codes.max()} do not lie in 0..{special.codebook_size - 1}"
         raise BadSample("speech_bad_codes", detail)
     pace = special.frames_per_word
-    if frames and (words - 2) * pace >= frames:
+    if frames and not may_end_early and (words - 2) * pace >= frames:
         takes = "one frame takes" if pace == 1 else f"{pace} frames (model.talker.frames_per_word) take"
         detail = f"{words} text tokens for {frames} frames; {takes} one text token"
         raise BadSample("speech_shorter_than_text", detail)

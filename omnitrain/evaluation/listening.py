@@ -142,7 +142,7 @@ def spoken_of(u: Utterance, *, generated: np.ndarray, round_trip: np.ndarray | N
     )  # fmt: skip
 
 
-def _voices(judged: Sequence[str], train_sources: Mapping[str, Source]) -> Voices | None:
+def known_voices(judged: Sequence[str], train_sources: Mapping[str, Source]) -> Voices | None:
     """The voices of the training data; None where fewer than two are named, or a judged voice is none of them."""
     heard: dict[str, list[tuple[np.ndarray, int]]] = {}
     for utterance in _every(train_sources):
@@ -179,7 +179,7 @@ def _judge(
     missing = missing_judges()
     judge = partial(
         score_speech,
-        voices=None if "resemblyzer" in missing else _voices([s.voice for s in spoken], train_sources),
+        voices=None if "resemblyzer" in missing else known_voices([s.voice for s in spoken], train_sources),
         grammar_words=words,
         open_vocabulary=english,
         whisper=None if settings.judge is None else Whisper(settings.judge),

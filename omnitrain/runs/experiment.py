@@ -18,6 +18,7 @@ from omnitrain.config.run_config import (
     GspoModuleConfig,
     PretrainedConfig,
     RunConfig,
+    TalkerDpoModuleConfig,
     TalkerModuleConfig,
     TeacherConfig,
     TrainerConfig,
@@ -80,7 +81,8 @@ def build_experiment(config: RunConfig, stage: str, checkpoint: Path | None = No
     elif has_fresh_weights(config):
         init_weights(model, config.seed)
     if isinstance(model, OmniModel) and model.talker is not None:
-        datamodule.speech = give_voice(model, config.codec)
+        pairs = isinstance(config.module.config, TalkerDpoModuleConfig)
+        datamodule.speech = replace(give_voice(model, config.codec), pairs=pairs)
     check_start(config)
     offered: dict[str, Any] = {"optim": config.optim, "seed": config.seed}
     if isinstance(config.module.config, DistillModuleConfig):

@@ -12,8 +12,6 @@ from __future__ import annotations
 import random
 import zlib
 from collections import Counter
-from collections.abc import Generator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +25,7 @@ from omnitrain.models.layers.precision import full_precision
 from omnitrain.models.layers.transfer import sent
 from omnitrain.models.omni import OmniModel
 from omnitrain.training.losses import BatchLosses, RouterUse, SampleSums, token_weights
+from omnitrain.training.other_weights import writing
 from omnitrain.training.post_losses import generalized_jsd, top_k_and_rest
 from omnitrain.training.sums import sample_groups
 from omnitrain.training.teachers import Read, Teacher
@@ -120,18 +119,6 @@ class DistillModule(ThinkerModule[OmniModel]):
 
     def batch_flops(self, batch: PackedBatch) -> dict[str, float]:
         return {}  # not counted: the teacher's, and the student's writing
-
-
-@contextmanager
-def writing(model: OmniModel) -> Generator[None]:
-    """`model` in evaluation mode, without gradients."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def rollout_seeds(prompts: PackedBatch, n: int, where: str) -> list[int]:

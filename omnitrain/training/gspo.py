@@ -30,8 +30,10 @@ from omnitrain.models.layers.moe import TopKRouter
 from omnitrain.models.layers.precision import full_precision
 from omnitrain.models.layers.transfer import sent
 from omnitrain.models.omni import OmniModel
-from omnitrain.training.distill import rollout_seeds, writing
+from omnitrain.training.distill import rollout_seeds
 from omnitrain.training.losses import BatchLosses, RouterUse
+from omnitrain.training.notes import NotingModule
+from omnitrain.training.other_weights import instead, trained_weights
 from omnitrain.training.post_losses import (
     group_advantages,
     grpo_loss,
@@ -40,9 +42,6 @@ from omnitrain.training.post_losses import (
     sequence_means,
     truncated_importance_weights,
 )
-from omnitrain.training.ranks import gather_objects
-from omnitrain.training.sums import add_pairs, means, merged_pairs
-from omnitrain.training.thinker import ThinkerModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +64,10 @@ class _Phase:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-class GspoModule(ThinkerModule[OmniModel]):
+class GspoModule(NotingModule):
     """Trains an `OmniModel` on `rewards`, by name; arguments as of `ThinkerModule`. ValueError if there is none."""
+
+    NOTES = "rollout"
 
     config: GspoModuleConfig
 
@@ -88,7 +89,6 @@ class GspoModule(ThinkerModule[OmniModel]):
         self._reference: dict[str, Tensor] = {}
         self._phase: _Phase | None = None
         self._rows: list[dict[str, Any]] = []  # of the rollouts of this step
-        self._sums: dict[str, tuple[float, float]] = {}  # since the last row of metrics: sum, count
 
     # ------------------------------------------------------------------------------------------------------ weights
 
@@ -102,38 +102,18 @@ class GspoModule(ThinkerModule[OmniModel]):
                 "parallel=ddp"
             )
         if self.config.kl:  # before a checkpoint is read: what training begins with, also when it goes on
-            self._reference = self._weights()
+            self._reference = trained_weights(self.model)
 
     def on_train_start(self) -> None:
         super().on_train_start()
         for kept in (self._sampler, self._reference):
             kept.update({name: value.to(self.device) for name, value in kept.items()})
 
-    def _weights(self) -> dict[str, Tensor]:
-        """A copy of what is trained."""
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-
-    @contextmanager
-    def _instead(self, weights: Mapping[str, Tensor]) -> Generator[None]:
-        """The model with these `weights`, in evaluation mode and without gradients; none: as it stands."""
-        parameters = dict(self.model.named_parameters()) if weights else {}
-        own = {name: parameters[name].data for name in weights}
-        try:
-            for name, value in weights.items():
-                parameters[name].data = value
-            torch.clear_autocast_cache()  # which holds rounded copies of the weights
-            with writing(self.model):
-                yield
-        finally:
-            for name, value in own.items():
-                parameters[name].data = value
-            torch.clear_autocast_cache()
-
     def _take_sampler(self) -> None:
         """Keep the weights of the first step of a phase."""
         first = self.global_step - self.global_step % self.config.steps_per_rollout
         if first != self._sampler_step:
-            self._sampler = self._weights() if self.config.steps_per_rollout > 1 else {}
+            self._sampler = trained_weights(self.model) if self.config.steps_per_rollout > 1 else {}
             self._sampler_step = first
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -155,7 +135,7 @@ class GspoModule(ThinkerModule[OmniModel]):
         window = self._aut_window_frames()
         self._take_sampler()
         prompts = last_prompts(batch)
-        with self._instead(self._sampler):
+        with instead(self.model, self._sampler):
             answers = sample_answers(
                 self.model, prompts, n=config.answers, temperature=config.rollout.temperature,
                 max_new_tokens=config.rollout.max_new_tokens,
@@ -169,7 +149,7 @@ class GspoModule(ThinkerModule[OmniModel]):
             replay(self.model, experts)
         reference = None
         if config.kl:
-            with self._instead(self._reference):
+            with instead(self.model, self._reference):
                 reference, _ = self._token_statistics(new, window)
         self._phase = self._judged(batch, prompts, answers, old, reference)
         self._note_policy(self._phase, entropy)
@@ -235,12 +215,12 @@ class GspoModule(ThinkerModule[OmniModel]):
             }
             for i, r in enumerate(rollouts)
         ]  # fmt: skip
-        self._note("reward", total)
+        self.note("reward", total)
         for name, values in by_name.items():
-            self._note(f"reward/{name}", [value for value in values if value is not None])
-        self._note("length", lengths.tolist())
-        self._note("ended", map(float, ended))
-        self._note("groups_without_difference", (groups == groups[:, :1]).all(1).float().tolist())
+            self.note(f"reward/{name}", [value for value in values if value is not None])
+        self.note("length", lengths.tolist())
+        self.note("ended", ended)
+        self.note("groups_without_difference", (groups == groups[:, :1]).all(1).float().tolist())
         return _Phase(
             old=old,
             sampled=torch.tensor([p for answer in answers for p in answer.log_probs], device=old.device),
@@ -250,16 +230,12 @@ class GspoModule(ThinkerModule[OmniModel]):
             rows=rows,
         )
 
-    def _note(self, name: str, values: Any) -> None:
-        values = list(map(float, values))
-        add_pairs(self._sums, {name: (sum(values), float(len(values)))})
-
     def _note_policy(self, phase: _Phase, entropy: Tensor) -> None:
         difference = (phase.old - phase.sampled).double()
-        self._note("entropy", entropy.double().tolist())
-        self._note("mismatch", difference.abs().tolist())
+        self.note("entropy", entropy.double().tolist())
+        self.note("mismatch", difference.abs().tolist())
         if self.config.truncate is not None:
-            self._note("truncated", (difference.exp() > self.config.truncate).double().tolist())
+            self.note("truncated", (difference.exp() > self.config.truncate).double().tolist())
 
     # --------------------------------------------------------------------------------------------------------- loss
 
@@ -285,7 +261,7 @@ class GspoModule(ThinkerModule[OmniModel]):
             if phase.reference is not None:
                 kl = kl_to_reference(log_probs, phase.reference)
                 total = total + config.kl * sequence_means(kl, phase.owner, len(phase.advantages)).sum()
-                self._note("kl", kl.detach().tolist())
+                self.note("kl", kl.detach().tolist())
             (gradient,) = torch.autograd.grad(total, log_probs)
         of_tokens = torch.zeros(batch.n_tokens).index_copy(0, rows, -gradient.float().cpu())
         weighted = chunked_cross_entropy(
@@ -293,8 +269,8 @@ class GspoModule(ThinkerModule[OmniModel]):
         ).total
         for row, ratio, clipped in zip(phase.rows, found.ratios.tolist(), found.clipped.tolist(), strict=True):
             row |= {"ratio": ratio, "clipped": clipped}
-        self._note("ratio", found.ratios.tolist())
-        self._note("clipped", found.clipped.tolist())
+        self.note("ratio", found.ratios.tolist())
+        self.note("clipped", found.clipped.tolist())
         self._rows += phase.rows
         self._phase = None
         n = len(phase.advantages)
@@ -322,25 +298,6 @@ class GspoModule(ThinkerModule[OmniModel]):
         folder = Path(self.trainer.default_root_dir) / ROLLOUTS
         write_parquet(folder / f"step={step:07d}{rank}.parquet", pa.Table.from_pylist(self._rows))
         self._rows = []
-
-    # -------------------------------------------------------------------------------------------------------- counts
-
-    def own_row(self) -> dict[str, float]:
-        found = means(gather_objects(self._sums))
-        self._sums = {}
-        return {f"rollout/{name}": found[name] for name in sorted(found)}
-
-    def extra_state(self) -> dict[str, Any]:
-        return super().extra_state() | {"rollout_sums": dict(self._sums)}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        super().load_extra_state(state)
-        self._sums = dict(state["rollout_sums"])
-
-    def dealt_out(self, states: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
-        merged = merged_pairs(state["rollout_sums"] for state in states)
-        dealt = super().dealt_out(states, ranks)
-        return [state | {"rollout_sums": {} if rank else merged} for rank, state in enumerate(dealt)]
 
     def batch_flops(self, batch: PackedBatch) -> dict[str, float]:
         return {}  # not counted: most of a step is sampling

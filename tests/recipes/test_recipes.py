@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +20,9 @@ from data_prep import sound_captions
 from omnitrain.__main__ import main
 from omnitrain.config.locations import PACK, PACK_ANNOUNCEMENTS, PACK_SPEECH, RECIPES
 from omnitrain.data.shards import SampleSource
+from omnitrain.generation.speech import Speech, speak_texts
 from omnitrain.models.aut_decoder import AuT
+from omnitrain.runs import speech_pairs
 from omnitrain.runs.load import load, load_writer
 
 NAMES = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
@@ -47,7 +51,7 @@ HEARING = {"aut", "aut_quickstart"}
 ANSWERING = {"aut_transfer", "captioner"}
 """Those of a Thinker that hears, and ends with the evaluation of transcripts."""
 
-POST = {"distill_off_policy", "distill_on_policy", "gspo"}
+POST = {"distill_off_policy", "distill_on_policy", "gspo", "talker_dpo", "talker_post"}
 """Of post-training: from one another's runs, below."""
 
 EXACT = "trainer.deterministic=true"
@@ -221,6 +225,61 @@ def test_speech_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     overrides = f"stage_overrides.talker=[{','.join(words)}]"
     assert main(["fit", "+recipe=speech", "paths.run_dir=run", f"speech={speech}", overrides]) == 0
     assert heard_in(tmp_path / "run" / "talker", signals=5)["other_voices"]["n"] == 2
+
+
+class Hears:
+    """In place of `Whisper`: understands every other take."""
+
+    def __init__(self, model: str) -> None:
+        self.calls = 0
+
+    def hear(self, wav: np.ndarray, sample_rate: int, language: str = "") -> str:
+        self.calls += 1
+        return ("hm", "message from extension")[self.calls % 2]
+
+    def language(self, wav: np.ndarray, sample_rate: int) -> str:
+        return "en"
+
+
+def briefly(*args: Any, **options: Any) -> list[Speech]:
+    """Of a Talker that has not learnt to end."""
+    return [replace(said, hit_limit=False) for said in speak_texts(*args, **{**options, "max_frames": 12})]
+
+
+@pytest.mark.slow
+def test_the_talkers_four_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`talker_post`, with `data pairs` in this process, where a stand-in for the judge hears."""
+    monkeypatch.chdir(tmp_path)
+    speech = tmp_path / "announcements"
+    shutil.copytree(PACK_ANNOUNCEMENTS / "recordings", speech)
+    shutil.copy(PACK_ANNOUNCEMENTS / "tokenizer.json", speech)
+    every = ["evaluation.judge=null", *FEW, *SHORT]
+    quiet = "evaluation.after_fit=false"
+    voices = [
+        f"++data.sources.{name}.{key}"
+        for name, voice in (("new_voice", "fr"), ("old_voice", "en"))
+        for key in ("split=validation", f"where.source=[announcements/asterisk_{voice}]")
+    ]
+    voices += ["++data.test_sources.speech.where.source=[announcements/asterisk_en]"]
+    held = "data.sources.speech.split=validation"  # what the pack has recordings of
+    line = ["fit", "+recipe=talker_post", "paths.run_dir=run", f"speech={speech}", "judge=base"]
+    line += [f"stage_overrides.all=[{','.join(every)}]", "stage_overrides.pairs=null"]
+    line += [f"stage_overrides.{stage}=[{held},{quiet}]" for stage in ("talker", "clean")]
+    assert main([*line, "stage_overrides.preferred=null", "stage_overrides.voice=null"]) == 0
+
+    monkeypatch.setattr("omnitrain.evaluation.judges.Whisper", Hears)
+    monkeypatch.setattr(speech_pairs, "speak_texts", briefly)
+    asked = ["--split", "validation", "--judge", "base", "--understood", "1.5", "--margin", "0.01", "--most", "4"]
+    assert main(["data", "pairs", "run/clean", str(speech), "--out", "run/pairs", *asked]) == 0
+    made = SampleSource(Path("run/pairs"))
+    assert 0 < len(made) <= 4
+    assert all(row.meta["chosen_wer"] <= row.meta["rejected_wer"] for row in (made[i] for i in range(len(made))))
+
+    line += [f"stage_overrides.preferred=[{held},{quiet},{held.replace('sources', 'validation_sources')}]"]
+    assert main([*line, f"stage_overrides.voice=[{','.join(voices)}]"]) == 0
+    rows = Path("run/preferred/metrics.csv").read_text().splitlines()[0]
+    assert {"preference/accuracy", "preference/margin"} <= set(rows.split(","))
+    assert heard_in(tmp_path / "run" / "voice", signals=3)["kind"] == "talker"
 
 
 def heard_in(run: Path, signals: int) -> dict[str, Any]:
