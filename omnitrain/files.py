@@ -159,6 +159,12 @@ def write_text(path: str | os.PathLike[str], text: str, *, replace: bool = True)
         partial.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic(path) as partial:
+        partial.write_bytes(data)
+
+
 def write_json(path: str | os.PathLike[str], value: Any, *, replace: bool = True) -> None:
     """Write `value` as JSON that people can read, whole or not at all. What JSON does not know is written as text."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", replace=replace)

@@ -100,6 +100,7 @@ def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -
         judge_codec(model, test, data.opened("voice_sources"), settings, out)
     else:
         from omnitrain.evaluation.listening import judge_talker
+        from omnitrain.generation.decoding import for_decoding
         from omnitrain.generation.speech import Speaker
         from omnitrain.runs.load import load_codec
 
@@ -107,6 +108,8 @@ def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -
         assert isinstance(settings, SpeechEvaluation)
         trips = None if codec is None else load_codec(codec)
         mimi = trips if isinstance(trips, MimiCodec) and model.code2wav is None else None
+        if settings.int8:
+            for_decoding(model, int8=True)
         judge_talker(
             Speaker(model, data.tokenizer, decoder=mimi),
             data.tokenizer,

@@ -210,13 +210,14 @@ def _judge(
 
 
 def _write_rows(path: Path, spoken: Sequence[Spoken], scores: SpeechScores, players: int) -> None:
-    """A row for each utterance; the first `players` with their sound."""
+    """A row for each utterance; `players` of them, evenly spaced, with their sound."""
+    heard_here = {i * len(spoken) // players for i in range(players)} if players < len(spoken) else range(len(spoken))
     rows = [
         {
             "id": s.id, "text": s.text, "voice": s.voice, "hit_limit": s.hit_limit,
             "heard": json.dumps({k: v for k, v in heard.items() if k not in ("id", "text")}),
             "measured": json.dumps(measured),
-            **{name: encode_audio(w, SAMPLE_RATE, "flac") for name, w in s.signals.items() if i < players},
+            **{name: encode_audio(w, SAMPLE_RATE, "flac") for name, w in s.signals.items() if i in heard_here},
         }
         for i, (s, heard, measured) in enumerate(zip(spoken, scores.heard, scores.measured, strict=True))
     ]  # fmt: skip

@@ -102,6 +102,7 @@ class SpeechEvaluation(Evaluation):
         voice: speak all texts in this voice, and compare with it; None: in that of each recording.
         other_voices: speak each text in every other voice of the texts' recordings too, as in those of other languages,
             and judge, beside all else, whether it stays the language and the voice.
+        int8: speak with the weights of Thinker, Talker and MTP in 8 bits, as `talk --int8` does (CPU).
         seconds_limit: of one answer, in seconds.
         temperature: of all codes; 0: always the likeliest.
         top_k: draw from so many of the likeliest codes; 0: from all.
@@ -117,6 +118,7 @@ class SpeechEvaluation(Evaluation):
     batch: int = 8
     voice: str | None = None
     other_voices: bool = False
+    int8: bool = False
     seconds_limit: float = 12.0
     temperature: float = 0.7
     top_k: int = 50

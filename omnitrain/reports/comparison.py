@@ -17,18 +17,21 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from omnitrain.data.sample import MODALITIES
+from omnitrain.data.view import data_uri
 from omnitrain.evaluation.intervals import Interval, bootstrap_interval
 from omnitrain.evaluation.scores import MEASURES, SCORE_COLUMNS, Measure, Scores, read_table, scores_of
 from omnitrain.files import PREDICTIONS, SCORES, TRANSCRIPTS, write_text
 from omnitrain.reports import figures
 from omnitrain.reports.run import Run, flat, formatted, read_run, templates
-from omnitrain.reports.speech import read_speech_arms, speech_head, speech_rows, write_speech_markdown
+from omnitrain.reports.speech import Clip, arm_tables, read_clips, read_speech_arms, write_speech_markdown
 from omnitrain.reports.transcripts import read_arms, rows, swap_rows, window_rows, write_markdown
 
 TABLE = "table.md"
 """Beside the page, where runs have transcripts or speech: the same tables as Markdown."""
 SPEECH_TABLE = "speech.md"
 """Where there are both, that of the speech."""
+CLIPS = 2
+"""Sentences that can be heard as each arm says them."""
 FEW_CONCEPTS = 10
 """With fewer, a bootstrap interval is too narrow to call a difference one."""
 
@@ -116,9 +119,10 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
     if arms is not None:
         write_markdown(arms, Path(out).with_name(TABLE))
     colours = dict(zip(names, cycle(figures.ARM_COLOURS.values()), strict=False))
-    speech = read_speech_arms(runs, names)
+    speech, clips = read_speech_arms(runs, names), []
     if speech is not None:
-        write_speech_markdown(speech, Path(out).with_name(SPEECH_TABLE if arms else TABLE))
+        clips = read_clips(runs, names, CLIPS)
+        write_speech_markdown(speech, clips, Path(out).with_name(SPEECH_TABLE if arms else TABLE))
     page = templates().get_template("comparison.html.j2").render(
         name=f"{len(runs)} runs side by side",
         names=names,
@@ -127,8 +131,8 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         few=FEW_CONCEPTS,
         dropped=max((line.dropped for line in lines), default=0),
         arms=arms,
-        speech_head=speech_head(speech) if speech else [],
-        speech_rows=speech_rows(speech) if speech else [],
+        speech=arm_tables(speech) if speech else [],
+        clips=_players(clips),
         transcripts=rows(arms) if arms else [],
         by_window=window_rows(arms) if arms else [],
         swaps=swap_rows(arms) if arms else [],
@@ -140,6 +144,14 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
     )  # fmt: skip
     write_text(out, page)
     return Path(out), missing
+
+
+def _players(clips: Sequence[Clip]) -> dict[str, dict[str, str]]:
+    """Of each sentence the sound of each arm, as a data URI."""
+    players: dict[str, dict[str, str]] = {}
+    for clip in clips:
+        players.setdefault(clip.text, {})[clip.arm] = data_uri(clip.sound, "audio/ogg")
+    return players
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

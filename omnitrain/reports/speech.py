@@ -7,16 +7,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.evaluation.intervals import Estimate, bootstrap_interval, crossed_interval
 from omnitrain.evaluation.scores import read_table
 from omnitrain.evaluation.speech_tables import LABELS, TRIP
-from omnitrain.files import SPOKEN, write_text
+from omnitrain.files import SPOKEN, write_bytes, write_text
 from omnitrain.reports.run import Run
 from omnitrain.reports.transcripts import arm_heads, cell_text, markdown_table, runs_by_arm
 
+_RATE, _BIT_RATE = 24_000, 24_000
+"""Hz, and bits a second, of clips."""
 _LOWER = ("wer", "cer", "mel_db", "voicing_error", "failed")
 
 
@@ -138,28 +142,90 @@ def _estimate(values: np.ndarray, weights: np.ndarray, groups: Sequence[str]) ->
     return replace(found, low=interval.low, high=interval.high) if interval.groups > 1 else found
 
 
-def speech_head(arms: SpeechArms) -> list[str]:
-    """What stands above the columns of `speech_rows`."""
-    heads, minus = arm_heads(arms.runs)
-    return ["voice", "sentences", "measure", *heads, *minus]
+@dataclass(frozen=True, kw_only=True)
+class ArmTable:
+    """Of one voice, or all: a row for each arm, and for the recording what stands in none; cells as text."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
-def speech_rows(arms: SpeechArms) -> list[list[str]]:
-    """Cells of each line: voice, sentences, measure, then of each arm, and of each difference to the first."""
-    return [
-        [
-            line.voice, str(line.sentences), line.title,
-            *(cell_text(line.values.get(name), line.form) for name in arms.runs),
-            *(cell_text(line.differences.get(name), line.form, "+") for name in list(arms.runs)[1:]),
-        ]
-        for line in arms.lines
-    ]  # fmt: skip
+def arm_tables(arms: SpeechArms) -> list[ArmTable]:
+    """A table for all voices together, then one for each. In a cell a score, and behind it what it is more than that of
+    the first arm. The recordings' scores are those of all arms: they stand above, not in a column."""
+    heads, _ = arm_heads(arms.runs)
+    tables = []
+    for voice in dict.fromkeys(line.voice for line in arms.lines):
+        lines = [line for line in arms.lines if line.voice == voice]
+        recorded = [line for line in lines if line.title.removesuffix(" ↓").removesuffix(" ↑").endswith("recording")]
+        told = [line for line in lines if line not in recorded]
+        same = [f"{line.title[:-2]} {cell_text(next(iter(line.values.values())), line.form)}" for line in recorded]
+        title = f"{voice}, {max(line.sentences for line in lines)} sentences"
+        rows = tuple((head, *(_cell(line, name) for line in told)) for head, name in zip(heads, arms.runs, strict=True))
+        title += f" ({'; '.join(same)})" if same else ""
+        tables.append(ArmTable(title=title, head=("arm", *(line.title for line in told)), rows=rows))
+    return tables
 
 
-def write_speech_markdown(arms: SpeechArms, path: Path) -> None:
-    """The same table as Markdown."""
-    text = (
+def _cell(line: SpeechLine, name: str) -> str:
+    value = cell_text(line.values.get(name), line.form)
+    difference = line.differences.get(name)
+    return value if difference is None else f"{value}; {cell_text(difference, line.form, '+')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """What an arm (or the recording) made of one sentence: Ogg Opus."""
+
+    arm: str
+    text: str
+    sound: bytes
+
+
+def read_clips(runs: Sequence[Run], names: Sequence[str], count: int) -> list[Clip]:
+    """Up to `count` sentences that every arm has the sound of, of different voices first, as each arm's first seed said
+    them (a codec: its round trip), behind their recordings. Raises ValueError if a file cannot be read."""
+    arms = runs_by_arm([(run, name) for run, name in zip(runs, names, strict=True) if run.speech])
+    sounds: dict[str, dict[str, dict[str, Any]]] = {}
+    for label, by_seed in arms.items():
+        run = by_seed[min(by_seed)][0]
+        table = read_table(run.folder / SPOKEN, ("id", "text", "voice", "reference", "round_trip", "generated"))
+        made = "round_trip" if run.speech.get("kind") == "codec" else "generated"
+        sounds[label] = {
+            row["id"]: row | {"made": row[made]} for row in table.to_pylist() if row.get(made) and row.get("reference")
+        }
+    first, *others = sounds.values()
+    common = [row for id, row in first.items() if all(id in other for other in others)]
+    turns = {row["id"]: sum(r["voice"] == row["voice"] for r in common[:i]) for i, row in enumerate(common)}
+    chosen = sorted(common, key=lambda row: turns[row["id"]])[:count]
+    clips = [Clip(arm="recording", text=row["text"], sound=_opus(row["reference"])) for row in chosen]
+    return clips + [
+        Clip(arm=label, text=row["text"], sound=_opus(rows[row["id"]]["made"]))
+        for label, rows in sounds.items()
+        for row in chosen
+    ]
+
+
+def _opus(recording: bytes) -> bytes:
+    return encode_audio(decode_audio(recording, _RATE), _RATE, "opus", _BIT_RATE)
+
+
+def write_speech_markdown(arms: SpeechArms, clips: Sequence[Clip], path: Path) -> None:
+    """The same tables as Markdown, and the `clips` as files in the folder ``clips`` beside it."""
+    parts = [
         "On sentences that all runs have. Means over seeds, with 95 % intervals for new seeds and new sentences; of a "
-        "single seed for new sentences alone."
-    )
-    write_text(path, f"{text}\n\n{markdown_table(speech_head(arms), speech_rows(arms))}\n")
+        f"single seed for new sentences alone. Behind the semicolon: the difference to {next(iter(arms.runs))}, paired "
+        "by seed and sentence."
+    ]
+    parts += [f"**{table.title}**\n\n{markdown_table(table.head, table.rows)}" for table in arm_tables(arms)]
+    if clips:
+        texts, by_arm = dict.fromkeys(clip.text for clip in clips), dict[str, list[str]]()
+        for clip in clips:
+            links = by_arm.setdefault(clip.arm, [])
+            name = f"clips/{clip.arm.replace('/', '_')}-{len(links) + 1}.opus"
+            write_bytes(path.parent / name, clip.sound)
+            links.append(f"[listen]({name})")
+        rows = [(arm, *links) for arm, links in by_arm.items()]
+        parts.append("**To listen to** (the first seed of each arm)\n\n" + markdown_table(("arm", *texts), rows))
+    write_text(path, "\n\n".join(parts) + "\n")

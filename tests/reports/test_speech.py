@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from omnitrain.data.media import decode_audio, encode_audio
 from omnitrain.evaluation.intervals import bootstrap_interval
 from omnitrain.reports.comparison import write_comparison
 from omnitrain.reports.speech import compare_speech, read_sentences
+
+
+def tone(hertz: float) -> bytes:
+    return encode_audio(0.3 * np.sin(2 * np.pi * hertz * np.arange(24_000) / 24_000).astype(np.float32), 24_000, "flac")
 
 
 def codec_run(folder: Path, *, seed: int, codes: int, worse: float) -> Path:
@@ -29,6 +35,8 @@ def codec_run(folder: Path, *, seed: int, codes: int, worse: float) -> Path:
                 "wer/whisper/reference": [i % 2, 10], "wer/whisper/round_trip": [i % 2 + worse + 0.1 * seed, 10],
                 "stoi": [0.9 - 0.1 * worse + 0.01 * i, 1], **({"pesq": [1.5, 1]} if i != 3 else {}),
             }),
+            "reference": tone(300) if i not in (1, 2) else None, "generated": None,
+            "round_trip": tone(500 + 10 * round(worse) + 100 * seed),
         }
         for i in range(8)
     ]  # fmt: skip
@@ -67,14 +75,26 @@ def test_arms_are_compared_by_sentence_and_voice(runs: list[Path]) -> None:
     assert "WER, generated ↓" not in {title for _, title in lines}
 
 
-def test_the_page_has_a_column_for_each_arm(runs: list[Path], tmp_path: Path) -> None:
+def test_the_page_has_a_row_for_each_arm_and_its_sound(runs: list[Path], tmp_path: Path) -> None:
     page, missing = write_comparison(runs, tmp_path / "page.html")
     assert not any("predictions" in line for line in missing)
     text, table = page.read_text(encoding="utf-8"), (tmp_path / "table.md").read_text(encoding="utf-8")
-    head = "| voice | sentences | measure | base (2 seeds) | few (2 seeds) | one (1 seed) | few − base | one − base |"
-    assert head in table
-    assert "<td>+20.0% [+20.0%, +20.0%]</td>" in text
-    assert "| all | 8 | WER, codec round trip ↓ | 5.5%" in table
+    assert "| arm | WER, codec round trip ↓ | PESQ-WB ↑ | STOI ↑ |" in table
+    assert "**all, 8 sentences (WER, recording 5.0% [" in table
+    assert "| base (2 seeds) | 5.5% [" in table
+    assert "; +20.0% [+20.0%, +20.0%] |" in table
+    assert "; +20.0% [+20.0%, +20.0%]</td>" in text
+    assert [line.split(",")[0] for line in table.splitlines() if line.startswith("**")][:3] == ["**all", "**en", "**fr"]
+    # One sentence of each voice that all have the sound of, as each arm's first seed made it.
+    assert "| arm | sentence 0 | sentence 3 |" in table
+    assert "| few | [listen](clips/few-1.opus) | [listen](clips/few-2.opus) |" in table
+    assert {path.stem for path in (tmp_path / "clips").iterdir()} == {
+        f"{arm}-{i}" for arm in ("recording", "base", "few", "one") for i in (1, 2)
+    }
+    assert text.count("<audio") == 8
+    for arm, hertz in (("recording", 300), ("base", 500), ("few", 520), ("one", 510)):
+        wave = decode_audio((tmp_path / f"clips/{arm}-1.opus").read_bytes(), 24_000)
+        assert np.abs(np.fft.rfft(wave)).argmax() * 24_000 / len(wave) == pytest.approx(hertz, abs=3)
     with pytest.raises(ValueError, match="both have seed 0"):
         write_comparison(
             [runs[0], codec_run(tmp_path / "again/seed=0", seed=0, codes=256, worse=0)], tmp_path / "p.html"
