@@ -66,7 +66,7 @@ PARTS: list[tuple[str, str, list[tuple[str, Any]]]] = [
         ("callbacks.throughput", run_config.ThroughputConfig), ("callbacks.progress", run_config.ProgressConfig),
         ("callbacks.media_panels", run_config.MediaPanelsConfig)]),
     ("logger", "csv, wandb", [("logger.wandb", run_config.WandbConfig)]),
-    ("evaluation", "heldout, codec, speech", [("evaluation", cls) for cls in SETTINGS.values()]),
+    ("evaluation", "heldout, transcripts, codec, speech, dialogue", [("evaluation", cls) for cls in SETTINGS.values()]),
     ("paths", "", [("paths", run_config.PathsConfig)]),
     ("eval", "with `test`: `+eval=NAME`", [("eval", BenchmarkRun)]),
     ("study", "of the recipe nondegradation", [("study", StudySpec)]),

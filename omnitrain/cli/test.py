@@ -9,6 +9,7 @@ from omnitrain.config.targets import built
 from omnitrain.config.typed import ConfigError, named, typed
 from omnitrain.evaluation.settings import (
     CodecEvaluation,
+    DialogueEvaluation,
     Evaluation,
     HeldoutEvaluation,
     SpeechEvaluation,
@@ -99,6 +100,7 @@ def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -
         assert isinstance(model, Codec)
         judge_codec(model, test, data.opened("voice_sources"), settings, out)
     else:
+        from omnitrain.evaluation.dialogue import judge_dialogues
         from omnitrain.evaluation.listening import judge_talker
         from omnitrain.generation.decoding import for_decoding
         from omnitrain.generation.speech import Speaker
@@ -107,15 +109,11 @@ def _evaluate(experiment: Experiment, settings: Evaluation, codec: str | None) -
         assert isinstance(model, OmniModel)
         assert isinstance(settings, SpeechEvaluation)
         trips = None if codec is None else load_codec(codec)
-        mimi = trips if isinstance(trips, MimiCodec) and model.code2wav is None else None
         if settings.int8:
             for_decoding(model, int8=True)
-        judge_talker(
-            Speaker(model, data.tokenizer, decoder=mimi),
-            data.tokenizer,
-            trips,
-            test,
-            data.opened("voice_sources"),
-            settings,
-            out,
-        )
+        mimi = trips if isinstance(trips, MimiCodec) and model.code2wav is None else None
+        speaker, voices = Speaker(model, data.tokenizer, decoder=mimi), data.opened("voice_sources")
+        if isinstance(settings, DialogueEvaluation):
+            judge_dialogues(speaker, data.encoder, test, voices, settings, out)
+        else:
+            judge_talker(speaker, data.tokenizer, trips, test, voices, settings, out)

@@ -71,7 +71,7 @@ def judge_codec(
     for u in track(recordings, "round trips", console=Console(stderr=True)):
         trip = round_trip(codec, u.wav)
         spoken.append(spoken_of(u, generated=trip, round_trip=trip))
-    return _judge(spoken, train_sources, settings, out_dir, bit_rate(codec))
+    return judge_spoken(spoken, train_sources, settings, out_dir, bit_rate(codec))
 
 
 def judge_talker(
@@ -109,7 +109,7 @@ def judge_talker(
             trip = None if codec is None else round_trip(codec, u.wav)
             spoken.append(spoken_of(u, generated=speech.wav, round_trip=trip, hit_limit=speech.hit_limit))
     own, others = spoken[: len(recordings)], spoken[len(recordings) :]
-    return _judge(own, train_sources, settings, out_dir, None if codec is None else bit_rate(codec), others)
+    return judge_spoken(own, train_sources, settings, out_dir, None if codec is None else bit_rate(codec), others)
 
 
 def read_recordings(sources: Mapping[str, Source], most: int) -> list[Utterance]:
@@ -164,15 +164,21 @@ def _every(sources: Mapping[str, Source], most: int = 400) -> Iterator[Utterance
                 continue
 
 
-def _judge(
+def judge_spoken(
     spoken: Sequence[Spoken],
     train_sources: Mapping[str, Source],
     settings: CodecEvaluation | SpeechEvaluation,
     out_dir: Path,
-    bits: float | None,
+    bits: float | None = None,
     others: Sequence[Spoken] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`others`: what was spoken in other voices, scored apart."""
+    """Judge what was spoken, write ``speech.json`` and its rows, and print the tables.
+
+    Args:
+        bits: bits a second of a codec.  others: what was spoken in other voices, scored apart.
+        more: what else stands in ``speech.json``.
+    """
     kind, grammar = ("talker", settings.grammar_words) if isinstance(settings, SpeechEvaluation) else ("codec", True)
     english = all(s.language in ("en", "") for s in spoken)  # the recogniser knows no other language
     words = sorted({word for s in spoken for word in spoken_form(s.text).split()}) if english and grammar else None
@@ -195,6 +201,7 @@ def _judge(
         "not_judged": missing_judges_notice(missing) if missing else None,
         "words": len(words) if words else None,
         "bit_rate": bits,
+        **(more or {}),
         **_record(scores),
     }
     _write_rows(out_dir / Path(SPOKEN).name, spoken, scores, settings.players)

@@ -13,8 +13,8 @@ class Evaluation:
     """What every evaluation has.
 
     Attributes:
-        scores: ``heldout`` (text answers), ``transcripts`` (answers about recordings), ``codec`` or ``speech`` (which
-            judge sound); see `SETTINGS`.
+        scores: ``heldout`` (text answers), ``transcripts`` (answers about recordings), ``codec``, ``speech`` or
+            ``dialogue`` (which judge sound); see `SETTINGS`.
         after_fit: `fit` ends with it; False: `fit` ends with the last checkpoint, and `test RUN_DIR` scores it later.
         report: write ``report.html``.
     """
@@ -132,10 +132,34 @@ class SpeechEvaluation(Evaluation):
             raise ValueError(f"evaluation.voice={self.voice} and evaluation.other_voices=true: choose one")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DialogueEvaluation(SpeechEvaluation):
+    """How a model answers the questions of `data.test_sources` aloud (`evaluation.dialogue`): the Thinker sees, hears
+    and writes, the Talker says what is written.
+
+    Attributes:
+        voice: answer in this voice; None: in that of each recording.
+        max_new_tokens: of an answer's text.
+        grammar_words: the words of a loop would be those that the model wrote, which need be none.
+    """
+
+    scores: str = "dialogue"
+    max_new_tokens: int = 64
+    grammar_words: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.other_voices:
+            raise ValueError("evaluation.other_voices is for given texts; evaluation=dialogue takes evaluation.voice")
+        if self.grammar_words:
+            raise ValueError("evaluation.grammar_words is for given texts; leave it out with evaluation=dialogue")
+
+
 SETTINGS: dict[str, type[Evaluation]] = {
     "heldout": HeldoutEvaluation,
     "transcripts": TranscriptEvaluation,
     "codec": CodecEvaluation,
     "speech": SpeechEvaluation,
+    "dialogue": DialogueEvaluation,
 }
 """The settings by the name that `Evaluation.scores` gives."""

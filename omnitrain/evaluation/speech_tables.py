@@ -39,6 +39,8 @@ def speech_tables(summary: Scores) -> list[SpeechTable]:
     for parts, name in _partitions(summary):
         tables += [_by_part(parts, name, signals), _by_part_paired(parts, name, signals)]
     tables.append(_failures(summary, signals))
+    if dialogue := summary.get("dialogue"):
+        tables.insert(0, _dialogue(dialogue))
     if others := summary.get("other_voices"):
         parts = next(dict(found) for found, _ in [*reversed([*_partitions(others)]), ({"all": others}, "")])
         by = _by_part(parts, "voice and language", ["generated"])
@@ -46,6 +48,18 @@ def speech_tables(summary: Scores) -> list[SpeechTable]:
             replace(table, title=f"in other voices, {table.title}") for table in (by, _failures(others, ["generated"]))
         ]
     return [table for table in tables if table.rows]
+
+
+def _dialogue(scores: Mapping[str, Any]) -> SpeechTable:
+    """What whole dialogues have besides."""
+    rows = [("answered as in the data", interval_text(scores["right"], ".0%"))]
+    rows += [(f"asked as in {name}", interval_text(of, ".0%")) for name, of in scores["right_by_source"].items()]
+    rows += [
+        ("sound before the text has ended", interval_text(scores["sound_first"], ".0%")),
+        ("first sound after, s", interval_text(scores["first_sound"], ".2f")),
+        ("end of the text after, s", interval_text(scores["text_end"], ".2f")),
+    ]
+    return SpeechTable(f"{scores['n']} dialogues", ("measure", ""), tuple(rows))
 
 
 def _partitions(summary: Scores) -> Iterator[tuple[Mapping[str, Scores], str]]:

@@ -481,7 +481,7 @@ def _render(run: Run) -> str:
     lines, folder = figures.lines, run.folder.resolve().name
     return templates().get_template("run.html.j2").render(
         run=run,
-        speaks=_scores(run) in ("codec", "speech"),
+        speaks=_scores(run) in ("codec", "speech", "dialogue"),
         listens=_scores(run) == "transcripts",
         transcripts=_transcripts(run.transcripts) if run.transcripts else None,
         recordings=_recordings(run.heard),

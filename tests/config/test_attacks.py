@@ -1000,12 +1000,21 @@ def test_a_study_that_a_report_reads(scene: Scene, capsys) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_recipe_is_let_through(name: str, scene: Scene, no_job: None) -> None:
-    starts_from = ("pretrain_s1", "pretrain_s2", "pretrain_s3", "speaker_finetune", "talker_continue", "talker_dpo")
+    starts_from = (
+        "pretrain_s1",
+        "pretrain_s2",
+        "pretrain_s3",
+        "speaker_finetune",
+        "talker_continue",
+        "talker_dpo",
+        "dialogue_talker",
+    )
     needs = [
         *(["module.init_from=x"] if name.startswith(starts_from) else []),
         *(["teacher=x"] if name.startswith("distill") else []),
         *(["answers=x"] if name == "distill_off_policy" else []),
         *(["pairs=x"] if name == "talker_dpo" else []),
+        *(["answers=x"] if name in ("dialogue_thinker", "dialogue_talker") else []),
         *(["judge=x"] if name == "talker_post" else []),
         *(["speech=x"] if name in ("speech", "codec_finetune") else []),
         *([f"data.tokenizer={PACK}"] if name == "aut" else []),

@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_prep import sound_captions
+from data_prep import dialogues, sound_captions
+from data_prep.synthetic_speech import Voice
 from omnitrain.__main__ import main
 from omnitrain.config.locations import PACK, PACK_ANNOUNCEMENTS, PACK_SPEECH, RECIPES
-from omnitrain.data.shards import SampleSource
+from omnitrain.data.media import encode_audio
+from omnitrain.data.shards import SampleSource, write_shards
 from omnitrain.generation.speech import Speech, speak_texts
 from omnitrain.models.aut_decoder import AuT
 from omnitrain.runs import speech_pairs
@@ -35,6 +37,9 @@ SPEECH = {
     "speech_quickstart",
     "speech",
     "talker_ablation",
+    "dialogue",
+    "dialogue_thinker",
+    "dialogue_talker",
 }
 """These build on one another, and run as such below (`codec_finetune` in tests/runs/test_export_codec.py)."""
 VOICES = {"codec_voices", "codec_ablation"}
@@ -280,6 +285,37 @@ def test_the_talkers_four_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows = Path("run/preferred/metrics.csv").read_text().splitlines()[0]
     assert {"preference/accuracy", "preference/margin"} <= set(rows.split(","))
     assert heard_in(tmp_path / "run" / "voice", signals=3)["kind"] == "talker"
+
+
+@pytest.mark.slow
+def test_a_dialogue_is_learnt_and_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dialogue` on a few rows made as `data_prep.dialogues` makes them, with noise for who asks aloud."""
+    monkeypatch.chdir(tmp_path)
+    source = SampleSource(PACK_ANNOUNCEMENTS / "recordings", where={"source": "announcements/asterisk_en"})
+    rows = [row for row in (source[i] for i in range(len(source))) if dialogues.question_of(row.concept)]
+    noise = encode_audio(np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32), 16_000, "flac")
+    splits = ("train", "train", "validation", "heldout_concept", "heldout_cell")
+    asked = [
+        replace(
+            dialogues.dialogue(
+                row, source.media_bytes(row.segments[-1]), i, (Voice.parse("awb"), noise) if i % 2 else None, "Who?"
+            ),
+            split=splits[i % 5],
+        )
+        for i, row in enumerate(rows[:10])
+    ]
+    write_shards(asked, tmp_path / "dialogues", "dialogues", progress=False)
+    shutil.copy(PACK_ANNOUNCEMENTS / "tokenizer.json", tmp_path / "dialogues")
+    thinker = [*FEW, "evaluation.after_fit=false"]
+    talker = [*FEW, *SHORT, "evaluation.max_new_tokens=6"]
+    stages = [f"stage_overrides.thinker=[{','.join(thinker)}]", f"stage_overrides.talker=[{','.join(talker)}]"]
+    assert main(["fit", "+recipe=dialogue", "paths.run_dir=run", f"dialogues={tmp_path / 'dialogues'}", *stages]) == 0
+    found = heard_in(tmp_path / "run/talker", signals=1)["dialogue"]
+    assert found["n"] == 2
+    Path("digits.png").write_bytes(dialogues.picture("4729", "x"))
+    line = ["talk", "run/talker", "--image", "digits.png", "Who?", "--out", "said.wav", "--max-seconds", "1"]
+    assert main([*line, "--max-new-tokens", "4"]) == 0
+    assert Path("said.wav").stat().st_size > 1_000
 
 
 def heard_in(run: Path, signals: int) -> dict[str, Any]:
