@@ -26,7 +26,7 @@ import yaml
 
 from omnitrain.__main__ import main
 from omnitrain.config import compose
-from omnitrain.config.locations import PACK, RECIPES
+from omnitrain.config.locations import PACK, PACK_ANNOUNCEMENTS, RECIPES
 from omnitrain.config.targets import ForbiddenTarget, check_plain
 from omnitrain.config.typed import plain
 from omnitrain.models.sizes import CODEC_PRESETS
@@ -630,7 +630,8 @@ def test_a_stage(name: str, scene: Scene, no_stage: None, capsys: pytest.Capture
 
 
 def test_words_that_a_recipe_adds_to_a_stage(scene: Scene, no_stage: None, capsys: pytest.CaptureFixture[str]) -> None:
-    words = scene.recipe("defaults: [speech]\nstage_overrides: {talker: ['+callbacks.evil._target_=os.system']}")
+    evil = "stage_overrides: {talker: ['+callbacks.evil._target_=os.system']}"
+    words = scene.recipe(f"defaults: [speech]\nspeech: {PACK_ANNOUNCEMENTS}\n{evil}")
     assert main(["fit", *words, "paths.run_dir=run"]) not in (0, None)
     scene.assert_nothing_happened()
     assert_explained(capsys.readouterr().err, r"callbacks[./]evil")
@@ -1006,17 +1007,18 @@ def test_every_recipe_is_let_through(name: str, scene: Scene, no_job: None) -> N
         "pretrain_s3",
         "speaker_finetune",
         "talker_continue",
-        "talker_dpo",
         "dialogue_talker",
     )
     needs = [
         *(["module.init_from=x"] if name.startswith(starts_from) else []),
         *(["teacher=x"] if name.startswith("distill") else []),
-        *(["answers=x"] if name == "distill_off_policy" else []),
-        *(["pairs=x"] if name == "talker_dpo" else []),
-        *(["answers=x"] if name in ("dialogue_thinker", "dialogue_talker") else []),
+        *(["answers=x"] if name in ("distill_off_policy", "dialogue_thinker", "dialogue_talker") else []),
+        *(["speech=x"] if name == "codec_finetune" else []),
+        # Their data bring a tokenizer, which has to be there.
+        *([f"speech={PACK_ANNOUNCEMENTS}"] if name in ("speech", "talker_post") else []),
+        *([f"dialogues={PACK_ANNOUNCEMENTS}"] if name.startswith("dialogue") else []),
+        *([f"module.init_from={PACK_ANNOUNCEMENTS}", "pairs=x"] if name == "talker_dpo" else []),
         *(["judge=x"] if name == "talker_post" else []),
-        *(["speech=x"] if name in ("speech", "codec_finetune") else []),
         *([f"data.tokenizer={PACK}"] if name == "aut" else []),
         *([f"model.folder={save_small_folder(scene.theirs / 'public')}"] if name == "finetune" else []),
     ]
