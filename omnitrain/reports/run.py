@@ -31,7 +31,7 @@ from omnitrain.evaluation.metrics import normalise
 from omnitrain.evaluation.speech_tables import LABELS, interval_text, speech_tables
 from omnitrain.evaluation.transcripts import CONSTANT, FREQUENT, MODEL, Measure, measures_of
 from omnitrain.files import read_json, write_text
-from omnitrain.reports import figures
+from omnitrain.reports import figures, rollouts
 from omnitrain.reports.mixture import mixture
 from omnitrain.reports.positions import MEASURES as POSITION_MEASURES
 from omnitrain.reports.positions import by_position
@@ -505,6 +505,8 @@ def _render(run: Run) -> str:
         rate_figure=lines(run.below("lr/"), "learning rate"),
         position_figure=figures.position_curves(by_position(run.predictions), POSITION_MEASURES),
         samples=_samples(run),
+        rollout_curves=rollouts.curves(run.metrics),
+        rollout_steps=rollouts.read_steps(run.folder),
         speech=_speech(run.speech) if run.speech else None,
         players=_players(run.spoken),
         codec_figure=lines(_named(run.metrics, CODEC_TERMS), "terms of the loss"),
