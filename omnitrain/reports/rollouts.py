@@ -40,7 +40,7 @@ class Step:
 
 
 def read_steps(run_dir: Path) -> list[Step]:
-    """The first step that has rollouts, the middle one and the last. Raises ValueError for a file that cannot be read."""
+    """The first step that has rollouts, the middle one and the last. Raises ValueError if a file cannot be read."""
     files: dict[int, list[Path]] = {}
     for path in sorted((run_dir / ROLLOUTS).glob("step=*.parquet")):
         files.setdefault(int(path.name.removeprefix("step=").split(".")[0]), []).append(path)
