@@ -20,6 +20,7 @@ held-out words left there.
 from __future__ import annotations
 
 import argparse
+import heapq
 import random
 import sys
 import unicodedata
@@ -283,11 +284,16 @@ def fragments(language: Language, said: Collection[str]) -> Iterator[Prompts]:
         piece = prompts[start : start + length]
         if document_split(sentence_key(text := " ".join(piece))) == "train":
             pieces.setdefault(text, piece)
-    left, times = list(pieces.values()), Counter[str]()
+    # Next is the one whose prompts have been said least; of several, the first drawn. Counts only grow: what was the
+    # least and still has its count is the least.
+    left, times = [(0.0, place, piece) for place, piece in enumerate(pieces.values())], Counter[str]()
     while left:
-        # The one whose prompts have been said least; of several, the first drawn.
-        index = min(range(len(left)), key=lambda i: sum(times[p] for p in left[i]) / len(left[i]))
-        piece = left.pop(index)
+        said_before, place, piece = left[0]
+        now = sum(times[prompt] for prompt in piece) / len(piece)
+        if now > said_before:
+            heapq.heapreplace(left, (now, place, piece))
+            continue
+        heapq.heappop(left)
         times.update(piece)
         yield piece
 
