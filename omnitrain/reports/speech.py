@@ -4,7 +4,7 @@ all sentences that all runs have spoken and by voice, differences to the first a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,19 +153,23 @@ class ArmTable:
 
 def arm_tables(arms: SpeechArms) -> list[ArmTable]:
     """A table for all voices together, then one for each. In a cell a score, and behind it what it is more than that of
-    the first arm. The recordings' scores are those of all arms: they stand above, not in a column."""
+    the first arm. What is the same of all, as the recordings' scores are, stands above, not in a column."""
     heads, _ = arm_heads(arms.runs)
     tables = []
     for voice in dict.fromkeys(line.voice for line in arms.lines):
         lines = [line for line in arms.lines if line.voice == voice]
-        recorded = [line for line in lines if line.title.removesuffix(" ↓").removesuffix(" ↑").endswith("recording")]
-        told = [line for line in lines if line not in recorded]
-        same = [f"{line.title[:-2]} {cell_text(next(iter(line.values.values())), line.form)}" for line in recorded]
+        shared = [line for line in lines if set(line.values) == set(arms.runs) and _alike(line.values.values())]
+        told = [line for line in lines if line not in shared]
+        same = [f"{line.title[:-2]} {cell_text(next(iter(line.values.values())), line.form)}" for line in shared]
         title = f"{voice}, {max(line.sentences for line in lines)} sentences"
         rows = tuple((head, *(_cell(line, name) for line in told)) for head, name in zip(heads, arms.runs, strict=True))
         title += f" ({'; '.join(same)})" if same else ""
         tables.append(ArmTable(title=title, head=("arm", *(line.title for line in told)), rows=rows))
     return tables
+
+
+def _alike(values: Iterable[Estimate]) -> bool:
+    return len({round(value.value, 9) for value in values}) == 1
 
 
 def _cell(line: SpeechLine, name: str) -> str:
