@@ -202,27 +202,35 @@ def _results(encoder: SampleEncoder, tasks: list[Task], workers: int) -> Generat
             raise ValueError(f"{error}; the same line continues, with fewer --workers") from error
 
 
+def begun(path: Path, record: str, made_with: Mapping[str, Any], verb: str) -> dict[str, dict[str, Any]]:
+    """What the `record` of an output folder says of the shards that `verb` has made in it, by name; the folder is made
+    when missing. Raises ValueError if they were `made_with` something else, or the folder holds shards from elsewhere.
+    """
+    shards: dict[str, dict[str, Any]] = {}
+    if (path / record).is_file():
+        before = read_json(path / record)
+        shards = before.pop("shards")
+        for key in {**before, **made_with}:
+            value = made_with.get(key)
+            if before.get(key) != value:
+                raise ValueError(
+                    f"{path / record}: the shards in this folder were made with {key} {before.get(key)}, not {value}; "
+                    "choose another --out, or delete the folder"
+                )
+    elif any(path.glob("*.parquet")):
+        raise ValueError(f"{path} holds shards that `{verb}` did not make; choose another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    sweep(path)
+    return shards
+
+
 class Folder:
     """The output folder, made when missing, and its record. It keeps to the codec and choice of rows (`made_with`) that
     it was begun with: a ValueError refuses others, and a folder with shards from elsewhere."""
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
         self.path, self.made_with = path, json.loads(json.dumps(made_with))
-        self.shards: dict[str, dict[str, Any]] = {}
-        if (path / RECORD).is_file():
-            before = read_json(path / RECORD)
-            self.shards = before.pop("shards")
-            for key in {**before, **self.made_with}:
-                value = self.made_with.get(key)
-                if before.get(key) != value:
-                    raise ValueError(
-                        f"{path / RECORD}: the shards in this folder were made with {key} {before.get(key)}, not "
-                        f"{value}; choose another --out, or delete the folder"
-                    )
-        elif any(path.glob("*.parquet")):
-            raise ValueError(f"{path} holds shards that `data encode` did not make; choose another --out")
-        path.mkdir(parents=True, exist_ok=True)
-        sweep(path)
+        self.shards = begun(path, RECORD, self.made_with, "data encode")
 
     def is_complete(self, file: Path, source: str) -> bool:
         """Whether the shard was made already. Raises ValueError if it was from another file of this name."""

@@ -28,10 +28,10 @@ from omnitrain.data.waveforms import Utterance, UtteranceReader
 from omnitrain.evaluation.judges import Voices, Whisper
 from omnitrain.evaluation.listening import SAMPLE_RATE, spoken_of
 from omnitrain.evaluation.speech_scores import score_speech
-from omnitrain.files import read_json, write_json
+from omnitrain.files import write_json
 from omnitrain.generation.sampling import Sampling
 from omnitrain.generation.speech import Speaker, speak_texts
-from omnitrain.runs.encode_shards import is_recorded, with_segments
+from omnitrain.runs.encode_shards import begun, is_recorded, with_segments
 
 RECORD = "pairs.json"
 PER_SHARD = 32
@@ -153,16 +153,14 @@ class PairMaker:
         scores = score_speech(
             spoken, voices=self.voices, open_vocabulary=False, whisper=self.judge, without=_UNUSED
         ).measured
-        found: list[list[Take]] = []
-        for i in range(len(utterances)):
-            found.append([])
-            for speech, score in list(zip(said, scores, strict=True))[i * n : (i + 1) * n]:
-                if speech.hit_limit or not len(speech.codes):
-                    continue
-                wrong, words = score["wer/whisper/generated"]
-                similarity = score.get("own_voice/generated", (1.0, 1.0))[0]
-                failed = bool(score["failed/generated"][0])
-                found[-1].append(Take(codes=speech.codes, wer=wrong / words, failed=failed, similarity=similarity))
+        found: list[list[Take]] = [[] for _ in utterances]
+        for i, (speech, score) in enumerate(zip(said, scores, strict=True)):
+            if speech.hit_limit or not len(speech.codes):
+                continue
+            wrong, words = score["wer/whisper/generated"]
+            similarity = score.get("own_voice/generated", (1.0, 1.0))[0]
+            failed = bool(score["failed/generated"][0])
+            found[i // n].append(Take(codes=speech.codes, wer=wrong / words, failed=failed, similarity=similarity))
         return found
 
     def _paired(self, row: Sample, better: Take, worse: Take) -> Sample:
@@ -194,18 +192,7 @@ def make_pairs(
     Raises ValueError: `out` was begun with something else.
     """
     made_with = {**made_with, "options": asdict(maker.options), "most": most}
-    record: dict[str, Any] = {**made_with, "shards": {}}
-    if (out / RECORD).is_file():
-        record = read_json(out / RECORD)
-        for key, value in made_with.items():
-            if record.get(key) != value:
-                raise ValueError(
-                    f"{out / RECORD}: the pairs in this folder were made with {key} {record.get(key)}, not {value}; "
-                    "choose another --out, or delete the folder"
-                )
-    elif any(out.glob("*.parquet")):
-        raise ValueError(f"{out} holds shards that `data pairs` did not make; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    shards = begun(out, RECORD, made_with, "data pairs")
     count = min(most or len(source), len(source))
     chosen = [i * len(source) // count for i in range(count)]
     reader = UtteranceReader(sample_rate=SAMPLE_RATE, limits=MediaLimits())
@@ -213,7 +200,7 @@ def make_pairs(
         for start in range(0, count, PER_SHARD):
             name = f"pairs-{start // PER_SHARD:05d}.parquet"
             part = chosen[start : start + PER_SHARD]
-            if name not in record["shards"]:
+            if name not in shards:
                 rows, bad = [], 0
                 for index in part:
                     try:
@@ -225,11 +212,11 @@ def make_pairs(
                 counts.bad = bad
                 if pairs:
                     write_shard(pairs, out / name)
-                record["shards"][name] = asdict(counts)
-                write_json(out / RECORD, record)
+                shards[name] = asdict(counts)
+                write_json(out / RECORD, {**made_with, "shards": shards})
             for _ in part:
                 advance()
     total = PairCounts()
-    for counts in record["shards"].values():
+    for counts in shards.values():
         total.add(PairCounts(**counts))
     return total

@@ -16,6 +16,7 @@ from torch import Tensor
 from omnitrain.config.run_config import THINKER_PARTS, OptimConfig, TalkerLossConfig, TalkerModuleConfig
 from omnitrain.data.batch import IGNORE, PackedBatch, SpokenAnswers
 from omnitrain.data.work import Work
+from omnitrain.models.layers.decoder import DecoderOutput
 from omnitrain.models.omni import OmniModel
 from omnitrain.models.talker import Talker, TalkerInputs
 from omnitrain.training.flops import talker_work
@@ -73,14 +74,18 @@ class TalkerModule(ThinkerModule[OmniModel]):
                 text = replace(text, total=text.total + 0.0 * accept_hidden.sum())
         return self._together(text, self._silence() if spoken is None else self._speech_losses(spoken, accept_hidden))
 
+    def spoken_output(self, inputs: TalkerInputs, accept_hidden: Tensor | None) -> DecoderOutput:
+        """What the Talker makes of spoken answers."""
+        words = self.model.thinker.embed_tokens
+        x = self.talker.embed(inputs, words, None if accept_hidden is None else accept_hidden.to(words.weight.dtype))
+        return self.talker(x, inputs.position_ids, inputs.cu_seqlens)
+
     def _speech_losses(self, spoken: SpokenAnswers, accept_hidden: Tensor | None) -> BatchLosses:
         talker, config = self.talker, self.loss_config
         inputs = TalkerInputs(**spoken.inputs())
         if self.training and self.config.frame_dropout:
             inputs = replace(inputs, frame_rows=hide_frames(inputs, self.config.frame_dropout))
-        words = self.model.thinker.embed_tokens
-        x = talker.embed(inputs, words, None if accept_hidden is None else accept_hidden.to(words.weight.dtype))
-        output = talker(x, inputs.position_ids, inputs.cu_seqlens)
+        output = self.spoken_output(inputs, accept_hidden)
         frames, share = None, self.config.mtp_frames
         if self.training and share < 1:
             order = torch.rand(len(inputs.codes), device=inputs.codes.device).argsort()

@@ -111,9 +111,7 @@ class TalkerDpoModule(NotingModule, TalkerModule):
 
     def _predicted(self, inputs: TalkerInputs, accept_hidden: Tensor | None) -> tuple[list[Predicted], RouterUse]:
         """What predicts the codes of all takes, codebook 0 and its end first."""
-        talker, words = self.talker, self.model.thinker.embed_tokens
-        x = talker.embed(inputs, words, None if accept_hidden is None else accept_hidden.to(words.weight.dtype))
-        output = talker(x, inputs.position_ids, inputs.cu_seqlens)
+        talker, output = self.talker, self.spoken_output(inputs, accept_hidden)
         documents = torch.repeat_interleave(inputs.cu_seqlens.diff().long()).to(inputs.labels.device)
         rows = (inputs.labels != IGNORE).nonzero().squeeze(1)
         first = Predicted(
