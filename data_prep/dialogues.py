@@ -4,10 +4,14 @@ real voice answers.
     python -m data_prep.dialogues data/announcements --out data/dialogues
 
 Of the announcements (`data_prep.announcements`) of an English voice, those that say digits ("message from extension six
-one nine") are answers. The picture has the digits, drawn in a font over a coloured ground; which of four sentences is
+one nine") are answers. The picture has the digits, dark in a font over a light ground with lines in it; which of four sentences is
 wanted, the question says alone. Half of the questions are text, half are spoken, by synthetic voices of flite, of which
 one (``--heldout-asker``) is never heard in training: its questions are held-out cells. Sentences are on the side of the
 split on which the announcements have them, so a held-out number is answered by no voice in training.
+
+Some hundred sentences are soon known by heart, and who knows how they go on does not look at the picture. So
+``--written`` more dialogues, about drawn numbers that are in none of the sentences, are asked and answered in writing
+alone: the Thinker learns to read from these, as it reads more than anybody says in any omni-modal model.
 
 **Pictures and questions are made by a program**; the answers' voice is real. They serve to show a whole dialogue: what
 a model sees and hears decides what it writes, and what it writes is what it says.
@@ -49,6 +53,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "the person at extension": ("Who is unavailable?", "Who is away?", "Which person is not there?"),
 }  # fmt: skip
 """By how its answer begins, what may be asked."""
+MOST_DIGITS = 5
+"""Of drawn numbers; the short ones are what reading begins with."""
 DIGITS = LANGUAGES["en"].number
 SIZE = (160, 64)
 """Of a picture, pixels."""
@@ -63,8 +69,7 @@ def digits_of(text: str) -> str:
 def picture(digits: str, seed: str) -> bytes:
     """A PNG with `digits` from left to right: sizes, slants, heights and colours are drawn from `seed`."""
     drawn = random.Random(seed)
-    ground = [drawn.randint(0, 255) for _ in range(3)]
-    light = sum(ground) > 3 * 127
+    ground = [drawn.randint(170, 255) for _ in range(3)]
     image = Image.new("RGB", SIZE, tuple(ground))
     canvas = ImageDraw.Draw(image)
     for _ in range(6):  # what else is there
@@ -76,7 +81,7 @@ def picture(digits: str, seed: str) -> bytes:
         tile = Image.new("L", (48, 48))
         ImageDraw.Draw(tile).text((24, 24), digit, fill=255, font=ImageFont.load_default(size), anchor="mm")
         tile = tile.rotate(drawn.uniform(-12, 12), Image.Resampling.BILINEAR)
-        shade = [drawn.randint(0, 60) if light else drawn.randint(195, 255) for _ in range(3)]
+        shade = [drawn.randint(0, 70) for _ in range(3)]
         x = round((place + 0.5) * width - 24 + drawn.uniform(-2, 2))
         image.paste(tuple(shade), (x, drawn.randint(2, SIZE[1] - 50)), tile)
     encoded = BytesIO()
@@ -89,28 +94,36 @@ def question_of(text: str) -> tuple[str, ...]:
     return next((asked for begin, asked in QUESTIONS.items() if text.startswith(begin)), ())
 
 
-def dialogue(answer: Sample, recording: bytes, number: int, aloud: tuple[Voice, bytes] | None, question: str) -> Sample:
-    """A row: picture and question, and the announcement as its answer. `aloud`: who asks, and how it sounds."""
-    [said] = [segment for segment in answer.segments if segment.type == "speech"]
-    assert said.text is not None
+def dialogue(answer: Segment, like: Sample, number: int, aloud: tuple[Voice, bytes] | None, question: str) -> Sample:
+    """A row: picture and question, and `answer`, speech or text, with the licence and on the side of `like`. `aloud`: who
+    asks, and how it sounds."""
+    assert answer.text is not None
     by = "text" if aloud is None else aloud[0].key
-    name = f"{NAME}/{answer.meta['voice']}/{said.text}/{number}"
     asked = Segment(type="text", text=question)
     if aloud is not None:
         asked = Segment(type="audio", text=question, media=aloud[1])
-    shown = Segment(type="image", media=picture(digits_of(said.text), name))
-    spoken = Segment(type="speech", text=said.text, media=recording)
+    voice = {"voice": like.meta["voice"]} if answer.type == "speech" else {}
+    name = f"{NAME}/{voice.get('voice', 'written')}/{answer.text}/{number}"
+    shown = Segment(type="image", media=picture(digits_of(answer.text), name))
     return Sample(
         id=name,
-        source=f"{NAME}/{'text' if aloud is None else 'aloud'}",
-        messages=(Message(role="user", segments=(shown, asked)), Message(role="assistant", segments=(spoken,))),
-        split=answer.split,
+        source=f"{NAME}/{('text' if aloud is None else 'aloud') if voice else 'written'}",
+        messages=(Message(role="user", segments=(shown, asked)), Message(role="assistant", segments=(answer,))),
+        split=like.split,
         task="dialogue",
-        licence=answer.licence,
+        licence=like.licence,
         languages=("en",),
-        concept=said.text,
-        meta={"voice": answer.meta["voice"], "asked_by": by, "asked": question},
+        concept=answer.text,
+        meta={**voice, "asked_by": by, "asked": question},
     )
+
+
+def drawn_sentence(number: int) -> str:
+    """A sentence about a drawn number, the same for the same `number`."""
+    drawn = random.Random(f"{NAME}/{number}")
+    digits = " ".join(DIGITS(drawn.randrange(10))[0] for _ in range(drawn.randint(1, MOST_DIGITS)))
+    begin = drawn.choice(sorted(QUESTIONS))
+    return f"{begin} {digits}" + " is unavailable" * (begin == "the person at extension")
 
 
 def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Counts) -> None:
@@ -132,19 +145,28 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
         for question in asked
     }
 
+    def ask(answer: Segment, like: Sample, number: int, aloud: float) -> Sample:
+        drawn = partial(fraction, NAME, answer.text or "", str(number))
+        questions = question_of(answer.text or "")
+        question = questions[int(drawn("question") * len(questions))]
+        asker = voices[int(drawn("asker") * len(voices))] if drawn("aloud") < aloud else None
+        sound = None if asker is None else (asker, spoken[asker, question])
+        made = dialogue(answer, like, number, sound, question)
+        texts.update(dict.fromkeys(training_texts([made])))
+        return held_out(made) if asker is not None and asker.key == options.heldout_asker else made
+
     def dialogues() -> Iterator[Sample]:
         for row in track(answers, description=NAME, disable=not options.progress):
             said = next(segment for segment in row.segments if segment.type == "speech")
-            recording = source.media_bytes(said)
+            answer = Segment(type="speech", text=said.text, media=source.media_bytes(said))
             for number in range(options.each):
-                drawn = partial(fraction, NAME, row.id, str(number))
-                questions = question_of(row.concept)
-                question = questions[int(drawn("question") * len(questions))]
-                asker = voices[int(drawn("asker") * len(voices))] if drawn("aloud") < options.aloud else None
-                sound = None if asker is None else (asker, spoken[asker, question])
-                made = dialogue(row, recording, number, sound, question)
-                texts.update(dict.fromkeys(training_texts([made])))
-                yield held_out(made) if asker is not None and asker.key == options.heldout_asker else made
+                yield ask(answer, row, number, options.aloud)
+        known = {row.concept for row in answers}
+        like = next(row for row in answers if row.split == "train")
+        for number in track(range(options.written), description="written", disable=not options.progress):
+            text = drawn_sentence(number)
+            if text not in known:
+                yield ask(Segment(type="text", text=text), like, number, aloud=0)
 
     texts: dict[str, None] = {}
     write_shards(counts.watch(dialogues()), options.out, NAME, rows_per_shard=4_000, progress=False)
@@ -166,6 +188,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heldout-asker", default="awb", help="who is not heard in training (awb)")
     parser.add_argument("--aloud", type=float, default=0.5, help="share of the questions that are spoken (0.5)")
     parser.add_argument("--each", type=int, default=4, help="pictures of each answer (4)")
+    parser.add_argument("--written", type=int, default=12_000, help="pictures answered in writing alone (12,000)")
     parser.add_argument("--vocabulary", type=int, default=4096, help="tokens at most (4,096)")
     add_engine_options(parser)
 

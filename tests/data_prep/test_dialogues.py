@@ -66,10 +66,24 @@ def test_rows_are_dialogues(announcements: Path, tmp_path: Path) -> None:
         str(program),
         "--each",
         "12",
+        "--written",
+        "40",
     ]
     assert dialogues.main([*line, "--out", str(out), "--no-progress"]) == 0
     source = SampleSource(out)
     rows = [source[i] for i in range(len(source))]
+    written = [row for row in rows if row.source == "dialogues/written"]
+    assert 30 < len(written) <= 40
+    for row in written:
+        shown, asked = row.messages[0].segments
+        [answer] = row.messages[1].segments
+        assert (shown.type, asked.type, answer.type, row.split) == ("image", "text", "text", "train")
+        assert asked.text in question_of(row.concept)
+        assert row.concept == answer.text
+        assert row.concept not in TEXTS
+        assert source.media_bytes(shown) == picture(digits_of(row.concept), row.id)
+    assert {len(digits_of(row.concept)) for row in written} == {1, 2, 3, 4, 5}
+    rows = [row for row in rows if row.source != "dialogues/written"]
     assert Counter(row.concept for row in rows) == dict.fromkeys(TEXTS[:4], 12)
     askers = Counter(row.meta["asked_by"] for row in rows)
     assert set(askers) == {"text", "slt", "rms"}

@@ -96,5 +96,6 @@ class SpikeGuard(Callback):
             raise TrainingDiverged(
                 f"{self.in_a_row} optimizer steps in a row were skipped, the last (step {step}) because its {reason} "
                 f"(loss {loss:.4g}, norm {norm:.4g}); {good}. The samples are listed in {self.path}. Lower "
-                "optim.lr, or remove the samples"
+                "optim.lr, or remove the samples; where all norms rise because learning begins, raise "
+                "callbacks.spike_guard.factor"
             )
