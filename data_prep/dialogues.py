@@ -4,7 +4,7 @@ real voice answers.
     python -m data_prep.dialogues data/announcements --out data/dialogues
 
 Of the announcements (`data_prep.announcements`) of an English voice, those that say digits ("message from extension six
-one nine") are answers. The picture has the digits, dark in a font over a light ground with lines in it; which of four sentences is
+one nine") are answers. The picture has the digits, dark over a light ground with lines in it; which of four sentences is
 wanted, the question says alone. Half of the questions are text, half are spoken, by synthetic voices of flite, of which
 one (``--heldout-asker``) is never heard in training: its questions are held-out cells. Sentences are on the side of the
 split on which the announcements have them, so a held-out number is answered by no voice in training.
@@ -95,8 +95,8 @@ def question_of(text: str) -> tuple[str, ...]:
 
 
 def dialogue(answer: Segment, like: Sample, number: int, aloud: tuple[Voice, bytes] | None, question: str) -> Sample:
-    """A row: picture and question, and `answer`, speech or text, with the licence and on the side of `like`. `aloud`: who
-    asks, and how it sounds."""
+    """A row: picture and question, and `answer`, speech or text, with the licence and on the side of `like`. `aloud`:
+    who asks, and how it sounds."""
     assert answer.text is not None
     by = "text" if aloud is None else aloud[0].key
     asked = Segment(type="text", text=question)
