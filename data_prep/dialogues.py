@@ -4,10 +4,10 @@ real voice answers.
     python -m data_prep.dialogues data/announcements --out data/dialogues
 
 Of the announcements (`data_prep.announcements`) of an English voice, those that say digits ("message from extension six
-one nine") are answers. The picture has the digits, dark over a light ground with lines in it; which of four sentences is
-wanted, the question says alone. Half of the questions are text, half are spoken, by synthetic voices of flite, of which
-one (``--heldout-asker``) is never heard in training: its questions are held-out cells. Sentences are on the side of the
-split on which the announcements have them, so a held-out number is answered by no voice in training.
+one nine") are answers. The picture has the digits, dark over a light ground with lines in it; which of four sentences
+is wanted, the question says alone. Half of the questions are text, half are spoken, by synthetic voices of flite, of
+which one (``--heldout-asker``) is never heard in training: its questions are held-out cells. Sentences are on the side
+of the split on which the announcements have them, so a held-out number is answered by no voice in training.
 
 Some hundred sentences are soon known by heart, and who knows how they go on does not look at the picture. So
 ``--written`` more dialogues, about drawn numbers that are in none of the sentences, are asked and answered in writing
