@@ -1,4 +1,7 @@
-"""One page over all stages of a run: what each trained, on what, for how long, and how the losses went end to end."""
+"""One page over all stages of a run: what each trained, on what, for how long, how the losses went end to end, and what
+was known after each: held-out scores beside those of the stage before, so that nothing is lost unseen, and answers side
+by side.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from omnitrain.data.sample import MODALITIES
-from omnitrain.files import CONFIG, REPORT, write_text
+from omnitrain.evaluation.scores import scores_of
+from omnitrain.files import CONFIG, REPORT, SPOKEN, write_text
 from omnitrain.reports import figures
+from omnitrain.reports.comparison import compare_runs, held_out_items, shown
 from omnitrain.reports.mixture import mixture
 from omnitrain.reports.run import Run, read_run, templates
+from omnitrain.reports.speech import SpeechArms, arm_tables, compare_speech, read_sentences
+
+EXAMPLES = 2
+"""Held-out samples of each task whose answers stand side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +70,9 @@ def write_stages_report(
     rows = [_row(stage, path.parent) for stage in stages]
     missing = [line for row in rows for line in _missing(row)]
     folder = run_dir.resolve().name
+    scored = {row.record.name: row.run.folder for row in rows if row.begun}
+    items = held_out_items(scored)
+    names = [] if items is None else [name for name in scored if name in set(items["arm"].to_pylist())]
     text = templates().get_template("chain.html.j2").render(
         name=read_run(run_dir, samples=False).config.get("name") or folder,
         folder=folder,
@@ -70,9 +83,50 @@ def write_stages_report(
         modalities=[m for m in MODALITIES if any(m in row.losses for row in rows)],
         curves=figures.stage_curves(*_curves(rows)),
         missing=missing,
+        names=names,
+        lines=[] if items is None else [shown(x) for x in compare_runs(scores_of(items), names, to_previous=True)],
+        examples=[] if items is None else _examples(items, names),
+        speech=_speech_tables(rows),
     )  # fmt: skip
     write_text(path, text)
     return path, missing
+
+
+def _speech_tables(rows: Sequence[_Row]) -> list[Any]:
+    """Tables of the stages whose speech was judged, of those side by side that were judged in the same way."""
+    spoken: dict[str, dict[str, dict[int, Any]]] = {}
+    for row in rows:
+        if row.run.speech:
+            way = str((row.run.config.get("evaluation") or {}).get("scores"))
+            spoken.setdefault(way, {})[row.record.name] = {0: read_sentences(row.run.folder / SPOKEN)}
+    arms = [SpeechArms(runs=dict.fromkeys(x, 1), lines=tuple(compare_speech(x))) for x in spoken.values()]
+    return [table for each in arms for table in arm_tables(each)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Example:
+    task: str
+    reference: str
+    answers: tuple[str | None, ...]
+    """Of each stage; None where it was not asked."""
+
+
+def _examples(items: pa.Table, names: Sequence[str]) -> list[_Example]:
+    """Answers of the stages `names` to the same held-out samples: of each task those that most stages were asked,
+    evenly."""
+    asked: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in items.select(["id", "source", "task", "arm", "reference", "prediction"]).to_pylist():
+        if row["prediction"] is not None:
+            asked.setdefault((row["task"], row["source"], row["id"]), {})[row["arm"]] = row
+    found = []
+    for task in sorted({task for task, _, _ in asked}):
+        mine = [by_stage for key, by_stage in asked.items() if key[0] == task]
+        mine = [by_stage for by_stage in mine if len(by_stage) == max(map(len, mine))]
+        for i in range(min(EXAMPLES, len(mine))):
+            chosen = mine[i * len(mine) // EXAMPLES]
+            answers = tuple(chosen[name]["prediction"] if name in chosen else None for name in names)
+            found.append(_Example(task=task, reference=next(iter(chosen.values()))["reference"], answers=answers))
+    return found
 
 
 def _row(stage: StageRecord, beside: Path) -> _Row:

@@ -42,7 +42,7 @@ class Line:
 
     Attributes:
         values: for each run its interval; None where it has no such score.
-        differences: of each run to the first; None for the first itself.
+        differences: of each run to the first, or to the one before it that has a score; None where there is none.
         items: that all runs with a score have in common, on which everything here is computed.
         dropped: further items that only some runs have.
     """
@@ -56,9 +56,10 @@ class Line:
     dropped: int
 
 
-def compare_runs(scores: Scores, names: Sequence[str]) -> list[Line]:
+def compare_runs(scores: Scores, names: Sequence[str], *, to_previous: bool = False) -> list[Line]:
     """All lines, by modality: everything together, then by split and by task. In `scores` each run has its name as
-    `arm`; those of `names`, which are in order, without items are columns without values."""
+    `arm`; those of `names`, which are in order, without items are columns without values. Differences are to the first
+    run, or `to_previous`."""
     places = {arm: place for place, (_, arm, _) in enumerate(scores.runs)}
     lines = []
     for modality in MODALITIES:
@@ -69,12 +70,19 @@ def compare_runs(scores: Scores, names: Sequence[str]) -> list[Line]:
             if len(values) > 1:
                 parts += [(f"{cut} {figures.title(v)}", mine & scores.where(**{cut: [v]})) for v in values]
         for (part, chosen), measure in product(parts, MEASURES):
-            lines.append(_line(scores, [places.get(name) for name in names], (modality, part), chosen, measure))
+            at = [places.get(name) for name in names]
+            lines.append(_line(scores, at, (modality, part), chosen, measure, to_previous=to_previous))
     return [line for line in lines if line is not None]
 
 
 def _line(
-    scores: Scores, places: Sequence[int | None], of: tuple[str, str], chosen: np.ndarray, measure: Measure
+    scores: Scores,
+    places: Sequence[int | None],
+    of: tuple[str, str],
+    chosen: np.ndarray,
+    measure: Measure,
+    *,
+    to_previous: bool,
 ) -> Line | None:
     """The line `of` a modality and a part, which holds the `chosen` items."""
     numerator, weight = scores.parts(measure)
@@ -89,11 +97,15 @@ def _line(
         return bootstrap_interval(values[common], weights=weight[common], groups=groups)
 
     totals = [numerator[p] if p in scored and n > 0 else None for p in places]
-    first, *others = totals
+    differences: list[Interval | None] = []
+    base: np.ndarray | None = None
+    for number, x in enumerate(totals):
+        differences.append(None if x is None or base is None else interval(x - base))
+        if number == 0 or (to_previous and x is not None):
+            base = x
     return Line(
         modality=of[0], part=of[1], measure=measure, items=n, dropped=int(finite.any(axis=0).sum()) - n,
-        values=tuple(None if x is None else interval(x) for x in totals),
-        differences=(None, *(None if x is None or first is None else interval(x - first) for x in others)),
+        values=tuple(None if x is None else interval(x) for x in totals), differences=tuple(differences),
     )  # fmt: skip
 
 
@@ -106,15 +118,14 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         raise ValueError("a comparison needs at least two different runs")
     runs = [read_run(path, samples=False) for path in paths]
     names = _names(paths)
-    tables, missing = [], []
+    missing = []
     for run, name in zip(runs, names, strict=True):
         missing += [f"{name}: {part}" for part in run.missing]
-        path = run.folder / PREDICTIONS
-        if path.is_file():
-            tables.append(_items(path, name))
-        elif not run.transcripts and not run.speech and not any(m.file in (SCORES, TRANSCRIPTS) for m in run.missing):
+        has_scores = (run.folder / PREDICTIONS).is_file() or run.transcripts or run.speech
+        if not has_scores and not any(m.file in (SCORES, TRANSCRIPTS) for m in run.missing):
             missing.append(f"{name}: scores by item ({PREDICTIONS}): run `python -m omnitrain test {run.folder}`")
-    lines = compare_runs(scores_of(pa.concat_tables(tables)), names) if tables else []
+    items = held_out_items({name: run.folder for run, name in zip(runs, names, strict=True)})
+    lines = compare_runs(scores_of(items), names) if items is not None else []
     arms = read_arms(runs, names)
     if arms is not None:
         write_markdown(arms, Path(out).with_name(TABLE))
@@ -127,7 +138,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> tuple[Pa
         name=f"{len(runs)} runs side by side",
         names=names,
         colours=colours,
-        lines=[_shown(line) for line in lines],
+        lines=[shown(line) for line in lines],
         few=FEW_CONCEPTS,
         dropped=max((line.dropped for line in lines), default=0),
         arms=arms,
@@ -164,6 +175,14 @@ def _names(paths: Sequence[Path]) -> list[str]:
     raise ValueError("two runs have the same folder")
 
 
+def held_out_items(folders: Mapping[str, Path]) -> pa.Table | None:
+    """What runs have answered to held-out samples, with each run's name as its `arm`; None where none has. Raises
+    ValueError, naming it, for a file that cannot be read."""
+    paths = {name: folder / PREDICTIONS for name, folder in folders.items()}
+    tables = [_items(path, name) for name, path in paths.items() if path.is_file()]
+    return pa.concat_tables(tables) if tables else None
+
+
 def _items(path: Path, name: str) -> pa.Table:
     table = read_table(path, SCORE_COLUMNS)
     for column, value in (("match", ""), ("arm", name), ("seed", 0), ("sentence", "")):
@@ -182,7 +201,8 @@ def _curves(kind: str, runs: Sequence[Run], colours: Mapping[str, str]) -> Marku
     return figures.arm_curves(panels, "step", "nats per target token", colours)
 
 
-def _shown(line: Line) -> dict[str, Any]:
+def shown(line: Line) -> dict[str, Any]:
+    """A line as a page shows it."""
     form = line.measure.form
 
     def text(interval: Interval | None, sign: str = "") -> dict[str, str] | None:

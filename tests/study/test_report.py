@@ -16,6 +16,7 @@ from omnitrain.config.locations import PACK
 from omnitrain.data.shards import SampleSource
 from omnitrain.evaluation.heldout import PREDICTIONS_SCHEMA
 from omnitrain.evaluation.scores import scores_of
+from omnitrain.reports.chain import StageRecord, write_stages_report
 from omnitrain.reports.comparison import compare_runs, write_comparison
 from omnitrain.study.fingerprint import sentences
 from omnitrain.study.report import write_study_report
@@ -202,6 +203,26 @@ def test_runs_side_by_side(runs: tuple[Path, Path, Path], tmp_path: Path, capsys
     assert "paths.run_dir" not in page
     assert "up to 1 items" in page  # the one that the second lacks
     assert re.search(r'<span class="warn">\+0\.4\d\d</span>', page)  # pictures
+
+
+def test_stages_are_compared_with_the_one_before(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """What the second stage has lost is coloured there, and what the last one regained is there, too, though it
+    scores as the first does; a stage without scores between them is no base."""
+    first, second, without = runs
+    stages = {"pretrained": first, "sft": second, "codes": without, "gspo": first}
+    records = [StageRecord(name=n, command=f"fit {n}", folder=f, finished=True) for n, f in stages.items()]
+    page = write_stages_report(tmp_path, records)[0].read_text(encoding="utf-8")
+    assert "gspo − before" in page
+    [row] = re.findall(r"<tr><td>[^\n]*image</td><td[^>]*>all</td>\s*<td[^>]*>nats per token.*?</tr>", page, re.DOTALL)
+    assert re.findall(r'class="(\w*)">([+−])0\.4\d\d', row) == [("warn", "+"), ("good", "−")]
+    said = [
+        {r["id"]: r["prediction"] for r in pq.read_table(f / "eval/predictions.parquet").to_pylist()} for f in runs[:2]
+    ]
+    asked = re.findall(r'<td class="left wrap">uno dos tres</td>\s*' + r'<td class="left wrap">([^<]*)</td>' * 3, page)
+    assert len(asked) >= 4
+    for answers in asked:
+        pairs = {(said[0][id], said[1][id], said[0][id]) for id in said[1]}
+        assert answers in pairs
 
 
 def test_a_few_concepts_make_no_difference(tmp_path: Path) -> None:
