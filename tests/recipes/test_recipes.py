@@ -21,6 +21,7 @@ from data_prep.synthetic_speech import Voice
 from omnitrain.__main__ import main
 from omnitrain.config.locations import PACK, PACK_ANNOUNCEMENTS, PACK_SPEECH, RECIPES
 from omnitrain.data.media import encode_audio
+from omnitrain.data.sample import Segment
 from omnitrain.data.shards import SampleSource, write_shards
 from omnitrain.generation.speech import Speech, speak_texts
 from omnitrain.models.aut_decoder import AuT
@@ -295,15 +296,13 @@ def test_a_dialogue_is_learnt_and_held(tmp_path: Path, monkeypatch: pytest.Monke
     rows = [row for row in (source[i] for i in range(len(source))) if dialogues.question_of(row.concept)]
     noise = encode_audio(np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32), 16_000, "flac")
     splits = ("train", "train", "validation", "heldout_concept", "heldout_cell")
-    asked = [
-        replace(
-            dialogues.dialogue(
-                row, source.media_bytes(row.segments[-1]), i, (Voice.parse("awb"), noise) if i % 2 else None, "Who?"
-            ),
-            split=splits[i % 5],
-        )
-        for i, row in enumerate(rows[:10])
-    ]
+    awb = (Voice.parse("awb"), noise)
+    asked = []
+    for i, row in enumerate(rows[:10]):
+        said = replace(row.segments[-1], media=source.media_bytes(row.segments[-1]), path=None)
+        made = dialogues.dialogue(said, row, i, awb if i % 2 else None, "Who?")
+        written = dialogues.dialogue(Segment(type="text", text=row.concept), row, i, None, "Who?")
+        asked += [replace(made, split=splits[i % 5]), replace(written, split="train")]
     write_shards(asked, tmp_path / "dialogues", "dialogues", progress=False)
     shutil.copy(PACK_ANNOUNCEMENTS / "tokenizer.json", tmp_path / "dialogues")
     thinker = [*FEW, "evaluation.after_fit=false"]
