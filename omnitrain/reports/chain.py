@@ -18,7 +18,7 @@ from omnitrain.data.sample import MODALITIES
 from omnitrain.evaluation.scores import scores_of
 from omnitrain.files import CONFIG, REPORT, SPOKEN, write_text
 from omnitrain.reports import figures
-from omnitrain.reports.comparison import compare_runs, held_out_items, shown
+from omnitrain.reports.comparison import Line, compare_runs, held_out_items, shown
 from omnitrain.reports.mixture import mixture
 from omnitrain.reports.run import Run, read_run, templates
 from omnitrain.reports.speech import SpeechArms, arm_tables, compare_speech, read_sentences
@@ -73,6 +73,12 @@ def write_stages_report(
     scored = {row.record.name: row.run.folder for row in rows if row.begun}
     items = held_out_items(scored)
     names = [] if items is None else [name for name in scored if name in set(items["arm"].to_pylist())]
+    lines: list[Line] = []
+    if items is not None:
+        try:
+            lines = compare_runs(scores_of(items), names, to_previous=True)
+        except ValueError as error:  # such as test sources that overlap: the rest of the page is of use all the same
+            missing.append(f"scores side by side: {error}")
     text = templates().get_template("chain.html.j2").render(
         name=read_run(run_dir, samples=False).config.get("name") or folder,
         folder=folder,
@@ -84,7 +90,7 @@ def write_stages_report(
         curves=figures.stage_curves(*_curves(rows)),
         missing=missing,
         names=names,
-        lines=[] if items is None else [shown(x) for x in compare_runs(scores_of(items), names, to_previous=True)],
+        lines=[shown(line) for line in lines],
         examples=[] if items is None else _examples(items, names),
         speech=_speech_tables(rows),
     )  # fmt: skip

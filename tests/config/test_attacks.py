@@ -1011,14 +1011,15 @@ def test_every_recipe_is_let_through(name: str, scene: Scene, no_job: None) -> N
     )
     needs = [
         *(["module.init_from=x"] if name.startswith(starts_from) else []),
-        *(["teacher=x"] if name.startswith("distill") else []),
+        *(["teacher=x"] if name.startswith("distill") or name == "post" else []),
+        *(["base=x"] if name == "post" else []),
         *(["answers=x"] if name in ("distill_off_policy", "dialogue_thinker", "dialogue_talker") else []),
         *(["speech=x"] if name == "codec_finetune" else []),
         # Their data bring a tokenizer, which has to be there.
-        *([f"speech={PACK_ANNOUNCEMENTS}"] if name in ("speech", "talker_post") else []),
+        *([f"speech={PACK_ANNOUNCEMENTS}"] if name in ("speech", "talker_post", "post") else []),
         *([f"dialogues={PACK_ANNOUNCEMENTS}"] if name.startswith("dialogue") else []),
         *([f"module.init_from={PACK_ANNOUNCEMENTS}", "pairs=x"] if name == "talker_dpo" else []),
-        *(["judge=x"] if name == "talker_post" else []),
+        *(["judge=x"] if name in ("talker_post", "post") else []),
         *([f"data.tokenizer={PACK}"] if name == "aut" else []),
         *([f"model.folder={save_small_folder(scene.theirs / 'public')}"] if name == "finetune" else []),
     ]

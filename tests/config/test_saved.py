@@ -26,6 +26,7 @@ GIVEN = {
     "speaker_finetune": ["codec=c", "codes=d", "module.init_from=t"],
     "speech": [f"speech={PACK}"],
     "talker_post": [f"speech={PACK}", "judge=j"],
+    "post": ["base=b", "teacher=t", "judge=j"],
     "talker_dpo": ["pairs=p", f"module.init_from={PACK}"],
     "dialogue": [f"dialogues={PACK}"],
     "dialogue_thinker": [f"dialogues={PACK}", "answers=a"],

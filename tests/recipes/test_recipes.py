@@ -57,7 +57,7 @@ HEARING = {"aut", "aut_quickstart"}
 ANSWERING = {"aut_transfer", "captioner"}
 """Those of a Thinker that hears, and ends with the evaluation of transcripts."""
 
-POST = {"distill_off_policy", "distill_on_policy", "gspo", "talker_dpo", "talker_post"}
+POST = {"distill_off_policy", "distill_on_policy", "gspo", "talker_dpo", "talker_post", "post"}
 """Of post-training: from one another's runs, below."""
 
 EXACT = "trainer.deterministic=true"
@@ -156,28 +156,41 @@ def test_captioner_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 def test_post_training_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards first; what comes out teaches, by its distribution and by its written answers."""
+    """Rewards first; what comes out is base and teacher of the whole ladder but for the Talker's rungs, which
+    `talker_post` has, too."""
     monkeypatch.chdir(tmp_path)
-    few = ["data.max_tokens=192", "evaluation.max_generated=1", "data.test_sources.text=null"]
-    sampled = [*FEW, *few, "module.rollout.max_new_tokens=4"]
+    for folder in ("personas", "tools"):
+        (tmp_path / folder).symlink_to(PACK)  # whose rows would be tested twice
+    few = [*FEW, "data.max_tokens=192", "evaluation.max_generated=1", "data.test_sources.text=null"]
+    few += ["data.validation_sources.text=null"]
+    sampled = [*few, "module.rollout.max_new_tokens=4"]
     assert main(["fit", "+recipe=gspo", "paths.run_dir=gspo", *sampled, "module.answers=2"]) == 0
     table = pq.read_table("gspo/rollouts/step=0000002.parquet")
     assert {"prompt", "answer", "reward", "reward/transcript", "ratio", "tokens"} <= set(table.column_names)
     assert "rollout/reward" in Path("gspo/metrics.csv").read_text().splitlines()[0]
-    on_policy = ["fit", "+recipe=distill_on_policy", "paths.run_dir=on", "teacher=gspo", "module.on_policy=1.0"]
-    assert main([*on_policy, "module.init_from=gspo", *sampled]) == 0
-    asked = f"+data.predict_sources.asked={{path:{PACK},split:heldout_cell,limit:6}}"
-    assert main(["predict", "gspo", asked, "module.generation.max_new_tokens=4"]) == 0
-    written = ["gspo/predictions.parquet", str(PACK), "--split", "heldout_cell", "--out", "answers"]
-    assert main(["data", "answers", *written]) == 0
-    answers, said = SampleSource(Path("answers")), pq.read_table("gspo/predictions.parquet").to_pylist()
+
+    asked = f"data.predict_sources.asked={{path:{PACK},split:heldout_cell,limit:6}}"
+    more = {
+        "sft": [*few, "data.test_sources.tools=null"],
+        "predictions": [asked, "module.generation.max_new_tokens=4"],
+        "answers": ["--split", "heldout_cell"],
+        "off_policy": [*few, "data.test_sources.tools=null"],
+        "on_policy": [*sampled, "module.on_policy=1.0", "data.test_sources.tools=null"],
+        "gspo": [*sampled, "module.answers=2", "data.test_sources.tools=null"],
+    }
+    line = ["fit", "+recipe=post", "paths.run_dir=run", "base=gspo", "teacher=gspo", "judge=base"]
+    line += [f"stage_overrides.{stage}=[{','.join(words)}]" for stage, words in more.items()]
+    line += [f"stage_overrides.{stage}=null" for stage in ("codes", "talker", "pairs", "preferred")]
+    assert main([*line, f"paths.data_dir={tmp_path}"]) == 0
+    answers, said = SampleSource(Path("run/answers")), pq.read_table("gspo/predictions.parquet").to_pylist()
     assert [answers[i].reference for i in range(len(answers))] == [row["text"] for row in said]
     assert all(answers.media_bytes(s) for i in range(len(answers)) for s in answers[i].segments if s.type != "text")
-    off_policy = ["fit", "+recipe=distill_off_policy", "paths.run_dir=off", "teacher=gspo", "answers=answers"]
-    assert main([*off_policy, *FEW, *few]) == 0
-    for run in ("gspo", "on", "off"):
-        assert (tmp_path / run / "report.html").stat().st_size > 10_000
-    assert main([*off_policy[:2], "paths.run_dir=none", "answers=answers", *FEW]) == 1
+    for rung in ("sft", "off_policy", "on_policy", "gspo"):
+        assert (tmp_path / "run" / rung / "report.html").stat().st_size > 10_000
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    assert "gspo − before" in page
+    off_policy = ["fit", "+recipe=distill_off_policy", "paths.run_dir=none", "answers=run/answers", *FEW]
+    assert main(off_policy) == 1
 
 
 @pytest.mark.slow
