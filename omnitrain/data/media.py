@@ -678,7 +678,8 @@ def _seconds(data: bytes, name: str, container: Any, stream: Any) -> float:
 
 def _as_displayed(frame: Any) -> np.ndarray:
     """uint8 [H, W, 3], turned and mirrored as the track's display matrix says (ISO 14496-12, section 6.2.2)."""
-    picture = frame.to_ndarray(format="rgb24")
+    # One thread: by default each frame starts as many as there are cores, and waits for them longer than it takes.
+    picture = frame.to_ndarray(format="rgb24", threads=1)
     if (matrix := frame.side_data.get("DISPLAYMATRIX")) is None:
         return picture
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = a x + c y, y' = b x + d y
