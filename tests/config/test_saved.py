@@ -18,6 +18,7 @@ from omnitrain.config.saved import read_config, read_values, write_config
 from omnitrain.config.targets import ForbiddenTarget, build
 from omnitrain.config.typed import ConfigError, leaves, plain
 from omnitrain.files import CONFIG
+from omnitrain.runs.chain import finished_stages, read_stages
 from tests.interop.public_models import save_small_folder
 
 GIVEN = {
@@ -26,7 +27,7 @@ GIVEN = {
     "speaker_finetune": ["codec=c", "codes=d", "module.init_from=t"],
     "speech": [f"speech={PACK}"],
     "talker_post": [f"speech={PACK}", "judge=j"],
-    "post": ["base=b", "teacher=t", "judge=j"],
+    "post": [f"base={PACK}", "teacher=t", "judge=j"],
     "talker_dpo": ["pairs=p", f"module.init_from={PACK}"],
     "dialogue": [f"dialogues={PACK}"],
     "dialogue_thinker": [f"dialogues={PACK}", "answers=a"],
@@ -46,6 +47,16 @@ def folder() -> Path:
 def recipe(name: str, run_dir: Path) -> RunConfig:
     given = [f"model.folder={folder()}"] if name == "finetune" else GIVEN.get(name, ())
     return run_config([f"+recipe={name}", *given, f"paths.run_dir={run_dir}"])
+
+
+STAGED = sorted(path.stem for path in RECIPES.glob("*.yaml") if "\nstages:" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_compose_before_anything_is_made(name: str, tmp_path: Path) -> None:
+    """What a stage reads while it composes, such as a tokenizer, is there before those in front of it have run."""
+    run = recipe(name, tmp_path / "run")
+    assert finished_stages(read_stages(run.stages, run.stage_overrides), tmp_path / "run") == {}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))

@@ -183,7 +183,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_small_folder(home / name)
     (home / "data").mkdir()
     (home / "data" / "tokenizer_speech").symlink_to(PACK)
-    for folder in ("data/announcements", "data/dialogues", "runs/speech_quickstart"):
+    for folder in ("data/announcements", "data/dialogues", "runs/speech_quickstart", "runs/pretrain/s3"):
         (home / folder).mkdir(parents=True)
         (home / folder / "tokenizer.json").symlink_to(PACK / "tokenizer.json")
     for name, recipe in (("run", "quickstart"), ("run_of_aut", "aut_quickstart")):
