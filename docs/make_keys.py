@@ -36,7 +36,7 @@ PARTS: list[tuple[str, str, list[tuple[str, Any]]]] = [
         ("model.talker.mtp", sizes.MTPConfig), ("model.code2wav", sizes.Code2WavConfig)]),
     ("model (codec)", "codec_tiny, codec_small, codec_public, codec_of_start", [("model", sizes.CodecConfig)]),
     ("model=pretrained", "", [("model", run_config.PretrainedConfig)]),
-    ("data", "pack, pack_part, shards", [
+    ("data", "pack, pack_part, post_tasks, shards", [
         ("data", data_settings.DataConfig), ("data.sources.NAME", data_settings.SourceConfig),
         ("data.stages[i]", data_settings.Stage), ("data.audio", data_settings.AudioGeometry),
         ("data.vision", data_settings.VisionGeometry), ("data.limits", data_settings.MediaLimits)]),
