@@ -162,7 +162,7 @@ def _build(opened: dict[str, Opened], options: argparse.Namespace, counts: Count
             for number in range(options.each):
                 yield ask(answer, row, number, options.aloud)
         known = {row.concept for row in answers}
-        like = next(row for row in answers if row.split == "train")
+        like = replace(answers[0], split="train")
         for number in track(range(options.written), description="written", disable=not options.progress):
             text = drawn_sentence(number)
             if text not in known:

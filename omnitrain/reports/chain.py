@@ -72,7 +72,7 @@ def write_stages_report(
     folder = run_dir.resolve().name
     scored = {row.record.name: row.run.folder for row in rows if row.begun}
     items = held_out_items(scored)
-    names = [] if items is None else [name for name in scored if name in set(items["arm"].to_pylist())]
+    names = [] if items is None else list(dict.fromkeys(items["arm"].to_pylist()))
     lines: list[Line] = []
     if items is not None:
         try:
